@@ -1,0 +1,297 @@
+"""Every knob of a training run: typed, defaulted, range-checked, explained.
+
+    config = load_config("configs/A.yaml", ["align.coeff=0", "run=runs/A_baseline"])
+
+YAML is the truth, `key=value` overrides it, and an unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from errors import UserError
+
+REMOVED_BASE = "runwayml/stable-diffusion-v1-5"
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    base: str = Field(BASE, description="Stable Diffusion 1.5: a hub id or a local diffusers folder")
+    revision: str | None = Field(None, description="hub revision (commit) of the base model")
+    train: Literal["lora", "partial", "full"] = Field(
+        "lora",
+        description="lora; partial = all weights of down_blocks.3, mid_block, up_blocks.0; full = all weights",
+    )
+    lora_rank: int = Field(32, ge=1, description="rank of the LoRA matrices")
+    lora_alpha: float = Field(32, gt=0, description="LoRA scale is lora_alpha / lora_rank")
+    lora_targets: Literal["attention+conv", "attention"] = Field(
+        "attention+conv",
+        description="what LoRA wraps in down_blocks.3, mid_block, up_blocks.0; only mid_block holds attention",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward to save memory"
+    )
+
+    @model_validator(mode="after")
+    def _base_still_exists(self):
+        if self.base == REMOVED_BASE:
+            raise ValueError(f"{REMOVED_BASE} was removed from the Hub; use {BASE}")
+        return self
+
+
+class Teacher(Section):
+    dim: int = Field(
+        1024, ge=1, description="width D of the teacher's tokens; the cache must agree (ViT-L: 1024)"
+    )
+    grid: int = Field(14, ge=2, description="tokens per side; the cache must agree (14 -> N = 196)")
+
+
+class Data(Section):
+    csv: Path = Field(description="training images: CSV of preprocessing script 1")
+    latents: Path = Field(description="folder of cached VAE latents (script 2)")
+    tokens: Path = Field(description="folder of cached teacher tokens (script 3)")
+    text: Path = Field(description="folder of cached CLIP embeddings (script 4)")
+    batch_size: int = Field(48, ge=1, description="images per step")
+    workers: int = Field(4, ge=0, description="DataLoader worker processes; 0 reads in the training process")
+    caption_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of captions replaced by the null prompt (for CFG)"
+    )
+
+
+class Align(Section):
+    taps: tuple[Literal["enc_last", "mid", "dec_first"], ...] = Field(
+        ("mid",), min_length=1, description="where the U-Net is read; the loss is the mean over taps"
+    )
+    coeff: float = Field(
+        0.8, ge=0, description="λ, weight of the alignment loss; 0 = no alignment work at all"
+    )
+    manifold_coeff: float = Field(
+        3.0, ge=0, description="w, weight of the manifold loss beside the token loss"
+    )
+    manifold: Literal["sample", "token", "both"] = Field(
+        "sample",
+        description="Gram matrix of pooled tokens across the batch (B×B), of tokens within an image (N×N), or both",
+    )
+    upper_only: bool = Field(False, description="compare the strict upper triangle of the Gram matrices only")
+    schedule: Literal["constant", "linear", "cosine", "polynomial"] = Field(
+        "constant", description="how λ goes to coeff_end after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="λ rises linearly from 0 over these steps")
+    decay_steps: int = Field(
+        0, ge=0, description="length of the decay, counted after the warm-up; 0 = to the end"
+    )
+    coeff_end: float = Field(0.0, ge=0, description="λ at the end of the decay")
+    power: float = Field(1.0, gt=0, description="exponent of the polynomial schedule")
+    cutoff_step: int = Field(0, ge=0, description="λ = 0 from this step on; 0 = never")
+
+    @model_validator(mode="after")
+    def _taps_are_distinct(self):
+        if len(set(self.taps)) != len(self.taps):
+            raise ValueError(f"align.taps names a tap twice: {', '.join(self.taps)}")
+        return self
+
+
+class Diffusion(Section):
+    prediction: Literal["v", "epsilon"] = Field("v", description="space in which the diffusion loss is taken")
+    parameterization: Literal["auto", "epsilon", "v"] = Field(
+        "auto", description="what the network outputs; auto = the base model's own prediction_type"
+    )
+    v_weight_max: float = Field(
+        5.0, gt=0, description="ceiling of the weight 1/α² that a v-loss puts on the error of an ε-network"
+    )
+
+
+class Optim(Section):
+    lr: float = Field(
+        2e-4,
+        gt=0,
+        description="AdamW learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)",
+    )
+    head_lr: float | None = Field(
+        None, gt=0, description="learning rate of the alignment heads; null = the same"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
+    warmup_fraction: float = Field(
+        0.1, ge=0, le=1, description="share of the steps over which the rate rises from 0; then cosine to 0"
+    )
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm, over all trained weights")
+    ema_decay: float = Field(
+        0.9995, ge=0, lt=1, description="decay of the moving average that evaluation uses"
+    )
+
+    @model_validator(mode="after")
+    def _betas_are_decays(self):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("optim.betas must lie in [0, 1)")
+        return self
+
+
+class Train(Section):
+    steps: int = Field(60_000, ge=1, description="optimiser steps")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto = bf16 on a GPU that has it, else fp32"
+    )
+    device: str = Field("auto", description="auto = cuda when present, else cpu")
+    log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept")
+
+
+class Eval(Section):
+    csv: Path | None = Field(None, description="held-out images (script 1 on val), for `align`")
+    latents: Path | None = Field(None, description="their latents")
+    tokens: Path | None = Field(None, description="their teacher tokens")
+    extractor: str | None = Field(None, description="image-classifier folder whose features `fid` compares")
+    num_samples: int = Field(10_000, ge=2, description="images that `sample` draws and `fid` compares")
+    sampling_steps: int = Field(50, ge=1, description="DDIM steps")
+    cfg: float = Field(1.0, ge=0, description="guidance scale; 1 = unguided, one forward a step")
+    seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
+    batch_size: int = Field(50, ge=1, description="images per forward")
+
+
+class Config(Section):
+    run: Path = Field(description="folder that this run writes")
+    seed: int = Field(
+        0, ge=0, description="seed of noise, timesteps, caption dropout, data order and head weights"
+    )
+    model: Model = Model()
+    teacher: Teacher = Teacher()
+    data: Data
+    align: Align = Align()
+    diffusion: Diffusion = Diffusion()
+    optim: Optim = Optim()
+    train: Train = Train()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _gram_of_one_image(self):
+        sample_gram = (
+            self.align.coeff > 0 and self.align.manifold_coeff > 0 and self.align.manifold != "token"
+        )
+        if sample_gram and self.data.batch_size < 2:
+            raise ValueError(
+                "the sample Gram of one image says nothing: raise data.batch_size to 2 or more, "
+                "or set align.manifold=token"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line."""
+    return parse_config(read_yaml(path), overrides, where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; `extends: other.yaml` lays it over another file of the same folder."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no settings (a YAML mapping was expected)")
+    extends = data.pop("extends", None)
+    return data if extends is None else _overlay(read_yaml(Path(path).parent / str(extends)), data)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
+
+
+def parse_config(
+    data: dict[str, Any], overrides: list[str] | None = None, *, where: str = "config"
+) -> Config:
+    """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"cannot read the value of '{override}'") from None
+        node = data
+        *sections, name = key.split(".")
+        for section in sections:
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise UserError(f"'{override}': {section} is a value, not a section")
+        node[name] = value
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def resolved_yaml(config: Config) -> str:
+    """The full config, defaults included, as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def knobs(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key with its pydantic field, in schema order."""
+    found = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= knobs(field.annotation, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = field
+    return found
+
+
+def knobs_help() -> str:
+    """One line a knob: key, default, choices and meaning, for `--help`."""
+    lines = []
+    for key, field in knobs().items():
+        default = "required" if field.is_required() else field.default
+        choices = f" ({' | '.join(options)})" if (options := _choices(field.annotation)) else ""
+        lines.append(f"  {key} = {default}{choices}\n      {field.description}")
+    return "\n".join(lines)
+
+
+def _choices(annotation) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(option) for option in get_args(annotation)]
+    if get_origin(annotation) in (tuple, Union, types.UnionType):
+        return [choice for argument in get_args(annotation) for choice in _choices(argument)]
+    return []
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, as one line that says what to do."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if not near:  # the right name in the wrong section
+            near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        return f"unknown key '{key}'" + (
+            f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
+        )
+    if problem["type"] == "missing":
+        return (
+            f"'{key}' is missing ({knobs()[key].description})"
+            if key in knobs()
+            else f"section '{key}' is missing"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "value_error" else message

@@ -1,0 +1,28 @@
+"""Which device and which precision."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` = cuda when present, else cpu; raises `UserError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 autocast, or nothing. `auto` = bf16 on a GPU that has it, fp32 elsewhere."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bf16" and device.type == "cuda" and not has_bf16:
+        raise UserError("this GPU has no bf16: set train.precision=fp32")
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -1,0 +1,35 @@
+"""Load the parts of a diffusers pipeline folder (or hub id), with errors that say what to do."""
+
+from pathlib import Path
+
+import diffusers
+import transformers
+
+from errors import UserError
+
+PARTS = {
+    "unet": diffusers.UNet2DConditionModel,
+    "vae": diffusers.AutoencoderKL,
+    "text_encoder": transformers.CLIPTextModel,
+    "tokenizer": transformers.CLIPTokenizer,
+    "scheduler": diffusers.DDPMScheduler,  # reads the config of any scheduler of the same noise schedule
+}
+
+
+def load_part(base: str, part: str, revision: str | None = None):
+    """Load one part of a pipeline in the layout that `save_pretrained` writes, in fp32.
+
+    `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
+    """
+    folder = Path(base)
+    if folder.exists() and not (folder / part).is_dir():
+        raise UserError(
+            f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
+        )
+    if not folder.exists() and base.count("/") != 1:
+        raise UserError(f"{base} does not exist (and is no hub id, which would be of the form owner/name)")
+    try:
+        return PARTS[part].from_pretrained(base, subfolder=part, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {part} of {base}: {reason}") from None

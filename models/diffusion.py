@@ -1,0 +1,86 @@
+"""The forward process x_t = α_t x_0 + σ_t ε, and the three spaces a network's output can live in.
+
+With α² + σ² = 1 and v = α ε − σ x_0 (Salimans & Ho, arXiv 2202.00512):
+
+    ε   = α v + σ x_t         v = (ε − σ x_t) / α
+    x_0 = α x_t − σ v
+"""
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' names -> ours
+
+
+class NoiseSchedule:
+    """α_t and σ_t of a discrete diffusion with `num_steps` noise levels, from its cumulative products ᾱ_t.
+
+    `alphas_cumprod (T,)` is what every diffusers scheduler carries.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        self.alpha = alphas_cumprod.double().sqrt().float()  # (T,)
+        self.sigma = (1 - alphas_cumprod.double()).sqrt().float()  # (T,)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.alpha)
+
+    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ at `timesteps (B,)`, each `(B, 1, 1, 1)`."""
+        if self.alpha.device != timesteps.device:
+            self.alpha, self.sigma = self.alpha.to(timesteps.device), self.sigma.to(timesteps.device)
+        return self.alpha[timesteps][:, None, None, None], self.sigma[timesteps][:, None, None, None]
+
+
+def add_noise(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t."""
+    return alpha * x_0 + sigma * noise
+
+
+def velocity(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = α ε − σ x_0."""
+    return alpha * noise - sigma * x_0
+
+
+def epsilon_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """ε = α v + σ x_t."""
+    return alpha * v + sigma * x_t
+
+
+def v_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """v = (ε − σ x_t) / α; needs α > 0."""
+    return (epsilon - sigma * x_t) / alpha
+
+
+def x_0_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_0 = α x_t − σ v."""
+    return alpha * x_t - sigma * v
+
+
+def x_0_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_0 = (x_t − σ ε) / α; needs α > 0."""
+    return (x_t - sigma * epsilon) / alpha
+
+
+def error_weight(prediction: str, parameterization: str, alpha: Tensor, v_weight_max: float) -> Tensor:
+    """Weight that turns the squared error of the network's own output into a loss taken in space `prediction`.
+
+    At fixed x_t, ε = α v + σ x_t gives ε − ε̂ = α (v − v̂), so
+
+        |v − v̂|² = |ε − ε̂|² / α²   for a network that outputs ε under a v-loss,
+        |ε − ε̂|² = α² |v − v̂|²     for a network that outputs v under an ε-loss.
+
+    1/α² = 1 + 1/SNR grows without bound towards pure noise (214 at SD-1.5's last step), so it is clipped at `v_weight_max`,
+    in the manner of min-SNR (Hang et al., arXiv 2303.09556). Weighting the network's own error, instead of converting its
+    output, also avoids dividing by a small α. Returns a tensor shaped like `alpha`.
+    """
+    if prediction == parameterization:
+        return torch.ones_like(alpha)
+    if (prediction, parameterization) == ("v", "epsilon"):
+        return alpha.pow(-2).clamp(max=v_weight_max)
+    if (prediction, parameterization) == ("epsilon", "v"):
+        return alpha.square()
+    raise ValueError(
+        f"prediction and parameterization must be v or epsilon, got {prediction!r} and {parameterization!r}"
+    )

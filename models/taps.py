@@ -1,0 +1,98 @@
+"""Taps: named places in a backbone where hidden states are read by forward hooks.
+
+    taps = Taps(unet, {"mid": Tap("mid_block.resnets.1")})
+    with taps.recording():
+        unet(...)
+    features = taps.captured["mid"]
+    taps.clear()
+
+A tap listens only while recording, that is during the forward call itself: recomputation under gradient checkpointing
+happens later, in backward, and is not mistaken for a second firing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _the_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the tapped block returned {type(output).__name__}, not a tensor: give the tap a `read` function"
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place to read: the path of a block, and how to get the hidden states out of what the block returns."""
+
+    path: str
+    read: Callable[[Any], Tensor] = _the_tensor
+
+
+class Taps:
+    """Capture what the tapped blocks return during one forward.
+
+    Raises at construction when a path does not exist, and at the end of `recording()` when a tap did not fire, fired twice,
+    or captured hidden states that carry no gradient while the backbone trains.
+    """
+
+    def __init__(self, backbone: nn.Module, taps: Mapping[str, Tap]):
+        self._backbone = backbone
+        self._taps = dict(taps)
+        self._recording = False
+        self._handles = []
+        self.captured: dict[str, Tensor] = {}
+        for name, tap in self._taps.items():
+            try:
+                block = backbone.get_submodule(tap.path)
+            except AttributeError:
+                raise ValueError(f"tap {name}: the backbone has no block {tap.path}") from None
+            self._handles.append(block.register_forward_hook(self._hook(name, tap)))
+
+    def _hook(self, name: str, tap: Tap):
+        def capture(
+            _module, _inputs, output
+        ) -> None:  # a hook that returned something would replace the block's output
+            if not self._recording:
+                return
+            if name in self.captured:
+                raise RuntimeError(f"tap {name} ({tap.path}) fired twice in one forward")
+            self.captured[name] = tap.read(output)
+
+        return capture
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Listen during the forward inside this block, then check what was heard."""
+        self.clear()
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+        for name, tap in self._taps.items():
+            if name not in self.captured:
+                raise RuntimeError(
+                    f"tap {name} ({tap.path}) did not fire: the forward never reached that block"
+                )
+            if self._backbone.training and torch.is_grad_enabled() and not self.captured[name].requires_grad:
+                raise RuntimeError(
+                    f"tap {name} ({tap.path}) carries no gradient: nothing before it is trained"
+                )
+
+    def clear(self) -> None:
+        """Forget what was captured; a stored tensor would keep its graph alive."""
+        self.captured.clear()
+
+    def remove(self) -> None:
+        """Take the hooks off the backbone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.clear()

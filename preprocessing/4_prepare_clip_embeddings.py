@@ -1,0 +1,94 @@
+"""Script 4: the CLIP text embedding of every class, and of the null prompt.
+
+    python preprocessing/4_prepare_clip_embeddings.py --class-names data/imagenet/imagenet_classes.json --out data/imagenet/text
+
+Writes one table (n_classes + 1, 77, 768): row c is the prompt of class c, the last row is the null prompt that caption
+dropout and classifier-free guidance use. The class-name file maps class numbers to names: {"0": "tench", ...}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+
+from errors import UserError, run_script
+from preprocessing.options import add_base_options, add_device_option, new_parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument(
+        "--class-names", type=Path, required=True, help='JSON of class numbers and names: {"0": "tench", ...}'
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the table")
+    parser.add_argument(
+        "--template", default="a photo of a {class_name}", help="prompt of a class (default '%(default)s')"
+    )
+    add_base_options(parser)
+    add_device_option(parser)
+    args = parser.parse_args(argv)
+    if "{class_name}" not in args.template:
+        raise UserError("--template must contain {class_name}")
+    prompts = [args.template.replace("{class_name}", name) for name in read_class_names(args.class_names)] + [
+        ""
+    ]
+
+    import torch
+    from tqdm import tqdm
+
+    from device import pick_device
+    from models.base_model import load_part
+    from preprocessing.manifest import FieldSpec, write_table
+    from preprocessing.pipeline import weights_digest
+
+    device = pick_device(args.device)
+    tokenizer = load_part(args.base, "tokenizer", args.revision)
+    encoder = load_part(args.base, "text_encoder", args.revision).to(device).eval()
+    rows = []
+    with torch.no_grad():
+        for start in tqdm(range(0, len(prompts), 64), desc="text", unit="batch"):
+            tokens = tokenizer(
+                prompts[start : start + 64],
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            rows.append(encoder(tokens.input_ids.to(device)).last_hidden_state.half().cpu())  # (b, 77, 768)
+    table = torch.cat(rows)  # (n_classes + 1, 77, 768)
+    spec = FieldSpec(
+        field="text",
+        shape=tuple(table.shape[1:]),
+        dtype="float16",
+        meaning="last hidden state of the CLIP text encoder; row c = class c, last row = null prompt",
+        source={"model": args.base, "revision": args.revision, "weights_sha256": weights_digest(encoder)},
+        details={"template": args.template, "prompts": prompts, "n_classes": len(prompts) - 1},
+    )
+    write_table(args.out, table, spec)
+    print(
+        f"{args.out}: embeddings of {len(prompts) - 1} classes and the null prompt, {tuple(table.shape)} float16"
+    )
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names by class number from `{"0": "tench", ...}`; the numbers must run from 0 without a gap."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f'cannot read {path}: {error.strerror}; it maps class numbers to names: {{"0": "tench", ...}}'
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if (
+        not isinstance(names, dict)
+        or set(names) != {str(number) for number in range(len(names))}
+        or not names
+    ):
+        raise UserError(f'{path} must map every class number from "0" on to a name, without a gap')
+    return [str(names[str(number)]) for number in range(len(names))]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,141 @@
+"""What a cached field says of itself: its specification, its manifest, and the small text table.
+
+A field is a folder. `settings.json` is written first and says what the folder is for; `manifest.json` is written last and
+says what it holds. Whoever reads a field insists on its manifest.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+
+FORMAT, VERSION = "urepa-cache", 1
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+TABLE = "embeddings.pt"
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """What one field holds. All of it is recorded in the manifest, and a reader insists on it.
+
+    `dtype` is a little-endian numpy name. `source` names the model (id, revision, digest of its weights, implementation);
+    `view` says which pixels it saw (kind, size in px, grid); `details` holds what is particular to the field.
+    """
+
+    field: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+    source: dict = field(default_factory=dict)
+    view: dict = field(default_factory=dict)
+    details: dict = field(default_factory=dict)
+
+    @property
+    def value_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def as_json(self) -> dict:
+        return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
+
+    @classmethod
+    def from_json(cls, data: dict) -> "FieldSpec":
+        names = ("field", "shape", "dtype", "meaning", "source", "view", "details")
+        return cls(**{name: tuple(data[name]) if name == "shape" else data[name] for name in names})
+
+
+def read_manifest(folder: str | Path, field: str) -> dict:
+    """The manifest of a finished field; raises `UserError` when there is none, or it is of another format or field."""
+    path = Path(folder) / MANIFEST
+    if not path.exists():
+        state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
+        raise UserError(f"{folder} {state} (no {MANIFEST}): run the preprocessing script that writes it")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path} is not of format {FORMAT} version {VERSION}: run the preprocessing script again"
+        )
+    if manifest["field"] != field:
+        raise UserError(f"{folder} holds {manifest['field']}, not {field}: check the paths")
+    return manifest
+
+
+def write_table(folder: str | Path, table, spec: FieldSpec) -> None:
+    """Store one tensor `(rows, *spec.shape)` as a plain `.pt` file with a manifest beside it."""
+    import torch
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # an old manifest must not vouch for the new table
+    partial = folder / f"{TABLE}.partial"
+    torch.save(table, partial)
+    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+    os.replace(partial, folder / TABLE)
+    write_json(folder / MANIFEST, spec.as_json() | {"rows": len(table), "sha256": digest})
+
+
+def read_table(folder: str | Path):
+    """The tensor that `write_table` stored, and its manifest."""
+    import torch
+
+    folder = Path(folder)
+    manifest = read_manifest(folder, "text")
+    if (
+        not (folder / TABLE).exists()
+        or hashlib.sha256((folder / TABLE).read_bytes()).hexdigest() != manifest["sha256"]
+    ):
+        raise UserError(
+            f"{folder / TABLE} is not the file its manifest describes: run preprocessing script 4 again"
+        )
+    return torch.load(folder / TABLE, weights_only=True), manifest
+
+
+def ids_digest(ids: Iterable[str]) -> str:
+    """A digest of a set of ids, independent of their order."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+
+
+def insist_same(folder: Path, known: dict, wanted: dict) -> None:
+    differing = [key for key, value in wanted.items() if known.get(key) != value]
+    if differing:
+        key = differing[0]
+        detail = (
+            f"{known.get(key)!r} there, {wanted[key]!r} here"
+            if key != "ids_sha256"
+            else "it lists other images"
+        )
+        raise UserError(
+            f"{folder} was written with another {key} ({detail}): choose another folder or delete that one"
+        )
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} ({error}): run the script that wrote this folder again"
+        ) from None
+
+
+def write_json(path: Path, data: dict) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,139 @@
+"""A run folder: everything one training leaves behind, and all that evaluation needs to know about it.
+
+config.yaml       the resolved config
+run.json          command, versions, device, when
+metrics.jsonl     one JSON object per logged step
+checkpoints/      see checkpoint.py
+tensorboard/      the same metrics for TensorBoard
+export/           weights for other tools, EMA and raw
+samples/ eval/    what evaluate_sd15.py makes
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from checkpoint import checkpoints
+from configs.schema import Config, load_config, resolved_yaml
+from errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
+# What may differ between the start of a run and its continuation, because it cannot change the result.
+OPERATIONAL = (
+    "run",
+    "data.workers",
+    "train.device",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+)
+
+
+class RunFolder:
+    """One run's folder on disk. `RunFolder(path)` opens an existing one and raises `UserError` when there is none."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.config_file.exists():
+            raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
+        self.config = load_config(self.config_file)
+
+    @classmethod
+    def create_or_resume(cls, config: Config) -> "RunFolder":
+        """Open the run of this config, making its folder when it is new; refuse when it was started with another config."""
+        path = config.run
+        if (path / "config.yaml").exists():
+            run = cls(path)
+            if changed := _changed(run.config, config):
+                raise UserError(
+                    f"{path} was started with another config ({'; '.join(changed)}): choose another run=… or delete that folder"
+                )
+            return run
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "run.json").write_text(json.dumps(_provenance(), indent=1))
+            partial = path / "config.yaml.partial"
+            partial.write_text(resolved_yaml(config), encoding="utf-8")
+            os.replace(partial, path / "config.yaml")
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {path}: {error.strerror}") from None
+        return cls(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def newest_checkpoint(self) -> Path | None:
+        """The finished checkpoint with the highest step, or None."""
+        return (checkpoints(self.checkpoint_folder) or [None])[-1]
+
+    def metrics(self) -> list[dict]:
+        """All logged metrics in order; an incomplete last line (a killed process) is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop what was logged after the checkpoint a run resumes from; it will be logged again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        partial = self.path / "metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path / "metrics.jsonl")
+
+    def append_metrics(self, line: dict) -> None:
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def write_json(path: Path, data) -> None:
+    """Write JSON under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def this_command() -> str:
+    """The command line of this process, as one would paste it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _provenance() -> dict:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": this_command(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def _changed(before: Config, now: Config) -> list[str]:
+    """`key: before -> now` for every setting that differs and matters to the result."""
+    old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    matters = [key for key in new if key not in OPERATIONAL and not key.startswith("eval.")]
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in matters if old.get(key) != new[key]]
+
+
+def _flat(data: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,47 @@
+"""Small models of the real classes, shared by the tests."""
+
+import importlib
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+
+TEXT_WIDTH, TEACHER_DIM, TEACHER_GRID = 32, 64, 4
+
+
+def small_unet(seed: int = 0) -> UNet2DConditionModel:
+    """SD-1.5's U-Net in its block types, small in its widths; 16×16 latents give a 2×2 mid-block."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32, 64, 64),
+            layers_per_block=2,
+            attention_head_dim=2,
+            cross_attention_dim=TEXT_WIDTH,
+            norm_num_groups=8,
+        )
+
+
+def small_model(align_layers=("mid",), train="full", seed: int = 0, grid=TEACHER_GRID) -> SD15UNetAligned:
+    return SD15UNetAligned(
+        small_unet(), align_layers, TEACHER_DIM, grid=grid, train=train, lora_config=lora_config(4, 4), seed=seed
+    ).train()
+
+
+@pytest.fixture
+def batch():
+    """Latents (3, 4, 16, 16), timesteps (3,), text (3, 5, width), teacher tokens (3, 16, D)."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(3, 4, 16, 16, generator=generator)
+    timesteps = torch.tensor([3, 500, 999])
+    text = torch.randn(3, 5, TEXT_WIDTH, generator=generator)
+    tokens = torch.nn.functional.normalize(torch.randn(3, 16, TEACHER_DIM, generator=generator), dim=-1)
+    return latents, timesteps, text, tokens
+
+
+def run_numbered(name: str, *argv: object) -> None:
+    """Run a numbered preprocessing script's `main` in this process."""
+    importlib.import_module(f"preprocessing.{name}").main([str(argument) for argument in argv])

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.schema import Config, knobs, knobs_help, load_config, parse_config, resolved_yaml
+from errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "demo"])
+def test_shipped_configs_load_and_survive_a_round_trip(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert parse_config(yaml.safe_load(resolved_yaml(config))) == config
+
+
+def test_config_a_is_the_plan():
+    a = load_config(CONFIGS / "A.yaml")
+    assert (a.teacher.dim, a.teacher.grid) == (1024, 14)
+    assert (a.align.coeff, a.align.manifold_coeff, a.align.taps) == (0.8, 3.0, ("mid",))
+    assert (a.optim.lr, a.optim.betas, a.optim.weight_decay, a.optim.ema_decay) == (
+        2e-4,
+        (0.9, 0.999),
+        0.01,
+        0.9995,
+    )
+    assert (a.optim.warmup_fraction, a.data.caption_dropout, a.train.steps) == (0.1, 0.1, 60_000)
+    assert (a.model.train, a.model.lora_rank, a.data.batch_size) == ("lora", 32, 48)
+    assert (a.diffusion.prediction, a.diffusion.parameterization) == ("v", "auto")
+
+
+def test_b_and_c_differ_from_a_only_where_the_plan_says():
+    a, b, c = (load_config(CONFIGS / f"{name}.yaml") for name in "ABC")
+    assert b.train.steps == 120_000
+    assert c.train.steps == 200_000
+    assert c.align.taps == ("enc_last", "mid", "dec_first")
+    assert a.optim == b.optim == c.optim
+    assert a.model == b.model == c.model
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("align.coef=0", "did you mean 'align.coeff'"),
+        ("lr=1e-4", "did you mean 'optim.lr'"),
+        ("aling={coeff: 1}", "did you mean 'align'"),
+        ("align.coeff=-1", "align.coeff = -1: Input should be greater than or equal to 0"),
+        ("align.coeff=.nan", "finite"),
+        ("model.train=lara", "'lora', 'partial' or 'full'"),
+        ("align.taps=[mid,mid]", "twice"),
+        ("align.taps=[middle]", "'enc_last', 'mid' or 'dec_first'"),
+        ("data.batch_size=1", "sample Gram of one image"),
+        ("model.base=runwayml/stable-diffusion-v1-5", "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("align.coeff", "key=value"),
+        ("run.name=x", "run is a value, not a section"),
+        ("data.csv=null", "data.csv"),
+        ("optim.betas=[0.9, 1.5]", "betas"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_says_what_to_do(override, message):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        load_config(CONFIGS / "A.yaml", [override])
+    assert message in str(error.value)
+
+
+def test_overrides_win_over_the_file_and_zero_is_a_value():
+    config = load_config(CONFIGS / "A.yaml", ["align.coeff=0", "align.manifold_coeff=0.0", "optim.lr=1e-5"])
+    assert (config.align.coeff, config.align.manifold_coeff, config.optim.lr) == (0, 0, 1e-5)
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot read config"):
+        load_config(tmp_path / "no.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\nb")
+    with pytest.raises(UserError, match=r"^[^\n]*not valid YAML[^\n]*$"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="no settings"):
+        load_config(tmp_path / "empty.yaml")
+
+
+def test_a_missing_section_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: x\n")
+    with pytest.raises(UserError, match="section 'data' is missing"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_every_knob_is_explained():
+    assert all(field.description for field in knobs().values())
+    assert all(f"  {key} = " in knobs_help() for key in knobs())
+    assert "align.taps" in knobs()
+    assert set(Config.model_fields) == {key.split(".")[0] for key in knobs()}

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from models.diffusion import (
+    NoiseSchedule,
+    add_noise,
+    epsilon_from_v,
+    error_weight,
+    v_from_epsilon,
+    velocity,
+    x_0_from_epsilon,
+    x_0_from_v,
+)
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+T = torch.tensor([0, 1, 300, 998, 999])
+
+
+@pytest.fixture
+def process():
+    scheduler = DDPMScheduler(**SD15)
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(2, 5, 4, 8, 8, generator=generator)
+    return scheduler, x_0, noise, *NoiseSchedule(scheduler.alphas_cumprod).at(T)
+
+
+def test_noising_and_velocity_equal_diffusers(process):
+    scheduler, x_0, noise, alpha, sigma = process
+    torch.testing.assert_close(add_noise(x_0, noise, alpha, sigma), scheduler.add_noise(x_0, noise, T))
+    torch.testing.assert_close(velocity(x_0, noise, alpha, sigma), scheduler.get_velocity(x_0, noise, T))
+
+
+def test_conversions_between_epsilon_v_and_x0_invert_each_other(process):
+    _, x_0, noise, alpha, sigma = process
+    x_t, v = add_noise(x_0, noise, alpha, sigma), velocity(x_0, noise, alpha, sigma)
+    close = {"rtol": 1e-3, "atol": 1e-3}  # fp32, divided by α = 0.07 at the noisy end
+    torch.testing.assert_close(epsilon_from_v(v, x_t, alpha, sigma), noise, **close)
+    torch.testing.assert_close(v_from_epsilon(noise, x_t, alpha, sigma), v, **close)
+    torch.testing.assert_close(x_0_from_v(v, x_t, alpha, sigma), x_0, **close)
+    torch.testing.assert_close(x_0_from_epsilon(noise, x_t, alpha, sigma), x_0, **close)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_x0_equals_what_ddpm_scheduler_predicts(process, prediction_type):
+    _, x_0, noise, alpha, sigma = process
+    scheduler = DDPMScheduler(**SD15, prediction_type=prediction_type, clip_sample=False)
+    output = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+    x_t = add_noise(x_0, noise, alpha, sigma)
+    ours = (x_0_from_v if prediction_type == "v_prediction" else x_0_from_epsilon)(output, x_t, alpha, sigma)
+    for i, t in enumerate(T):
+        theirs = scheduler.step(output[i], t, x_t[i]).pred_original_sample
+        torch.testing.assert_close(ours[i], theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("prediction", "parameterization"), [("v", "epsilon"), ("epsilon", "v")])
+def test_error_weight_equals_converting_the_output_first(process, prediction, parameterization):
+    _, x_0, noise, alpha, sigma = (tensor if i == 0 else tensor.double() for i, tensor in enumerate(process))
+    x_t, v = add_noise(x_0, noise, alpha, sigma), velocity(x_0, noise, alpha, sigma)
+    output = torch.randn(x_0.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    if prediction == "v":
+        converted, own_error = v_from_epsilon(output, x_t, alpha, sigma) - v, output - noise
+    else:
+        converted, own_error = epsilon_from_v(output, x_t, alpha, sigma) - noise, output - v
+    weight = error_weight(prediction, parameterization, alpha, v_weight_max=1e9)
+    torch.testing.assert_close(weight * own_error.square(), converted.square(), rtol=1e-4, atol=1e-4)
+
+
+def test_error_weight_is_clipped_only_where_it_would_explode(process):
+    alpha = process[3]
+    weight = error_weight("v", "epsilon", alpha, v_weight_max=5.0).flatten()
+    assert weight[-1] == 5.0
+    assert weight[0] == pytest.approx(alpha[0].item() ** -2)
+    assert (error_weight("v", "v", alpha, 5.0) == 1).all()
+
+
+def test_error_weight_refuses_an_unknown_space():
+    with pytest.raises(ValueError, match="epsilon"):
+        error_weight("x0", "epsilon", torch.ones(1), 5.0)

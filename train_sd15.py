@@ -1,0 +1,236 @@
+"""Train Stable Diffusion 1.5's U-Net with U-REPA on cached latents, teacher tokens and text embeddings.
+
+    python train_sd15.py --config configs/A.yaml
+    python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
+
+Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped, exactly.
+"""
+
+import argparse
+import signal
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from checkpoint import EMA, TRAINED, load_weights
+from configs.schema import Config, knobs_help, load_config
+from dataset_sd15 import SD15AlignedDataset, StepSampler, seed_of
+from device import autocast, pick_device
+from errors import UserError, run_script
+from loss_sd15 import SD15Loss, drop_captions
+from models.base_model import load_part
+from models.diffusion import PREDICTION_TYPES, NoiseSchedule
+from models.schedule import CoefficientSchedule
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+from run_folder import RunFolder, this_command
+from training_state import TrainingState
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{knobs_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="YAML file, for instance configs/A.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    args = parser.parse_args(argv)
+    train(load_config(args.config, args.overrides))
+
+
+def train(config: Config) -> None:
+    """Train to `config.train.steps`, from the newest checkpoint of the run folder if there is one."""
+    device = pick_device(config.train.device)
+    dataset = open_cache(config)
+    model = build_model(config, dataset).to(device).train()
+    loss_terms = build_loss(config)
+    coefficient = coefficient_schedule(config)
+    run = RunFolder.create_or_resume(config)
+    state = TrainingState(config, model)
+    state.resume(run)
+    if state.step == config.train.steps:
+        print(f"{run.path} is already complete at step {state.step}")
+        return
+    announce(config, model, dataset, device, state)
+
+    null_text = dataset.null_text.to(device)  # (77, 768)
+    loader = build_loader(config, dataset, first_step=state.step, pin=device.type == "cuda")
+    progress = tqdm(loader, initial=state.step, total=config.train.steps, desc=run.name, unit="step")
+    with SummaryWriter(run.path / "tensorboard", purge_step=state.step) as board, StopSignal() as stop:
+        for batch in progress:
+            # All randomness of a step derives from (seed, step), so that a resumed run draws what an unbroken one does.
+            generator = torch.Generator(device).manual_seed(seed_of(config.seed, state.step))
+            coeff = coefficient(state.step)
+            latents = batch["latent"].to(device, torch.float32, non_blocking=True)  # (B, 4, h, w)
+            tokens = batch["dino_tokens"].to(device, non_blocking=True) if coeff > 0 else None  # (B, N, D)
+            text = batch["encoder_hidden_states"].to(device, non_blocking=True)  # (B, 77, 768)
+            text = drop_captions(text, null_text, config.data.caption_dropout, generator).float()
+            with autocast(device, config.train.precision):
+                terms = loss_terms(model, latents, tokens, text, generator=generator, align_coeff=coeff)
+            terms["loss"].backward()
+            grad_norm = clip_grad_norm_(state.parameters.values(), config.optim.grad_clip)
+            state.update(terms, grad_norm)
+
+            done = state.step == config.train.steps
+            if done or state.step % config.train.log_every == 0:
+                log(run, board, progress, state.summary() | {"coeff": coeff})
+            if done or stop.requested or state.step % config.train.checkpoint_every == 0:
+                state.save(run)
+            if stop.requested and not done:
+                progress.close()
+                print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
+                return
+    export(config, run, model)
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours at the end of its step."""
+
+    def __enter__(self):
+        self.requested = False
+        self._before = {name: signal.signal(name, self._request) for name in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _request(self, *_):
+        self.requested = True
+
+    def __exit__(self, *_):
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+
+def open_cache(config: Config) -> SD15AlignedDataset:
+    """The training data, after checking that its tokens are the teacher's that the config names."""
+    data = config.data
+    dataset = SD15AlignedDataset(
+        data.csv, data.latents, data.tokens, data.text, need_tokens=config.align.coeff > 0
+    )
+    wanted = (config.teacher.grid**2, config.teacher.dim)
+    if dataset.tokens.spec.shape != wanted:
+        raise UserError(
+            f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
+            "set teacher.dim and teacher.grid, or run script 3 with that teacher"
+        )
+    return dataset
+
+
+def build_model(config: Config, dataset: SD15AlignedDataset) -> SD15UNetAligned:
+    """The base model's U-Net, what is trained of it, and (unless λ is 0) its alignment heads."""
+    settings = config.model
+    unet = load_part(settings.base, "unet", settings.revision)
+    model = SD15UNetAligned(
+        unet,
+        config.align.taps if config.align.coeff > 0 else (),
+        config.teacher.dim,
+        grid=config.teacher.grid,
+        train=settings.train,
+        lora_config=lora_config(settings.lora_rank, settings.lora_alpha, settings.lora_targets),
+        seed=config.seed,
+    )
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    width, channels = dataset.text.shape[-1], dataset.latents.spec.shape[0]
+    if width != unet.config.cross_attention_dim:
+        raise UserError(
+            f"{config.data.text} holds text of width {width}, the U-Net of {settings.base} reads "
+            f"{unet.config.cross_attention_dim}: run script 4 with --base {settings.base}"
+        )
+    if channels != unet.config.in_channels:
+        raise UserError(
+            f"{config.data.latents} has {channels} channels, the U-Net of {settings.base} reads "
+            f"{unet.config.in_channels}: run script 2 with --base {settings.base}"
+        )
+    return model
+
+
+def build_loss(config: Config) -> SD15Loss:
+    """The objective, with the base model's own noise schedule and output."""
+    scheduler = load_part(config.model.base, "scheduler", config.model.revision)
+    own = PREDICTION_TYPES.get(scheduler.config.prediction_type)
+    if own is None:
+        raise UserError(
+            f"{config.model.base} predicts {scheduler.config.prediction_type}; epsilon or v was expected"
+        )
+    parameterization = config.diffusion.parameterization
+    return SD15Loss(
+        NoiseSchedule(scheduler.alphas_cumprod),
+        prediction=config.diffusion.prediction,
+        parameterization=own if parameterization == "auto" else parameterization,
+        align_coeff=config.align.coeff,
+        manifold_coeff=config.align.manifold_coeff,
+        manifold=config.align.manifold,
+        upper_only=config.align.upper_only,
+        v_weight_max=config.diffusion.v_weight_max,
+    )
+
+
+def coefficient_schedule(config: Config) -> CoefficientSchedule:
+    names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
+    return CoefficientSchedule(
+        **{name: getattr(config.align, name) for name in names}, total_steps=config.train.steps
+    )
+
+
+def build_loader(config: Config, dataset: SD15AlignedDataset, *, first_step: int, pin: bool) -> DataLoader:
+    """Batches for the steps from `first_step` on, in the order that the seed defines."""
+    sampler = StepSampler(
+        len(dataset),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        last_step=config.train.steps,
+    )
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=config.data.workers, pin_memory=pin)
+
+
+def announce(
+    config: Config, model: SD15UNetAligned, dataset: SD15AlignedDataset, device, state: TrainingState
+) -> None:
+    """Say what is about to be trained, on what, from where."""
+    count = {
+        part: sum(p.numel() for n, p in state.parameters.items() if n.startswith(part))
+        for part in ("unet.", "heads.")
+    }
+    left_out = f" ({dataset.left_out} of the CSV are not cached)" if dataset.left_out else ""
+    print(
+        f"data     {len(dataset):,} images{left_out}, latents {dataset.latents.spec.shape}, tokens {dataset.tokens.spec.shape}"
+    )
+    print(
+        f"train    {config.model.train}: {count['unet.']:,} of {sum(p.numel() for p in model.unet.parameters()):,} U-Net weights"
+    )
+    if model.heads:
+        align = config.align
+        print(
+            f"align    taps {', '.join(model.heads)}; λ = {align.coeff}, w = {align.manifold_coeff} ({align.manifold} Gram); "
+            f"heads {count['heads.']:,} weights"
+        )
+    else:
+        print("align    λ = 0: baseline, no taps and no heads")
+    print(
+        f"steps    {state.step} to {config.train.steps} at batch {config.data.batch_size} on {device}; run folder {config.run}"
+    )
+
+
+def log(run: RunFolder, board: SummaryWriter, progress: tqdm, line: dict[str, float]) -> None:
+    """One line of metrics to the run folder, TensorBoard and the progress bar."""
+    run.append_metrics(line | {"it_per_s": progress.format_dict["rate"]})
+    for name, value in line.items():
+        board.add_scalar(name, value, line["step"])
+    progress.set_postfix(loss=f"{line['loss']:.4f}", align=f"{line['loss_align']:.4f}")
+
+
+def export(config: Config, run: RunFolder, model: SD15UNetAligned) -> None:
+    """Write raw and EMA weights for other tools."""
+    checkpoint = run.newest_checkpoint()
+    for kind, file in (("raw", TRAINED), ("ema", EMA)):
+        load_weights(checkpoint / file, model.trained_parameters())
+        where = model.export(run.path / "export" / kind)
+    hint = f"pipe.load_lora_weights('{where.parent}')" if model.trained == "lora" else f"unet folder {where}"
+    print(f"done at step {config.train.steps}; EMA weights for diffusers: {hint}")
+
+
+if __name__ == "__main__":
+    run_script(main)
