@@ -1,0 +1,91 @@
+"""What changes from step to step in a training, and how it is saved and restored."""
+
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+
+from checkpoint import restore_checkpoint, save_checkpoint
+from configs.schema import Config
+from errors import UserError
+from loss_sd15 import TERMS
+from run_folder import RunFolder
+
+
+class TrainingState:
+    """What changes from step to step: trained weights, optimiser, learning rates, moving average, sums of the metrics."""
+
+    def __init__(self, config: Config, model: torch.nn.Module):
+        optim = config.optim
+        self.step = 0
+        self.keep = config.train.keep_checkpoints
+        self.parameters = model.trained_parameters()
+        head_lr = optim.lr if optim.head_lr is None else optim.head_lr
+        groups = [
+            {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "lr": lr}
+            for part, lr in (("unet.", optim.lr), ("heads.", head_lr))
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        warmup = round(optim.warmup_fraction * config.train.steps)
+        self.lr_schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, config.train.steps)
+        self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
+        self.sums = torch.zeros(len(TERMS) + 1, device=next(iter(self.parameters.values())).device)
+        self.count = 0
+
+    def update(self, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        """One optimiser step from the gradients in place; nothing here waits for the device."""
+        self.optimizer.step()
+        self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.parameters.values())
+        self.sums += torch.stack([*(terms[name].detach() for name in TERMS), grad_norm])
+        self.count += 1
+        self.step += 1
+
+    def summary(self) -> dict[str, float]:
+        """Means since the last summary, and the learning rate; raises `UserError` when the loss is not finite."""
+        means = self.finite_sums() / self.count
+        self.sums.zero_()
+        self.count = 0
+        named = zip((*TERMS, "grad_norm"), means.tolist(), strict=True)
+        return {"step": self.step, **dict(named), "lr": self.lr_schedule.get_last_lr()[0]}
+
+    def finite_sums(self) -> torch.Tensor:
+        if not self.sums.isfinite().all():
+            raise UserError(
+                f"loss or gradient is not finite before step {self.step}: lower optim.lr or align.coeff; "
+                "the newest checkpoint is from before that"
+            )
+        return self.sums
+
+    def save(self, run: RunFolder) -> None:
+        extra = {"sums": self.finite_sums().tolist(), "count": self.count}
+        save_checkpoint(
+            run.checkpoint_folder,
+            self.step,
+            parameters=self.parameters,
+            optimizer=self.optimizer,
+            lr_schedule=self.lr_schedule,
+            ema=self.ema,
+            extra=extra,
+            keep=self.keep,
+        )
+
+    def resume(self, run: RunFolder) -> None:
+        """Continue from the run's newest checkpoint; a run without one starts at step 0."""
+        newest = run.newest_checkpoint()
+        if newest is not None:
+            self.step, extra = restore_checkpoint(
+                newest,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                lr_schedule=self.lr_schedule,
+                ema=self.ema,
+            )
+            self.sums.copy_(torch.tensor(extra["sums"]))
+            self.count = extra["count"]
+        run.forget_metrics_after(self.step)
