@@ -7,6 +7,8 @@ Settings are overridden by key=value; --help lists them all. The same command re
 """
 
 import argparse
+import os
+import shutil
 import signal
 
 import torch
@@ -42,32 +44,42 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config) -> None:
-    """Train to `config.train.steps`, from the newest checkpoint of the run folder if there is one."""
+    """Train to `config.train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
     device = pick_device(config.train.device)
     dataset = open_cache(config)
     model = build_model(config, dataset).to(device).train()
     loss_terms = build_loss(config)
-    coefficient = coefficient_schedule(config)
     run = RunFolder.create_or_resume(config)
     state = TrainingState(config, model)
     state.resume(run)
-    if state.step == config.train.steps:
-        print(f"{run.path} is already complete at step {state.step}")
-        return
     announce(config, model, dataset, device, state)
+    if state.step < config.train.steps:
+        take_steps(config, run, state, model, loss_terms, dataset, device)
+    if state.step == config.train.steps:
+        export(run, model)
+    else:
+        print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
 
-    null_text = dataset.null_text.to(device)  # (77, 768)
+
+def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
+    """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
+    coefficient = coefficient_schedule(config)
+    null_text = dataset.null_text.to(device, torch.float32)  # (77, 768)
     loader = build_loader(config, dataset, first_step=state.step, pin=device.type == "cuda")
     progress = tqdm(loader, initial=state.step, total=config.train.steps, desc=run.name, unit="step")
-    with SummaryWriter(run.path / "tensorboard", purge_step=state.step) as board, StopSignal() as stop:
+    with (
+        progress,
+        SummaryWriter(run.path / "tensorboard", purge_step=state.step) as board,
+        StopSignal() as stop,
+    ):
         for batch in progress:
             # All randomness of a step derives from (seed, step), so that a resumed run draws what an unbroken one does.
             generator = torch.Generator(device).manual_seed(seed_of(config.seed, state.step))
             coeff = coefficient(state.step)
             latents = batch["latent"].to(device, torch.float32, non_blocking=True)  # (B, 4, h, w)
             tokens = batch["dino_tokens"].to(device, non_blocking=True) if coeff > 0 else None  # (B, N, D)
-            text = batch["encoder_hidden_states"].to(device, non_blocking=True)  # (B, 77, 768)
-            text = drop_captions(text, null_text, config.data.caption_dropout, generator).float()
+            text = batch["encoder_hidden_states"].to(device, torch.float32, non_blocking=True)  # (B, 77, 768)
+            text = drop_captions(text, null_text, config.data.caption_dropout, generator)
             with autocast(device, config.train.precision):
                 terms = loss_terms(model, latents, tokens, text, generator=generator, align_coeff=coeff)
             terms["loss"].backward()
@@ -79,11 +91,8 @@ def train(config: Config) -> None:
                 log(run, board, progress, state.summary() | {"coeff": coeff})
             if done or stop.requested or state.step % config.train.checkpoint_every == 0:
                 state.save(run)
-            if stop.requested and not done:
-                progress.close()
-                print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
-                return
-    export(config, run, model)
+            if stop.requested:
+                break
 
 
 class StopSignal:
@@ -222,14 +231,21 @@ def log(run: RunFolder, board: SummaryWriter, progress: tqdm, line: dict[str, fl
     progress.set_postfix(loss=f"{line['loss']:.4f}", align=f"{line['loss_align']:.4f}")
 
 
-def export(config: Config, run: RunFolder, model: SD15UNetAligned) -> None:
-    """Write raw and EMA weights for other tools."""
-    checkpoint = run.newest_checkpoint()
-    for kind, file in (("raw", TRAINED), ("ema", EMA)):
-        load_weights(checkpoint / file, model.trained_parameters())
-        where = model.export(run.path / "export" / kind)
-    hint = f"pipe.load_lora_weights('{where.parent}')" if model.trained == "lora" else f"unet folder {where}"
-    print(f"done at step {config.train.steps}; EMA weights for diffusers: {hint}")
+def export(run: RunFolder, model: SD15UNetAligned) -> None:
+    """Write raw and EMA weights of the finished run for other tools, once."""
+    folder, aside = run.path / "export", run.path / "export.partial"
+    if not folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        for kind, file in (("raw", TRAINED), ("ema", EMA)):
+            load_weights(run.newest_checkpoint() / file, model.trained_parameters())
+            model.export(aside / kind)
+        os.replace(aside, folder)
+    how = (
+        f'pipe.load_lora_weights("{folder}/ema")'
+        if model.trained == "lora"
+        else f"U-Net folder {folder}/ema/unet"
+    )
+    print(f"{run.path} is complete; EMA weights for diffusers: {how}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import transformers
 
 from errors import UserError
 
+# Both libraries import a class when it is first asked for, which takes seconds: ask only for the part that is loaded.
 PARTS = {
-    "unet": diffusers.UNet2DConditionModel,
-    "vae": diffusers.AutoencoderKL,
-    "text_encoder": transformers.CLIPTextModel,
-    "tokenizer": transformers.CLIPTokenizer,
-    "scheduler": diffusers.DDPMScheduler,  # reads the config of any scheduler of the same noise schedule
+    "unet": lambda: diffusers.UNet2DConditionModel,
+    "vae": lambda: diffusers.AutoencoderKL,
+    "text_encoder": lambda: transformers.CLIPTextModel,
+    "tokenizer": lambda: transformers.CLIPTokenizer,
+    "scheduler": lambda: diffusers.DDPMScheduler,  # reads the config of any scheduler of the same noise schedule
 }
 
 
@@ -28,8 +29,9 @@ def load_part(base: str, part: str, revision: str | None = None):
         )
     if not folder.exists() and base.count("/") != 1:
         raise UserError(f"{base} does not exist (and is no hub id, which would be of the form owner/name)")
+    transformers.utils.logging.disable_progress_bar()
     try:
-        return PARTS[part].from_pretrained(base, subfolder=part, revision=revision)
+        return PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {part} of {base}: {reason}") from None

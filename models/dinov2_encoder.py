@@ -41,6 +41,7 @@ class DINOv2Encoder(nn.Module):
             raise UserError(
                 f"teacher {name} does not exist (and is no hub id, such as facebook/dinov2-large)"
             )
+        transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
             if config.model_type not in MODEL_TYPES:

@@ -1,0 +1,85 @@
+"""Grids of samples, one per run, side by side."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation.plot_style import DPI, pyplot, save_figure
+
+
+def plot_sample_grids(
+    path: str | Path,
+    grids: Mapping[str, np.ndarray],
+    columns: int,
+    column_labels: Sequence[str] | None = None,
+) -> None:
+    """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
+
+    Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images
+    beyond 256 px are reduced. `column_labels` (one per column) stand above the columns of every grid.
+    """
+    plt = pyplot()
+    if not grids or columns < 1:
+        raise ValueError("at least one grid and one column are needed")
+    if len({images.shape for images in grids.values()}) != 1:
+        raise ValueError(
+            f"grids differ in shape: { {label: images.shape for label, images in grids.items()} }"
+        )
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"{len(column_labels)} column labels for {columns} columns")
+    canvases = {label: _canvas(images, columns) for label, images in grids.items()}
+    height, width = next(iter(canvases.values())).shape[:2]
+    cell = width / columns
+    gap, top = 48, 84 if column_labels is None else 84 + 26
+    per_row = max(1, min(len(grids), (2600 + gap) // (width + gap)))
+    rows = math.ceil(len(grids) / per_row)
+    full_w, full_h = per_row * (width + gap) + gap, rows * (height + top) + gap
+    figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
+    for i, (label, canvas) in enumerate(canvases.items()):
+        left, y = gap + (i % per_row) * (width + gap), (i // per_row) * (height + top) + top
+        axes = figure.add_axes((left / full_w, 1 - (y + height) / full_h, width / full_w, height / full_h))
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(
+            left / full_w, 1 - (y - top + 28) / full_h, label, fontsize=11, fontweight="bold", va="top"
+        )
+        for column, name in enumerate(column_labels or ()):
+            figure.text(
+                (left + (column + 0.5) * cell) / full_w,
+                1 - (y - 8) / full_h,
+                name,
+                fontsize=8.5,
+                ha="center",
+                va="bottom",
+            )
+    facts = {
+        label: {"shape": list(images.shape), "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
+        for label, images in grids.items()
+    }
+    save_figure(figure, path, {"runs": facts, "columns": columns, "column_labels": list(column_labels or [])})
+
+
+def _canvas(images: np.ndarray, columns: int) -> np.ndarray:
+    """(N, H, W, 3) -> one white picture of N cells in `columns` columns, 8 px apart."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    longest = max(images.shape[1:3])
+    if longest <= 256:
+        factor = max(1, round(128 / longest))
+        images = images.repeat(factor, axis=1).repeat(factor, axis=2)  # (N, fH, fW, 3)
+    else:
+        size = tuple(round(side * 256 / longest) for side in (images.shape[2], images.shape[1]))
+        images = np.stack(
+            [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.LANCZOS)) for i in images]
+        )
+    n, h, w, _ = images.shape
+    gap = 8
+    canvas = np.full((math.ceil(n / columns) * (h + gap), columns * (w + gap), 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        canvas[y : y + h, x : x + w] = image
+    return canvas
