@@ -65,9 +65,7 @@ class SD15Loss:
         noisy = add_noise(clean_latents, noise, alpha, sigma)  # (B, 4, h, w)
         output = unet(noisy, timesteps, encoder_hidden_states, capture=coeff > 0)  # (B, 4, h, w)
 
-        target = velocity(clean_latents, noise, alpha, sigma) if self.parameterization == "v" else noise
-        weight = error_weight(self.prediction, self.parameterization, alpha, self.v_weight_max)
-        loss_diff = (weight * (output.float() - target.float()).square()).mean()
+        loss_diff = self.diffusion_error(output, clean_latents, noise, timesteps).mean()
         if coeff == 0:
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True))
@@ -83,6 +81,15 @@ class SD15Loss:
         loss_align = loss_token + self.manifold_coeff * loss_manifold
         loss = loss_diff + coeff * loss_align
         return dict(zip(TERMS, (loss, loss_diff, loss_token, loss_manifold, loss_align), strict=True))
+
+    def diffusion_error(
+        self, output: Tensor, clean_latents: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """The diffusion loss of each image `(B,)`, given what the network put out for it."""
+        alpha, sigma = self.schedule.at(timesteps)  # (B, 1, 1, 1)
+        target = velocity(clean_latents, noise, alpha, sigma) if self.parameterization == "v" else noise
+        weight = error_weight(self.prediction, self.parameterization, alpha, self.v_weight_max)
+        return (weight * (output.float() - target.float()).square()).mean(dim=(1, 2, 3))
 
     def draw(self, clean_latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Noise like the latents and uniform timesteps `(B,)`."""

@@ -17,18 +17,16 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from checkpoint import EMA, TRAINED, load_weights
+from build_sd15 import build_loss, build_model, coefficient_schedule, insist_fit, open_cache
 from configs.schema import Config, knobs_help, load_config
 from dataset_sd15 import SD15AlignedDataset, StepSampler, seed_of
 from device import autocast, pick_device
-from errors import UserError, run_script
-from loss_sd15 import SD15Loss, drop_captions
-from models.base_model import load_part
-from models.diffusion import PREDICTION_TYPES, NoiseSchedule
-from models.schedule import CoefficientSchedule
-from models.sd15_unet_aligned import SD15UNetAligned, lora_config
-from run_folder import RunFolder, this_command
-from training_state import TrainingState
+from errors import run_script
+from loss_sd15 import drop_captions
+from models.sd15_unet_aligned import SD15UNetAligned
+from training.checkpoint import EMA, TRAINED, load_weights
+from training.run_folder import RunFolder, this_command
+from training.state import TrainingState
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +45,8 @@ def train(config: Config) -> None:
     """Train to `config.train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
     device = pick_device(config.train.device)
     dataset = open_cache(config)
-    model = build_model(config, dataset).to(device).train()
+    model = build_model(config).to(device).train()
+    insist_fit(config, model.unet, dataset)
     loss_terms = build_loss(config)
     run = RunFolder.create_or_resume(config)
     state = TrainingState(config, model)
@@ -109,78 +108,6 @@ class StopSignal:
     def __exit__(self, *_):
         for name, handler in self._before.items():
             signal.signal(name, handler)
-
-
-def open_cache(config: Config) -> SD15AlignedDataset:
-    """The training data, after checking that its tokens are the teacher's that the config names."""
-    data = config.data
-    dataset = SD15AlignedDataset(
-        data.csv, data.latents, data.tokens, data.text, need_tokens=config.align.coeff > 0
-    )
-    wanted = (config.teacher.grid**2, config.teacher.dim)
-    if dataset.tokens.spec.shape != wanted:
-        raise UserError(
-            f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
-            "set teacher.dim and teacher.grid, or run script 3 with that teacher"
-        )
-    return dataset
-
-
-def build_model(config: Config, dataset: SD15AlignedDataset) -> SD15UNetAligned:
-    """The base model's U-Net, what is trained of it, and (unless λ is 0) its alignment heads."""
-    settings = config.model
-    unet = load_part(settings.base, "unet", settings.revision)
-    model = SD15UNetAligned(
-        unet,
-        config.align.taps if config.align.coeff > 0 else (),
-        config.teacher.dim,
-        grid=config.teacher.grid,
-        train=settings.train,
-        lora_config=lora_config(settings.lora_rank, settings.lora_alpha, settings.lora_targets),
-        seed=config.seed,
-    )
-    if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    width, channels = dataset.text.shape[-1], dataset.latents.spec.shape[0]
-    if width != unet.config.cross_attention_dim:
-        raise UserError(
-            f"{config.data.text} holds text of width {width}, the U-Net of {settings.base} reads "
-            f"{unet.config.cross_attention_dim}: run script 4 with --base {settings.base}"
-        )
-    if channels != unet.config.in_channels:
-        raise UserError(
-            f"{config.data.latents} has {channels} channels, the U-Net of {settings.base} reads "
-            f"{unet.config.in_channels}: run script 2 with --base {settings.base}"
-        )
-    return model
-
-
-def build_loss(config: Config) -> SD15Loss:
-    """The objective, with the base model's own noise schedule and output."""
-    scheduler = load_part(config.model.base, "scheduler", config.model.revision)
-    own = PREDICTION_TYPES.get(scheduler.config.prediction_type)
-    if own is None:
-        raise UserError(
-            f"{config.model.base} predicts {scheduler.config.prediction_type}; epsilon or v was expected"
-        )
-    parameterization = config.diffusion.parameterization
-    return SD15Loss(
-        NoiseSchedule(scheduler.alphas_cumprod),
-        prediction=config.diffusion.prediction,
-        parameterization=own if parameterization == "auto" else parameterization,
-        align_coeff=config.align.coeff,
-        manifold_coeff=config.align.manifold_coeff,
-        manifold=config.align.manifold,
-        upper_only=config.align.upper_only,
-        v_weight_max=config.diffusion.v_weight_max,
-    )
-
-
-def coefficient_schedule(config: Config) -> CoefficientSchedule:
-    names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
-    return CoefficientSchedule(
-        **{name: getattr(config.align, name) for name in names}, total_steps=config.train.steps
-    )
 
 
 def build_loader(config: Config, dataset: SD15AlignedDataset, *, first_step: int, pin: bool) -> DataLoader:

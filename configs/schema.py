@@ -154,7 +154,7 @@ class Eval(Section):
     extractor: str | None = Field(None, description="image-classifier folder whose features `fid` compares")
     num_samples: int = Field(10_000, ge=2, description="images that `sample` draws and `fid` compares")
     sampling_steps: int = Field(50, ge=1, description="DDIM steps")
-    cfg: float = Field(1.0, ge=0, description="guidance scale; 1 = unguided, one forward a step")
+    cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
     batch_size: int = Field(50, ge=1, description="images per forward")
 

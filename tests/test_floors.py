@@ -23,9 +23,8 @@ FLOORS = {
     "preprocessing.pipeline": BOTTOM | CACHE,
     "loss_sd15": BOTTOM | {"models.alignment", "models.diffusion"},
     "dataset_sd15": BOTTOM | CACHE,
-    "checkpoint": BOTTOM,
-    "run_folder": BOTTOM | {"checkpoint", "configs"},
-    "training_state": BOTTOM | {"checkpoint", "configs", "loss_sd15", "run_folder"},
+    "training": BOTTOM | {"configs", "loss_sd15", "training"},
+    "build_sd15": BOTTOM | {"configs", "dataset_sd15", "loss_sd15", "models", "training"},
 }
 SCRIPTS = {"train_sd15", "evaluate_sd15", "demo"}
 # Outside libraries that have one room each.

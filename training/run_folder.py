@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from checkpoint import checkpoints
 from configs.schema import Config, load_config, resolved_yaml
 from errors import UserError
+from training.checkpoint import checkpoints
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 # What may differ between the start of a run and its continuation, because it cannot change the result.
@@ -79,6 +79,18 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         """The finished checkpoint with the highest step, or None."""
         return (checkpoints(self.checkpoint_folder) or [None])[-1]
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of all finished checkpoints, ascending."""
+        return [int(path.name.removeprefix("step-")) for path in checkpoints(self.checkpoint_folder)]
+
+    def settings(self) -> dict[str, object]:
+        """The resolved config as dotted keys."""
+        return _flat(self.config.model_dump(mode="json"))
+
+    def command(self) -> str:
+        """The command line that started the run."""
+        return json.loads((self.path / "run.json").read_text())["command"]
 
     def metrics(self) -> list[dict]:
         """All logged metrics in order; an incomplete last line (a killed process) is left out."""

@@ -4,11 +4,11 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
-from checkpoint import restore_checkpoint, save_checkpoint
 from configs.schema import Config
 from errors import UserError
 from loss_sd15 import TERMS
-from run_folder import RunFolder
+from training.checkpoint import restore_checkpoint, save_checkpoint
+from training.run_folder import RunFolder
 
 
 class TrainingState:

@@ -1,0 +1,103 @@
+"""From a config to the cache, the model and the loss: what training and evaluation build alike."""
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from configs.schema import Config
+from dataset_sd15 import SD15AlignedDataset
+from errors import UserError
+from loss_sd15 import SD15Loss
+from models.base_model import load_part
+from models.diffusion import PREDICTION_TYPES, NoiseSchedule
+from models.schedule import CoefficientSchedule
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+from training.checkpoint import EMA, TRAINED, load_weights
+from training.run_folder import RunFolder
+
+
+def open_cache(config: Config) -> SD15AlignedDataset:
+    """The training data, after checking that its tokens are the teacher's that the config names."""
+    data = config.data
+    dataset = SD15AlignedDataset(
+        data.csv, data.latents, data.tokens, data.text, need_tokens=config.align.coeff > 0
+    )
+    wanted = (config.teacher.grid**2, config.teacher.dim)
+    if dataset.tokens.spec.shape != wanted:
+        raise UserError(
+            f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
+            "set teacher.dim and teacher.grid, or run script 3 with that teacher"
+        )
+    return dataset
+
+
+def build_model(config: Config) -> SD15UNetAligned:
+    """The base model's U-Net, what is trained of it, and (unless λ is 0) its alignment heads."""
+    settings = config.model
+    unet = load_part(settings.base, "unet", settings.revision)
+    model = SD15UNetAligned(
+        unet,
+        config.align.taps if config.align.coeff > 0 else (),
+        config.teacher.dim,
+        grid=config.teacher.grid,
+        train=settings.train,
+        lora_config=lora_config(settings.lora_rank, settings.lora_alpha, settings.lora_targets),
+        seed=config.seed,
+    )
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return model
+
+
+def insist_fit(config: Config, unet: UNet2DConditionModel, dataset: SD15AlignedDataset) -> None:
+    """Raise `UserError` unless the U-Net reads latents and text of the cached widths."""
+    base = config.model.base
+    width, channels = dataset.text.shape[-1], dataset.latents.spec.shape[0]
+    if width != unet.config.cross_attention_dim:
+        raise UserError(
+            f"{config.data.text} holds text of width {width}, the U-Net of {base} reads "
+            f"{unet.config.cross_attention_dim}: run script 4 with --base {base}"
+        )
+    if channels != unet.config.in_channels:
+        raise UserError(
+            f"{config.data.latents} has {channels} channels, the U-Net of {base} reads "
+            f"{unet.config.in_channels}: run script 2 with --base {base}"
+        )
+
+
+def build_loss(config: Config) -> SD15Loss:
+    """The objective, with the base model's own noise schedule and output."""
+    scheduler = load_part(config.model.base, "scheduler", config.model.revision)
+    own = PREDICTION_TYPES.get(scheduler.config.prediction_type)
+    if own is None:
+        raise UserError(
+            f"{config.model.base} predicts {scheduler.config.prediction_type}; epsilon or v was expected"
+        )
+    parameterization = config.diffusion.parameterization
+    return SD15Loss(
+        NoiseSchedule(scheduler.alphas_cumprod),
+        prediction=config.diffusion.prediction,
+        parameterization=own if parameterization == "auto" else parameterization,
+        align_coeff=config.align.coeff,
+        manifold_coeff=config.align.manifold_coeff,
+        manifold=config.align.manifold,
+        upper_only=config.align.upper_only,
+        v_weight_max=config.diffusion.v_weight_max,
+    )
+
+
+def coefficient_schedule(config: Config) -> CoefficientSchedule:
+    """λ as a function of the step."""
+    names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
+    return CoefficientSchedule(
+        **{name: getattr(config.align, name) for name in names}, total_steps=config.train.steps
+    )
+
+
+def load_run_model(
+    run: RunFolder, step: int, device: torch.device, *, weights: str = "ema"
+) -> tuple[SD15UNetAligned, str]:
+    """The run's model with the weights of a checkpoint, in eval mode, and what its network outputs."""
+    model = build_model(run.config)
+    file = {"ema": EMA, "raw": TRAINED}[weights]
+    load_weights(run.checkpoint_folder / f"step-{step:07d}" / file, model.trained_parameters())
+    return model.to(device).eval().requires_grad_(False), build_loss(run.config).parameterization

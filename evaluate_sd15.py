@@ -1,0 +1,281 @@
+"""Evaluate runs of train_sd15.py: draw samples, compare them with real images, measure the alignment, compare runs.
+
+    python evaluate_sd15.py sample runs/A                       # images of fixed seeds and labels, EMA weights
+    python evaluate_sd15.py fid runs/A                          # Fréchet distance of those samples to the training images
+    python evaluate_sd15.py align runs/A                        # CCA, CKNNA, t-SNE on held-out images
+    python evaluate_sd15.py compare runs/A runs/A_baseline --out runs/compare   # figures and one page, index.html
+
+Everything is read from the run folder; options default to the run's own `eval` settings.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from configs.schema import Config
+from errors import UserError, run_script
+from training.run_folder import RunFolder, this_command, write_json
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,fid,align,compare}")
+    for name, (run, add_options) in COMMANDS.items():
+        doc = run.__doc__
+        command = commands.add_parser(
+            name,
+            help=doc.split("\n")[0],
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw images of fixed seeds and balanced labels from a run.
+
+    Image i has the seed --seed + i and the class i mod n_classes, whatever the batch size. Images go to
+    RUN/samples/SETTINGS/, one folder for each setting; the same command draws only what is missing.
+    """
+    from sample_sd15 import draw_samples
+
+    run = RunFolder(args.folder)
+    for step in steps_of(run, args.checkpoint):
+        draw_samples(run, protocol_of(run, args, step), args.device)
+
+
+def fid(args: argparse.Namespace) -> None:
+    """Fréchet distance between a run's samples and the real training images.
+
+    Features come from --extractor, and the metric carries its name: `fd_classifier` is no Inception FID. Draws the samples
+    first if they are missing. The distance between two halves of the real images is given for scale. The result goes to
+    RUN/eval/fid_SETTINGS.json.
+    """
+    from device import pick_device
+    from evaluation.features import load_extractor
+    from evaluation.metrics import Moments, class_accuracy, frechet_distance
+    from evaluation.sampling import balanced_labels, load_images
+    from sample_sd15 import draw_samples, manifest_of, setting_name
+
+    run = RunFolder(args.folder)
+    path = args.extractor or run.config.eval.extractor
+    if path is None:
+        raise UserError("no feature extractor: set eval.extractor in the config or give --extractor FOLDER")
+    extractor = load_extractor(path, pick_device(args.device))
+    protocols = [protocol_of(run, args, step) for step in steps_of(run, args.checkpoint)]
+    folders = [draw_samples(run, protocol, args.device) for protocol in protocols]
+    real, halves = Moments(), (Moments(), Moments())
+    for images in real_images(run.config):
+        features, _ = extractor.features(images)
+        real.update(features)
+        for i, half in enumerate(halves):
+            half.update(features[i::2])
+    for protocol, folder in zip(protocols, folders, strict=True):
+        n, chunk = protocol["num_samples"], 500
+        drawn, predicted = Moments(), []
+        for start in range(0, n, chunk):
+            features, labels = extractor.features(load_images(folder, min(chunk, n - start), start=start))
+            drawn.update(features)
+            predicted += labels.tolist()
+        distance = frechet_distance(drawn, real)
+        accuracy = class_accuracy(predicted, balanced_labels(n, manifest_of(folder)["n_classes"]))
+        result = {
+            "metric": f"fd_{extractor.name}",
+            "value": distance,
+            "value_of_real_halves": frechet_distance(*halves),
+            "class_accuracy": accuracy,
+            "num_samples": n,
+            "num_real": real.count,
+            "extractor": str(path),
+            "samples": str(folder),
+            "protocol": protocol,
+            "command": this_command(),
+        }
+        write_json(run.path / "eval" / f"fid_{setting_name(protocol)}.json", result)
+        print(
+            f"{run.name} step {protocol['step']}: {result['metric']} {distance:.2f}, class accuracy {accuracy:.1%} "
+            f"({n} samples against {real.count} real images)"
+        )
+
+
+def align(args: argparse.Namespace) -> None:
+    """Measure on held-out images how much of the teacher a run's mid-block holds.
+
+    At one timestep, with fixed noise, EMA weights and the null prompt: held-out CCA and CKNNA between the tapped features and
+    the teacher's tokens, each beside its shuffled-pair null; the cosine of the head's tokens; the held-out diffusion loss;
+    and a joint t-SNE. Writes RUN/eval/align.json and align_tsne.png.
+    """
+    from align_sd15 import measure_alignment
+    from build_sd15 import load_run_model
+    from device import pick_device
+    from evaluation.plots import plot_tsne
+
+    run = RunFolder(args.folder)
+    step = steps_of(run, args.checkpoint)[-1]
+    device = pick_device(args.device)
+    model, _ = load_run_model(run, step, device)
+    seed = run.config.eval.seed if args.seed is None else args.seed
+    result, panels = measure_alignment(run.config, model, timestep=args.timestep, seed=seed, device=device)
+    panels = {f"{run.name}: {source}": panel for source, panel in panels.items()}
+    plot_tsne(run.path / "eval" / "align_tsne.png", panels, class_names(run.config))
+    result |= {"step": step, "command": this_command()}
+    write_json(run.path / "eval" / "align.json", result)
+    cca, cknna = result["cca"], result["cknna"]
+    print(
+        f"{run.name} step {step}, timestep {args.timestep}, {result['num_images']} held-out images: "
+        f"CCA {cca['mean_rho']:.3f} (null {cca['null_mean_rho']:.3f}), "
+        f"CKNNA {cknna['cknna']:.3f} (null {cknna['null_cknna']:.3f}), held-out loss {result['heldout_loss_diff']:.4f}"
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Draw runs side by side and write one self-contained page, OUT/index.html.
+
+    Needs what `fid` and `align` wrote of each run. --times adds the durations of a JSON list of stages.
+    """
+    from evaluation.report import write_report
+
+    runs = [RunFolder(folder) for folder in args.folders]
+    if len({run.name for run in runs}) != len(runs):
+        raise UserError(
+            "two of these run folders have the same name: rename one, so that figures can tell them apart"
+        )
+    page = write_report(
+        args.out,
+        {run.name: facts_of(run) for run in runs},
+        class_names=class_names(runs[0].config),
+        times=json.loads(args.times.read_text()) if args.times else [],
+        command=this_command(),
+    )
+    print(page)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder of train_sd15.py")
+    parser.add_argument("--checkpoint", default="newest", help="step, newest (default) or all")
+    parser.add_argument("--seed", type=int, help="first seed (default: eval.seed)")
+    parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument("--num-samples", type=int, help="images (default: eval.num_samples)")
+    parser.add_argument("--sampling-steps", type=int, help="DDIM steps (default: eval.sampling_steps)")
+    parser.add_argument("--cfg", type=float, help="guidance scale, 1 = unguided (default: eval.cfg)")
+    parser.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
+
+
+def add_fid_options(parser: argparse.ArgumentParser) -> None:
+    add_sampling_options(parser)
+    parser.add_argument("--extractor", help="image-classifier folder (default: eval.extractor)")
+
+
+def add_align_options(parser: argparse.ArgumentParser) -> None:
+    add_run_options(parser)
+    parser.add_argument(
+        "--timestep", type=int, default=250, help="noise level, 0 (clean) to 999 (default 250)"
+    )
+
+
+def add_compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="RUN", help="run folders; the first is drawn first"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the page and its figures")
+    parser.add_argument("--times", type=Path, help="JSON list of {stage, seconds, command}")
+
+
+COMMANDS = {
+    "sample": (sample, add_sampling_options),
+    "fid": (fid, add_fid_options),
+    "align": (align, add_align_options),
+    "compare": (compare, add_compare_options),
+}
+
+
+def steps_of(run: RunFolder, which: str) -> list[int]:
+    """The steps of the checkpoints that `--checkpoint` names."""
+    steps = run.checkpoint_steps()
+    if not steps:
+        raise UserError(
+            f"{run.path} has no checkpoint yet: train_sd15.py writes one every train.checkpoint_every steps"
+        )
+    if which in ("all", "newest"):
+        return steps if which == "all" else steps[-1:]
+    if which not in map(str, steps):
+        raise UserError(f"{run.path} has no checkpoint of step {which}; it has {', '.join(map(str, steps))}")
+    return [int(which)]
+
+
+def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
+    """Everything that decides what the samples are; the options win over the run's own eval settings."""
+    chosen = {
+        name: getattr(run.config.eval, name) if getattr(args, name) is None else getattr(args, name)
+        for name in ("num_samples", "sampling_steps", "cfg", "seed")
+    }
+    if chosen["num_samples"] < 2 or chosen["sampling_steps"] < 1 or chosen["cfg"] < 1 or chosen["seed"] < 0:
+        raise UserError("sampling needs --num-samples ≥ 2, --sampling-steps ≥ 1, --cfg ≥ 1 and --seed ≥ 0")
+    return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
+
+
+def real_images(config: Config, chunk: int = 500):
+    """The training images as uint8 `(n, S, S, 3)` in chunks, cut as the VAE saw them."""
+    import numpy as np
+
+    from preprocessing.images import UnreadableImage, read_view
+    from preprocessing.manifest import read_manifest
+    from preprocessing.samples import read_samples
+    from preprocessing.shards import FieldReader
+
+    size = read_manifest(config.data.latents, "latents")["view"]["size"]
+    cached = set(FieldReader(config.data.latents, "latents").ids)
+    paths = [sample.img_path for sample in read_samples(config.data.csv) if sample.id in cached]
+    try:
+        for start in range(0, len(paths), chunk):
+            yield np.stack([read_view(path, size) for path in paths[start : start + chunk]])
+    except UnreadableImage as error:
+        raise UserError(f"the reference images are needed again: {error}") from None
+
+
+def class_names(config: Config) -> dict[int, str]:
+    """Names of the classes, out of the prompts that the text table records."""
+    from preprocessing.manifest import read_manifest
+
+    details = read_manifest(config.data.text, "text")["details"]
+    before, after = details["template"].split("{class_name}", 1)
+    prompts = details["prompts"][:-1]
+    return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}
+
+
+def facts_of(run: RunFolder):
+    """What the page says of a run: settings, metrics, results and samples; raises `UserError` for what is missing."""
+    from evaluation.report import RunFacts
+    from evaluation.sampling import load_images
+
+    distances = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("fid_*.json"))]
+    alignment = run.path / "eval" / "align.json"
+    for name, found in (("fid", distances), ("align", alignment.exists())):
+        if not found:
+            raise UserError(
+                f"{run.path} has not been evaluated: run `python evaluate_sd15.py {name} {run.path}` first"
+            )
+    newest = max(distances, key=lambda result: result["protocol"]["step"])
+    return RunFacts(
+        folder=run.path,
+        settings=run.settings(),
+        command=run.command(),
+        metrics=run.metrics(),
+        distances=distances,
+        alignment=json.loads(alignment.read_text()),
+        tsne=run.path / "eval" / "align_tsne.png",
+        samples=load_images(newest["samples"], min(100, newest["num_samples"])),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,238 @@
+"""The page that compares runs: figures and text made from what the runs recorded, nothing computed anew."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.files import write_atomically
+from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
+from evaluation.plots import plot_bars, plot_curves, plot_sample_grids
+
+IRRELEVANT = (
+    "run",
+    "eval.",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "data.workers",
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What one run recorded: its settings by dotted key, its command, its metrics by step, the results of `fid` (one or more
+    checkpoints) and of `align`, the t-SNE picture, and its first samples `(N, H, W, 3)` uint8."""
+
+    folder: Path
+    settings: Mapping[str, object]
+    command: str
+    metrics: Sequence[Mapping[str, float]]
+    distances: Sequence[Mapping]
+    alignment: Mapping
+    tsne: Path
+    samples: np.ndarray
+
+    @property
+    def final(self) -> Mapping:
+        """The distance at the last evaluated step."""
+        return max(self.distances, key=lambda result: result["protocol"]["step"])
+
+
+def write_report(
+    out: Path,
+    runs: Mapping[str, RunFacts],
+    *,
+    class_names: Mapping[int, str],
+    times: Sequence[Mapping],
+    command: str,
+) -> Path:
+    """Write `out/index.html`, its figures, and `out/compare.json` with the numbers of its table; returns the page's path."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    table = result_table(runs)
+    _write_json(out / "compare.json", table)
+    sections = [
+        *_results(out, runs, table),
+        *_samples(out, runs, class_names),
+        *_training(out, runs),
+        *_alignment(runs),
+        *_reading(runs, table),
+        *_making(runs, times, command),
+    ]
+    names = " and ".join(runs) if len(runs) < 3 else f"{len(runs)} runs"
+    final = next(iter(runs.values())).final
+    lead = (
+        f"What {names} did, measured on these very runs: {final['num_samples']} samples each against "
+        f"{final['num_real']} real images, and {next(iter(runs.values())).alignment['num_images']} held-out images."
+    )
+    return write_page(out / "index.html", title=f"U-REPA: {names} compared", lead=lead, sections=sections)
+
+
+def result_table(runs: Mapping[str, RunFacts]) -> dict[str, dict[str, float | None]]:
+    """{quantity: {run: value}}, the numbers that the page's first table shows."""
+    metric = next(iter(runs.values())).final["metric"]
+    rows = {
+        f"{metric} (Fréchet distance, lower is better)": lambda run: run.final["value"],
+        "class accuracy of samples (higher is better)": lambda run: run.final["class_accuracy"],
+        "held-out diffusion loss (lower is better)": lambda run: run.alignment["heldout_loss_diff"],
+        "mid-block CCA with the teacher": lambda run: run.alignment["cca"]["mean_rho"],
+        "… the same with images paired at random": lambda run: run.alignment["cca"]["null_mean_rho"],
+        "mid-block CKNNA with the teacher": lambda run: run.alignment["cknna"]["cknna"],
+        "… the same with images paired at random ": lambda run: run.alignment["cknna"]["null_cknna"],
+        "cosine of the head's tokens with the teacher's": lambda run: run.alignment["head_cosine"],
+    }
+    return {quantity: {name: value(run) for name, run in runs.items()} for quantity, value in rows.items()}
+
+
+def _results(out: Path, runs, table) -> list[Block]:
+    shown = dict(list(table.items())[:3])
+    plot_bars(out / "results.png", shown, run_order=list(runs))
+    rows = [[quantity, *(values[name] for name in runs)] for quantity, values in table.items()]
+    halves = next(iter(runs.values())).final["value_of_real_halves"]
+    return [
+        Heading("Results"),
+        Figure(out / "results.png", "The figures that matter first."),
+        Table(["quantity", *runs], rows, "A dash: the run has no head, so there is nothing to measure."),
+        Paragraph(
+            f"For scale: the same distance between two halves of the real images is {halves:.2f}. Distances in the features "
+            "of one extractor, at one number of samples, compare with each other and with nothing else."
+        ),
+    ]
+
+
+def _samples(out: Path, runs, class_names) -> list[Block]:
+    columns = min(len(class_names), 10)
+    count = min(6 * columns, *(len(run.samples) // columns * columns for run in runs.values()))
+    grids = {name: run.samples[:count] for name, run in runs.items()}
+    plot_sample_grids(out / "samples.png", grids, columns, [class_names[i] for i in range(columns)])
+    p = next(iter(runs.values())).final["protocol"]
+    weights = "EMA" if p["weights"] == "ema" else "raw"
+    return [
+        Heading("Samples"),
+        Figure(
+            out / "samples.png",
+            f"The first {count} samples of each run, not chosen: the same noise and the same class at the same place. "
+            f"{weights} weights, {p['sampling_steps']} DDIM steps, guidance {p['cfg']:g}.",
+        ),
+    ]
+
+
+def _training(out: Path, runs) -> list[Block]:
+    order, blocks = list(runs), [Heading("Training")]
+    for key, title, ylabel in (
+        ("loss_diff", "Diffusion loss", "diffusion loss"),
+        ("loss_token", "Token loss", "1 − cosine to the teacher"),
+        ("loss_manifold", "Manifold loss", "Gram difference"),
+    ):
+        series = {
+            name: ([line["step"] for line in run.metrics], [line[key] for line in run.metrics])
+            for name, run in runs.items()
+            if key == "loss_diff" or any(line["coeff"] > 0 for line in run.metrics)
+        }
+        if series:
+            file = out / f"{key}.png"
+            plot_curves(file, series, "step", ylabel, title, log_y=True, smooth=9, run_order=order)
+            note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."
+            blocks.append(
+                Figure(
+                    file,
+                    f"{title} on the training data: means between two logged steps, and their running mean.{note}",
+                )
+            )
+    curves = {
+        name: tuple(zip(*sorted((r["protocol"]["step"], r["value"]) for r in run.distances), strict=True))
+        for name, run in runs.items()
+    }
+    if any(len(steps) > 1 for steps, _ in curves.values()):
+        metric = next(iter(runs.values())).final["metric"]
+        plot_curves(
+            out / "distance.png",
+            curves,
+            "step",
+            f"{metric} (lower is better)",
+            "Fréchet distance of samples",
+            run_order=order,
+        )
+        blocks.append(Figure(out / "distance.png", "The same seeds and labels at every checkpoint."))
+    return blocks
+
+
+def _alignment(runs) -> list[Block]:
+    first = next(iter(runs.values())).alignment
+    cca = first["cca"]
+    return [
+        Heading("Alignment on held-out images"),
+        Paragraph(
+            f"Read at timestep {first['timestep']} with fixed noise, EMA weights and the null prompt, on the mid-block's own "
+            f"{first['mid_block_grid'][0]} × {first['mid_block_grid'][1]} grid. CCA: {cca['k']} principal components a side, the "
+            f"layout that all images share removed, fitted on {cca['n_fit']} images and reported on the other {cca['n_test']}. "
+            f"CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
+        ),
+        *(
+            Figure(
+                run.tsne,
+                f"{name}: joint t-SNE of projected tokens and the teacher's. Distances between clusters mean nothing.",
+            )
+            for name, run in runs.items()
+        ),
+    ]
+
+
+def _reading(runs, table) -> list[Block]:
+    """What the figures show and what they do not, said by the figures themselves."""
+    distance = next(iter(table.values()))
+    best = min(distance, key=distance.get)
+    ranked = ", ".join(
+        f"`{name}` {value:.2f}" for name, value in sorted(distance.items(), key=lambda item: item[1])
+    )
+    shows = f"Fréchet distances in order: {ranked}. "
+    if len(distance) == 2:
+        (other,) = set(distance) - {best}
+        shows += f"`{best}` is {1 - distance[best] / distance[other]:.0%} below `{other}` on this one seed. "
+    loss = table["held-out diffusion loss (lower is better)"]
+    lowest = min(loss, key=loss.get)
+    shows += f"The lowest held-out diffusion loss is `{lowest}`'s" + (
+        ", which is the same run."
+        if lowest == best
+        else ": loss and sample quality disagree here, so both are reported."
+    )
+    return [
+        Heading("What this shows, and what it does not"),
+        Paragraph(shows),
+        Paragraph(
+            "It does not show that the difference would survive another seed: that takes several runs and their spread. The "
+            "extractor is a classifier trained on these classes, so the distance says how much samples look like their classes "
+            "to it, and little about anything it never learned. A distance of few samples is biased upwards, equally for all "
+            "runs. The head's cosine mainly says that its own loss was minimised; CCA and CKNNA look at the features before it."
+        ),
+    ]
+
+
+def _making(runs, times, command) -> list[Block]:
+    """Settings that differ, commands, and how long each stage took."""
+    keys = sorted({key for run in runs.values() for key in run.settings if not key.startswith(IRRELEVANT)})
+    values = {key: [str(run.settings.get(key)) for run in runs.values()] for key in keys}
+    differing = [[key, *shown] for key, shown in values.items() if len(set(shown)) > 1]
+    blocks = [Heading("How this was made")]
+    if differing:
+        blocks.append(Table(["setting", *runs], differing, "All settings in which the runs differ."))
+    blocks += [Command(run.command) for run in runs.values()] + [Command(command)]
+    if times:
+        rows = [[stage["stage"], f"{stage['seconds']:.0f} s", stage["command"]] for stage in times]
+        total = sum(stage["seconds"] for stage in times if not stage.get("beside"))
+        blocks.append(
+            Table(
+                ["stage", "time", "command"],
+                rows,
+                f"{total:.0f} s in all; stages beside another one count once.",
+            )
+        )
+    return blocks
+
+
+def _write_json(path: Path, data) -> None:
+    import json
+
+    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False).encode())
