@@ -49,15 +49,16 @@ def train(config: Config) -> None:
     insist_fit(config, model.unet, dataset)
     loss_terms = build_loss(config)
     run = RunFolder.create_or_resume(config)
-    state = TrainingState(config, model)
-    state.resume(run)
-    announce(config, model, dataset, device, state)
-    if state.step < config.train.steps:
-        take_steps(config, run, state, model, loss_terms, dataset, device)
-    if state.step == config.train.steps:
-        export(run, model)
-    else:
-        print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
+    with run.lock():
+        state = TrainingState(config, model)
+        state.resume(run)
+        announce(config, model, dataset, device, state)
+        if state.step < config.train.steps:
+            take_steps(config, run, state, model, loss_terms, dataset, device)
+        if state.step == config.train.steps:
+            export(run, model)
+        else:
+            print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
 
 
 def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -121,7 +120,9 @@ class SD15UNetAligned(nn.Module):
             return folder / "unet"
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet)),
+            # PEFT's own names: diffusers' converter renames attention but not convolutions, and its loader then silently
+            # drops the attention half of such a mixed file (diffusers 0.42).
+            unet_lora_layers=get_peft_model_state_dict(self.unet),
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),  # carries alpha
         )
         return folder / "pytorch_lora_weights.safetensors"

@@ -27,7 +27,13 @@ def small_unet(seed: int = 0) -> UNet2DConditionModel:
 
 def small_model(align_layers=("mid",), train="full", seed: int = 0, grid=TEACHER_GRID) -> SD15UNetAligned:
     return SD15UNetAligned(
-        small_unet(), align_layers, TEACHER_DIM, grid=grid, train=train, lora_config=lora_config(4, 4), seed=seed
+        small_unet(),
+        align_layers,
+        TEACHER_DIM,
+        grid=grid,
+        train=train,
+        lora_config=lora_config(4, 4),
+        seed=seed,
     ).train()
 
 
@@ -45,3 +51,85 @@ def batch():
 def run_numbered(name: str, *argv: object) -> None:
     """Run a numbered preprocessing script's `main` in this process."""
     importlib.import_module(f"preprocessing.{name}").main([str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory):
+    """The smallest demo: digits, untrained small models and their cache, made by the real scripts."""
+    root = tmp_path_factory.mktemp("miniature")
+    models = root / "models"
+    run_numbered("0_make_demo", "--out", root, "--quick")
+    for split, cache in (("train", "cache"), ("val", "cache_val")):
+        csv = root / f"{split}.csv"
+        run_numbered(
+            "1_sample_imagenet_subset",
+            "--imagenet",
+            root / "ILSVRC",
+            "--split",
+            split,
+            "--per-class",
+            6,
+            "--out",
+            csv,
+        )
+        encoding = ["--csv", csv, "--workers", 0, "--batch-size", 16]
+        run_numbered(
+            "2_encode_vae_latents",
+            *encoding,
+            "--base",
+            models / "sd15-mini",
+            "--image-size",
+            32,
+            "--out",
+            root / cache / "latents",
+        )
+        run_numbered(
+            "3_build_dino_cache",
+            *encoding,
+            "--teacher",
+            models / "dinov2-mini",
+            "--grid",
+            4,
+            "--out",
+            root / cache / "tokens",
+        )
+    run_numbered(
+        "4_prepare_clip_embeddings",
+        *[
+            "--class-names",
+            root / "imagenet_classes.json",
+            "--base",
+            models / "sd15-mini",
+            "--out",
+            root / "cache" / "text",
+        ],
+    )
+    return root
+
+
+def demo_overrides(miniature, run, *more: str) -> list[str]:
+    """configs/demo.yaml's settings, turned to the smallest demo and to a few steps."""
+    return [
+        f"run={run}",
+        f"model.base={miniature}/models/sd15-mini",
+        *(f"data.{name}={miniature}/{path}" for name, path in DATA_PATHS.items()),
+        *(f"eval.{name}={miniature}/{path}" for name, path in EVAL_PATHS.items()),
+        *[
+            "data.batch_size=4",
+            "train.steps=6",
+            "train.log_every=2",
+            "train.checkpoint_every=2",
+            "optim.warmup_fraction=0.0",
+        ],
+        *["eval.num_samples=20", "eval.sampling_steps=2", "eval.batch_size=10"],
+        *more,
+    ]
+
+
+DATA_PATHS = {"csv": "train.csv", "latents": "cache/latents", "tokens": "cache/tokens", "text": "cache/text"}
+EVAL_PATHS = {
+    "csv": "val.csv",
+    "latents": "cache_val/latents",
+    "tokens": "cache_val/tokens",
+    "extractor": "models/classifier",
+}

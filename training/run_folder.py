@@ -9,11 +9,14 @@ export/           weights for other tools, EMA and raw
 samples/ eval/    what evaluate_sd15.py makes
 """
 
+import fcntl
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -63,6 +66,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write the run folder {path}: {error.strerror}") from None
         return cls(path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other trainings out of this folder; the lock goes with the process, however that ends."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training {self.path}: wait for it, or choose another run=…"
+                ) from None
+            yield
 
     @property
     def config_file(self) -> Path:

@@ -1,0 +1,270 @@
+"""Training on the smallest demo: exact resume, λ = 0 equals absent, exports that ordinary tools load."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import demo_overrides
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+import train_sd15
+from build_sd15 import load_run_model
+from configs.schema import load_config
+from dataset_sd15 import SD15AlignedDataset, StepSampler
+from errors import UserError
+from evaluation.sampling import decode_latents, initial_noise, sample_latents
+from models.base_model import load_part
+from training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "demo.yaml"
+
+
+def train(miniature, run, *more):
+    train_sd15.main(["--config", str(CONFIG), *demo_overrides(miniature, run, *more)])
+    return RunFolder(run)
+
+
+def weights(run, file="trained.safetensors", step=6):
+    return load_file(run.checkpoint_folder / f"step-{step:07d}" / file)
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_after(monkeypatch, step):
+    """Let training receive a stop request at the end of a step, as SIGTERM would make."""
+    update = train_sd15.TrainingState.update
+
+    def update_then_stop(state, *args):
+        update(state, *args)
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train_sd15.TrainingState, "update", update_then_stop)
+
+
+@pytest.fixture(scope="module")
+def unbroken(miniature, tmp_path_factory):
+    return train(miniature, tmp_path_factory.mktemp("runs") / "unbroken")
+
+
+@pytest.mark.parametrize("stop_at", [3, 4])
+def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
+    miniature, unbroken, tmp_path, monkeypatch, stop_at, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop_at)
+        stopped = train(miniature, tmp_path / "run")
+    assert stopped.checkpoint_steps()[-1] == stop_at
+    assert "go on with" in capsys.readouterr().out
+    resumed = train(miniature, tmp_path / "run")
+    for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert_equal_weights(weights(resumed, file), weights(unbroken, file))
+    timeless = [
+        [{k: v for k, v in line.items() if k != "it_per_s"} for line in run.metrics()]
+        for run in (resumed, unbroken)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [line["step"] for line in timeless[0]] == [2, 4, 6]
+
+
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbroken, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sd15, "log", lambda run, board, bar, line: kill(line) or run.append_metrics(line))
+
+        def kill(line):
+            if line["step"] == 4:
+                raise SystemError("killed")
+
+        with pytest.raises(SystemError):
+            train(miniature, run)
+    assert RunFolder(run).checkpoint_steps() == [2]
+    (run / "checkpoints" / "writing-0000004").mkdir()  # a checkpoint that was never finished
+    (run / "checkpoints" / "step-0000004").mkdir()
+    resumed = train(miniature, run)
+    assert_equal_weights(weights(resumed), weights(unbroken))
+    assert [line["step"] for line in resumed.metrics()] == [2, 4, 6]
+
+
+def test_checkpoints_are_kept_by_step_number(unbroken):
+    assert unbroken.checkpoint_steps() == [2, 4, 6]
+
+
+def test_a_finished_run_does_nothing_more(miniature, unbroken, capsys):
+    before = (unbroken.path / "metrics.jsonl").read_bytes()
+    train(miniature, unbroken.path)
+    assert "is complete" in capsys.readouterr().out
+    assert (unbroken.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_zero_coefficient_equals_a_run_without_heads_bit_for_bit(miniature, tmp_path, monkeypatch):
+    baseline = train(miniature, tmp_path / "baseline", "align.coeff=0")
+    assert not [name for name in weights(baseline) if name.startswith("heads.")]
+    # The same steps with heads built and λ silenced by the schedule: only the heads may differ.
+    silenced = train(
+        miniature, tmp_path / "silenced", "align.coeff=0.8", "align.cutoff_step=1", "align.warmup_steps=1"
+    )
+    with_heads = weights(silenced)
+    assert [name for name in with_heads if name.startswith("heads.")]
+    assert_equal_weights(
+        weights(baseline), {name: value for name, value in with_heads.items() if name.startswith("unet.")}
+    )
+
+
+def test_alignment_changes_the_unet(miniature, unbroken, tmp_path):
+    baseline = train(miniature, tmp_path / "baseline", "align.coeff=0")
+    name = "unet.mid_block.resnets.1.conv2.weight"
+    assert not torch.equal(weights(baseline)[name], weights(unbroken)[name])
+    assert all(line["loss_align"] == 0 for line in baseline.metrics())
+    assert all(line["loss_align"] > 0 for line in unbroken.metrics())
+
+
+def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):
+    run = train(
+        miniature, tmp_path / "run", "train.steps=3", "train.checkpoint_every=1", "optim.ema_decay=0.15"
+    )
+    name = "unet.conv_in.weight"
+    ema = weights(run, "ema.safetensors", 1)[name]
+    for step in (2, 3):
+        decay = min(0.15, (1 + step - 1) / (10 + step - 1))  # diffusers' warm-up of the decay
+        ema = decay * ema + (1 - decay) * weights(run, step=step)[name]
+        torch.testing.assert_close(weights(run, "ema.safetensors", step)[name], ema)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("mode", ["lora", "partial", "full"])
+def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factory, mode, cfg):
+    folder = tmp_path_factory.getbasetemp() / f"export_{mode}"  # trained once for both values of cfg
+    more = [f"model.train={mode}", "model.lora_rank=4", "model.lora_alpha=8", "optim.lr=0.02"]
+    run = train(miniature, folder, *more)
+    base = f"{miniature}/models/sd15-mini"
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    if mode == "lora":
+        pipe.load_lora_weights(run.path / "export" / "ema")
+        loaded = {name for name, _ in pipe.unet.named_parameters() if "lora_" in name}
+        trained = {name for name in weights(run) if "lora_" in name}
+        assert len(loaded) == len(trained) > 0  # a file of mixed key names would lose its attention half here
+    else:
+        pipe.unet = UNet2DConditionModel.from_pretrained(run.path / "export" / "ema" / "unet")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    noise = initial_noise([7], (4, 16, 16))
+    text = pipe.encode_prompt("a photo of a three", "cpu", 1, True, negative_prompt="")
+    theirs = pipe(
+        prompt_embeds=text[0], negative_prompt_embeds=text[1], latents=noise, num_inference_steps=4, guidance_scale=cfg,
+        output_type="np", height=32, width=32,
+    ).images  # fmt: skip
+    model, parameterization = load_run_model(run, 6, torch.device("cpu"))
+    assert parameterization == "v"
+    latents = sample_latents(
+        model.unet, pipe.scheduler, text[0], text[1][0], [7], shape=(4, 16, 16), steps=4, cfg=cfg
+    )
+    ours = decode_latents(load_part(base, "vae"), latents)
+    assert np.abs(ours / 255 - theirs).max() < 0.003  # half a level of the 8-bit image
+    plain = sample_latents(
+        load_part(base, "unet"), pipe.scheduler, text[0], text[1][0], [7], shape=(4, 16, 16), steps=4, cfg=cfg
+    )
+    assert not torch.allclose(plain, latents, atol=1e-2)  # the weights matter
+
+
+def test_step_sampler_is_a_pure_function_of_the_step():
+    def batches(first, last, seed=0):
+        return list(StepSampler(10, batch_size=3, seed=seed, first_step=first, last_step=last))
+
+    whole = batches(0, 9)
+    assert batches(4, 9) == whole[4:]
+    for epoch in (whole[0:3], whole[3:6], whole[6:9]):
+        assert len({index for batch in epoch for index in batch}) == 9  # none twice in an epoch
+    assert whole[0:3] != whole[3:6]
+    assert batches(0, 9, seed=1) != whole
+
+
+def test_dataset_items_are_the_contract(miniature):
+    paths = [miniature / path for path in ("train.csv", "cache/latents", "cache/tokens", "cache/text")]
+    dataset = SD15AlignedDataset(*paths)
+    item = dataset[5]
+    assert set(item) == {"latent", "dino_tokens", "encoder_hidden_states", "class_id"}
+    assert item["latent"].shape == (4, 16, 16)
+    assert item["dino_tokens"].shape == (16, 64)
+    assert item["encoder_hidden_states"].equal(dataset.text[item["class_id"]])
+    assert len(dataset.text) == 10
+    assert dataset.null_text.shape == dataset.text[0].shape
+    assert "dino_tokens" not in SD15AlignedDataset(*paths, need_tokens=False)[5]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataset_works_in_dataloader_workers(miniature, method):
+    dataset = SD15AlignedDataset(
+        *(miniature / p for p in ("train.csv", "cache/latents", "cache/tokens", "cache/text"))
+    )
+    here = dataset.__getitems__([3, 1])
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=[[3, 1]], num_workers=1, multiprocessing_context=method
+    )
+    (there,) = loader
+    assert there["latent"].equal(torch.stack([item["latent"] for item in here]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teacher.dim=96", r"tokens \(16, 64\), the config's teacher makes \(16, 96\)"),
+        ("teacher.grid=5", "teacher.grid"),
+        ("data.csv=nowhere.csv", "make it with script 1"),
+        ("data.latents=nowhere", "is not a cache"),
+        ("model.base=nowhere", "does not exist"),
+        ("data.batch_size=1000", "fewer than data.batch_size"),
+        ("train.device=tpu", "device 'tpu' cannot be used"),
+    ],
+)
+def test_a_wrong_path_or_teacher_is_one_line(miniature, tmp_path, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        train(miniature, tmp_path / "run", override)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_that_is_no_sd15_is_one_line(miniature, tmp_path):
+    with pytest.raises(UserError, match=r"has no unet/ folder"):
+        train(miniature, tmp_path / "run", f"model.base={miniature}/models/dinov2-mini")
+
+
+def test_resuming_with_another_config_is_refused_and_says_what_changed(miniature, unbroken):
+    with pytest.raises(UserError, match=r"align.coeff: 0.8 -> 0.5"):
+        train(miniature, unbroken.path, "align.coeff=0.5")
+    train(miniature, unbroken.path, "train.log_every=3", "eval.num_samples=8")  # cannot change the result
+
+
+def test_a_run_records_where_it_came_from(unbroken):
+    recorded = json.loads((unbroken.path / "run.json").read_text())
+    assert recorded["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert recorded["command"]
+    assert load_config(unbroken.path / "config.yaml") == unbroken.config
+    assert any((unbroken.path / "tensorboard").iterdir())
+
+
+def test_two_trainings_cannot_share_a_run_folder(miniature, tmp_path):
+    run = RunFolder.create_or_resume(load_config(CONFIG, demo_overrides(miniature, tmp_path / "run")))
+    with run.lock(), pytest.raises(UserError, match="another process"):
+        train(miniature, tmp_path / "run")
+
+
+def test_the_script_reports_an_error_in_one_line_and_exits_2():
+    result = subprocess.run(
+        [sys.executable, "train_sd15.py", "--config", "configs/demo.yaml", "align.coef=1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: [^\n]*did you mean 'align.coeff'[^\n]*\n", result.stderr)
