@@ -23,7 +23,7 @@ from errors import UserError, run_script
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
 LOGS, RECORD = RUNS / "logs", RUNS / "stages.json"
 BASE, TEACHER = DATA / "models/sd15-mini", DATA / "models/dinov2-mini"
-SPLITS = {"train": ("cache", 130), "val": ("cache_val", 34)}
+SPLITS = {"train": ("cache", 139), "val": ("cache_val", 35)}
 ARMS = {"urepa": "", "baseline": f" align.coeff=0 run={RUNS}/baseline"}
 
 

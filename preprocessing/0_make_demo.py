@@ -1,0 +1,150 @@
+"""Make the embedded miniature: real images and small real models, in the formats of the real ones.
+
+Writes, on nothing but a CPU and in about a minute:
+
+    OUT/ILSVRC/Data/CLS-LOC/{train,val}/...  scikit-learn's handwritten digits in ImageNet's layout
+    OUT/imagenet_classes.json                class index -> name
+    OUT/models/sd15-mini/                    a Stable Diffusion folder; its U-Net is untrained
+    OUT/models/dinov2-mini/                  the teacher
+    OUT/models/classifier/                   an independent judge of generated images
+    OUT/models/quality.json                  what was measured, against which floor, and how long it took
+
+Only what is missing is made: start the same command again after an interruption. One seed gives the same weights,
+byte for byte, on one machine.
+
+    python preprocessing/0_make_demo.py --out data/demo
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from errors import UserError, run_script
+from preprocessing import miniature
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make whatever is missing under `--out`, then print the table of qualities."""
+    args = parse(argv)
+    settings = {"seed": args.seed, "quick": args.quick}
+    claim(args.out, settings)
+    missing = [name for name in miniature.MODELS if not (args.out / "models" / name).is_dir()]
+    if not missing and (args.out / miniature.QUALITY).is_file() and (args.out / miniature.IMAGES).is_dir():
+        print(f"{args.out} is already complete")
+        return
+
+    started = time.perf_counter()
+    miniature.write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
+    if not (args.out / miniature.IMAGES).is_dir():
+        miniature.make_images(args.out, **settings)
+        print(f"images      {time.perf_counter() - started:5.1f} s", flush=True)
+    make_models(missing, args.out, settings)
+    summarise(args.out, settings)
+    print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of split, weights and training (default: 0)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only"
+    )
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    return args
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Create `out`, or check that it was made by this script with the same settings.
+
+    Refuses a folder that holds anything else: it may be somebody's ImageNet.
+    """
+    record = out / miniature.SETTINGS
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if record.is_file():
+            made = json.loads(record.read_text(encoding="utf-8"))
+            if made != settings:
+                raise UserError(
+                    f"{out} was made with {made}, not {settings}; choose another --out or delete it"
+                )
+        elif foreign := [path.name for path in out.iterdir() if not path.name.startswith(".")]:
+            raise UserError(f"{out} holds something else ({foreign[0]}); choose another --out")
+        else:
+            miniature.write_json(record, settings)
+        (out / "models").mkdir(exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use --out {out}: {error}") from error
+
+
+def make_models(names: list[str], out: Path, settings: dict) -> None:
+    """Make the named models: in this process when quick, else in two processes of one thread each."""
+    if settings["quick"]:
+        for name in names:
+            report(name, miniature.make_model(name, out, **settings))
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(2, max(1, len(names))), mp_context=spawn, initializer=die_with_parent
+    ) as pool:
+        jobs = {pool.submit(miniature.make_model, name, out, **settings): name for name in names}
+        try:
+            for job in as_completed(jobs):
+                report(jobs[job], job.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def die_with_parent() -> None:
+    """End this process when its parent is gone, so that a killed run leaves nobody behind who still writes."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def report(name: str, measures: dict[str, float]) -> None:
+    """Print one finished model as a line."""
+    seconds = f"{measures['seconds']:5.1f} s"
+    listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
+    print(f"{name:<12}{seconds}  {listed}", flush=True)
+
+
+def summarise(out: Path, settings: dict) -> None:
+    """Collect the models' measures into `models/quality.json` and print them as a table."""
+    models = {}
+    for name in miniature.MODELS:
+        models[name] = json.loads((out / "models" / name / "quality.json").read_text(encoding="utf-8"))
+    floors = {} if settings["quick"] else miniature.FLOORS
+    content = {
+        **settings,
+        "floors_enforced": not settings["quick"],
+        "floors": miniature.FLOORS,
+        "models": models,
+    }
+    miniature.write_json(out / miniature.QUALITY, content)
+    print(f"\n{'model':<14}{'measure':<24}{'value':>8}{'floor':>8}")
+    for name, measures in models.items():
+        for key, value in measures.items():
+            floor = f"{floors[key]:g}" if key in floors else ""
+            print(f"{name:<14}{key:<24}{value:>8.3f}{floor:>8}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,230 @@
+"""The embedded miniature: what the demo's folder holds, and how each part of it is built once and whole.
+
+Nothing heavy is imported at the top, so that a finished demo is recognised at once. The models and their trainings
+are in `miniature_models.py`.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # shaped like WordNet ids; they sort in class order
+HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the real scripts has something to cut
+IMAGES = "ILSVRC"
+CLASSES = "imagenet_classes.json"
+SETTINGS = "demo.json"
+QUALITY = "models/quality.json"
+
+# What a measure must reach, higher being better. Measures without a floor are only reported.
+FLOORS = {
+    "vae_psnr_db": 30.0,
+    "prompt_separation": 0.5,  # 1 - the largest cosine between two classes' prompts
+    "teacher_linear_probe": 0.95,
+    "classifier_accuracy": 0.97,
+}
+
+# Training steps, full and quick; the full ones were chosen by measuring (see MODELS for the learning rates).
+STEPS = {
+    False: {"vae": 300, "text": 150, "teacher": 800, "classifier": 200},
+    True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3},
+}
+
+
+def make_images(out: Path, quick: bool, seed: int) -> None:
+    """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
+
+    The split is stratified and seeded. `quick` keeps twelve images per class and split.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, val = train_test_split(
+        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=seed
+    )
+    with written_whole(out / IMAGES) as folder:
+        for split, indices in (("train", train), ("val", val)):
+            for label, synset in enumerate(SYNSETS):
+                target = folder / "Data" / "CLS-LOC" / split / synset
+                target.mkdir(parents=True)
+                of_class = sorted(int(i) for i in indices if digits.target[i] == label)
+                for index in of_class[:12] if quick else of_class:
+                    pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
+                    digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+                    canvas = Image.new("RGB", (WIDTH, HEIGHT))
+                    canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))
+                    canvas.save(target / f"{synset}_{index}.JPEG", quality=95)
+
+
+def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:
+    """Return a split's centre-cropped images (N, 3, 32, 32) in [0, 1] and labels (N,), read from the JPEG files."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    files = sorted((out / IMAGES / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
+    left = (WIDTH - HEIGHT) // 2
+    pixels = np.stack(
+        [np.asarray(Image.open(file))[:, left : left + HEIGHT] for file in files]
+    )  # (N, 32, 32, 3)
+    labels = torch.tensor([SYNSETS.index(file.parent.name) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
+
+
+def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save a Stable Diffusion folder: trained autoencoder and text encoder, untrained U-Net."""
+    from diffusers import StableDiffusionPipeline
+
+    from preprocessing import miniature_models as small
+
+    images, _ = load_images(out, "train")
+    held_out, _ = load_images(out, "val")
+    vae = small.train_vae(images, steps["vae"])
+    tokenizer = small.build_tokenizer(CLASS_NAMES)
+    text_encoder = small.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=small.build_unet(text_encoder.config.hidden_size),
+        scheduler=small.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(
+        str(folder / "tokenizer")
+    )  # vocab.json, merges.txt for other tools
+    return {
+        "vae_psnr_db": small.measure_psnr(vae, held_out),
+        "scaled_latent_std": (small.encode(vae, held_out) * vae.config.scaling_factor).std().item(),
+        "prompt_separation": 1 - small.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
+    }
+
+
+def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the teacher, a DINOv2 that gives 4x4 patch tokens for 32 px."""
+    from preprocessing import miniature_models as small
+
+    images, labels = load_images(out, "train")
+    held_out, held_out_labels = load_images(out, "val")
+    teacher = small.train_teacher(images, labels, steps["teacher"])
+    teacher.save_pretrained(folder)
+    _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
+    tokens = small.teacher_tokens(teacher, held_out)
+    return {
+        "teacher_linear_probe": small.measure_linear_probe(
+            (small.teacher_tokens(teacher, images), labels), (tokens, held_out_labels)
+        ),
+        "teacher_token_cosine": small.measure_token_cosine(tokens),
+    }
+
+
+def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the judge of generated images, a ResNet that shares neither architecture nor seed with the teacher."""
+    from preprocessing import miniature_models as small
+
+    images, labels = load_images(out, "train")
+    classifier = small.train_classifier(images, labels, CLASS_NAMES, steps["classifier"])
+    classifier.save_pretrained(folder)
+    _write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
+    return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
+
+
+# In the order of their cost, so that two processes finish together.
+MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
+    "dinov2-mini": make_teacher,
+    "sd15-mini": make_stable_diffusion,
+    "classifier": make_classifier,
+}
+
+
+def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:
+    """Build one of MODELS into `out/models/name`, with its `quality.json`, and return its measures and seconds.
+
+    Raises UserError, and leaves nothing, when a measure misses its floor (not under `quick`).
+    """
+    from preprocessing.miniature_models import reproducible
+
+    started = time.perf_counter()
+    # Each model gets its own stream of random numbers: the teacher and the judge must not share a seed.
+    random = reproducible(100 * seed + list(MODELS).index(name))
+    with _quiet(), random, written_whole(out / "models" / name) as folder:
+        measures = MODELS[name](out, folder, STEPS[quick])
+        missed = {key: value for key, value in measures.items() if value < FLOORS.get(key, value)}
+        if missed and not quick:
+            listed = ", ".join(f"{key} is {value:.3f}, floor {FLOORS[key]}" for key, value in missed.items())
+            raise UserError(f"models/{name}: {listed}; try another --seed (in another --out)")
+        measures["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(folder / "quality.json", measures)
+    return measures
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `target` when the block ends, and vanishes when it fails."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars for writing files of 200 kB."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON under a temporary name, then rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Write `preprocessor_config.json`, from which users of the model read its input size, mean and std."""
+    square = {"height": HEIGHT, "width": HEIGHT}
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "BitImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": HEIGHT},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": square,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(mean),
+            "image_std": list(std),
+        },
+    )
