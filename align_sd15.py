@@ -94,7 +94,7 @@ def _read_mid_block(config, model, latents, null_text, *, timestep, seed, device
     """Mid-block features `(n, C, h, w)`, head tokens `(n, N, D)` or None, and the held-out diffusion loss."""
     loss = build_loss(config)
     taps = Taps(model.unet, {"mid": sd15_taps(model.unet)["mid"]})  # also where the run itself taps nothing
-    head = model.heads["mid"] if "mid" in model.heads else None
+    head = dict(model.heads).get("mid")
     features, head_tokens, losses = [], [], []
     levels = torch.linspace(0, loss.schedule.num_steps - 1, LOSS_TIMESTEPS + 2)[1:-1].long()
     size = config.eval.batch_size

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError, run_script
+from files import write_json
 
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
 LOGS, RECORD = RUNS / "logs", RUNS / "stages.json"
@@ -40,7 +41,11 @@ def stages() -> list[list[Stage]]:
     """The groups of stages in order."""
     pre = "preprocessing"
     return [
-        [Stage("digits and small models", f"{pre}/0_make_demo.py --out {DATA}", DATA / "models/quality.json")],
+        [
+            Stage(
+                "digits and small models", f"{pre}/0_make_demo.py --out {DATA}", DATA / "models/quality.json"
+            )
+        ],
         [
             Stage(
                 f"sample {split}",
@@ -86,7 +91,9 @@ def stages() -> list[list[Stage]]:
             for split, (cache, _) in SPLITS.items()
         ],
         [
-            Stage(f"train {arm}", f"train_sd15.py --config configs/demo.yaml{override}", RUNS / arm / "export")
+            Stage(
+                f"train {arm}", f"train_sd15.py --config configs/demo.yaml{override}", RUNS / arm / "export"
+            )
             for arm, override in ARMS.items()
         ],
         [
@@ -108,7 +115,9 @@ def stages() -> list[list[Stage]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     os.chdir(Path(__file__).resolve().parent)
     LOGS.mkdir(parents=True, exist_ok=True)
     record = {entry["command"]: entry for entry in json.loads(RECORD.read_text())} if RECORD.exists() else {}
@@ -117,14 +126,18 @@ def main(argv: list[str] | None = None) -> None:
         for stage in group:
             print(f"{'· ' if stage in missing else '✓ '}{stage.name:24} {pasted(stage)}", flush=True)
         if missing:
-            (RUNS / "index.html").unlink(missing_ok=True)  # the page shows what came before it, so it is drawn again
+            (RUNS / "index.html").unlink(
+                missing_ok=True
+            )  # the page shows what came before it, so it is drawn again
             for stage, seconds, beside in run_group(missing):
                 record[pasted(stage)] = {
                     "stage": stage.name, "command": pasted(stage), "seconds": round(seconds, 1), "beside": beside,
                 }  # fmt: skip
-            write_record(list(record.values()))
+            write_json(RECORD, list(record.values()))
     seconds = sum(entry["seconds"] for entry in record.values() if not entry["beside"])
-    print(f"{seconds / 60:.1f} minutes of running in all; the results are in {(RUNS / 'index.html').resolve()}")
+    print(
+        f"{seconds / 60:.1f} minutes of running in all; the results are in {(RUNS / 'index.html').resolve()}"
+    )
 
 
 def run_group(group: list[Stage]) -> list[tuple[Stage, float, bool]]:
@@ -136,7 +149,9 @@ def run_group(group: list[Stage]) -> list[tuple[Stage, float, bool]]:
         while running:
             time.sleep(0.2)
             if len(group) > 1 and sys.stderr.isatty():
-                print("\r\x1b[K  " + "   ".join(last_line(stage) for stage in running), end="", file=sys.stderr)
+                print(
+                    "\r\x1b[K  " + "   ".join(last_line(stage) for stage in running), end="", file=sys.stderr
+                )
             for stage in [stage for stage, process in running.items() if process.poll() is not None]:
                 seconds[stage] = time.monotonic() - started
                 if running.pop(stage).returncode:
@@ -155,7 +170,9 @@ def run_group(group: list[Stage]) -> list[tuple[Stage, float, bool]]:
 def start(stage: Stage, *, shown: bool) -> subprocess.Popen:
     """Start a stage; its output goes to the terminal, or to its log when another one runs beside it."""
     output = None if shown else open(log_of(stage), "w")  # noqa: SIM115 (the child keeps it)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two busy threads on a shared core are slower than one
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # two busy threads on a shared core are slower than one
     return subprocess.Popen(
         [sys.executable, *shlex.split(stage.command)], stdout=output, stderr=output, env=environment,
         preexec_fn=die_with_parent,
@@ -187,12 +204,6 @@ def last_line(stage: Stage, width: int = 60) -> str:
     """The last thing a stage said, be it a progress bar."""
     said = [line for line in log_of(stage).read_text().replace("\r", "\n").split("\n") if line.strip()]
     return said[-1].strip()[:width] if said else f"{stage.name} …"
-
-
-def write_record(entries: list[dict]) -> None:
-    partial = RECORD.with_suffix(".partial")
-    partial.write_text(json.dumps(entries, indent=1))
-    os.replace(partial, RECORD)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from configs.schema import Config
 from errors import UserError, run_script
-from training.run_folder import RunFolder, this_command, write_json
+from files import write_json
+from training.run_folder import RunFolder, this_command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,6 +57,8 @@ def fid(args: argparse.Namespace) -> None:
     first if they are missing. The distance between two halves of the real images is given for scale. The result goes to
     RUN/eval/fid_SETTINGS.json.
     """
+    import numpy as np
+
     from device import pick_device
     from evaluation.features import load_extractor
     from evaluation.metrics import Moments, class_accuracy, frechet_distance
@@ -69,12 +72,13 @@ def fid(args: argparse.Namespace) -> None:
     extractor = load_extractor(path, pick_device(args.device))
     protocols = [protocol_of(run, args, step) for step in steps_of(run, args.checkpoint)]
     folders = [draw_samples(run, protocol, args.device) for protocol in protocols]
-    real, halves = Moments(), (Moments(), Moments())
+    real, halves, coin = Moments(), (Moments(), Moments()), np.random.default_rng(0)
     for images in real_images(run.config):
         features, _ = extractor.features(images)
         real.update(features)
-        for i, half in enumerate(halves):
-            half.update(features[i::2])
+        first = coin.random(len(features)) < 0.5  # not every other one: rows go round the classes
+        for half, chosen in zip(halves, (first, ~first), strict=True):
+            half.update(features[chosen])
     for protocol, folder in zip(protocols, folders, strict=True):
         n, chunk = protocol["num_samples"], 500
         drawn, predicted = Moments(), []

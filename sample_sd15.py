@@ -17,9 +17,10 @@ from evaluation.sampling import (
     sample_latents,
     save_images,
 )
+from files import write_json
 from models.base_model import load_part
 from preprocessing.manifest import read_manifest, read_table
-from training.run_folder import RunFolder, this_command, write_json
+from training.run_folder import RunFolder, this_command
 
 GRID_IMAGES = 100
 

@@ -7,8 +7,6 @@ Settings are overridden by key=value; --help lists them all. The same command re
 """
 
 import argparse
-import os
-import shutil
 import signal
 
 import torch
@@ -22,6 +20,7 @@ from configs.schema import Config, knobs_help, load_config
 from dataset_sd15 import SD15AlignedDataset, StepSampler, seed_of
 from device import autocast, pick_device
 from errors import run_script
+from files import written_whole
 from loss_sd15 import drop_captions
 from models.sd15_unet_aligned import SD15UNetAligned
 from training.checkpoint import EMA, TRAINED, load_weights
@@ -131,13 +130,12 @@ def announce(
         part: sum(p.numel() for n, p in state.parameters.items() if n.startswith(part))
         for part in ("unet.", "heads.")
     }
+    all_weights = sum(p.numel() for p in model.unet.parameters())
     left_out = f" ({dataset.left_out} of the CSV are not cached)" if dataset.left_out else ""
     print(
         f"data     {len(dataset):,} images{left_out}, latents {dataset.latents.spec.shape}, tokens {dataset.tokens.spec.shape}"
     )
-    print(
-        f"train    {config.model.train}: {count['unet.']:,} of {sum(p.numel() for p in model.unet.parameters()):,} U-Net weights"
-    )
+    print(f"train    {config.model.train}: {count['unet.']:,} of {all_weights:,} U-Net weights")
     if model.heads:
         align = config.align
         print(
@@ -161,13 +159,12 @@ def log(run: RunFolder, board: SummaryWriter, progress: tqdm, line: dict[str, fl
 
 def export(run: RunFolder, model: SD15UNetAligned) -> None:
     """Write raw and EMA weights of the finished run for other tools, once."""
-    folder, aside = run.path / "export", run.path / "export.partial"
+    folder = run.path / "export"
     if not folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        for kind, file in (("raw", TRAINED), ("ema", EMA)):
-            load_weights(run.newest_checkpoint() / file, model.trained_parameters())
-            model.export(aside / kind)
-        os.replace(aside, folder)
+        with written_whole(folder) as aside:
+            for kind, file in (("raw", TRAINED), ("ema", EMA)):
+                load_weights(run.newest_checkpoint() / file, model.trained_parameters())
+                model.export(aside / kind)
     how = (
         f'pipe.load_lora_weights("{folder}/ema")'
         if model.trained == "lora"

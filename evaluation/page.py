@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from errors import UserError
-from evaluation.files import write_atomically
+from files import write_atomically
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.files import write_atomically
+from files import write_atomically
 
 DPI = 200  # twice the density of a page's 100 px per inch
 

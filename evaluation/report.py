@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.files import write_atomically
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from evaluation.plots import plot_bars, plot_curves, plot_sample_grids
+from files import write_json
 
 IRRELEVANT = (
     "run",
@@ -52,7 +52,7 @@ def write_report(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     table = result_table(runs)
-    _write_json(out / "compare.json", table)
+    write_json(out / "compare.json", table)
     sections = [
         *_results(out, runs, table),
         *_samples(out, runs, class_names),
@@ -166,8 +166,8 @@ def _alignment(runs) -> list[Block]:
         Heading("Alignment on held-out images"),
         Paragraph(
             f"Read at timestep {first['timestep']} with fixed noise, EMA weights and the null prompt, on the mid-block's own "
-            f"{first['mid_block_grid'][0]} × {first['mid_block_grid'][1]} grid. CCA: {cca['k']} principal components a side, the "
-            f"layout that all images share removed, fitted on {cca['n_fit']} images and reported on the other {cca['n_test']}. "
+            f"{first['mid_block_grid'][0]} × {first['mid_block_grid'][1]} grid. CCA: {cca['k']} principal components a side, "
+            f"the layout that all images share removed, fitted on {cca['n_fit']} images and reported on the other {cca['n_test']}. "
             f"CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
         ),
         *(
@@ -230,9 +230,3 @@ def _making(runs, times, command) -> list[Block]:
             )
         )
     return blocks
-
-
-def _write_json(path: Path, data) -> None:
-    import json
-
-    write_atomically(path, json.dumps(data, indent=1, ensure_ascii=False).encode())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from errors import UserError
-from evaluation.files import write_atomically
+from files import write_atomically
 
 # How much noise there is at a DDPM index, on REPA's scale: 0 = data, 1 = noise. On REPA's linear path
 # x_t = (1 - t) x0 + t ε the ratio sigma / alpha is t / (1 - t); "snr" inverts that for SD's schedule.

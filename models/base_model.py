@@ -13,7 +13,9 @@ PARTS = {
     "vae": lambda: diffusers.AutoencoderKL,
     "text_encoder": lambda: transformers.CLIPTextModel,
     "tokenizer": lambda: transformers.CLIPTokenizer,
-    "scheduler": lambda: diffusers.DDPMScheduler,  # reads the config of any scheduler of the same noise schedule
+    "scheduler": lambda: (
+        diffusers.DDPMScheduler
+    ),  # reads the config of any scheduler of the same noise schedule
 }
 
 

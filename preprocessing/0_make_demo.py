@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from errors import UserError, run_script
+from files import write_json
 from preprocessing import miniature
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     started = time.perf_counter()
-    miniature.write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
+    write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
     if not (args.out / miniature.IMAGES).is_dir():
         miniature.make_images(args.out, **settings)
         print(f"images      {time.perf_counter() - started:5.1f} s", flush=True)
@@ -84,7 +85,7 @@ def claim(out: Path, settings: dict) -> None:
         elif foreign := [path.name for path in out.iterdir() if not path.name.startswith(".")]:
             raise UserError(f"{out} holds something else ({foreign[0]}); choose another --out")
         else:
-            miniature.write_json(record, settings)
+            write_json(record, settings)
         (out / "models").mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use --out {out}: {error}") from error
@@ -138,7 +139,7 @@ def summarise(out: Path, settings: dict) -> None:
         "floors": miniature.FLOORS,
         "models": models,
     }
-    miniature.write_json(out / miniature.QUALITY, content)
+    write_json(out / miniature.QUALITY, content)
     print(f"\n{'model':<14}{'measure':<24}{'value':>8}{'floor':>8}")
     for name, measures in models.items():
         for key, value in measures.items():

@@ -1,6 +1,7 @@
 """Script 1: choose the images: the same number of each class, as a CSV `id, img_path, class_id, synset`.
 
-    python preprocessing/1_sample_imagenet_subset.py --imagenet ILSVRC --split train --per-class 200 --out data/imagenet/train_200k.csv
+    python preprocessing/1_sample_imagenet_subset.py --imagenet ILSVRC --split train --per-class 200 \\
+        --out data/imagenet/train_200k.csv
 
 Reads ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. class_id is the place of the
 synset in sorted order. Reproducible by --seed; rows go round the classes, so that with the same seed the list of 200 per

@@ -5,8 +5,8 @@ says what it holds. Whoever reads a field insists on its manifest.
 """
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from files import write_atomically, write_json
 
 FORMAT, VERSION = "urepa-cache", 1
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -70,12 +71,11 @@ def write_table(folder: str | Path, table, spec: FieldSpec) -> None:
     import torch
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)  # an old manifest must not vouch for the new table
-    partial = folder / f"{TABLE}.partial"
-    torch.save(table, partial)
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    os.replace(partial, folder / TABLE)
+    buffer = io.BytesIO()
+    torch.save(table, buffer)
+    write_atomically(folder / TABLE, buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     write_json(folder / MANIFEST, spec.as_json() | {"rows": len(table), "sha256": digest})
 
 
@@ -121,21 +121,3 @@ def read_json(path: Path) -> dict:
         raise UserError(
             f"cannot read {path} ({error}): run the script that wrote this folder again"
         ) from None
-
-
-def write_json(path: Path, data: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

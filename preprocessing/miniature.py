@@ -4,9 +4,6 @@ Nothing heavy is imported at the top, so that a finished demo is recognised at o
 are in `miniature_models.py`.
 """
 
-import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from errors import UserError
+from files import write_json, written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,19 +173,6 @@ def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `target` when the block ends, and vanishes when it fails."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' progress bars for writing files of 200 kB."""
     from transformers.utils import logging
@@ -199,13 +184,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -1,11 +1,12 @@
 """The list of images a cache or a training uses: a CSV `id, img_path, class_id, synset`."""
 
 import csv
-import os
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from files import write_atomically
 
 COLUMNS = ["id", "img_path", "class_id", "synset"]
 
@@ -45,12 +46,9 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 
 def write_samples(path: str | Path, samples: list[Sample]) -> None:
-    """Write the CSV under a temporary name and rename it, so that a half-written list is never read."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([s.id, s.img_path, s.class_id, s.synset] for s in samples)
-    os.replace(partial, path)
+    """Write the CSV atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([s.id, s.img_path, s.class_id, s.synset] for s in samples)
+    write_atomically(path, text.getvalue().encode())

@@ -20,6 +20,7 @@ import lmdb
 import numpy as np
 
 from errors import UserError
+from files import sync_folder, write_json
 from preprocessing.manifest import (
     MANIFEST,
     SETTINGS,
@@ -28,8 +29,6 @@ from preprocessing.manifest import (
     insist_same,
     read_json,
     read_manifest,
-    sync_folder,
-    write_json,
 )
 
 SHARD_SIZE = 10_000

@@ -16,7 +16,9 @@ def rotation(d, seed=0):
 
 
 def cosine(u, v):
-    return sum(a * b for a, b in zip(u, v, strict=True)) / (sum(a * a for a in u) * sum(b * b for b in v)) ** 0.5
+    return (
+        sum(a * b for a, b in zip(u, v, strict=True)) / (sum(a * a for a in u) * sum(b * b for b in v)) ** 0.5
+    )
 
 
 def test_token_loss_equals_a_plain_loop():

@@ -32,14 +32,20 @@ def full_size(tmp_path):
         tmp_path / "sd15" / "scheduler"
     )
     ids = ["a", "b"]
-    write_samples(tmp_path / "list.csv", [Sample(key, "unused", number, "n") for number, key in enumerate(ids)])
+    write_samples(
+        tmp_path / "list.csv", [Sample(key, "unused", number, "n") for number, key in enumerate(ids)]
+    )
     rng = np.random.default_rng(0)
     for field, shape in FIELDS.items():
-        writer = FieldWriter(tmp_path / field, FieldSpec(field, shape, "float16", "random", view={"size": 512}), ids)
+        writer = FieldWriter(
+            tmp_path / field, FieldSpec(field, shape, "float16", "random", view={"size": 512}), ids
+        )
         for shard, batch in writer.pending(2):
             writer.put(shard, batch, rng.standard_normal((2, *shape)).astype(np.float16))
         writer.finish()
-    write_table(tmp_path / "text", torch.randn(3, 77, 768).half(), FieldSpec("text", (77, 768), "float16", "random"))
+    write_table(
+        tmp_path / "text", torch.randn(3, 77, 768).half(), FieldSpec("text", (77, 768), "float16", "random")
+    )
     return tmp_path
 
 
@@ -55,7 +61,8 @@ def test_one_step_of_config_a_at_full_size(full_size, monkeypatch):
     monkeypatch.setattr(Taps, "clear", note_shapes)
     overrides = [f"data.{name}={full_size}/{name}" for name in ("latents", "tokens", "text")]
     overrides += [f"data.csv={full_size}/list.csv", f"model.base={full_size}/sd15", f"run={full_size}/run"]
-    overrides += ["data.batch_size=2", "data.workers=0", "train.steps=1", "train.precision=fp32", "align.taps=[enc_last,mid,dec_first]"]
+    overrides += ["data.batch_size=2", "data.workers=0", "train.steps=1", "train.precision=fp32"]
+    overrides += ["align.taps=[enc_last,mid,dec_first]"]
     train_sd15.main(["--config", str(ROOT / "configs" / "A.yaml"), *overrides])
     assert captured == dict.fromkeys(("enc_last", "mid", "dec_first"), (2, 1280, 8, 8))
     run = RunFolder(full_size / "run")

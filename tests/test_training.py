@@ -21,6 +21,7 @@ from configs.schema import load_config
 from dataset_sd15 import SD15AlignedDataset, StepSampler
 from errors import UserError
 from evaluation.sampling import decode_latents, initial_noise, sample_latents
+from loss_sd15 import SD15Loss
 from models.base_model import load_part
 from training.run_folder import RunFolder
 
@@ -91,7 +92,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbrok
         with pytest.raises(SystemError):
             train(miniature, run)
     assert RunFolder(run).checkpoint_steps() == [2]
-    (run / "checkpoints" / "writing-0000004").mkdir()  # a checkpoint that was never finished
+    (run / "checkpoints" / ".step-0000004.partial").mkdir()  # a checkpoint that was never finished
     (run / "checkpoints" / "step-0000004").mkdir()
     resumed = train(miniature, run)
     assert_equal_weights(weights(resumed), weights(unbroken))
@@ -129,6 +130,22 @@ def test_alignment_changes_the_unet(miniature, unbroken, tmp_path):
     assert not torch.equal(weights(baseline)[name], weights(unbroken)[name])
     assert all(line["loss_align"] == 0 for line in baseline.metrics())
     assert all(line["loss_align"] > 0 for line in unbroken.metrics())
+
+
+def test_every_step_draws_its_own_noise_and_every_seed_another(miniature, tmp_path, monkeypatch):
+    drawn = []
+    draw = SD15Loss.draw
+
+    def note(loss, latents, generator):
+        noise, timesteps = draw(loss, latents, generator)
+        drawn.append(noise.flatten()[0].item())
+        return noise, timesteps
+
+    monkeypatch.setattr(SD15Loss, "draw", note)
+    for seed in (0, 0, 1):
+        train(miniature, tmp_path / f"{len(drawn)}", f"seed={seed}", "train.steps=3")
+    assert drawn[:3] == drawn[3:6]
+    assert len(set(drawn[3:])) == 6
 
 
 def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):

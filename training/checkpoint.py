@@ -8,7 +8,6 @@ step-0000600/
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from errors import UserError
+from files import write_json, written_whole
 
 TRAINED, EMA, OPTIMIZER, STATE = (
     "trained.safetensors",
@@ -35,29 +35,23 @@ def save_checkpoint(
     `parameters` are the trained ones by name, in the order `ema` was built with; `extra` is anything JSON can hold.
     """
     final = folder / f"step-{step:07d}"
-    aside = folder / f"writing-{step:07d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(_on_cpu(parameters), aside / TRAINED)
-    save_file(_on_cpu(dict(zip(parameters, ema.shadow_params, strict=True))), aside / EMA)
     moments = {
         f"{name}/{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
-    save_file(_on_cpu(moments), aside / OPTIMIZER)
     state = {
         "step": step,
         "ema_step": ema.optimization_step,
         "lr_schedule": lr_schedule.state_dict(),
         "extra": extra,
     }
-    (aside / STATE).write_text(json.dumps(state, indent=1))
-    for file in aside.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
+    with written_whole(final) as aside:
+        save_file(_on_cpu(parameters), aside / TRAINED)
+        save_file(_on_cpu(dict(zip(parameters, ema.shadow_params, strict=True))), aside / EMA)
+        save_file(_on_cpu(moments), aside / OPTIMIZER)
+        write_json(aside / STATE, state)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final

@@ -11,7 +11,6 @@ samples/ eval/    what evaluate_sd15.py makes
 
 import fcntl
 import json
-import os
 import platform
 import shlex
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from configs.schema import Config, load_config, resolved_yaml
 from errors import UserError
+from files import write_atomically, write_json
 from training.checkpoint import checkpoints
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
@@ -59,10 +59,8 @@ class RunFolder:
             return run
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "run.json").write_text(json.dumps(_provenance(), indent=1))
-            partial = path / "config.yaml.partial"
-            partial.write_text(resolved_yaml(config), encoding="utf-8")
-            os.replace(partial, path / "config.yaml")
+            write_json(path / "run.json", _provenance())
+            write_atomically(path / "config.yaml", resolved_yaml(config).encode())
         except OSError as error:
             raise UserError(f"cannot write the run folder {path}: {error.strerror}") from None
         return cls(path)
@@ -116,21 +114,13 @@ class RunFolder:
     def forget_metrics_after(self, step: int) -> None:
         """Drop what was logged after the checkpoint a run resumes from; it will be logged again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        partial = self.path / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.path / "metrics.jsonl")
+        write_atomically(
+            self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode()
+        )
 
     def append_metrics(self, line: dict) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def write_json(path: Path, data) -> None:
-    """Write JSON under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def this_command() -> str:
