@@ -88,8 +88,8 @@ th, td { padding: .42rem .85rem; text-align: left; border-bottom: 1px solid var(
 th { color: var(--soft); font-weight: 600; white-space: normal;
      vertical-align: bottom; } tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; }
-pre { background: var(--code); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; margin: 0 0 1.2rem;
-      font-size: .87rem; line-height: 1.5; }
+pre { background: var(--code); border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1.2rem;
+      white-space: pre-wrap; overflow-wrap: anywhere; font-size: .87rem; line-height: 1.5; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, "Liberation Mono", monospace; font-size: .92em; }
 p code, figcaption code { background: var(--code); border-radius: 4px; padding: .08em .3em; }
 @media (max-width: 40rem) { .card img.wide { width: 34rem; max-width: none; } }

@@ -10,6 +10,9 @@ from PIL import Image
 
 from evaluation.plot_style import DPI, pyplot, save_figure
 
+WIDEST = 2600  # px of a row of grids
+CELL_GAP = 8  # px between cells
+
 
 def plot_sample_grids(
     path: str | Path,
@@ -31,11 +34,13 @@ def plot_sample_grids(
         )
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"{len(column_labels)} column labels for {columns} columns")
-    canvases = {label: _canvas(images, columns) for label, images in grids.items()}
+    # Two grids stand side by side at least, so their cells shrink (but not below 64 px) to make room.
+    largest = max(64, min(128, WIDEST // min(len(grids), 2) // columns - 2 * CELL_GAP))
+    canvases = {label: _canvas(images, columns, largest) for label, images in grids.items()}
     height, width = next(iter(canvases.values())).shape[:2]
     cell = width / columns
     gap, top = 48, 84 if column_labels is None else 84 + 26
-    per_row = max(1, min(len(grids), (2600 + gap) // (width + gap)))
+    per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
     full_w, full_h = per_row * (width + gap) + gap, rows * (height + top) + gap
     figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
@@ -63,13 +68,13 @@ def plot_sample_grids(
     save_figure(figure, path, {"runs": facts, "columns": columns, "column_labels": list(column_labels or [])})
 
 
-def _canvas(images: np.ndarray, columns: int) -> np.ndarray:
-    """(N, H, W, 3) -> one white picture of N cells in `columns` columns, 8 px apart."""
+def _canvas(images: np.ndarray, columns: int, largest: int) -> np.ndarray:
+    """(N, H, W, 3) -> one white picture of N cells in `columns` columns, each about `largest` px or, of photographs, 256."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
     longest = max(images.shape[1:3])
     if longest <= 256:
-        factor = max(1, round(128 / longest))
+        factor = max(1, largest // longest)
         images = images.repeat(factor, axis=1).repeat(factor, axis=2)  # (N, fH, fW, 3)
     else:
         size = tuple(round(side * 256 / longest) for side in (images.shape[2], images.shape[1]))
@@ -77,9 +82,8 @@ def _canvas(images: np.ndarray, columns: int) -> np.ndarray:
             [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.LANCZOS)) for i in images]
         )
     n, h, w, _ = images.shape
-    gap = 8
-    canvas = np.full((math.ceil(n / columns) * (h + gap), columns * (w + gap), 3), 255, np.uint8)
+    canvas = np.full((math.ceil(n / columns) * (h + CELL_GAP), columns * (w + CELL_GAP), 3), 255, np.uint8)
     for i, image in enumerate(images):
-        y, x = (i // columns) * (h + gap), (i % columns) * (w + gap)
+        y, x = (i // columns) * (h + CELL_GAP), (i % columns) * (w + CELL_GAP)
         canvas[y : y + h, x : x + w] = image
     return canvas

@@ -1,5 +1,6 @@
 """The page that compares runs: figures and text made from what the runs recorded, nothing computed anew."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,13 @@ def write_report(
         *_reading(runs, table),
         *_making(runs, times, command),
     ]
-    names = " and ".join(runs) if len(runs) < 3 else f"{len(runs)} runs"
-    final = next(iter(runs.values())).final
+    first = next(iter(runs.values()))
+    said = [f"`{name}` (λ = {run.settings['align.coeff']:g})" for name, run in runs.items()]
     lead = (
-        f"What {names} did, measured on these very runs: {final['num_samples']} samples each against "
-        f"{final['num_real']} real images, and {next(iter(runs.values())).alignment['num_images']} held-out images."
+        f"{' and '.join(said)}, measured on these very runs: {first.final['num_samples']} samples of each, "
+        f"{first.final['num_real']} real images to compare them with, {first.alignment['num_images']} held-out images."
     )
-    return write_page(out / "index.html", title=f"U-REPA: {names} compared", lead=lead, sections=sections)
+    return write_page(out / "index.html", title=f"U-REPA: {', '.join(runs)}", lead=lead, sections=sections)
 
 
 def result_table(runs: Mapping[str, RunFacts]) -> dict[str, dict[str, float | None]]:
@@ -78,9 +79,9 @@ def result_table(runs: Mapping[str, RunFacts]) -> dict[str, dict[str, float | No
         "class accuracy of samples (higher is better)": lambda run: run.final["class_accuracy"],
         "held-out diffusion loss (lower is better)": lambda run: run.alignment["heldout_loss_diff"],
         "mid-block CCA with the teacher": lambda run: run.alignment["cca"]["mean_rho"],
-        "… the same with images paired at random": lambda run: run.alignment["cca"]["null_mean_rho"],
+        "CCA with images paired at random": lambda run: run.alignment["cca"]["null_mean_rho"],
         "mid-block CKNNA with the teacher": lambda run: run.alignment["cknna"]["cknna"],
-        "… the same with images paired at random ": lambda run: run.alignment["cknna"]["null_cknna"],
+        "CKNNA with images paired at random": lambda run: run.alignment["cknna"]["null_cknna"],
         "cosine of the head's tokens with the teacher's": lambda run: run.alignment["head_cosine"],
     }
     return {quantity: {name: value(run) for name, run in runs.items()} for quantity, value in rows.items()}
@@ -167,8 +168,8 @@ def _alignment(runs) -> list[Block]:
         Paragraph(
             f"Read at timestep {first['timestep']} with fixed noise, EMA weights and the null prompt, on the mid-block's own "
             f"{first['mid_block_grid'][0]} × {first['mid_block_grid'][1]} grid. CCA: {cca['k']} principal components a side, "
-            f"the layout that all images share removed, fitted on {cca['n_fit']} images and reported on the other {cca['n_test']}. "
-            f"CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
+            f"the layout that all images share removed, fitted on {cca['n_fit']} images and reported on the "
+            f"other {cca['n_test']}. CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
         ),
         *(
             Figure(
@@ -218,15 +219,19 @@ def _making(runs, times, command) -> list[Block]:
     blocks = [Heading("How this was made")]
     if differing:
         blocks.append(Table(["setting", *runs], differing, "All settings in which the runs differ."))
-    blocks += [Command(run.command) for run in runs.values()] + [Command(command)]
     if times:
-        rows = [[stage["stage"], f"{stage['seconds']:.0f} s", stage["command"]] for stage in times]
-        total = sum(stage["seconds"] for stage in times if not stage.get("beside"))
-        blocks.append(
-            Table(
-                ["stage", "time", "command"],
-                rows,
-                f"{total:.0f} s in all; stages beside another one count once.",
-            )
-        )
+        rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
+        total = sum(stage["seconds"] for stage in times if not stage["beside"])
+        caption = f"{total:.0f} s in all; of stages that ran side by side only the longest counts."
+        blocks.append(Table(["stage", "time"], rows, caption))
+    commands = [stage["command"] for stage in times] or [run.command for run in runs.values()]
+    blocks.append(Command("\n".join(_folded(line) for line in [*commands, command])))
     return blocks
+
+
+def _folded(command: str) -> str:
+    """A long command over several lines that can be pasted as they are."""
+    lines = textwrap.wrap(
+        command, 96, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+    )
+    return " \\\n".join(lines)

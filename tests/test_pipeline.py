@@ -1,6 +1,7 @@
 """The numbered scripts, from an ImageNet-shaped folder to a verified cache, and what they say to wrong input."""
 
 import csv
+import importlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoConfig, Dinov2Model
 
 import evaluate_sd15
 import train_sd15
+from configs.schema import knobs
 from errors import UserError
 from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
 from preprocessing.images import UnreadableImage, cut_view, read_view
@@ -298,6 +300,17 @@ def test_help_shows_a_command_to_paste(script, capsys):
         run_numbered(script, "--help")
     assert stop.value.code == 0
     assert f"python preprocessing/{script}.py " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train_sd15", "evaluate_sd15", "demo"])
+def test_help_of_the_root_scripts_shows_commands_and_every_knob(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python {script}.py" in shown
+    if script == "train_sd15":
+        assert all(f"{key} = " in shown for key in knobs())
 
 
 @pytest.mark.parametrize(

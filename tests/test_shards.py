@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from errors import UserError
+from preprocessing import shards
 from preprocessing.manifest import MANIFEST, FieldSpec, read_manifest, read_table, write_table
 from preprocessing.shards import FieldReader, FieldWriter
 
@@ -147,6 +148,26 @@ def test_an_open_reader_works_in_child_processes(tmp_path, method):
     assert np.array_equal(queue.get(timeout=60), values(IDS[4:8]))
     child.join()
     assert child.exitcode == 0
+
+
+def files_that_a_forked_child_opens(reader, queue):
+    opened, lmdb_open = [], shards.lmdb.open
+    shards.lmdb.open = lambda path, **options: opened.append(path) or lmdb_open(path, **options)
+    reader.read(IDS[:1])
+    queue.put(opened)
+
+
+def test_a_forked_child_opens_its_own_environment(tmp_path):
+    """LMDB forbids the use of an environment across fork, even where it seems to work."""
+    write(tmp_path)
+    reader = FieldReader(tmp_path, "latents")
+    reader.read(IDS[:1])
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=files_that_a_forked_child_opens, args=(reader, queue))
+    child.start()
+    assert queue.get(timeout=60) == [str(tmp_path / "shard-00000.lmdb")]
+    child.join()
 
 
 def test_two_readers_of_one_folder_share_a_process(tmp_path):
