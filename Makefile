@@ -8,7 +8,7 @@ demo: .venv/installed          ## the whole pipeline on the embedded miniature, 
 test: .venv/installed          ## every property, on CPU, in minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
-test-full: .venv/installed     ## the full-size U-Net takes a training step on CPU (minutes, 24 GB)
+test-full: .venv/installed     ## the full-size U-Net takes a training step on CPU (minutes, 16 GB)
 	.venv/bin/python -m pytest -m full_size
 
 lint: .venv/installed

@@ -23,7 +23,7 @@ from preprocessing.manifest import read_table
 from preprocessing.samples import read_samples
 from preprocessing.shards import FieldReader
 
-MAX_IMAGES = 2000  # held-out images; more do not change the numbers and cost memory
+MAX_IMAGES = 1000  # held-out images: 1.6 GB of tokens and features at full size
 TSNE_TOKENS = 400  # a side
 LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss is averaged
 SOURCES = {"head": "head's tokens", "ridge": "ridge map of mid-block"}
@@ -44,6 +44,10 @@ def measure_alignment(
         config, model, latents, null_text, timestep=timestep, seed=seed, device=device
     )
     n, channels, h, w = features.shape
+    if max(h, w) > config.teacher.grid:
+        raise UserError(
+            f"the mid-block's grid {h} × {w} is finer than the teacher's {config.teacher.grid}: cache more tokens"
+        )
     native = features.reshape(n, channels, h * w).transpose(
         0, 2, 1
     )  # (n, h·w, C): up-sampled cells add no samples
@@ -74,6 +78,12 @@ def _heldout(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.
             "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
         )
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
+    for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
+        if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
+            raise UserError(
+                f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
+                "held-out images with the options of the training images"
+            )
     cached = set(latents.ids) & set(tokens.ids)
     samples = [sample for sample in read_samples(where.csv) if sample.id in cached][:MAX_IMAGES]
     if len(samples) < 16:

@@ -57,6 +57,12 @@ def insist_fit(config: Config, unet: UNet2DConditionModel, dataset: SD15AlignedD
             f"{config.data.text} holds text of width {width}, the U-Net of {base} reads "
             f"{unet.config.cross_attention_dim}: run script 4 with --base {base}"
         )
+    cells = max(dataset.latents.spec.shape[1:]) // 2 ** (len(unet.config.block_out_channels) - 1)
+    if config.align.coeff > 0 and config.teacher.grid < cells:
+        raise UserError(
+            f"the teacher's grid {config.teacher.grid} is coarser than the mid-block's {cells}: run script 3 with --grid "
+            f"{cells} or more"
+        )
     if channels != unet.config.in_channels:
         raise UserError(
             f"{config.data.latents} has {channels} channels, the U-Net of {base} reads "

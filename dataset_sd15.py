@@ -17,7 +17,7 @@ from preprocessing.shards import FieldReader
 class SD15AlignedDataset(Dataset):
     """Items of one image: `latent (4, h, w)`, `dino_tokens (N, D)`, `encoder_hidden_states (77, 768)`, `class_id`.
 
-    Latents and tokens are joined by id. An image of the CSV that is in neither cache is left out, and `left_out` counts
+    Latents and tokens are joined by id. An image of the CSV that is not in both caches is left out, and `left_out` counts
     them; text row c belongs to class c and `null_text (77, 768)` is the null prompt.
 
     Args:
@@ -96,11 +96,15 @@ class StepSampler(Sampler[list[int]]):
         for step in range(self.first_step, self.last_step):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
                 order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
             yield order[position * self.batch_size :][: self.batch_size].tolist()
 
 
-def seed_of(*key: int) -> int:
-    """A seed for `torch.Generator`, well mixed from a key such as (seed, step) or (seed, epoch)."""
+PURPOSES = {"order": 0, "noise": 1}
+
+
+def seed_of(purpose: str, seed: int, counter: int, rank: int = 0) -> int:
+    """A seed for `torch.Generator`: of an epoch's order, or of the noise of a step on one rank."""
+    key = (PURPOSES[purpose], seed, counter, rank)
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -17,6 +17,8 @@ from errors import UserError, run_script
 from files import write_json
 from training.run_folder import RunFolder, this_command
 
+ALIKE = ("timestep", "seed", "num_images")  # what `align` results must share to be compared
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -78,7 +80,8 @@ def fid(args: argparse.Namespace) -> None:
         real.update(features)
         first = coin.random(len(features)) < 0.5  # not every other one: rows go round the classes
         for half, chosen in zip(halves, (first, ~first), strict=True):
-            half.update(features[chosen])
+            if chosen.any():
+                half.update(features[chosen])
     for protocol, folder in zip(protocols, folders, strict=True):
         n, chunk = protocol["num_samples"], 500
         drawn, predicted = Moments(), []
@@ -95,12 +98,17 @@ def fid(args: argparse.Namespace) -> None:
             "class_accuracy": accuracy,
             "num_samples": n,
             "num_real": real.count,
-            "extractor": str(path),
             "samples": str(folder),
-            "protocol": protocol,
+            "step": protocol["step"],
+            "conditions": {
+                **{name: value for name, value in protocol.items() if name != "step"},
+                "metric": f"fd_{extractor.name}",
+                "extractor": str(path),
+                "num_real": real.count,
+            },
             "command": this_command(),
         }
-        write_json(run.path / "eval" / f"fid_{setting_name(protocol)}.json", result)
+        write_json(run.path / "eval" / f"fid_{Path(path).name}_{setting_name(protocol)}.json", result)
         print(
             f"{run.name} step {protocol['step']}: {result['metric']} {distance:.2f}, class accuracy {accuracy:.1%} "
             f"({n} samples against {real.count} real images)"
@@ -142,19 +150,38 @@ def compare(args: argparse.Namespace) -> None:
 
     Needs what `fid` and `align` wrote of each run. --times adds the durations of a JSON list of stages.
     """
-    from evaluation.report import write_report
+    from evaluation.report import RunFacts, comparable, write_report
+    from evaluation.sampling import load_images
 
     runs = [RunFolder(folder) for folder in args.folders]
     if len({run.name for run in runs}) != len(runs):
         raise UserError(
             "two of these run folders have the same name: rename one, so that figures can tell them apart"
         )
+    results = {run.name: results_of(run) for run in runs}
+    distances = comparable({name: found for name, (found, _) in results.items()})
+    if len({json.dumps([alignment[key] for key in ALIKE]) for _, alignment in results.values()}) > 1:
+        raise UserError(
+            "`align` was run with other options on these runs: run it on each with the same --timestep and --seed"
+        )
+    try:
+        times = json.loads(args.times.read_text()) if args.times else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --times {args.times}: {error}") from None
+    facts = {}
+    for run in runs:
+        last = max(distances[run.name], key=lambda result: result["step"])
+        facts[run.name] = RunFacts(
+            settings=run.settings(),
+            command=run.command(),
+            metrics=run.metrics(),
+            distances=distances[run.name],
+            alignment=results[run.name][1],
+            tsne=run.path / "eval" / "align_tsne.png",
+            samples=load_images(last["samples"], min(100, last["num_samples"])),
+        )
     page = write_report(
-        args.out,
-        {run.name: facts_of(run) for run in runs},
-        class_names=class_names(runs[0].config),
-        times=json.loads(args.times.read_text()) if args.times else [],
-        command=this_command(),
+        args.out, facts, class_names=class_names(runs[0].config), times=times, command=this_command()
     )
     print(page)
 
@@ -171,6 +198,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, help="images (default: eval.num_samples)")
     parser.add_argument("--sampling-steps", type=int, help="DDIM steps (default: eval.sampling_steps)")
     parser.add_argument("--cfg", type=float, help="guidance scale, 1 = unguided (default: eval.cfg)")
+    parser.add_argument(
+        "--guidance-high", type=float, help="guide only up to this noise level (default: eval.guidance_high)"
+    )
+    parser.add_argument(
+        "--guidance-space",
+        choices=["snr", "index"],
+        help="a noise level is REPA's time of equal signal-to-noise ratio (snr), or the share of the DDPM index",
+    )
     parser.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
 
 
@@ -220,8 +255,10 @@ def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
     """Everything that decides what the samples are; the options win over the run's own eval settings."""
     chosen = {
         name: getattr(run.config.eval, name) if getattr(args, name) is None else getattr(args, name)
-        for name in ("num_samples", "sampling_steps", "cfg", "seed")
+        for name in ("num_samples", "sampling_steps", "cfg", "guidance_high", "guidance_space", "seed")
     }
+    if not 0 <= chosen["guidance_high"] <= 1:
+        raise UserError("--guidance-high is a noise level between 0 (clean) and 1 (noise)")
     if chosen["num_samples"] < 2 or chosen["sampling_steps"] < 1 or chosen["cfg"] < 1 or chosen["seed"] < 0:
         raise UserError("sampling needs --num-samples ≥ 2, --sampling-steps ≥ 1, --cfg ≥ 1 and --seed ≥ 0")
     return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
@@ -256,11 +293,8 @@ def class_names(config: Config) -> dict[int, str]:
     return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}
 
 
-def facts_of(run: RunFolder):
-    """What the page says of a run: settings, metrics, results and samples; raises `UserError` for what is missing."""
-    from evaluation.report import RunFacts
-    from evaluation.sampling import load_images
-
+def results_of(run: RunFolder) -> tuple[list[dict], dict]:
+    """What `fid` and `align` wrote of a run; raises `UserError` for what is missing."""
     distances = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("fid_*.json"))]
     alignment = run.path / "eval" / "align.json"
     for name, found in (("fid", distances), ("align", alignment.exists())):
@@ -268,17 +302,7 @@ def facts_of(run: RunFolder):
             raise UserError(
                 f"{run.path} has not been evaluated: run `python evaluate_sd15.py {name} {run.path}` first"
             )
-    newest = max(distances, key=lambda result: result["protocol"]["step"])
-    return RunFacts(
-        folder=run.path,
-        settings=run.settings(),
-        command=run.command(),
-        metrics=run.metrics(),
-        distances=distances,
-        alignment=json.loads(alignment.read_text()),
-        tsne=run.path / "eval" / "align_tsne.png",
-        samples=load_images(newest["samples"], min(100, newest["num_samples"])),
-    )
+    return distances, json.loads(alignment.read_text())
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class SD15Loss:
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
         noise, timesteps = self.draw(clean_latents, generator)
-        alpha, sigma = self.schedule.at(timesteps)  # (B, 1, 1, 1)
+        alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
         noisy = add_noise(clean_latents, noise, alpha, sigma)  # (B, 4, h, w)
         output = unet(noisy, timesteps, encoder_hidden_states, capture=coeff > 0)  # (B, 4, h, w)
 
@@ -86,10 +86,10 @@ class SD15Loss:
         self, output: Tensor, clean_latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
         """The diffusion loss of each image `(B,)`, given what the network put out for it."""
-        alpha, sigma = self.schedule.at(timesteps)  # (B, 1, 1, 1)
+        alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
         target = velocity(clean_latents, noise, alpha, sigma) if self.parameterization == "v" else noise
         weight = error_weight(self.prediction, self.parameterization, alpha, self.v_weight_max)
-        return (weight * (output.float() - target.float()).square()).mean(dim=(1, 2, 3))
+        return (weight * (output.float() - target.float()).square()).flatten(1).mean(1)
 
     def draw(self, clean_latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Noise like the latents and uniform timesteps `(B,)`."""

@@ -47,6 +47,7 @@ def _generate(run: RunFolder, protocol: dict, missing: list[int], folder: Path, 
     noise_schedule = load_part(config.model.base, "scheduler", config.model.revision).config
     scheduler = DDIMScheduler.from_config(
         noise_schedule,
+        clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
         timestep_spacing="trailing",  # ends at the noisiest step, which few-step sampling needs
         prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[parameterization],
     )
@@ -80,14 +81,17 @@ def _generate(run: RunFolder, protocol: dict, missing: list[int], folder: Path, 
             shape=shape,
             steps=protocol["sampling_steps"],
             cfg=protocol["cfg"],
+            guidance_high=protocol["guidance_high"],
+            guidance_space=protocol["guidance_space"],
         )
         save_images(decode_latents(vae, latents), folder, indices)
 
 
 def setting_name(protocol: dict) -> str:
     p = protocol
+    only = "" if p["guidance_high"] == 1 else f"-{p['guidance_space']}{p['guidance_high']:g}"
     return (
-        f"step{p['step']:07d}_{p['weights']}_{p['sampler']}{p['sampling_steps']}_cfg{p['cfg']:g}"
+        f"step{p['step']:07d}_{p['weights']}_{p['sampler']}{p['sampling_steps']}_cfg{p['cfg']:g}{only}"
         f"_seed{p['seed']}_n{p['num_samples']}"
     )
 

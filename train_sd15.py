@@ -47,8 +47,7 @@ def train(config: Config) -> None:
     model = build_model(config).to(device).train()
     insist_fit(config, model.unet, dataset)
     loss_terms = build_loss(config)
-    run = RunFolder.create_or_resume(config)
-    with run.lock():
+    with RunFolder.claimed(config) as run:
         state = TrainingState(config, model)
         state.resume(run)
         announce(config, model, dataset, device, state)
@@ -73,7 +72,7 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
     ):
         for batch in progress:
             # All randomness of a step derives from (seed, step), so that a resumed run draws what an unbroken one does.
-            generator = torch.Generator(device).manual_seed(seed_of(config.seed, state.step))
+            generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, state.step))
             coeff = coefficient(state.step)
             latents = batch["latent"].to(device, torch.float32, non_blocking=True)  # (B, 4, h, w)
             tokens = batch["dino_tokens"].to(device, non_blocking=True) if coeff > 0 else None  # (B, N, D)
@@ -95,7 +94,7 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours at the end of its step."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours at the end of its step; a second one stops at once."""
 
     def __enter__(self):
         self.requested = False
@@ -103,6 +102,8 @@ class StopSignal:
         return self
 
     def _request(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
         self.requested = True
 
     def __exit__(self, *_):

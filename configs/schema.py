@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from errors import UserError
 
-REMOVED_BASE = "runwayml/stable-diffusion-v1-5"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -39,12 +38,6 @@ class Model(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
     )
-
-    @model_validator(mode="after")
-    def _base_still_exists(self):
-        if self.base == REMOVED_BASE:
-            raise ValueError(f"{REMOVED_BASE} was removed from the Hub; use {BASE}")
-        return self
 
 
 class Teacher(Section):
@@ -155,6 +148,13 @@ class Eval(Section):
     num_samples: int = Field(10_000, ge=2, description="images that `sample` draws and `fid` compares")
     sampling_steps: int = Field(50, ge=1, description="DDIM steps")
     cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
+    guidance_high: float = Field(
+        1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
+    )
+    guidance_space: Literal["snr", "index"] = Field(
+        "snr",
+        description="what a noise level is: REPA's time of equal signal-to-noise ratio, or the share of the DDPM index",
+    )
     seed: int = Field(0, ge=0, description="image i starts from the noise of seed + i")
     batch_size: int = Field(50, ge=1, description="images per forward")
 

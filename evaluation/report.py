@@ -1,5 +1,6 @@
 """The page that compares runs: figures and text made from what the runs recorded, nothing computed anew."""
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from evaluation.plots import plot_bars, plot_curves, plot_sample_grids
 from files import write_json
@@ -23,10 +25,9 @@ IRRELEVANT = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What one run recorded: its settings by dotted key, its command, its metrics by step, the results of `fid` (one or more
-    checkpoints) and of `align`, the t-SNE picture, and its first samples `(N, H, W, 3)` uint8."""
+    """What one run recorded: the settings that decide its result, its command, its metrics by step, the results
+    of `fid` (one or more checkpoints) and of `align`, the t-SNE picture, and its first samples `(N, H, W, 3)` uint8."""
 
-    folder: Path
     settings: Mapping[str, object]
     command: str
     metrics: Sequence[Mapping[str, float]]
@@ -38,7 +39,28 @@ class RunFacts:
     @property
     def final(self) -> Mapping:
         """The distance at the last evaluated step."""
-        return max(self.distances, key=lambda result: result["protocol"]["step"])
+        return max(self.distances, key=lambda result: result["step"])
+
+
+def comparable(results: Mapping[str, Sequence[Mapping]]) -> dict[str, list[Mapping]]:
+    """Of each run's results of `fid`, those under one and the same protocol: two are never mixed in a figure.
+
+    Results agree when all of their `conditions` do, that is everything but the step. Of several protocols that all runs share,
+    the one with most checkpoints evaluated is taken, then the one with most samples. Raises `UserError` when there is none.
+    """
+    by_conditions: dict[str, dict[str, list[Mapping]]] = {}
+    for name, found in results.items():
+        for result in found:
+            key = json.dumps(result["conditions"], sort_keys=True)
+            by_conditions.setdefault(key, {}).setdefault(name, []).append(result)
+    shared = [runs for runs in by_conditions.values() if len(runs) == len(results)]
+    if not shared:
+        raise UserError(
+            "no protocol was used for all of these runs: run `evaluate_sd15.py fid` on each with the same options"
+        )
+    return max(
+        shared, key=lambda runs: (sum(map(len, runs.values())), next(iter(runs.values()))[0]["num_samples"])
+    )
 
 
 def write_report(
@@ -66,14 +88,15 @@ def write_report(
     said = [f"`{name}` (λ = {run.settings['align.coeff']:g})" for name, run in runs.items()]
     lead = (
         f"{' and '.join(said)}, measured on these very runs: {first.final['num_samples']} samples of each, "
-        f"{first.final['num_real']} real images to compare them with, {first.alignment['num_images']} held-out images."
+        f"{first.final['conditions']['num_real']} real images to compare them with, "
+        f"{first.alignment['num_images']} held-out images."
     )
     return write_page(out / "index.html", title=f"U-REPA: {', '.join(runs)}", lead=lead, sections=sections)
 
 
 def result_table(runs: Mapping[str, RunFacts]) -> dict[str, dict[str, float | None]]:
     """{quantity: {run: value}}, the numbers that the page's first table shows."""
-    metric = next(iter(runs.values())).final["metric"]
+    metric = next(iter(runs.values())).final["conditions"]["metric"]
     rows = {
         f"{metric} (Fréchet distance, lower is better)": lambda run: run.final["value"],
         "class accuracy of samples (higher is better)": lambda run: run.final["class_accuracy"],
@@ -108,14 +131,19 @@ def _samples(out: Path, runs, class_names) -> list[Block]:
     count = min(6 * columns, *(len(run.samples) // columns * columns for run in runs.values()))
     grids = {name: run.samples[:count] for name, run in runs.items()}
     plot_sample_grids(out / "samples.png", grids, columns, [class_names[i] for i in range(columns)])
-    p = next(iter(runs.values())).final["protocol"]
+    p = next(iter(runs.values())).final["conditions"]
+    only = (
+        ""
+        if p["guidance_high"] == 1
+        else f" up to noise level {p['guidance_high']:g} ({p['guidance_space']})"
+    )
     weights = "EMA" if p["weights"] == "ema" else "raw"
     return [
         Heading("Samples"),
         Figure(
             out / "samples.png",
             f"The first {count} samples of each run, not chosen: the same noise and the same class at the same place. "
-            f"{weights} weights, {p['sampling_steps']} DDIM steps, guidance {p['cfg']:g}.",
+            f"{weights} weights, {p['sampling_steps']} DDIM steps, guidance {p['cfg']:g}{only}.",
         ),
     ]
 
@@ -143,11 +171,11 @@ def _training(out: Path, runs) -> list[Block]:
                 )
             )
     curves = {
-        name: tuple(zip(*sorted((r["protocol"]["step"], r["value"]) for r in run.distances), strict=True))
+        name: tuple(zip(*sorted((r["step"], r["value"]) for r in run.distances), strict=True))
         for name, run in runs.items()
     }
     if any(len(steps) > 1 for steps, _ in curves.values()):
-        metric = next(iter(runs.values())).final["metric"]
+        metric = next(iter(runs.values())).final["conditions"]["metric"]
         plot_curves(
             out / "distance.png",
             curves,
@@ -213,7 +241,7 @@ def _reading(runs, table) -> list[Block]:
 
 def _making(runs, times, command) -> list[Block]:
     """Settings that differ, commands, and how long each stage took."""
-    keys = sorted({key for run in runs.values() for key in run.settings if not key.startswith(IRRELEVANT)})
+    keys = sorted({key for run in runs.values() for key in run.settings})
     values = {key: [str(run.settings.get(key)) for run in runs.values()] for key in keys}
     differing = [[key, *shown] for key, shown in values.items() if len(set(shown)) > 1]
     blocks = [Heading("How this was made")]

@@ -32,6 +32,12 @@ class AlignHead(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's grid."""
         x = self.proj(feat)  # (B, D, h, w)
+        if (
+            self.grid[0] < x.shape[2] or self.grid[1] < x.shape[3]
+        ):  # down-sampling would skip cells, as a CLS vector does
+            raise ValueError(
+                f"the teacher's grid {self.grid} is coarser than the features' {tuple(x.shape[2:])}"
+            )
         if x.shape[2:] != self.grid:
             x = F.interpolate(x, self.grid, mode="bilinear", align_corners=False)  # (B, D, H, W)
         x = x.flatten(2).transpose(1, 2)  # (B, N, D)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import diffusers
+import torch
 import transformers
 
 from errors import UserError
+
+REMOVED, MAINTAINED = "runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 # Both libraries import a class when it is first asked for, which takes seconds: ask only for the part that is loaded.
 PARTS = {
@@ -25,6 +28,8 @@ def load_part(base: str, part: str, revision: str | None = None):
     `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
     """
     folder = Path(base)
+    if base == REMOVED:
+        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
     if folder.exists() and not (folder / part).is_dir():
         raise UserError(
             f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
@@ -33,7 +38,9 @@ def load_part(base: str, part: str, revision: str | None = None):
         raise UserError(f"{base} does not exist (and is no hub id, which would be of the form owner/name)")
     transformers.utils.logging.disable_progress_bar()
     try:
-        return PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
+        loaded = PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {part} of {base}: {reason}") from None
+        where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
+        raise UserError(f"cannot load {part} of {base}: {reason}{where}") from None
+    return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded

@@ -26,11 +26,12 @@ class NoiseSchedule:
     def num_steps(self) -> int:
         return len(self.alpha)
 
-    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ at `timesteps (B,)`, each `(B, 1, 1, 1)`."""
+    def at(self, timesteps: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
+        """α and σ at `timesteps (B,)`, each `(B, 1, …)` of `ndim` dimensions: `(B, 1, 1, 1)` for image latents."""
         if self.alpha.device != timesteps.device:
             self.alpha, self.sigma = self.alpha.to(timesteps.device), self.sigma.to(timesteps.device)
-        return self.alpha[timesteps][:, None, None, None], self.sigma[timesteps][:, None, None, None]
+        shape = (-1, *[1] * (ndim - 1))
+        return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
 def add_noise(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -48,8 +48,11 @@ class DINOv2Encoder(nn.Module):
                 raise UserError(f"teacher {name} is a {config.model_type} model; DINOv2 was expected")
             model = transformers.AutoModel.from_pretrained(name, revision=revision)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load teacher {name}: {str(error).strip().splitlines()[0]}") from None
-        return cls(model, grid)
+            where = "" if Path(name).exists() else " (check the name and the network, or give a local folder)"
+            raise UserError(
+                f"cannot load teacher {name}: {str(error).strip().splitlines()[0]}{where}"
+            ) from None
+        return cls(model.float(), grid)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

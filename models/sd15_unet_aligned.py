@@ -56,7 +56,7 @@ class SD15UNetAligned(nn.Module):
         align_layers: taps to align; empty builds neither hooks nor heads.
         D, grid: width and token grid of the teacher.
         train: "lora" (with `lora_config`), "partial" (all weights around the bottleneck), "full", or "none".
-        seed: seed of the initial LoRA and head weights, which leave the global random state alone.
+        seed: seed of the initial LoRA and head weights, which leave torch's random state on the CPU alone.
 
     The heads are no part of `unet`, so its state dict stays loadable in stock diffusers. Raises `UserError` for a U-Net that
     is not SD-1.5's.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _the_tensor(output: Any) -> Tensor:
+def _the_tensor(output: Any, _args: tuple, _kwargs: dict) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the tapped block returned {type(output).__name__}, not a tensor: give the tap a `read` function"
@@ -29,10 +29,13 @@ def _the_tensor(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Tap:
-    """A place to read: the path of a block, and how to get the hidden states out of what the block returns."""
+    """A place to read: the path of a block, and how to get the hidden states out of what the block returned and was fed.
+
+    `read(output, args, kwargs)` returns the hidden states; the default expects the output to be a tensor.
+    """
 
     path: str
-    read: Callable[[Any], Tensor] = _the_tensor
+    read: Callable[[Any, tuple, dict], Tensor] = _the_tensor
 
 
 class Taps:
@@ -53,17 +56,16 @@ class Taps:
                 block = backbone.get_submodule(tap.path)
             except AttributeError:
                 raise ValueError(f"tap {name}: the backbone has no block {tap.path}") from None
-            self._handles.append(block.register_forward_hook(self._hook(name, tap)))
+            self._handles.append(block.register_forward_hook(self._hook(name, tap), with_kwargs=True))
 
     def _hook(self, name: str, tap: Tap):
-        def capture(
-            _module, _inputs, output
-        ) -> None:  # a hook that returned something would replace the block's output
+        # Returns nothing: what a hook returns replaces the block's output.
+        def capture(_module, args, kwargs, output) -> None:
             if not self._recording:
                 return
             if name in self.captured:
                 raise RuntimeError(f"tap {name} ({tap.path}) fired twice in one forward")
-            self.captured[name] = tap.read(output)
+            self.captured[name] = tap.read(output, args, kwargs)
 
         return capture
 

@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
 
     checks = Checks()
     missing = len(samples) - len(present)
-    left_out = len(samples) - min(latents.manifest["num_samples"], tokens.manifest["num_samples"])
+    left_out = sum(reader.manifest["num_requested"] - len(reader) for reader in (latents, tokens))
     checks(
         missing <= left_out,
-        f"{len(present)} of {len(samples)} images in both fields, {left_out} unreadable ones left out",
+        f"{len(present)} of {len(samples)} images are in both fields; {left_out} known as unreadable",
     )
     classes = 1 + max(sample.class_id for sample in samples)
     n_classes = text["details"]["n_classes"]
@@ -99,7 +99,7 @@ class Checks:
     def conclude(self) -> None:
         if self.failed:
             print(
-                f"error: {self.failed} check(s) failed; run the script that wrote the field again",
+                f"error: {self.failed} check(s) failed; delete the folder of the field at fault and run its script again",
                 file=sys.stderr,
             )
             raise SystemExit(1)

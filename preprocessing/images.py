@@ -37,12 +37,14 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
         return _central(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
     if view == "official":
         shorter = round(size * OFFICIAL_RESIZE)
-        scale = shorter / min(image.size)
-        resized = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        # torchvision truncates the longer side and rounds the place of the crop.
+        resized = image.resize(
+            [shorter * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC
+        )
         return _central(resized, size)
     raise ValueError(f"view must be one of {', '.join(VIEWS)}, not {view!r}")
 
 
 def _central(image: Image.Image, side: int) -> Image.Image:
-    left, top = ((length - side) // 2 for length in image.size)
+    left, top = (round((length - side) / 2) for length in image.size)
     return image.crop((left, top, left + side, top + side))

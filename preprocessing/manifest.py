@@ -41,6 +41,14 @@ class FieldSpec:
     def value_bytes(self) -> int:
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
+    def agrees_with(self, other: "FieldSpec") -> bool:
+        """Whether both hold values of the same kind: field, shape, view, details and the weights that made them."""
+
+        def kind(spec: FieldSpec):
+            return spec.field, spec.shape, spec.view, spec.details, spec.source.get("weights_sha256")
+
+        return kind(self) == kind(other)
+
     def as_json(self) -> dict:
         return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
 
@@ -96,8 +104,8 @@ def read_table(folder: str | Path):
 
 
 def ids_digest(ids: Iterable[str]) -> str:
-    """A digest of a set of ids, independent of their order."""
-    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+    """A digest of a list of ids and of their order, which decides the shard that each of them is in."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def insist_same(folder: Path, known: dict, wanted: dict) -> None:

@@ -32,7 +32,7 @@ FLOORS = {
     "classifier_accuracy": 0.97,
 }
 
-# Training steps, full and quick; the full ones were chosen by measuring (see MODELS for the learning rates).
+# Training steps, full and quick; the full ones were chosen by measuring.
 STEPS = {
     False: {"vae": 300, "text": 150, "teacher": 800, "classifier": 200},
     True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3},

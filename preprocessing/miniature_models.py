@@ -24,8 +24,9 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD
+
 SIZE = 32
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSIFIER_MEAN, CLASSIFIER_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # that is, [-1, 1]
 KL_WEIGHT = 1e-6  # times nats per image, beside a mean squared error per pixel
 PIXEL_WEIGHT = 4.0  # of the teacher's pixel loss beside its class loss
@@ -260,7 +261,7 @@ def train_text_encoder(
         a, b = F.normalize(pooled, dim=-1).chunk(2)
         return F.cross_entropy(a @ b.mT / 0.1, classes)
 
-    _fit("text", list(encoder.parameters()), loss, len(classes), steps, batch=1, peak_lr=3e-3)
+    _fit("text", list(encoder.parameters()), loss, len(classes), steps, batch=1, peak_lr=peak_lr)
     return encoder.eval()
 
 

@@ -17,7 +17,7 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=32, help="images per forward (default 32)")
     parser.add_argument(
-        "--workers", type=int, default=4, help="processes that decode images (default 4; 0 = none)"
+        "--workers", type=not_negative, default=4, help="processes that decode images (default 4; 0 = none)"
     )
     parser.add_argument(
         "--dtype", choices=["float16", "float32"], default="float16", help="stored as (default float16)"
@@ -37,6 +37,13 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
+    return value
 
 
 def positive(text: str) -> int:

@@ -5,6 +5,7 @@ Scripts 2 and 3 differ only in the encoder they hand to `encode_field`.
 
 import csv
 import hashlib
+import io
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
+from files import write_atomically
 from preprocessing.images import UnreadableImage, read_view
 from preprocessing.manifest import FieldSpec
 from preprocessing.samples import Sample, read_samples
@@ -25,7 +27,7 @@ UNREADABLE = "unreadable.csv"
 
 
 class _ViewDataset(Dataset):
-    """Item = one durable batch: shard number, ids, uint8 views `(n, 3, S, S)`, and the images that could not be read."""
+    """Item = one durable batch: shard number, ids of the readable images, their uint8 views `(n, 3, S, S)`."""
 
     def __init__(self, batches, paths: dict[str, str], size: int, view: str):
         self.batches, self.paths, self.size, self.view = batches, paths, size, view
@@ -35,15 +37,15 @@ class _ViewDataset(Dataset):
 
     def __getitem__(self, index):
         shard, ids = self.batches[index]
-        kept, views, unreadable = [], [], []
+        kept, views = [], []
         for key in ids:
             try:
                 views.append(read_view(self.paths[key], self.size, self.view))
                 kept.append(key)
-            except UnreadableImage as error:
-                unreadable.append((key, str(error)))
+            except UnreadableImage:
+                continue  # told of at the end
         pixels = np.stack(views) if views else np.empty((0, self.size, self.size, 3), np.uint8)
-        return shard, kept, torch.from_numpy(pixels).permute(0, 3, 1, 2), unreadable  # (n, 3, S, S)
+        return shard, kept, torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, 3, S, S)
 
 
 def encode_field(
@@ -71,24 +73,27 @@ def encode_field(
     _check_disk(folder, left * spec.value_bytes, f"{left} {spec.field}")
     dataset = _ViewDataset(batches, {sample.id: sample.img_path for sample in samples}, size, view)
     loader = DataLoader(dataset, batch_size=None, num_workers=workers)
-    unreadable = []
     try:
         with tqdm(total=len(samples), initial=len(samples) - left, unit="img", desc=spec.field) as bar:
-            for (shard, asked), (_, kept, pixels, failed) in zip(batches, loader, strict=True):
+            for (shard, asked), (_, kept, pixels) in zip(batches, loader, strict=True):
                 if kept:
                     values = encode(pixels).cpu().numpy().astype(spec.dtype)  # (n, *shape)
                     writer.put(shard, kept, values)
-                unreadable += failed
                 bar.update(len(asked))
-        _refuse_if_nothing_was_readable(len(samples), unreadable)
+        left_out = writer.missing()
+        problems = [
+            (sample.id, _problem(sample.img_path, size, view)) for sample in samples if sample.id in left_out
+        ]
+        if len(problems) == len(samples):
+            raise UserError(f"not one of {len(samples)} images could be read, the first: {problems[0][1]}")
+        if problems:  # before the manifest, so that a finished field always says what it lacks
+            _write_problems(folder / UNREADABLE, problems)
         manifest = writer.finish()
     finally:
         writer.close()
-    if unreadable:
-        with open(folder / UNREADABLE, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([("id", "problem"), *unreadable])
+    if problems:
         print(
-            f"{len(unreadable)} images could not be read and are left out: {folder / UNREADABLE}",
+            f"{len(problems)} images could not be read and are left out: {folder / UNREADABLE}",
             file=sys.stderr,
         )
     print(f"{folder}: {manifest['num_samples']} {spec.field} of shape {spec.shape} {spec.dtype}")
@@ -115,8 +120,11 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def _check_disk(folder: Path, payload: int, what: str) -> None:
-    """Say how much will be written and refuse when the disk cannot hold it (3 % above the payload is LMDB's share)."""
-    needed, free = int(payload * 1.13), shutil.disk_usage(folder).free
+    """Say how much will be written and refuse when the disk cannot hold it."""
+    needed, free = (
+        int(payload * 1.13),
+        shutil.disk_usage(folder).free,
+    )  # LMDB's pages cost up to 13 % beside values
     print(f"{folder}: {what} to write, {needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free")
     if needed > free:
         raise UserError(
@@ -124,6 +132,16 @@ def _check_disk(folder: Path, payload: int, what: str) -> None:
         )
 
 
-def _refuse_if_nothing_was_readable(total: int, unreadable: list) -> None:
-    if len(unreadable) == total:
-        raise UserError(f"not one of {total} images could be read, the first: {unreadable[0][1]}")
+def _problem(path: str, size: int, view: str) -> str:
+    """Why an image was left out."""
+    try:
+        read_view(path, size, view)
+    except UnreadableImage as error:
+        return str(error)
+    return f"{path}: could not be read at first, but can be now"
+
+
+def _write_problems(path: Path, problems: list[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("id", "problem"), *problems])
+    write_atomically(path, text.getvalue().encode())

@@ -32,6 +32,7 @@ from preprocessing.manifest import (
 )
 
 SHARD_SIZE = 10_000
+MAX_KEY_BYTES = 511
 
 
 class FieldWriter:
@@ -52,7 +53,14 @@ class FieldWriter:
         self.folder, self.spec, self.ids, self.shard_size = Path(folder), spec, list(ids), shard_size
         self._open: tuple[int, lmdb.Environment] | None = None
         settings = spec.as_json() | {"shard_size": shard_size, "ids_sha256": ids_digest(self.ids)}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if long := [key for key in self.ids if len(key.encode()) > MAX_KEY_BYTES]:
+            raise UserError(
+                f"the id {long[0]} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the folder {self.folder}: {error.strerror}") from None
         if (self.folder / SETTINGS).exists():
             insist_same(self.folder, read_json(self.folder / SETTINGS), settings)
         else:
@@ -95,6 +103,14 @@ class FieldWriter:
                 f"cannot write to {self.folder}: {error}; free some disk and run the same command"
             ) from None
 
+    def missing(self) -> set[str]:
+        """The ids that are not stored, once every batch was put: their images could not be read."""
+        stored: set[str] = set()
+        for number in range(len(self.shards())):
+            path = self._path(number)
+            stored |= set(_keys(path)) if path.exists() else self._durable(number)
+        return set(self.ids) - stored
+
     def finish(self) -> dict:
         """Seal every shard and write the manifest; returns it."""
         if self.complete:
@@ -109,7 +125,7 @@ class FieldWriter:
         manifest = self.spec.as_json() | {
             "shard_size": self.shard_size,
             "num_samples": len(stored),
-            "ids_sha256": ids_digest(stored),
+            "ids_sha256": ids_digest(sorted(stored)),
             "num_requested": len(self.ids),  # more than num_samples when images were unreadable
             "shards": shards,
         }

@@ -51,7 +51,6 @@ def test_b_and_c_differ_from_a_only_where_the_plan_says():
         ("align.taps=[mid,mid]", "twice"),
         ("align.taps=[middle]", "'enc_last', 'mid' or 'dec_first'"),
         ("data.batch_size=1", "sample Gram of one image"),
-        ("model.base=runwayml/stable-diffusion-v1-5", "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
         ("align.coeff", "key=value"),
         ("run.name=x", "run is a value, not a section"),
         ("data.csv=null", "data.csv"),

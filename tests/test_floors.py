@@ -24,7 +24,7 @@ FLOORS = {
     "preprocessing.pipeline": BOTTOM | CACHE,
     "loss_sd15": BOTTOM | {"models.alignment", "models.diffusion"},
     "dataset_sd15": BOTTOM | CACHE,
-    "training": BOTTOM | {"configs", "loss_sd15", "training"},
+    "training": BOTTOM | {"configs", "training"},
     "build_sd15": BOTTOM | {"configs", "dataset_sd15", "loss_sd15", "models", "training"},
 }
 SCRIPTS = {"train_sd15", "evaluate_sd15", "demo"}

@@ -18,6 +18,7 @@ import evaluate_sd15
 import train_sd15
 from configs.schema import knobs
 from errors import UserError
+from evaluation.report import comparable
 from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
 from preprocessing.images import UnreadableImage, cut_view, read_view
 from preprocessing.manifest import read_manifest, read_table
@@ -218,6 +219,16 @@ class TestCache:
         assert stop.value.code == 1
         assert "FAIL" in capsys.readouterr().out
 
+    def test_verification_fails_where_the_cache_lacks_images_of_the_list(self, miniature, tmp_path, capsys):
+        rows = (miniature / "train.csv").read_text().splitlines()
+        longer, shorter = tmp_path / "longer.csv", tmp_path / "shorter.csv"
+        longer.write_text("\n".join([*rows, *(row.replace("_", "_more", 1) for row in rows[1:])]) + "\n")
+        shorter.write_text("\n".join(rows[:20]) + "\n")
+        with pytest.raises(SystemExit):
+            verify(miniature, "--csv", longer)
+        assert "60 of 120 images are in both fields; 0 known as unreadable" in capsys.readouterr().out
+        verify(miniature, "--csv", shorter)  # a cache may hold more than one list needs
+
     def test_an_unreadable_image_is_left_out_and_listed(self, miniature, tmp_path, capsys):
         image_tree(tmp_path, {"n01": 3, "n02": 3})
         sample(tmp_path, tmp_path / "list.csv", 3)
@@ -342,12 +353,27 @@ def test_the_whole_pipeline_ends_with_a_page(miniature, tmp_path, capsys):
     first = next(iter(numbers.values()))
     results = [json.loads(path.read_text()) for path in sorted((runs[0] / "eval").glob("fid_*.json"))]
     assert first["urepa"] == results[-1]["value"]
-    assert [result["protocol"]["step"] for result in results] == [2, 4, 6]
+    assert [result["step"] for result in results] == [2, 4, 6]
+    evaluate_sd15.main(["align", str(runs[0]), "--timestep", "100"])
+    with pytest.raises(UserError, match="with other options"):
+        evaluate_sd15.main(["compare", *map(str, runs), "--out", str(tmp_path / "page")])
     samples = sorted((runs[0] / "samples").iterdir())[-1]
     before = (samples / "000003.png").read_bytes()
     (samples / "000003.png").unlink()
     evaluate_sd15.main(["sample", str(runs[0])])
     assert (samples / "000003.png").read_bytes() == before  # image i depends on its own seed
+
+
+def test_two_protocols_are_never_mixed_in_a_comparison(tmp_path):
+    def result(step, **conditions):
+        return {"step": step, "num_samples": 10, "conditions": {"cfg": 1.0, "metric": "fd_x"} | conditions}
+
+    cheap, full = [result(1), result(2)], [result(2, cfg=7.5)]
+    assert comparable({"a": cheap + full, "b": cheap}) == {"a": cheap, "b": cheap}
+    with pytest.raises(UserError, match="no protocol was used for all"):
+        comparable({"a": full, "b": cheap})
+    with pytest.raises(UserError, match="no protocol was used for all"):
+        comparable({"a": [result(2, extractor="x")], "b": [result(2, extractor="y")]})
 
 
 @pytest.mark.parametrize(

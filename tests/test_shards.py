@@ -86,6 +86,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
     [
         {"spec": FieldSpec("latents", (2, 3), "float16", "test values", {"model": "other"}, SPEC.view)},
         {"ids": [*IDS[:-1], "n0/99"]},
+        {"ids": IDS[::-1]},  # the order decides the shard of each id
         {"shard_size": 5},
     ],
 )

@@ -242,6 +242,7 @@ def test_dataset_works_in_dataloader_workers(miniature, method):
         ("data.csv=nowhere.csv", "make it with script 1"),
         ("data.latents=nowhere", "is not a cache"),
         ("model.base=nowhere", "does not exist"),
+        ("model.base=runwayml/stable-diffusion-v1-5", "use stable-diffusion-v1-5/stable-diffusion-v1-5"),
         ("data.batch_size=1000", "fewer than data.batch_size"),
         ("train.device=tpu", "device 'tpu' cannot be used"),
     ],
@@ -273,9 +274,17 @@ def test_a_run_records_where_it_came_from(unbroken):
 
 
 def test_two_trainings_cannot_share_a_run_folder(miniature, tmp_path):
-    run = RunFolder.create_or_resume(load_config(CONFIG, demo_overrides(miniature, tmp_path / "run")))
-    with run.lock(), pytest.raises(UserError, match="another process"):
-        train(miniature, tmp_path / "run")
+    config = load_config(CONFIG, demo_overrides(miniature, tmp_path / "run"))
+    with RunFolder.claimed(config), pytest.raises(UserError, match="another process"):
+        train(miniature, tmp_path / "run", "align.coeff=0.5")
+    assert RunFolder(tmp_path / "run").config == config
+
+
+def test_a_run_that_has_no_checkpoint_yet_may_change_its_config(miniature, tmp_path):
+    with pytest.raises(UserError, match="lower it"):
+        train(miniature, tmp_path / "run", "data.batch_size=1000")
+    run = train(miniature, tmp_path / "run", "data.batch_size=5", "train.steps=1")
+    assert run.config.data.batch_size == 5
 
 
 def test_the_script_reports_an_error_in_one_line_and_exits_2():

@@ -228,7 +228,7 @@ class TestTaps:
         with pytest.raises(TypeError, match="read"), Taps(net, {"t": Tap("0")}).recording():
             net(torch.ones(1))
         net = torch.nn.Sequential(Pair())
-        taps = Taps(net, {"t": Tap("0", read=lambda output: output[1])})
+        taps = Taps(net, {"t": Tap("0", read=lambda output, args, kwargs: output[1])})
         with torch.no_grad(), taps.recording():
             net(torch.ones(1))
         assert taps.captured["t"] == 2

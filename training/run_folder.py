@@ -30,7 +30,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 OPERATIONAL = (
     "run",
     "data.workers",
-    "train.device",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -47,35 +46,37 @@ class RunFolder:
         self.config = load_config(self.config_file)
 
     @classmethod
-    def create_or_resume(cls, config: Config) -> "RunFolder":
-        """Open the run of this config, making its folder when it is new; refuse when it was started with another config."""
+    @contextmanager
+    def claimed(cls, config: Config) -> Iterator["RunFolder"]:
+        """The run of this config, its folder made when it is new, while no other process trains there.
+
+        Raises `UserError` when the run has a checkpoint and was started with another config, or when another process holds
+        the folder; its lock goes with the process, however that ends.
+        """
         path = config.run
-        if (path / "config.yaml").exists():
-            run = cls(path)
-            if changed := _changed(run.config, config):
-                raise UserError(
-                    f"{path} was started with another config ({'; '.join(changed)}): choose another run=… or delete that folder"
-                )
-            return run
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "run.json", _provenance())
-            write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+            lock = open(path / ".lock", "w")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise UserError(f"cannot write the run folder {path}: {error.strerror}") from None
-        return cls(path)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other trainings out of this folder; the lock goes with the process, however that ends."""
-        with open(self.path / ".lock", "w") as file:
+        with lock:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another process is training {self.path}: wait for it, or choose another run=…"
+                    f"another process is training {path}: wait for it, or choose another run=…"
                 ) from None
-            yield
+            if (path / "config.yaml").exists():
+                run = cls(path)
+                changed = _changed(run.config, config)
+                if changed and run.newest_checkpoint():
+                    raise UserError(
+                        f"{path} was started with another config ({'; '.join(changed)}): choose another run=… or delete it"
+                    )
+            if not (path / "config.yaml").exists() or changed:
+                write_json(path / "run.json", _provenance())
+                write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+            yield cls(path)
 
     @property
     def config_file(self) -> Path:
@@ -98,8 +99,8 @@ class RunFolder:
         return [int(path.name.removeprefix("step-")) for path in checkpoints(self.checkpoint_folder)]
 
     def settings(self) -> dict[str, object]:
-        """The resolved config as dotted keys."""
-        return _flat(self.config.model_dump(mode="json"))
+        """The settings that decide the result, as dotted keys."""
+        return _deciding(self.config)
 
     def command(self) -> str:
         """The command line that started the run."""
@@ -144,9 +145,15 @@ def _provenance() -> dict:
 
 def _changed(before: Config, now: Config) -> list[str]:
     """`key: before -> now` for every setting that differs and matters to the result."""
-    old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
-    matters = [key for key in new if key not in OPERATIONAL and not key.startswith("eval.")]
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in matters if old.get(key) != new[key]]
+    old, new = _deciding(before), _deciding(now)
+    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+
+
+def _deciding(config: Config) -> dict[str, object]:
+    flat = _flat(config.model_dump(mode="json"))
+    return {
+        key: value for key, value in flat.items() if key not in OPERATIONAL and not key.startswith("eval.")
+    }
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

@@ -1,12 +1,13 @@
 """What changes from step to step in a training, and how it is saved and restored."""
 
+import math
+
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
 from configs.schema import Config
 from errors import UserError
-from loss_sd15 import TERMS
 from training.checkpoint import restore_checkpoint, save_checkpoint
 from training.run_folder import RunFolder
 
@@ -33,7 +34,7 @@ class TrainingState:
         warmup = round(optim.warmup_fraction * config.train.steps)
         self.lr_schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, config.train.steps)
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
-        self.sums = torch.zeros(len(TERMS) + 1, device=next(iter(self.parameters.values())).device)
+        self.sums: dict[str, torch.Tensor] = {}
         self.count = 0
 
     def update(self, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
@@ -42,28 +43,30 @@ class TrainingState:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
-        self.sums += torch.stack([*(terms[name].detach() for name in TERMS), grad_norm])
+        for name, value in (terms | {"grad_norm": grad_norm}).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.count += 1
         self.step += 1
 
     def summary(self) -> dict[str, float]:
         """Means since the last summary, and the learning rate; raises `UserError` when the loss is not finite."""
-        means = self.finite_sums() / self.count
-        self.sums.zero_()
+        means = {name: value / self.count for name, value in self.finite_sums().items()}
+        self.sums.clear()
         self.count = 0
-        named = zip((*TERMS, "grad_norm"), means.tolist(), strict=True)
-        return {"step": self.step, **dict(named), "lr": self.lr_schedule.get_last_lr()[0]}
+        return {"step": self.step, **means, "lr": self.lr_schedule.get_last_lr()[0]}
 
-    def finite_sums(self) -> torch.Tensor:
-        if not self.sums.isfinite().all():
+    def finite_sums(self) -> dict[str, float]:
+        """The sums since the last summary, read from the device."""
+        sums = {name: value.item() for name, value in self.sums.items()}
+        if not all(math.isfinite(value) for value in sums.values()):
             raise UserError(
                 f"loss or gradient is not finite before step {self.step}: lower optim.lr or align.coeff; "
                 "the newest checkpoint is from before that"
             )
-        return self.sums
+        return sums
 
     def save(self, run: RunFolder) -> None:
-        extra = {"sums": self.finite_sums().tolist(), "count": self.count}
+        extra = {"sums": self.finite_sums(), "count": self.count}
         save_checkpoint(
             run.checkpoint_folder,
             self.step,
@@ -86,6 +89,7 @@ class TrainingState:
                 lr_schedule=self.lr_schedule,
                 ema=self.ema,
             )
-            self.sums.copy_(torch.tensor(extra["sums"]))
+            device = next(iter(self.parameters.values())).device
+            self.sums = {name: torch.tensor(value, device=device) for name, value in extra["sums"].items()}
             self.count = extra["count"]
         run.forget_metrics_after(self.step)
