@@ -59,13 +59,10 @@ def fid(args: argparse.Namespace) -> None:
     first if they are missing. The distance between two halves of the real images is given for scale. The result goes to
     RUN/eval/fid_SETTINGS.json.
     """
-    import numpy as np
-
     from device import pick_device
     from evaluation.features import load_extractor
-    from evaluation.metrics import Moments, class_accuracy, frechet_distance
-    from evaluation.sampling import balanced_labels, load_images
-    from sample_sd15 import draw_samples, manifest_of, setting_name
+    from fid_sd15 import measure_distance, read_reference
+    from sample_sd15 import draw_samples, setting_name
 
     run = RunFolder(args.folder)
     path = args.extractor or run.config.eval.extractor
@@ -74,44 +71,15 @@ def fid(args: argparse.Namespace) -> None:
     extractor = load_extractor(path, pick_device(args.device))
     protocols = [protocol_of(run, args, step) for step in steps_of(run, args.checkpoint)]
     folders = [draw_samples(run, protocol, args.device) for protocol in protocols]
-    real, halves, coin = Moments(), (Moments(), Moments()), np.random.default_rng(0)
-    for images in real_images(run.config):
-        features, _ = extractor.features(images)
-        real.update(features)
-        first = coin.random(len(features)) < 0.5  # not every other one: rows go round the classes
-        for half, chosen in zip(halves, (first, ~first), strict=True):
-            if chosen.any():
-                half.update(features[chosen])
+    reference = read_reference(run.config, extractor)
     for protocol, folder in zip(protocols, folders, strict=True):
-        n, chunk = protocol["num_samples"], 500
-        drawn, predicted = Moments(), []
-        for start in range(0, n, chunk):
-            features, labels = extractor.features(load_images(folder, min(chunk, n - start), start=start))
-            drawn.update(features)
-            predicted += labels.tolist()
-        distance = frechet_distance(drawn, real)
-        accuracy = class_accuracy(predicted, balanced_labels(n, manifest_of(folder)["n_classes"]))
-        result = {
-            "metric": f"fd_{extractor.name}",
-            "value": distance,
-            "value_of_real_halves": frechet_distance(*halves),
-            "class_accuracy": accuracy,
-            "num_samples": n,
-            "num_real": real.count,
-            "samples": str(folder),
-            "step": protocol["step"],
-            "conditions": {
-                **{name: value for name, value in protocol.items() if name != "step"},
-                "metric": f"fd_{extractor.name}",
-                "extractor": str(path),
-                "num_real": real.count,
-            },
-            "command": this_command(),
-        }
+        result = measure_distance(folder, protocol, extractor, reference)
+        result["conditions"]["extractor"] = str(path)
+        result["command"] = this_command()
         write_json(run.path / "eval" / f"fid_{Path(path).name}_{setting_name(protocol)}.json", result)
         print(
-            f"{run.name} step {protocol['step']}: {result['metric']} {distance:.2f}, class accuracy {accuracy:.1%} "
-            f"({n} samples against {real.count} real images)"
+            f"{run.name} step {result['step']}: {result['conditions']['metric']} {result['value']:.2f}, class accuracy "
+            f"{result['class_accuracy']:.1%} ({result['num_samples']} samples against {reference.real.count} real images)"
         )
 
 
@@ -262,25 +230,6 @@ def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
     if chosen["num_samples"] < 2 or chosen["sampling_steps"] < 1 or chosen["cfg"] < 1 or chosen["seed"] < 0:
         raise UserError("sampling needs --num-samples ≥ 2, --sampling-steps ≥ 1, --cfg ≥ 1 and --seed ≥ 0")
     return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
-
-
-def real_images(config: Config, chunk: int = 500):
-    """The training images as uint8 `(n, S, S, 3)` in chunks, cut as the VAE saw them."""
-    import numpy as np
-
-    from preprocessing.images import UnreadableImage, read_view
-    from preprocessing.manifest import read_manifest
-    from preprocessing.samples import read_samples
-    from preprocessing.shards import FieldReader
-
-    size = read_manifest(config.data.latents, "latents")["view"]["size"]
-    cached = set(FieldReader(config.data.latents, "latents").ids)
-    paths = [sample.img_path for sample in read_samples(config.data.csv) if sample.id in cached]
-    try:
-        for start in range(0, len(paths), chunk):
-            yield np.stack([read_view(path, size) for path in paths[start : start + chunk]])
-    except UnreadableImage as error:
-        raise UserError(f"the reference images are needed again: {error}") from None
 
 
 def class_names(config: Config) -> dict[int, str]:
