@@ -8,6 +8,7 @@ stopped. To start over, delete data/demo and runs/demo.
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import shlex
@@ -120,51 +121,66 @@ def main(argv: list[str] | None = None) -> None:
     ).parse_args(argv)
     os.chdir(Path(__file__).resolve().parent)
     LOGS.mkdir(parents=True, exist_ok=True)
+    config = hashlib.sha256(Path("configs/demo.yaml").read_bytes()).hexdigest()
     record = {entry["command"]: entry for entry in json.loads(RECORD.read_text())} if RECORD.exists() else {}
-    for group in stages():
-        missing = [stage for stage in group if pasted(stage) not in record or not stage.product.exists()]
+    for number, group in enumerate(stages()):
+        missing = [stage for stage in group if not is_done(stage, record, config)]
         for stage in group:
             print(f"{'· ' if stage in missing else '✓ '}{stage.name:24} {pasted(stage)}", flush=True)
         if missing:
-            (RUNS / "index.html").unlink(
-                missing_ok=True
-            )  # the page shows what came before it, so it is drawn again
-            for stage, seconds, beside in run_group(missing):
-                record[pasted(stage)] = {
-                    "stage": stage.name, "command": pasted(stage), "seconds": round(seconds, 1), "beside": beside,
-                }  # fmt: skip
+            # The page shows what came before it, so it is drawn again.
+            (RUNS / "index.html").unlink(missing_ok=True)
+            for stage, seconds in run_group(missing).items():
+                entry = {"stage": stage.name, "command": pasted(stage), "seconds": round(seconds, 1)}
+                record[pasted(stage)] = entry | {"group": number, "config": config}
             write_json(RECORD, list(record.values()))
-    seconds = sum(entry["seconds"] for entry in record.values() if not entry["beside"])
-    print(
-        f"{seconds / 60:.1f} minutes of running in all; the results are in {(RUNS / 'index.html').resolve()}"
-    )
+    longest: dict[int, float] = {}  # of a group's stages, which ran side by side
+    for entry in record.values():
+        longest[entry["group"]] = max(longest.get(entry["group"], 0), entry["seconds"])
+    minutes = sum(longest.values()) / 60
+    print(f"{minutes:.1f} minutes of running in all; the results are in {(RUNS / 'index.html').resolve()}")
 
 
-def run_group(group: list[Stage]) -> list[tuple[Stage, float, bool]]:
-    """Run stages side by side, one thread each; returns (stage, seconds, whether a longer one ran beside it)."""
+def is_done(stage: Stage, record: dict[str, dict], config: str) -> bool:
+    """Whether a stage ran to its end as it would run now: a changed demo.yaml is noticed, and the training says so."""
+    entry = record.get(pasted(stage))
+    changed = entry is not None and "configs/demo.yaml" in stage.command and entry["config"] != config
+    return entry is not None and not changed and stage.product.exists()
+
+
+def run_group(group: list[Stage]) -> dict[Stage, float]:
+    """Run stages side by side, one thread each; returns the seconds that each took."""
     started = time.monotonic()
-    running = {stage: start(stage, shown=len(group) == 1) for stage in group}
+    beside = len(group) > 1
+    live = beside and sys.stderr.isatty()
+    if beside:
+        print(f"  side by side; what they say goes to {LOGS}", flush=True)
+    running = {stage: start(stage, shown=not beside) for stage in group}
     seconds: dict[Stage, float] = {}
     try:
         while running:
             time.sleep(0.2)
-            if len(group) > 1 and sys.stderr.isatty():
+            if live:
                 print(
                     "\r\x1b[K  " + "   ".join(last_line(stage) for stage in running), end="", file=sys.stderr
                 )
             for stage in [stage for stage, process in running.items() if process.poll() is not None]:
                 seconds[stage] = time.monotonic() - started
                 if running.pop(stage).returncode:
-                    fail(stage, shown=len(group) == 1)
+                    fail(stage, shown=not beside)
+    except KeyboardInterrupt:  # Ctrl-C reached the stages too: let them save what they have
+        for process in running.values():
+            process.wait(timeout=60)
+        raise
     finally:
         for process in running.values():
             process.terminate()
-        if len(group) > 1 and sys.stderr.isatty():
+        if live:
             print("\r\x1b[K", end="", file=sys.stderr)
-    if len(group) > 1:
+    if beside:
         for stage in group:
             print(f"  {stage.name}: {last_line(stage, width=200)}")
-    return [(stage, seconds[stage], seconds[stage] < max(seconds.values())) for stage in group]
+    return seconds
 
 
 def start(stage: Stage, *, shown: bool) -> subprocess.Popen:

@@ -194,7 +194,11 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
         "folders", type=Path, nargs="+", metavar="RUN", help="run folders; the first is drawn first"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the page and its figures")
-    parser.add_argument("--times", type=Path, help="JSON list of {stage, seconds, command}")
+    parser.add_argument(
+        "--times",
+        type=Path,
+        help="JSON list of {stage, seconds, command, group}; stages of one group ran side by side",
+    )
 
 
 COMMANDS = {

@@ -120,7 +120,19 @@ def build_loader(config: Config, dataset: SD15AlignedDataset, *, first_step: int
         first_step=first_step,
         last_step=config.train.steps,
     )
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=config.data.workers, pin_memory=pin)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.data.workers,
+        pin_memory=pin,
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+
+
+def leave_signals_to_the_trainer(_worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the trainer has saved."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def announce(

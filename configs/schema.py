@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from errors import UserError
 
@@ -84,6 +84,11 @@ class Align(Section):
     coeff_end: float = Field(0.0, ge=0, description="λ at the end of the decay")
     power: float = Field(1.0, gt=0, description="exponent of the polynomial schedule")
     cutoff_step: int = Field(0, ge=0, description="λ = 0 from this step on; 0 = never")
+
+    @field_validator("taps", mode="before")
+    @classmethod
+    def _one_tap_needs_no_list(cls, taps):
+        return (taps,) if isinstance(taps, str) else taps
 
     @model_validator(mode="after")
     def _taps_are_distinct(self):

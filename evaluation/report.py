@@ -114,14 +114,16 @@ def _results(out: Path, runs, table) -> list[Block]:
     shown = dict(list(table.items())[:3])
     plot_bars(out / "results.png", shown, run_order=list(runs))
     rows = [[quantity, *(values[name] for name in runs)] for quantity, values in table.items()]
-    halves = next(iter(runs.values())).final["value_of_real_halves"]
+    final = next(iter(runs.values())).final
+    halves, real = final["value_of_real_halves"], final["conditions"]["num_real"]
     return [
         Heading("Results"),
         Figure(out / "results.png", "The figures that matter first."),
         Table(["quantity", *runs], rows, "A dash: the run has no head, so there is nothing to measure."),
         Paragraph(
-            f"For scale: the same distance between two halves of the real images is {halves:.2f}. Distances in the features "
-            "of one extractor, at one number of samples, compare with each other and with nothing else."
+            f"For scale: two random halves of the {real} real images are {halves:.2f} apart. Fewer images read higher, so "
+            "distances compare with each other only in the features of one extractor, at one number of images. CCA, CKNNA "
+            "and cosine rise with the likeness of the two sides, up to 1."
         ),
     ]
 
@@ -199,6 +201,10 @@ def _alignment(runs) -> list[Block]:
             f"the layout that all images share removed, fitted on {cca['n_fit']} images and reported on the "
             f"other {cca['n_test']}. CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
         ),
+        Paragraph(
+            "The ridge map is linear, from the mid-block's features to the teacher's tokens, fitted on half of the images and "
+            "shown on the other half: what the features hold, whether or not a run has a head that reads it."
+        ),
         *(
             Figure(
                 run.tsne,
@@ -249,7 +255,8 @@ def _making(runs, times, command) -> list[Block]:
         blocks.append(Table(["setting", *runs], differing, "All settings in which the runs differ."))
     if times:
         rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
-        total = sum(stage["seconds"] for stage in times if not stage["beside"])
+        groups = {stage["group"] for stage in times}
+        total = sum(max(stage["seconds"] for stage in times if stage["group"] == group) for group in groups)
         caption = f"{total:.0f} s in all; of stages that ran side by side only the longest counts."
         blocks.append(Table(["stage", "time"], rows, caption))
     commands = [stage["command"] for stage in times] or [run.command for run in runs.values()]

@@ -36,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_split(args.imagenet, args.split)
     synsets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not synsets:
-        raise UserError(f"{folder} holds no class folders ({{synset}}/*.JPEG was expected)")
+        raise UserError(
+            f"{folder} holds no class folders ({{synset}}/*.JPEG was expected); the flat val folder of the ILSVRC download "
+            "must be sorted into them first"
+        )
     chosen, short = {}, []
     for class_id, synset in enumerate(synsets):
         names = sorted(

@@ -87,7 +87,11 @@ def read_class_names(path: Path) -> list[str]:
         or not names
     ):
         raise UserError(f'{path} must map every class number from "0" on to a name, without a gap')
-    return [str(names[str(number)]) for number in range(len(names))]
+    if other := [name for name in names.values() if not isinstance(name, str)]:
+        raise UserError(
+            f'{path} must map class numbers to plain names, such as {{"0": "tench"}}, not to {other[0]!r}'
+        )
+    return [names[str(number)] for number in range(len(names))]
 
 
 if __name__ == "__main__":

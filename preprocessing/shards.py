@@ -11,6 +11,7 @@ A shard is written as `shard-00000.lmdb.partial` in synchronous transactions and
 `.lmdb` is always whole. A folder without `manifest.json` is not a cache yet.
 """
 
+import fcntl
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -61,11 +62,23 @@ class FieldWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write the folder {self.folder}: {error.strerror}") from None
+        # LMDB's own lock is off, as readers on shared file systems need it; two writers would ruin a shard.
+        try:
+            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (held until close)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {self.folder}: wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {self.folder}: {error.strerror}") from None
         if (self.folder / SETTINGS).exists():
             insist_same(self.folder, read_json(self.folder / SETTINGS), settings)
         else:
             write_json(self.folder / SETTINGS, settings)
         self.complete = (self.folder / MANIFEST).exists()
+        if self.complete:
+            self.close()
 
     def shards(self) -> list[list[str]]:
         return [self.ids[i : i + self.shard_size] for i in range(0, len(self.ids), self.shard_size)]
@@ -131,9 +144,15 @@ class FieldWriter:
         }
         write_json(self.folder / MANIFEST, manifest)
         self.complete = True
+        self.close()
         return manifest
 
     def close(self) -> None:
+        """Let go of the folder; what was put is durable."""
+        self._close_shard()
+        self._lock.close()
+
+    def _close_shard(self) -> None:
         if self._open:
             self._open[1].close()
             self._open = None
@@ -162,14 +181,14 @@ class FieldWriter:
             return set()
         with self._environment(shard).begin() as transaction:
             keys = {key.decode() for key in transaction.cursor().iternext(values=False)}
-        self.close()
+        self._close_shard()
         return keys
 
     def _seal(self, shard: int) -> None:
         with self._environment(shard).begin() as transaction:
             count = transaction.stat()["entries"]
             checksum = _checksum(transaction)
-        self.close()
+        self._close_shard()
         path = self._path(shard)
         partial = path.with_suffix(".lmdb.partial")
         # The description goes first: a shard that carries its final name always has one.

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import demo_overrides, run_numbered
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import AutoConfig, Dinov2Model
 
 import evaluate_sd15
 import train_sd15
-from configs.schema import knobs
+from configs.schema import knobs, load_config
 from errors import UserError
 from evaluation.report import comparable
+from evaluation.sampling import initial_noise
+from fid_sd15 import read_reference
 from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
 from preprocessing.images import UnreadableImage, cut_view, read_view
 from preprocessing.manifest import read_manifest, read_table
@@ -351,6 +354,9 @@ def test_the_whole_pipeline_ends_with_a_page(miniature, tmp_path, capsys):
     numbers = json.loads((tmp_path / "page" / "compare.json").read_text())
     assert all(set(values) == {"urepa", "baseline"} for values in numbers.values())
     first = next(iter(numbers.values()))
+    alignment = json.loads((runs[0] / "eval" / "align.json").read_text())
+    assert alignment["cknna"]["cknna"] < 0.9  # 1 would be the teacher compared with itself
+    assert alignment["cca"]["mean_rho"] < 0.9
     results = [json.loads(path.read_text()) for path in sorted((runs[0] / "eval").glob("fid_*.json"))]
     assert first["urepa"] == results[-1]["value"]
     assert [result["step"] for result in results] == [2, 4, 6]
@@ -362,6 +368,42 @@ def test_the_whole_pipeline_ends_with_a_page(miniature, tmp_path, capsys):
     (samples / "000003.png").unlink()
     evaluate_sd15.main(["sample", str(runs[0])])
     assert (samples / "000003.png").read_bytes() == before  # image i depends on its own seed
+
+
+def test_samples_of_a_run_are_those_of_the_stock_pipeline(miniature, tmp_path):
+    """Labels, seeds, null prompt, timesteps and guidance of `sample`, against diffusers' own pipeline."""
+    run = tmp_path / "run"
+    train_sd15.main(["--config", str(ROOT / "configs" / "demo.yaml"), *demo_overrides(miniature, run)])
+    evaluate_sd15.main(
+        ["sample", str(run), "--num-samples", "3", "--cfg", "3", "--sampling-steps", "4", "--seed", "5"]
+    )
+    (folder,) = (run / "samples").iterdir()
+    pipe = StableDiffusionPipeline.from_pretrained(miniature / "models" / "sd15-mini")
+    pipe.unet = UNet2DConditionModel.from_pretrained(run / "export" / "ema" / "unet")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    names = json.loads((miniature / "imagenet_classes.json").read_text())
+    for i in range(3):
+        theirs = pipe(
+            f"a photo of a {names[str(i)]}", latents=initial_noise([5 + i], (4, 16, 16)), num_inference_steps=4,
+            guidance_scale=3.0, height=32, width=32, output_type="np",
+        ).images[0]  # fmt: skip
+        ours = np.asarray(Image.open(folder / f"{i:06d}.png")) / 255
+        assert np.abs(ours - theirs).max() < 0.01  # the cached text is fp16
+
+
+def test_halves_of_the_real_images_are_random(miniature, tmp_path):
+    """Rows go round the classes, so every other image would be every other class."""
+
+    class ByRow:
+        def features(self, images):
+            odd = np.arange(len(images)) % 2
+            return np.stack([odd, 1 - odd], axis=1).astype(np.float32), odd
+
+    config = load_config(ROOT / "configs" / "demo.yaml", demo_overrides(miniature, tmp_path))
+    reference = read_reference(config, ByRow())
+    assert reference.real.count == sum(half.count for half in reference.halves) == 60
+    assert all(0.2 < half.mean[0] < 0.8 for half in reference.halves)
 
 
 def test_two_protocols_are_never_mixed_in_a_comparison(tmp_path):

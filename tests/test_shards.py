@@ -99,6 +99,14 @@ def test_other_settings_are_not_mixed_into_a_folder(tmp_path, other):
         write(tmp_path, **other)
 
 
+def test_two_writers_cannot_share_a_folder(tmp_path):
+    first = FieldWriter(tmp_path, SPEC, IDS)
+    with pytest.raises(UserError, match="another process is writing"):
+        FieldWriter(tmp_path, SPEC, IDS)
+    first.close()
+    FieldWriter(tmp_path, SPEC, IDS).close()
+
+
 def test_wrong_shape_dtype_or_nan_never_reaches_the_disk(tmp_path):
     writer = FieldWriter(tmp_path, SPEC, IDS)
     for bad in (np.zeros((1, 3, 2), np.float16), np.zeros((1, 2, 3), np.float32)):

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,16 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 
 import train_sd15
-from build_sd15 import load_run_model
+from build_sd15 import build_model, load_run_model
 from configs.schema import load_config
 from dataset_sd15 import SD15AlignedDataset, StepSampler
 from errors import UserError
 from evaluation.sampling import decode_latents, initial_noise, sample_latents
 from loss_sd15 import SD15Loss
 from models.base_model import load_part
+from preprocessing.manifest import read_table
 from training.run_folder import RunFolder
+from training.state import TrainingState
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "demo.yaml"
@@ -99,8 +103,47 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbrok
     assert [line["step"] for line in resumed.metrics()] == [2, 4, 6]
 
 
-def test_checkpoints_are_kept_by_step_number(unbroken):
+def test_the_newest_checkpoints_are_kept_by_step_number(miniature, unbroken, tmp_path):
     assert unbroken.checkpoint_steps() == [2, 4, 6]
+    run = train(miniature, tmp_path / "run", "train.keep_checkpoints=2")
+    assert run.checkpoint_steps() == [4, 6]
+
+
+def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
+    run = RunFolder(shutil.copytree(unbroken.path, tmp_path / "copy"))
+    run.forget_metrics_after(3)
+    assert [line["step"] for line in run.metrics()] == [2]
+    run.append_metrics({"step": 4})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5')  # a process killed while it wrote
+    assert [line["step"] for line in run.metrics()] == [2, 4]
+
+
+def test_heads_have_their_own_learning_rate(miniature, tmp_path):
+    config = load_config(CONFIG, demo_overrides(miniature, tmp_path, "optim.lr=0.01", "optim.head_lr=0.5"))
+    model = build_model(config)
+    groups = TrainingState(config, model).optimizer.param_groups
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    assert rates == {
+        id(p): 0.5 if name.startswith("heads.") else 0.01 for name, p in model.named_parameters()
+    }
+
+
+def test_a_signal_to_the_whole_group_lets_the_trainer_save(miniature, tmp_path):
+    """As a batch system sends it: to the data loader's workers too."""
+    many = ["data.workers=2", "train.steps=1000", "train.checkpoint_every=1000"]
+    process = subprocess.Popen(
+        [sys.executable, "train_sd15.py", "--config", str(CONFIG), *demo_overrides(miniature, tmp_path / "run", *many)],
+        cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run" / "config.yaml").exists() or not RunFolder(tmp_path / "run").metrics():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "go on with: python train_sd15.py" in said
+    assert len(RunFolder(tmp_path / "run").checkpoint_steps()) == 1
 
 
 def test_a_finished_run_does_nothing_more(miniature, unbroken, capsys):
@@ -218,6 +261,14 @@ def test_dataset_items_are_the_contract(miniature):
     assert item["encoder_hidden_states"].equal(dataset.text[item["class_id"]])
     assert len(dataset.text) == 10
     assert dataset.null_text.shape == dataset.text[0].shape
+    assert dataset.text_manifest["details"]["prompts"][-1] == ""
+    assert dataset.null_text.equal(read_table(miniature / "cache" / "text")[0][-1])
+    chosen = [7, 2, 11]
+    for index, item in zip(chosen, dataset.__getitems__(chosen), strict=True):  # in the order asked for
+        sample = dataset.samples[index]
+        assert np.array_equal(item["latent"], dataset.latents.read([sample.id])[0])
+        assert np.array_equal(item["dino_tokens"], dataset.tokens.read([sample.id])[0])
+        assert item["class_id"] == sample.class_id
     assert "dino_tokens" not in SD15AlignedDataset(*paths, need_tokens=False)[5]
 
 
