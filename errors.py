@@ -13,10 +13,16 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C becomes exit code 130."""
+    """Run a script's `main`.
+
+    A `UserError`, or an error of the file system, becomes one line on stderr and exit code 2; Ctrl-C becomes exit code 130.
+    """
     try:
         main()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:  # no permission, no space, a file where a folder should be
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

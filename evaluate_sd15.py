@@ -231,8 +231,15 @@ def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
     }
     if not 0 <= chosen["guidance_high"] <= 1:
         raise UserError("--guidance-high is a noise level between 0 (clean) and 1 (noise)")
-    if chosen["num_samples"] < 2 or chosen["sampling_steps"] < 1 or chosen["cfg"] < 1 or chosen["seed"] < 0:
-        raise UserError("sampling needs --num-samples ≥ 2, --sampling-steps ≥ 1, --cfg ≥ 1 and --seed ≥ 0")
+    if (
+        chosen["num_samples"] < 2
+        or not 1 <= chosen["sampling_steps"] <= 1000
+        or chosen["cfg"] < 1
+        or chosen["seed"] < 0
+    ):
+        raise UserError(
+            "sampling needs --num-samples ≥ 2, --sampling-steps 1 to 1000, --cfg ≥ 1 and --seed ≥ 0"
+        )
     return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
 
 

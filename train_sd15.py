@@ -3,7 +3,8 @@
     python train_sd15.py --config configs/A.yaml
     python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
 
-Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped, exactly.
+Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped: on a
+CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
 """
 
 import argparse

@@ -8,7 +8,7 @@ YAML is the truth, `key=value` overrides it, and an unknown key is an error that
 import difflib
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from errors import UserError
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -116,7 +119,7 @@ class Optim(Section):
     head_lr: float | None = Field(
         None, gt=0, description="learning rate of the alignment heads; null = the same"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     warmup_fraction: float = Field(
@@ -126,12 +129,6 @@ class Optim(Section):
     ema_decay: float = Field(
         0.9995, ge=0, lt=1, description="decay of the moving average that evaluation uses"
     )
-
-    @model_validator(mode="after")
-    def _betas_are_decays(self):
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("optim.betas must lie in [0, 1)")
-        return self
 
 
 class Train(Section):
@@ -151,7 +148,7 @@ class Eval(Section):
     tokens: Path | None = Field(None, description="their teacher tokens")
     extractor: str | None = Field(None, description="image-classifier folder whose features `fid` compares")
     num_samples: int = Field(10_000, ge=2, description="images that `sample` draws and `fid` compares")
-    sampling_steps: int = Field(50, ge=1, description="DDIM steps")
+    sampling_steps: int = Field(50, ge=1, le=1000, description="DDIM steps")
     cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
     guidance_high: float = Field(
         1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
@@ -177,6 +174,16 @@ class Config(Section):
     optim: Optim = Optim()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _something_before_the_tap_is_trained(self):
+        only_attention = self.model.train == "lora" and self.model.lora_targets == "attention"
+        if self.align.coeff > 0 and only_attention and "enc_last" in self.align.taps:
+            raise ValueError(
+                "align.taps: nothing before enc_last is trained by attention-only LoRA; drop that tap or set "
+                "model.lora_targets=attention+conv"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gram_of_one_image(self):
@@ -207,6 +214,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no settings (a YAML mapping was expected)")
     extends = data.pop("extends", None)
+    if extends is not None and Path(path).name == str(extends):
+        raise UserError(f"{path} extends itself")
     return data if extends is None else _overlay(read_yaml(Path(path).parent / str(extends)), data)
 
 

@@ -34,8 +34,7 @@ def load_part(base: str, part: str, revision: str | None = None):
         raise UserError(
             f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
         )
-    if not folder.exists() and base.count("/") != 1:
-        raise UserError(f"{base} does not exist (and is no hub id, which would be of the form owner/name)")
+    insist_present(base)
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded = PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
@@ -44,3 +43,9 @@ def load_part(base: str, part: str, revision: str | None = None):
         where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
         raise UserError(f"cannot load {part} of {base}: {reason}{where}") from None
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def insist_present(name: str) -> None:
+    """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
+    if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
+        raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")

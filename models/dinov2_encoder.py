@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 
 from errors import UserError
+from models.base_model import insist_present
 
 # The pixel statistics DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,10 +38,7 @@ class DINOv2Encoder(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, grid: int, revision: str | None = None) -> "DINOv2Encoder":
         """Load a Hugging Face folder or hub id, such as `facebook/dinov2-large`; raises `UserError` for anything else."""
-        if not Path(name).exists() and name.count("/") != 1:
-            raise UserError(
-                f"teacher {name} does not exist (and is no hub id, such as facebook/dinov2-large)"
-            )
+        insist_present(name)
         transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     folder = find_split(args.imagenet, args.split)
-    synsets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    synsets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     if not synsets:
         raise UserError(
             f"{folder} holds no class folders ({{synset}}/*.JPEG was expected); the flat val folder of the ILSVRC download "

@@ -25,7 +25,10 @@ def read_view(path: str | Path, size: int, view: str = "aligned") -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip instead of scale
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: {' '.join(str(error).split())}") from None
     return np.asarray(cut_view(image, size, view))

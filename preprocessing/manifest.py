@@ -65,7 +65,11 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
         raise UserError(f"{folder} {state} (no {MANIFEST}): run the preprocessing script that writes it")
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.get("version") != VERSION
+    ):
         raise UserError(
             f"{path} is not of format {FORMAT} version {VERSION}: run the preprocessing script again"
         )

@@ -35,6 +35,8 @@ def read_samples(path: str | Path) -> list[Sample]:
         raise UserError(f"cannot read {path}: {error.strerror}; make it with script 1") from None
     except (ValueError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} is damaged (a row is incomplete); make it again with script 1") from None
+    if negative := [sample.id for sample in samples if sample.class_id < 0]:
+        raise UserError(f"{path} gives {negative[0]} a negative class_id; classes count from 0")
     if not samples:
         raise UserError(f"{path} lists no images; make it again with script 1")
     seen = set()

@@ -63,6 +63,12 @@ def test_a_wrong_setting_is_one_line_that_says_what_to_do(override, message):
     assert message in str(error.value)
 
 
+def test_a_tap_before_everything_that_is_trained_is_refused():
+    with pytest.raises(UserError, match="nothing before enc_last is trained"):
+        load_config(CONFIGS / "A.yaml", ["model.lora_targets=attention", "align.taps=[enc_last, mid]"])
+    load_config(CONFIGS / "A.yaml", ["model.lora_targets=attention", "align.taps=mid"])
+
+
 def test_overrides_win_over_the_file_and_zero_is_a_value():
     config = load_config(CONFIGS / "A.yaml", ["align.coeff=0", "align.manifold_coeff=0.0", "optim.lr=1e-5"])
     assert (config.align.coeff, config.align.manifold_coeff, config.optim.lr) == (0, 0, 1e-5)

@@ -29,6 +29,11 @@ def test_terms_add_up_to_the_equation(batch):
     torch.testing.assert_close(terms["loss"], terms["loss_diff"] + 0.8 * terms["loss_align"])
 
 
+def test_a_scheduled_coefficient_wins_over_the_constructors(batch):
+    terms = evaluate(batch, align_coeff=0.8, coeff=0.2)
+    torch.testing.assert_close(terms["loss"], terms["loss_diff"] + 0.2 * terms["loss_align"])
+
+
 def test_diffusion_term_equals_a_hand_written_step(batch):
     latents, _, text, _ = batch
     model = small_model([])

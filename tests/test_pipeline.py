@@ -90,6 +90,14 @@ class TestSampling:
         assert large == again
         assert {s.id for s in large} != {s.id for s in other}
 
+    def test_hidden_folders_are_no_classes(self, tmp_path):
+        image_tree(tmp_path, {"n01": 2, "n02": 2})
+        (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+        assert {(s.class_id, s.synset) for s in sample(tmp_path, tmp_path / "list.csv", 2)} == {
+            (0, "n01"),
+            (1, "n02"),
+        }
+
     def test_nothing_to_sample_is_one_line(self, tmp_path):
         with pytest.raises(UserError, match="no train images"):
             sample(tmp_path, tmp_path / "list.csv", 1)
@@ -119,6 +127,10 @@ class TestViews:
         path = tmp_path / f"image.{'tiff' if mode == 'CMYK' else 'png'}"
         Image.new("RGB", (9, 12), (200, 10, 30)).convert(mode).save(path)
         assert read_view(path, 4).shape == (4, 4, 3)
+
+    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
+        Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
+        assert np.abs(read_view(tmp_path / "deep.png", 4).astype(int) - 128).max() <= 1
 
     def test_exif_rotation_is_applied(self, tmp_path):
         image = Image.new("RGB", (8, 8))
@@ -357,6 +369,10 @@ def test_the_whole_pipeline_ends_with_a_page(miniature, tmp_path, capsys):
     alignment = json.loads((runs[0] / "eval" / "align.json").read_text())
     assert alignment["cknna"]["cknna"] < 0.9  # 1 would be the teacher compared with itself
     assert alignment["cca"]["mean_rho"] < 0.9
+    assert abs(alignment["head_cosine"]) < 0.9
+    assert numbers["CCA with images paired at random"]["urepa"] == alignment["cca"]["null_mean_rho"]
+    assert numbers["mid-block CKNNA with the teacher"]["urepa"] == alignment["cknna"]["cknna"]
+    assert numbers["cosine of the head's tokens with the teacher's"]["baseline"] is None
     results = [json.loads(path.read_text()) for path in sorted((runs[0] / "eval").glob("fid_*.json"))]
     assert first["urepa"] == results[-1]["value"]
     assert [result["step"] for result in results] == [2, 4, 6]
@@ -390,6 +406,13 @@ def test_samples_of_a_run_are_those_of_the_stock_pipeline(miniature, tmp_path):
         ).images[0]  # fmt: skip
         ours = np.asarray(Image.open(folder / f"{i:06d}.png")) / 255
         assert np.abs(ours - theirs).max() < 0.01  # the cached text is fp16
+    settings = ["--num-samples", "3", "--cfg", "3", "--sampling-steps", "4"]
+    evaluate_sd15.main(["sample", str(run), *settings, "--seed", "5", "--raw"])
+    evaluate_sd15.main(["sample", str(run), *settings, "--seed", "6"])
+    images = {path.name: (path / "000000.png").read_bytes() for path in (run / "samples").iterdir()}
+    assert (
+        len(images) == len(set(images.values())) == 3
+    )  # one folder for each setting, and each setting matters
 
 
 def test_halves_of_the_real_images_are_random(miniature, tmp_path):

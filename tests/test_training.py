@@ -26,6 +26,7 @@ from evaluation.sampling import decode_latents, initial_noise, sample_latents
 from loss_sd15 import SD15Loss
 from models.base_model import load_part
 from preprocessing.manifest import read_table
+from training import checkpoint
 from training.run_folder import RunFolder
 from training.state import TrainingState
 
@@ -191,6 +192,14 @@ def test_every_step_draws_its_own_noise_and_every_seed_another(miniature, tmp_pa
     assert len(set(drawn[3:])) == 6
 
 
+def test_captions_are_dropped_as_often_as_the_config_says(miniature, tmp_path, monkeypatch):
+    asked = []
+    drop = train_sd15.drop_captions
+    monkeypatch.setattr(train_sd15, "drop_captions", lambda *args: asked.append(args[2]) or drop(*args))
+    train(miniature, tmp_path / "run", "data.caption_dropout=0.3", "train.steps=2")
+    assert asked == [0.3, 0.3]
+
+
 def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):
     run = train(
         miniature, tmp_path / "run", "train.steps=3", "train.checkpoint_every=1", "optim.ema_decay=0.15"
@@ -303,6 +312,26 @@ def test_a_wrong_path_or_teacher_is_one_line(miniature, tmp_path, override, mess
         train(miniature, tmp_path / "run", override)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_keeps_the_one_before(
+    miniature, unbroken, tmp_path, monkeypatch
+):
+    save = checkpoint.save_file
+    run = tmp_path / "run"
+
+    def full(tensors, file):
+        if "0000004" in str(file):
+            raise OSError(28, "No space left on device")
+        save(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(UserError, match="free some disk"):
+            train(miniature, run)
+    assert RunFolder(run).checkpoint_steps() == [2]
+    assert not list((run / "checkpoints").glob(".*"))
+    assert_equal_weights(weights(train(miniature, run)), weights(unbroken))
 
 
 def test_a_folder_that_is_no_sd15_is_one_line(miniature, tmp_path):

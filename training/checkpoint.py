@@ -47,11 +47,17 @@ def save_checkpoint(
         "extra": extra,
     }
     shutil.rmtree(final, ignore_errors=True)
-    with written_whole(final) as aside:
-        save_file(_on_cpu(parameters), aside / TRAINED)
-        save_file(_on_cpu(dict(zip(parameters, ema.shadow_params, strict=True))), aside / EMA)
-        save_file(_on_cpu(moments), aside / OPTIMIZER)
-        write_json(aside / STATE, state)
+    try:
+        with written_whole(final) as aside:
+            save_file(_on_cpu(parameters), aside / TRAINED)
+            save_file(_on_cpu(dict(zip(parameters, ema.shadow_params, strict=True))), aside / EMA)
+            save_file(_on_cpu(moments), aside / OPTIMIZER)
+            write_json(aside / STATE, state)
+    except (OSError, SafetensorError) as error:
+        reason = f"cannot write the checkpoint of step {step} ({error})"
+        raise UserError(
+            f"{reason}: free some disk; the same command goes on from the checkpoint before"
+        ) from None
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
