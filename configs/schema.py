@@ -180,8 +180,7 @@ class Config(Section):
         only_attention = self.model.train == "lora" and self.model.lora_targets == "attention"
         if self.align.coeff > 0 and only_attention and "enc_last" in self.align.taps:
             raise ValueError(
-                "align.taps: nothing before enc_last is trained by attention-only LoRA; drop that tap or set "
-                "model.lora_targets=attention+conv"
+                "nothing before enc_last is trained by attention-only LoRA: drop it from align.taps"
             )
         return self
 
