@@ -55,7 +55,7 @@ class SD15UNetAligned(nn.Module):
         unet: SD-1.5's U-Net, of any width. It is changed in place: LoRA is added or weights are frozen.
         align_layers: taps to align; empty builds neither hooks nor heads.
         D, grid: width and token grid of the teacher.
-        train: "lora" (with `lora_config`), "partial" (all weights around the bottleneck), "full", or "none".
+        train: "lora" (with `lora_config`), "partial" (all weights around the bottleneck), or "full".
         seed: seed of the initial LoRA and head weights, which leave torch's random state on the CPU alone.
 
     The heads are no part of `unet`, so its state dict stays loadable in stock diffusers. Raises `UserError` for a U-Net that
@@ -150,5 +150,5 @@ def _choose_trained(unet: UNet2DConditionModel, train: str, config: LoraConfig |
             unet.get_submodule(path).requires_grad_(True)
     elif train == "full":
         unet.requires_grad_(True)
-    elif train != "none":
-        raise ValueError(f"train must be lora, partial, full or none, not {train!r}")
+    else:
+        raise ValueError(f"train must be lora, partial or full, not {train!r}")

@@ -121,10 +121,8 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 def _check_disk(folder: Path, payload: int, what: str) -> None:
     """Say how much will be written and refuse when the disk cannot hold it."""
-    needed, free = (
-        int(payload * 1.13),
-        shutil.disk_usage(folder).free,
-    )  # LMDB's pages cost up to 13 % beside values
+    # LMDB's pages cost up to 13 % beside the values.
+    needed, free = int(payload * 1.13), shutil.disk_usage(folder).free
     print(f"{folder}: {what} to write, {needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free")
     if needed > free:
         raise UserError(

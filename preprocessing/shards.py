@@ -166,9 +166,8 @@ class FieldWriter:
             self._seal(self._open[0])
         if not self._open:
             partial = self._path(shard).with_suffix(".lmdb.partial")
-            room = int(self.shard_size * self.spec.value_bytes * 1.25) + (
-                64 << 20
-            )  # LMDB needs it ahead; sparse on disk
+            # LMDB wants its room ahead; on disk it is sparse.
+            room = int(self.shard_size * self.spec.value_bytes * 1.25) + (64 << 20)
             self._open = (
                 shard,
                 lmdb.open(str(partial), subdir=False, map_size=room, lock=False, lib_version=0),
