@@ -5,6 +5,7 @@ import torch
 
 from build_sd15 import build_loss
 from configs.schema import Config
+from dataset_sd15 import latents_of
 from errors import UserError
 from evaluation.alignment_metrics import (
     cknna,
@@ -20,8 +21,8 @@ from models.diffusion import add_noise
 from models.sd15_unet_aligned import SD15UNetAligned, sd15_taps
 from models.taps import Taps
 from preprocessing.manifest import read_table
+from preprocessing.reader import FieldReader
 from preprocessing.samples import read_samples
-from preprocessing.shards import FieldReader
 
 MAX_IMAGES = 1000  # held-out images: 1.6 GB of tokens and features at full size
 TSNE_TOKENS = 400  # a side
@@ -93,8 +94,8 @@ def _heldout(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.
     ids = [sample.id for sample in samples]
     classes = np.array([sample.class_id for sample in samples])
     return (
-        latents.read(ids).astype(np.float32),
-        tokens.read(ids).astype(np.float32),
+        latents_of(latents.read(ids), latents.spec.details).numpy(),
+        tokens.read(ids).float().numpy(),
         classes,
         read_table(config.data.text)[0][-1].float(),
     )

@@ -7,7 +7,7 @@ from configs.schema import Config
 from dataset_sd15 import SD15AlignedDataset
 from errors import UserError
 from loss_sd15 import SD15Loss
-from models.base_model import load_part
+from models.base_model import load_part, weights_digest
 from models.diffusion import PREDICTION_TYPES, NoiseSchedule
 from models.schedule import CoefficientSchedule
 from models.sd15_unet_aligned import SD15UNetAligned, lora_config
@@ -26,6 +26,12 @@ def open_cache(config: Config) -> SD15AlignedDataset:
         raise UserError(
             f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
             "set teacher.dim and teacher.grid, or run script 3 with that teacher"
+        )
+    made_by = dataset.tokens.spec.source.get("model")
+    if config.teacher.model not in (None, made_by):
+        raise UserError(
+            f"{data.tokens} was made by {made_by}, teacher.model says {config.teacher.model}: if they are the same, set "
+            f"teacher.model={made_by}"
         )
     return dataset
 
@@ -51,7 +57,7 @@ def build_model(config: Config) -> SD15UNetAligned:
 def insist_fit(config: Config, unet: UNet2DConditionModel, dataset: SD15AlignedDataset) -> None:
     """Raise `UserError` unless the U-Net reads latents and text of the cached widths."""
     base = config.model.base
-    width, channels = dataset.text.shape[-1], dataset.latents.spec.shape[0]
+    width, channels = dataset.text.shape[-1], dataset.latent_channels
     if width != unet.config.cross_attention_dim:
         raise UserError(
             f"{config.data.text} holds text of width {width}, the U-Net of {base} reads "
@@ -67,6 +73,26 @@ def insist_fit(config: Config, unet: UNet2DConditionModel, dataset: SD15AlignedD
         raise UserError(
             f"{config.data.latents} has {channels} channels, the U-Net of {base} reads "
             f"{unet.config.in_channels}: run script 2 with --base {base}"
+        )
+    for part, source, script in (
+        ("vae", dataset.latents.spec.source, 2),
+        ("text_encoder", dataset.text_manifest["source"], 4),
+    ):
+        insist_same_weights(config, part, source, script)
+
+
+def insist_same_weights(config: Config, part: str, source: dict, script: int) -> None:
+    """Raise `UserError` where a field was made by a model of another name whose weights differ from the base's.
+
+    The weights are only read when the names differ: a fine-tune often shares its VAE and text encoder with its base.
+    """
+    base = config.model.base
+    if source.get("model", base) == base:
+        return
+    if weights_digest(load_part(base, part, config.model.revision)) != source["weights_sha256"]:
+        raise UserError(
+            f"the cache was made with the {part} of {source['model']}, which is not that of {base}: run script {script} with "
+            f"--base {base}"
         )
 
 

@@ -1,5 +1,6 @@
 """Which device and which precision."""
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -8,9 +9,11 @@ from errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` = cuda when present, else cpu; raises `UserError` for a device that is not there."""
+    """`auto` = cuda when present (under torchrun this rank's GPU), else cpu; raises `UserError` for one that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

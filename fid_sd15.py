@@ -13,8 +13,8 @@ from evaluation.metrics import Moments, class_accuracy, frechet_distance
 from evaluation.sampling import balanced_labels, load_images
 from preprocessing.images import UnreadableImage, read_view
 from preprocessing.manifest import read_manifest
+from preprocessing.reader import FieldReader
 from preprocessing.samples import read_samples
-from preprocessing.shards import FieldReader
 from sample_sd15 import manifest_of
 
 CHUNK = 500  # images in memory at a time

@@ -8,22 +8,23 @@ CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
 """
 
 import argparse
-import signal
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from build_sd15 import build_loss, build_model, coefficient_schedule, insist_fit, open_cache
-from configs.schema import Config, knobs_help, load_config
+from configs.loading import knobs_help, load_config
+from configs.schema import Config
 from dataset_sd15 import SD15AlignedDataset, StepSampler, seed_of
 from device import autocast, pick_device
 from errors import run_script
 from files import written_whole
 from loss_sd15 import drop_captions
 from models.sd15_unet_aligned import SD15UNetAligned
+from signals import StopSignal
+from training.batch_stream import BatchStream
 from training.checkpoint import EMA, TRAINED, load_weights
 from training.run_folder import RunFolder, this_command
 from training.state import TrainingState
@@ -64,8 +65,11 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
     """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
     coefficient = coefficient_schedule(config)
     null_text = dataset.null_text.to(device, torch.float32)  # (77, 768)
-    loader = build_loader(config, dataset, first_step=state.step, pin=device.type == "cuda")
-    progress = tqdm(loader, initial=state.step, total=config.train.steps, desc=run.name, unit="step")
+    class_text = dataset.text.to(
+        device
+    )  # (n_classes, 77, 768): indexed there, it need not travel with every sample
+    stream = open_stream(config, dataset, first_step=state.step, pin=device.type == "cuda")
+    progress = tqdm(stream, initial=state.step, total=config.train.steps, desc=run.name, unit="step")
     with (
         progress,
         SummaryWriter(run.path / "tensorboard", purge_step=state.step) as board,
@@ -75,9 +79,9 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
             # All randomness of a step derives from (seed, step), so that a resumed run draws what an unbroken one does.
             generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, state.step))
             coeff = coefficient(state.step)
-            latents = batch["latent"].to(device, torch.float32, non_blocking=True)  # (B, 4, h, w)
-            tokens = batch["dino_tokens"].to(device, non_blocking=True) if coeff > 0 else None  # (B, N, D)
-            text = batch["encoder_hidden_states"].to(device, torch.float32, non_blocking=True)  # (B, 77, 768)
+            latents = dataset.x_0(batch.on(device, "latent"), generator)  # (B, 4, h, w)
+            tokens = batch.on(device, "dino_tokens") if coeff > 0 else None  # (B, N, D)
+            text = class_text[dataset.class_ids[batch.indices]].float()  # (B, 77, 768)
             text = drop_captions(text, null_text, config.data.caption_dropout, generator)
             with autocast(device, config.train.precision):
                 terms = loss_terms(model, latents, tokens, text, generator=generator, align_coeff=coeff)
@@ -94,26 +98,8 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
                 break
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours at the end of its step; a second one stops at once."""
-
-    def __enter__(self):
-        self.requested = False
-        self._before = {name: signal.signal(name, self._request) for name in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _request(self, *_):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_):
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-
-
-def build_loader(config: Config, dataset: SD15AlignedDataset, *, first_step: int, pin: bool) -> DataLoader:
-    """Batches for the steps from `first_step` on, in the order that the seed defines."""
+def open_stream(config: Config, dataset: SD15AlignedDataset, *, first_step: int, pin: bool) -> BatchStream:
+    """Batches from `first_step` to the last step, read ahead; their order depends on (seed, epoch) alone."""
     sampler = StepSampler(
         len(dataset),
         batch_size=config.data.batch_size,
@@ -121,19 +107,10 @@ def build_loader(config: Config, dataset: SD15AlignedDataset, *, first_step: int
         first_step=first_step,
         last_step=config.train.steps,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=config.data.workers,
-        pin_memory=pin,
-        worker_init_fn=leave_signals_to_the_trainer,
+    threads = config.data.read_threads
+    return BatchStream(
+        sampler, dataset.read_batch, dataset.value_bytes, dataset.decode, threads=threads, pin=pin
     )
-
-
-def leave_signals_to_the_trainer(_worker: int) -> None:
-    """A signal to the whole process group must not end the workers before the trainer has saved."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
 
 
 def announce(

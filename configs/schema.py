@@ -1,19 +1,9 @@
-"""Every knob of a training run: typed, defaulted, range-checked, explained.
+"""Every knob of a training run: typed, defaulted, range-checked, explained. How they are read: `configs/loading.py`."""
 
-    config = load_config("configs/A.yaml", ["align.coeff=0", "run=runs/A_baseline"])
-
-YAML is the truth, `key=value` overrides it, and an unknown key is an error that names the nearest known one.
-"""
-
-import difflib
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -44,6 +34,10 @@ class Model(Section):
 
 
 class Teacher(Section):
+    model: str | None = Field(
+        None,
+        description="name of the model that made data.tokens, as its manifest has it; null accepts any",
+    )
     dim: int = Field(
         1024, ge=1, description="width D of the teacher's tokens; the cache must agree (ViT-L: 1024)"
     )
@@ -56,7 +50,11 @@ class Data(Section):
     tokens: Path = Field(description="folder of cached teacher tokens (script 3)")
     text: Path = Field(description="folder of cached CLIP embeddings (script 4)")
     batch_size: int = Field(48, ge=1, description="images per step")
-    workers: int = Field(4, ge=0, description="DataLoader worker processes; 0 reads in the training process")
+    read_threads: int = Field(
+        2,
+        ge=0,
+        description="batches read at the same time, ahead of the step; 0 reads each when it is needed",
+    )
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="share of captions replaced by the null prompt (for CFG)"
     )
@@ -195,116 +193,3 @@ class Config(Section):
                 "or set align.manifold=token"
             )
         return self
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line."""
-    return parse_config(read_yaml(path), overrides, where=str(path))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; `extends: other.yaml` lays it over another file of the same folder."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds no settings (a YAML mapping was expected)")
-    extends = data.pop("extends", None)
-    if extends is not None and Path(path).name == str(extends):
-        raise UserError(f"{path} extends itself")
-    return data if extends is None else _overlay(read_yaml(Path(path).parent / str(extends)), data)
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
-    return merged
-
-
-def parse_config(
-    data: dict[str, Any], overrides: list[str] | None = None, *, where: str = "config"
-) -> Config:
-    """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
-    for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of '{override}'") from None
-        node = data
-        *sections, name = key.split(".")
-        for section in sections:
-            if node.get(section) is None:
-                node[section] = {}
-            node = node[section]
-            if not isinstance(node, dict):
-                raise UserError(f"'{override}': {section} is a value, not a section")
-        node[name] = value
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
-
-
-def resolved_yaml(config: Config) -> str:
-    """The full config, defaults included, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def knobs(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key with its pydantic field, in schema order."""
-    found = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= knobs(field.annotation, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = field
-    return found
-
-
-def knobs_help() -> str:
-    """One line a knob: key, default, choices and meaning, for `--help`."""
-    lines = []
-    for key, field in knobs().items():
-        default = "required" if field.is_required() else field.default
-        choices = f" ({' | '.join(options)})" if (options := _choices(field.annotation)) else ""
-        lines.append(f"  {key} = {default}{choices}\n      {field.description}")
-    return "\n".join(lines)
-
-
-def _choices(annotation) -> list[str]:
-    if get_origin(annotation) is Literal:
-        return [str(option) for option in get_args(annotation)]
-    if get_origin(annotation) in (tuple, Union, types.UnionType):
-        return [choice for argument in get_args(annotation) for choice in _choices(argument)]
-    return []
-
-
-def _first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints, as one line that says what to do."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:  # the right name in the wrong section
-            near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-        return f"unknown key '{key}'" + (
-            f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
-        )
-    if problem["type"] == "missing":
-        return (
-            f"'{key}' is missing ({knobs()[key].description})"
-            if key in knobs()
-            else f"section '{key}' is missing"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "value_error" else message

@@ -1,5 +1,6 @@
 """Load the parts of a diffusers pipeline folder (or hub id), with errors that say what to do."""
 
+import hashlib
 from pathlib import Path
 
 import diffusers
@@ -49,3 +50,12 @@ def insist_present(name: str) -> None:
     """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
     if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
         raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 over names and bytes of all weights: the model's identity, however it was stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -3,23 +3,27 @@
     python preprocessing/4_prepare_clip_embeddings.py --class-names data/imagenet/imagenet_classes.json --out data/imagenet/text
 
 Writes one table (n_classes + 1, 77, 768): row c is the prompt of class c, the last row is the null prompt that caption
-dropout and classifier-free guidance use. The class-name file maps class numbers to names: {"0": "tench", ...}.
+dropout and classifier-free guidance use. The file of class names is one of
+
+    {"0": "tench", ...}                     names by class number
+    {"0": ["n01440764", "tench"], ...}      imagenet_class_index.json
+    n01440764 tench, Tinca tinca            LOC_synset_mapping.txt of Kaggle's download; the name ends at the comma
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 from errors import UserError, run_script
+from preprocessing.classes import read_class_names
 from preprocessing.options import add_base_options, add_device_option, new_parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     parser.add_argument(
-        "--class-names", type=Path, required=True, help='JSON of class numbers and names: {"0": "tench", ...}'
+        "--class-names", type=Path, required=True, help="file of class names, in one of the formats above"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the table")
     parser.add_argument(
@@ -38,9 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from device import pick_device
-    from models.base_model import load_part
+    from models.base_model import load_part, weights_digest
     from preprocessing.manifest import FieldSpec, write_table
-    from preprocessing.pipeline import weights_digest
 
     device = pick_device(args.device)
     tokenizer = load_part(args.base, "tokenizer", args.revision)
@@ -69,29 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{args.out}: embeddings of {len(prompts) - 1} classes and the null prompt, {tuple(table.shape)} float16"
     )
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Names by class number from `{"0": "tench", ...}`; the numbers must run from 0 without a gap."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f'cannot read {path}: {error.strerror}; it maps class numbers to names: {{"0": "tench", ...}}'
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if (
-        not isinstance(names, dict)
-        or set(names) != {str(number) for number in range(len(names))}
-        or not names
-    ):
-        raise UserError(f'{path} must map every class number from "0" on to a name, without a gap')
-    if other := [name for name in names.values() if not isinstance(name, str)]:
-        raise UserError(
-            f'{path} must map class numbers to plain names, such as {{"0": "tench"}}, not to {other[0]!r}'
-        )
-    return [names[str(number)] for number in range(len(names))]
 
 
 if __name__ == "__main__":

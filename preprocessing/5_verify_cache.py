@@ -1,11 +1,12 @@
 """Script 5: check a cache before a training relies on it.
 
     python preprocessing/5_verify_cache.py --csv data/imagenet/train_200k.csv --latents data/imagenet/cache_200k/latents \\
-        --tokens data/imagenet/cache_200k/tokens --text data/imagenet/text
+        --tokens data/imagenet/cache_200k/tokens --text data/imagenet/text --sheet data/imagenet/cache_200k/sheet.png
 
-Checks manifests, shard sizes, that every image of the CSV is in both fields, and the values of random samples: finite,
-token norms near 1, latents in range, tokens that differ within an image. --full also compares every checksum. Exit code 1
-when a check fails.
+Checks manifests, shard sizes, that every image of the CSV is in both fields, that both fields saw the same square, and the
+values of random samples: finite, token norms near 1, latents in range, tokens that differ within an image. --sheet also
+decodes eight latents, compares them with the images they came from, and draws both beside the tokens. --full also
+compares every checksum, which reads everything. Exit code 1 when a check fails.
 """
 
 import random
@@ -15,7 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 from errors import run_script
-from preprocessing.options import new_parser, positive
+from preprocessing.options import add_device_option, new_parser, positive
+
+SHEET_IMAGES = 8
+PSNR_FLOOR = 12  # dB of a decoded latent against its image; SD's VAE reaches about 25, another image 8 to 10
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,27 +32,34 @@ def main(argv: list[str] | None = None) -> None:
         "--samples", type=positive, default=256, help="random images whose values are checked (default 256)"
     )
     parser.add_argument("--full", action="store_true", help="compare every checksum too (reads everything)")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="decode eight latents and draw image, VAE and tokens"
+    )
+    parser.add_argument(
+        "--base", help="whose VAE decodes for --sheet (default: the one that made the latents)"
+    )
+    add_device_option(parser)
     args = parser.parse_args(argv)
 
-    import numpy as np
-
+    from dataset_sd15 import latents_of
     from preprocessing.manifest import read_table
+    from preprocessing.reader import FieldReader
     from preprocessing.samples import read_samples
-    from preprocessing.shards import FieldReader
 
     samples = read_samples(args.csv)
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
     table, text = read_table(args.text)
     in_both = set(latents.ids) & set(tokens.ids)
-    present = [sample.id for sample in samples if sample.id in in_both]
+    present = [sample for sample in samples if sample.id in in_both]
     chosen = random.Random(0).sample(present, min(args.samples, len(present)))
 
     checks = Checks()
-    missing = len(samples) - len(present)
-    left_out = sum(reader.manifest["num_requested"] - len(reader) for reader in (latents, tokens))
+    unreadable = {key for reader in (latents, tokens) for key in reader.unreadable}
+    missing = {sample.id for sample in samples} - in_both
     checks(
-        missing <= left_out,
-        f"{len(present)} of {len(samples)} images are in both fields; {left_out} known as unreadable",
+        missing <= unreadable,
+        f"{len(present)} of {len(samples)} images are in both fields, {len(missing & unreadable)} could not be read, "
+        f"{len(missing - unreadable)} are missing",
     )
     classes = 1 + max(sample.class_id for sample in samples)
     n_classes = text["details"]["n_classes"]
@@ -61,29 +72,74 @@ def main(argv: list[str] | None = None) -> None:
     grid = tokens.spec.view["grid"]
     checks(
         tokens.spec.shape[0] == grid**2 > 1,
-        f"tokens {tokens.spec.shape} = grid {grid} × {grid}, view {tokens.spec.view}",
+        f"tokens {tokens.spec.shape} {tokens.spec.dtype} = grid {grid} × {grid}",
+    )
+    checks(
+        tokens.spec.view["kind"] in (latents.spec.view["kind"], "official"),
+        f"the VAE saw {latents.spec.view}, the teacher {tokens.spec.view}",
     )
     if chosen:
-        x, y = latents.read(chosen).astype(np.float32), tokens.read(chosen).astype(np.float32)
+        ids = [sample.id for sample in chosen]
+        x = latents_of(latents.read(ids), latents.spec.details)  # (n, 4, h, w)
+        y = tokens.read(ids).float()  # (n, N, D)
         checks(
-            np.isfinite(x).all() and np.isfinite(y).all(), f"values of {len(chosen)} random images are finite"
+            (x.isfinite().all() and y.isfinite().all()).item(),
+            f"values of {len(ids)} random images are finite",
         )
-        norms = np.linalg.norm(y, axis=-1)  # (n, N)
+        norms = y.norm(dim=-1)  # (n, N)
         checks(
-            abs(norms - 1).max() < 1e-2,
+            (norms - 1).abs().max().item() < 1e-2,
             f"token norms lie in {norms.min():.4f} … {norms.max():.4f} (1 expected)",
         )
-        alike = (np.square(y.sum(1)).sum(-1).mean() - grid**2) / (grid**2 * (grid**2 - 1))
+        alike = ((y.sum(1).square().sum(-1).mean() - grid**2) / (grid**2 * (grid**2 - 1))).item()
         checks(alike < 0.999, f"tokens of an image differ: mean cosine {alike:.3f} between two of them")
-        std = x.std()
         checks(
-            0.2 < std < 5,
-            f"latents {latents.spec.shape}: mean {x.mean():+.3f}, std {std:.3f} (about 1 expected)",
+            0.2 < x.std().item() < 5,
+            f"latents {latents.spec.shape} {latents.spec.dtype}: mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)",
         )
+        if args.sheet:
+            check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, latents.spec)
     if args.full:
         bad = [f"{reader.folder}/{name}" for reader in (latents, tokens) for name in reader.damaged_shards()]
-        checks(not bad, "every checksum agrees" if not bad else f"damaged: {', '.join(bad)}")
+        checks(
+            not bad,
+            "every checksum agrees" if not bad else f"damaged, delete and make anew: {', '.join(bad)}",
+        )
     checks.conclude()
+
+
+def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
+    """Decode the latents of a few samples, compare them with their images, and draw the sheet."""
+    import numpy as np
+    import torch
+
+    from device import pick_device
+    from models.base_model import load_part
+    from preprocessing.contact_sheet import draw_contact_sheet
+    from preprocessing.images import read_view
+
+    n, device = len(samples), pick_device(args.device)
+    images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)
+    revision = spec.source["revision"] if args.base is None else None
+    vae = load_part(args.base or spec.source["model"], "vae", revision).to(device).eval()
+    with torch.no_grad():  # one by one: decoding 512 px takes gigabytes
+        decoded = torch.cat(
+            [
+                vae.decode(x[None].to(device) / spec.details["scaling_factor"]).sample.cpu()
+                for x in latents[:n]
+            ]
+        )
+    decoded = (
+        ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    )  # (n, S, S, 3)
+    errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
+    psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
+    checks(
+        psnr.min() > PSNR_FLOOR,
+        f"decoded latents are their images: PSNR {psnr.min():.1f} … {psnr.max():.1f} dB (over {PSNR_FLOOR} expected)",
+    )
+    draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens[:n].numpy())
+    print(f"     {args.sheet}")
 
 
 class Checks:
@@ -99,7 +155,7 @@ class Checks:
     def conclude(self) -> None:
         if self.failed:
             print(
-                f"error: {self.failed} check(s) failed; delete the folder of the field at fault and run its script again",
+                f"error: {self.failed} check(s) failed; delete what is at fault and run its script again",
                 file=sys.stderr,
             )
             raise SystemExit(1)

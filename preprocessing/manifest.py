@@ -1,32 +1,37 @@
 """What a cached field says of itself: its specification, its manifest, and the small text table.
 
 A field is a folder. `settings.json` is written first and says what the folder is for; `manifest.json` is written last and
-says what it holds. Whoever reads a field insists on its manifest.
+says what it holds. Whoever reads a field insists on its manifest. The format as a whole: `preprocessing/shards.py`.
 """
 
 import hashlib
 import io
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from errors import UserError
 from files import write_atomically, write_json
+from preprocessing.encodings import ENCODINGS
 
-FORMAT, VERSION = "urepa-cache", 1
-MANIFEST, SETTINGS = "manifest.json", "settings.json"
+FORMAT, VERSION = "urepa-cache", 2
+MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 TABLE = "embeddings.pt"
+TABLE_KEYS = {"rows", "sha256"}
+SHARD_KEYS = {"num_samples", "ids_sha256", "shards"}
 
 
 @dataclass(frozen=True)
 class FieldSpec:
     """What one field holds. All of it is recorded in the manifest, and a reader insists on it.
 
-    `dtype` is a little-endian numpy name. `source` names the model (id, revision, digest of its weights, implementation);
-    `view` says which pixels it saw (kind, size in px, grid); `details` holds what is particular to the field.
+    `dtype` is a key of `ENCODINGS`; numbers are little-endian. `source` names the model (id, revision, digest of its weights,
+    precision it ran in); `view` says which pixels it saw (kind, size in px, grid); `details` holds what is particular to
+    the field, such as the VAE's scaling factor.
     """
 
     field: str
@@ -39,7 +44,18 @@ class FieldSpec:
 
     @property
     def value_bytes(self) -> int:
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        """Bytes of one stored value."""
+        return ENCODINGS[self.dtype].value_bytes(self.shape)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """What is stored of `values (n, *shape)`: uint8 `(n, value_bytes)` on the same device."""
+        if values.shape[1:] != self.shape:
+            raise ValueError(f"{self.field}: expected (n, *{self.shape}), got {tuple(values.shape)}")
+        return ENCODINGS[self.dtype].encode(values)
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Values `(n, *shape)` of stored bytes `raw (n, value_bytes)`, on the same device; a view of them where possible."""
+        return ENCODINGS[self.dtype].decode(raw, self.shape)
 
     def agrees_with(self, other: "FieldSpec") -> bool:
         """Whether both hold values of the same kind: field, shape, view, details and the weights that made them."""
@@ -73,15 +89,18 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         raise UserError(
             f"{path} is not of format {FORMAT} version {VERSION}: run the preprocessing script again"
         )
-    if manifest["field"] != field:
-        raise UserError(f"{folder} holds {manifest['field']}, not {field}: check the paths")
+    if manifest.get("field") != field:
+        raise UserError(f"{folder} holds {manifest.get('field')}, not {field}: check the paths")
+    needed = {entry.name for entry in fields(FieldSpec)} | (TABLE_KEYS if field == "text" else SHARD_KEYS)
+    if lacking := needed - manifest.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: run the preprocessing script again")
+    if manifest["dtype"] not in ENCODINGS:
+        raise UserError(f"{path} names an unknown dtype {manifest['dtype']!r}: update this code")
     return manifest
 
 
-def write_table(folder: str | Path, table, spec: FieldSpec) -> None:
+def write_table(folder: str | Path, table: Tensor, spec: FieldSpec) -> None:
     """Store one tensor `(rows, *spec.shape)` as a plain `.pt` file with a manifest beside it."""
-    import torch
-
     folder = Path(folder)
     (folder / MANIFEST).unlink(missing_ok=True)  # an old manifest must not vouch for the new table
     buffer = io.BytesIO()
@@ -91,10 +110,8 @@ def write_table(folder: str | Path, table, spec: FieldSpec) -> None:
     write_json(folder / MANIFEST, spec.as_json() | {"rows": len(table), "sha256": digest})
 
 
-def read_table(folder: str | Path):
+def read_table(folder: str | Path) -> tuple[Tensor, dict]:
     """The tensor that `write_table` stored, and its manifest."""
-    import torch
-
     folder = Path(folder)
     manifest = read_manifest(folder, "text")
     if (
@@ -108,22 +125,18 @@ def read_table(folder: str | Path):
 
 
 def ids_digest(ids: Iterable[str]) -> str:
-    """A digest of a list of ids and of their order, which decides the shard that each of them is in."""
+    """A digest of a list of ids in this order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def insist_same(folder: Path, known: dict, wanted: dict) -> None:
-    differing = [key for key, value in wanted.items() if known.get(key) != value]
-    if differing:
-        key = differing[0]
-        detail = (
-            f"{known.get(key)!r} there, {wanted[key]!r} here"
-            if key != "ids_sha256"
-            else "it lists other images"
-        )
-        raise UserError(
-            f"{folder} was written with another {key} ({detail}): choose another folder or delete that one"
-        )
+    """Raise `UserError` unless a folder's settings are those that are wanted."""
+    for key, value in wanted.items():
+        if known.get(key) != value:
+            raise UserError(
+                f"{folder} was written with another {key} ({known.get(key)!r} there, {value!r} here): choose another folder "
+                "or delete that one"
+            )
 
 
 def read_json(path: Path) -> dict:

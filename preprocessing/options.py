@@ -1,6 +1,7 @@
 """Command-line options that several preprocessing scripts share. Imports nothing heavy, so that `--help` is instant."""
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -15,14 +16,88 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of this field; the same command resumes"
     )
-    parser.add_argument("--batch-size", type=positive, default=32, help="images per forward (default 32)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images per forward (default 64)")
     parser.add_argument(
-        "--workers", type=not_negative, default=4, help="processes that decode images (default 4; 0 = none)"
+        "--workers", type=not_negative, default=8, help="processes that decode images (default 8; 0 = none)"
     )
     parser.add_argument(
-        "--dtype", choices=["float16", "float32"], default="float16", help="stored as (default float16)"
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="of the encoder: auto (default) = bf16 on a GPU that has it, fp32 elsewhere",
+    )
+    parser.add_argument(
+        "--shard",
+        type=part,
+        metavar="I/N",
+        help="write only every N-th shard, from the I-th on (I = 0 … N-1): one process for each GPU or machine, all with the "
+        "same --out; torchrun and accelerate launch set it by themselves",
+    )
+    parser.add_argument(
+        "--shard-size", type=positive, default=10_000, help="images in one file (default 10000)"
     )
     add_device_option(parser)
+
+
+def part_of(args: argparse.Namespace) -> tuple[int, int]:
+    """Which shards this process writes: --shard, else its rank under torchrun or accelerate launch, else all."""
+    if args.shard is not None:
+        return args.shard
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def add_latent_options(parser: argparse.ArgumentParser) -> None:
+    """What is kept of the VAE's posterior."""
+    add_base_options(parser)
+    parser.add_argument(
+        "--image-size", type=positive, default=512, help="side of the square in pixels (default 512)"
+    )
+    parser.add_argument(
+        "--posterior",
+        choices=["mode", "sample", "moments"],
+        default="mode",
+        help="mode (default); sample = one draw, decided by the image's id; moments = mean and standard deviation, of which "
+        "training draws anew at every step (twice the size)",
+    )
+    parser.add_argument(
+        "--unscaled", action="store_true", help="store without the VAE's scaling factor; training applies it"
+    )
+    add_dtype_option(parser, "--dtype", ["float16", "bfloat16", "float32"])
+
+
+def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
+    """Which teacher sees what; `prefix` where other options have these names already."""
+    parser.add_argument(
+        "--teacher", default="facebook/dinov2-large", help="DINOv2: hub id or folder (default %(default)s)"
+    )
+    parser.add_argument("--teacher-revision", help="hub revision (commit) of the teacher")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--grid",
+        type=positive,
+        default=14,
+        help="tokens per side (default 14: 196 px; 16: 224 px; 37: 518 px)",
+    )
+    size.add_argument(
+        f"--{prefix}image-size",
+        dest="teacher_image_size",
+        type=positive,
+        help="the same in pixels, a multiple of the patch",
+    )
+    parser.add_argument(
+        "--view",
+        choices=["aligned", "official"],
+        default="aligned",
+        help="of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%",
+    )
+    add_dtype_option(parser, f"--{prefix}dtype", ["float16", "bfloat16", "float32", "int8"])
+
+
+def add_dtype_option(parser: argparse.ArgumentParser, name: str, choices: list[str]) -> None:
+    compact = "; int8 = half the size, an fp16 scale for every 64 channels" if "int8" in choices else ""
+    parser.add_argument(
+        name, choices=choices, default="float16", help=f"stored as (default float16{compact})"
+    )
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
@@ -51,3 +126,11 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def part(text: str) -> tuple[int, int]:
+    """An argparse type: `I/N` with 0 ≤ I < N."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N-1, such as 0/4, not {text}")
+    return int(index), int(count)

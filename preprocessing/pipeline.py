@@ -1,145 +1,247 @@
-"""From a list of images to one cached field: decode in workers, encode in batches, write durable shards.
+"""From a list of images to cached fields: decode in worker processes, encode in batches on the device, write in a thread.
 
-Scripts 2 and 3 differ only in the encoder they hand to `encode_field`.
+Scripts 2 and 3 differ only in the `FieldJob` that they hand to `encode_fields`; given two, it decodes every image once.
 """
 
-import csv
-import hashlib
-import io
+import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from errors import UserError
-from files import write_atomically
-from preprocessing.images import UnreadableImage, read_view
-from preprocessing.manifest import FieldSpec
+from preprocessing.images import UnreadableImage, cut_view, read_image
+from preprocessing.manifest import UNREADABLE, FieldSpec
 from preprocessing.samples import Sample, read_samples
-from preprocessing.shards import FieldWriter
+from preprocessing.shards import SHARD_SIZE, FieldWriter
+from signals import StopSignal, leave_signals_to_the_parent
 
-UNREADABLE = "unreadable.csv"
+IN_FLIGHT = 3  # batches encoded and not yet written: enough for the device not to wait for the disk
+
+
+@dataclass(frozen=True, eq=False)
+class FieldJob:
+    """One field to make: where it goes, what it holds, which square of pixels the encoder sees, and the encoder.
+
+    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)`, on any device.
+    """
+
+    folder: Path
+    spec: FieldSpec
+    encode: Callable[[Tensor, Sequence[str]], Tensor]
+
+    @property
+    def view(self) -> tuple[int, str]:
+        return self.spec.view["size"], self.spec.view["kind"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Ids that are decoded, encoded and made durable together, and for which jobs: `(job, shard number)`."""
+
+    ids: list[str]
+    jobs: list[tuple[FieldJob, int]]
+
+
+def encode_fields(
+    samples: list[Sample],
+    jobs: Sequence[FieldJob],
+    *,
+    batch_size: int,
+    workers: int,
+    part: tuple[int, int] = (0, 1),
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """Encode every sample for every job and store the values by id; a second call goes on where the first stopped.
+
+    Unreadable images are left out and listed in `unreadable.csv`. Ctrl-C and SIGTERM let the batches in flight become durable
+    and then end the process with exit code 130. `part = (i, n)`: only every n-th shard, from the i-th on.
+    """
+    ids = [sample.id for sample in samples]
+    writers = {job: FieldWriter(job.folder, job.spec, ids, shard_size=shard_size, part=part) for job in jobs}
+    try:
+        chunks = _chunks(writers, batch_size)
+        _check_disk(writers)
+        stopped = _encode_chunks(chunks, writers, samples, workers, part)
+        if stopped:
+            raise KeyboardInterrupt
+        for job, writer in writers.items():
+            _report(job, writer, writer.finish(), part)
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk]:
+    """What is left to do; where two fields lack the same ids, they share the decoding."""
+    chunks: dict[tuple[str, ...], Chunk] = {}
+    for job, writer in writers.items():
+        for shard, ids in writer.pending(batch_size):
+            chunks.setdefault(tuple(ids), Chunk(ids, [])).jobs.append((job, shard))
+    return list(chunks.values())
+
+
+def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -> bool:
+    """Returns whether a signal stopped it early."""
+    paths = {sample.id: sample.img_path for sample in samples}
+    mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
+    left = sum(len(chunk.ids) for chunk in chunks)
+    on_gpu = torch.cuda.is_available()
+    wanted = [(chunk.ids, list(dict.fromkeys(job.view for job, _ in chunk.jobs))) for chunk in chunks]
+    loader = DataLoader(
+        _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,
+        worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
+    )  # fmt: skip
+    name = " and ".join(job.spec.field for job in writers)
+    bar = tqdm(
+        total=len(mine), initial=len(mine) - left, unit="img", smoothing=0.05, disable=_is_a_silent_rank(),
+        desc=name if part[1] == 1 else f"{name} {part[0]}/{part[1]}",
+    )  # fmt: skip
+    in_flight: deque[Future] = deque()
+    # All writing happens in one thread, so that the device is given the next batch while the disk takes the last.
+    with bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
+        for chunk, decoded in zip(chunks, loader, strict=True):
+            if isinstance(decoded, UserError):
+                raise decoded
+            kept, views, unreadable = decoded
+            stored = []
+            for job, shard in chunk.jobs:
+                raw = _encode(job, views[job.view], kept)
+                stored.append((writers[job], shard, kept, *raw, unreadable))
+            in_flight.append(disk.submit(_store, stored))
+            while len(in_flight) > IN_FLIGHT or (in_flight and in_flight[0].done()):
+                in_flight.popleft().result()
+            bar.update(len(chunk.ids))
+            if stop.requested:
+                break
+        for future in in_flight:
+            future.result()
+    return stop.requested
+
+
+def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The bytes to store, on their way to host memory, and the event after which they are there."""
+    if not ids:
+        return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
+    raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
+    if raw.device.type != "cuda":
+        return raw.cpu(), None
+    host = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=True).copy_(raw, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def _store(stored) -> None:
+    for writer, shard, ids, raw, arrived, unreadable in stored:
+        if arrived is not None:
+            arrived.synchronize()
+        writer.put(shard, ids, raw, unreadable)
 
 
 class _ViewDataset(Dataset):
-    """Item = one durable batch: shard number, ids of the readable images, their uint8 views `(n, 3, S, S)`."""
+    """Item = one chunk: ids of the readable images, {view: uint8 `(n, 3, S, S)`}, {unreadable id: problem}.
 
-    def __init__(self, batches, paths: dict[str, str], size: int, view: str):
-        self.batches, self.paths, self.size, self.view = batches, paths, size, view
+    A `UserError` is an item too, because a DataLoader would bury it in the traceback of its worker.
+    """
+
+    def __init__(self, chunks: list[tuple[list[str], list[tuple[int, str]]]], paths: dict[str, str]):
+        self.chunks, self.paths = chunks, paths
 
     def __len__(self):
-        return len(self.batches)
+        return len(self.chunks)
 
     def __getitem__(self, index):
-        shard, ids = self.batches[index]
-        kept, views = [], []
+        ids, wanted = self.chunks[index]
+        kept, unreadable = [], {}
+        views = {
+            (size, kind): torch.empty(len(ids), size, size, 3, dtype=torch.uint8) for size, kind in wanted
+        }
         for key in ids:
             try:
-                views.append(read_view(self.paths[key], self.size, self.view))
-                kept.append(key)
-            except UnreadableImage:
-                continue  # told of at the end
-        pixels = np.stack(views) if views else np.empty((0, self.size, self.size, 3), np.uint8)
-        return shard, kept, torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, 3, S, S)
-
-
-def encode_field(
-    samples: list[Sample],
-    folder: Path,
-    spec: FieldSpec,
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    size: int,
-    view: str,
-    batch_size: int,
-    workers: int,
-) -> None:
-    """Encode every sample and store it under its id; a second call goes on where the first stopped.
-
-    `encode` maps uint8 pixels `(n, 3, size, size)` to values `(n, *spec.shape)`. Unreadable images are left out, listed in
-    `unreadable.csv`, and counted on the terminal.
-    """
-    writer = FieldWriter(folder, spec, [sample.id for sample in samples])
-    batches = writer.pending(batch_size)
-    if writer.complete:
-        print(f"{folder} is already complete")
-        return
-    left = sum(len(ids) for _, ids in batches)
-    _check_disk(folder, left * spec.value_bytes, f"{left} {spec.field}")
-    dataset = _ViewDataset(batches, {sample.id: sample.img_path for sample in samples}, size, view)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
-    try:
-        with tqdm(total=len(samples), initial=len(samples) - left, unit="img", desc=spec.field) as bar:
-            for (shard, asked), (_, kept, pixels) in zip(batches, loader, strict=True):
-                if kept:
-                    values = encode(pixels).cpu().numpy().astype(spec.dtype)  # (n, *shape)
-                    writer.put(shard, kept, values)
-                bar.update(len(asked))
-        left_out = writer.missing()
-        problems = [
-            (sample.id, _problem(sample.img_path, size, view)) for sample in samples if sample.id in left_out
-        ]
-        if len(problems) == len(samples):
-            raise UserError(f"not one of {len(samples)} images could be read, the first: {problems[0][1]}")
-        if problems:  # before the manifest, so that a finished field always says what it lacks
-            _write_problems(folder / UNREADABLE, problems)
-        manifest = writer.finish()
-    finally:
-        writer.close()
-    if problems:
-        print(
-            f"{len(problems)} images could not be read and are left out: {folder / UNREADABLE}",
-            file=sys.stderr,
+                image = read_image(self.paths[key])
+            except UnreadableImage as error:
+                unreadable[key] = str(error)
+                continue
+            except UserError as error:
+                return error
+            for (size, kind), pixels in views.items():
+                pixels.numpy()[len(kept)] = cut_view(image, size, kind)
+            kept.append(key)
+        return (
+            kept,
+            {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()},
+            unreadable,
         )
-    print(f"{folder}: {manifest['num_samples']} {spec.field} of shape {spec.shape} {spec.dtype}")
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:
-    """The CSV's samples, after a look whether its images are there at all."""
+    """The CSV's samples, after a look whether every image is there: one listing for each folder of images."""
     samples = read_samples(path)
-    if not Path(samples[0].img_path).exists():
+    present: dict[str, set[str]] = {}
+    absent = []
+    for sample in samples:
+        folder, name = os.path.split(sample.img_path)
+        if folder not in present:
+            present[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in present[folder]:
+            absent.append(sample.img_path)
+    if absent:
         raise UserError(
-            f"{samples[0].img_path} (first image of {path}) does not exist; run from the folder where script 1 ran, "
-            "or run script 1 again"
+            f"{absent[0]} does not exist, nor do {len(absent) - 1} more of the {len(samples)} images of {path}; restore them, "
+            "run from the folder where script 1 ran, or run script 1 again"
         )
     return samples
 
 
-def weights_digest(module: torch.nn.Module) -> str:
-    """sha256 over names and bytes of all weights: the model's identity, however it was stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_disk(folder: Path, payload: int, what: str) -> None:
-    """Say how much will be written and refuse when the disk cannot hold it."""
-    # LMDB's pages cost up to 13 % beside the values.
-    needed, free = int(payload * 1.13), shutil.disk_usage(folder).free
-    print(f"{folder}: {what} to write, {needed / 1e9:.2f} GB; {free / 1e9:.1f} GB free")
-    if needed > free:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB: free some or move --out"
+def _check_disk(writers: dict[FieldJob, FieldWriter]) -> None:
+    """Say how much will be written and refuse when a disk cannot hold it."""
+    needed: dict[int, int] = {}
+    for job, writer in writers.items():
+        device, free = os.stat(job.folder).st_dev, shutil.disk_usage(job.folder).free
+        needed[device] = needed.get(device, 0) + writer.bytes_to_write
+        if writer.complete:
+            continue
+        print(
+            f"{job.folder}: {job.spec.shape} {job.spec.dtype} for {sum(map(len, writer.plan)):,} images in "
+            f"{len(writer.plan)} shards; {writer.bytes_to_write / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free"
         )
+        if needed[device] > free:
+            raise UserError(
+                f"{job.folder} needs {needed[device] / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB: free some, move "
+                "--out, or store less with --dtype"
+            )
 
 
-def _problem(path: str, size: int, view: str) -> str:
-    """Why an image was left out."""
-    try:
-        read_view(path, size, view)
-    except UnreadableImage as error:
-        return str(error)
-    return f"{path}: could not be read at first, but can be now"
+def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
+    if manifest is None:
+        done = sum((job.folder / f"shard-{n:05d}.lmdb").exists() for n in range(len(writer.plan)))
+        print(
+            f"{job.folder}: part {part[0]} of {part[1]} is done, {done} of {len(writer.plan)} shards are there"
+        )
+        return
+    if not manifest["num_samples"]:
+        raise UserError(
+            f"not one of {manifest['num_unreadable']} images could be read: see {job.folder / UNREADABLE}, then delete it all"
+        )
+    if manifest["num_unreadable"]:
+        print(
+            f"{manifest['num_unreadable']} images could not be read and are left out: {job.folder / UNREADABLE}",
+            file=sys.stderr,
+        )
+    print(
+        f"{job.folder} is complete: {manifest['num_samples']} {job.spec.field} {job.spec.shape} {job.spec.dtype}"
+    )
 
 
-def _write_problems(path: Path, problems: list[tuple[str, str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([("id", "problem"), *problems])
-    write_atomically(path, text.getvalue().encode())
+def _is_a_silent_rank() -> bool:
+    """One progress bar for each machine under torchrun."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"

@@ -1,286 +1,292 @@
-"""The on-disk format of the cache. The only file that knows LMDB.
+"""The on-disk format of the cache, and its writer. The only file that uses the LMDB library.
 
-A *field* is one cached quantity: `latents` or `tokens`, one value of fixed shape and dtype per image. Its folder holds
+A *field* is one cached quantity: `latents` or `tokens`, one value of fixed size per image. Its folder holds
 
     settings.json        written first: what this folder is for, so that no other settings are mixed in
-    shard-00000.lmdb     10,000 values, key = image id, value = raw little-endian bytes; nothing is pickled
-    shard-00000.json     count, bytes and checksum of that shard
-    manifest.json        written last: what the values are, from which model, shape, dtype, counts, ids, shards
+    plan.json            which ids go to which shard; grows when images are added, and never changes otherwise
+    shard-00000.lmdb     up to 10,000 values, key = image id, value = raw bytes (`preprocessing/encodings.py`); no pickle
+    shard-00000.json     count, bytes and checksum of that shard, and the images that could not be read
+    unreadable.csv       those images, of all shards, if there are any
+    manifest.json        written last: what the values are, from which model, shape, dtype, counts, digest of ids, shards
 
 A shard is written as `shard-00000.lmdb.partial` in synchronous transactions and renamed when it is complete, so a file named
-`.lmdb` is always whole. A folder without `manifest.json` is not a cache yet.
+`.lmdb` is always whole. A folder without `manifest.json` is not a cache yet. Several processes may write one field, each its
+own shards (`part`); whoever seals the last one writes the manifest. `preprocessing/reader.py` reads all this without LMDB.
 """
 
+import csv
+import errno
 import fcntl
+import io
 import os
-import zlib
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
-import numpy as np
+from torch import Tensor
 
 from errors import UserError
-from files import sync_folder, write_json
+from files import sync_folder, write_atomically, write_json
 from preprocessing.manifest import (
     MANIFEST,
     SETTINGS,
+    UNREADABLE,
     FieldSpec,
     ids_digest,
     insist_same,
     read_json,
     read_manifest,
 )
+from preprocessing.reader import row_checksum
 
 SHARD_SIZE = 10_000
+PLAN = "plan.json"
 MAX_KEY_BYTES = 511
+PAGE, PAGE_HEADER = 4096, 16
+PLANNING = 0  # the byte of .lock for the folder's own files; byte n + 1 stands for shard n
 
 
 class FieldWriter:
     """Write one field for a list of ids, shard by shard; a second writer with the same settings goes on where one stopped.
 
         writer = FieldWriter(folder, spec, ids)
-        for shard, batch in writer.pending(batch_size):   # fixed batches, so a resumed run encodes the same ones
-            writer.put(shard, batch, values)              # durable on return
-        writer.finish()                                   # seals what is open, writes the manifest
+        for shard, batch in writer.pending(batch_size):      # fixed batches, so a resumed run encodes the same ones
+            writer.put(shard, batch, spec.encode(values))    # durable on return
+        writer.finish()                                      # seals what is open, writes the manifest
 
-    `put` may be given fewer ids than the batch (an unreadable image is left out). Raises `UserError` when the folder holds a
-    cache of other settings.
+    A list that holds all images of a finished field and more adds shards and rewrites none. With `part = (i, n)` only the
+    shards i, i + n, i + 2n, … are this writer's. Raises `UserError` when the folder holds a cache of other settings or images,
+    or another process writes one of its shards.
     """
 
     def __init__(
-        self, folder: str | Path, spec: FieldSpec, ids: Sequence[str], *, shard_size: int = SHARD_SIZE
+        self,
+        folder: str | Path,
+        spec: FieldSpec,
+        ids: Sequence[str],
+        *,
+        shard_size: int = SHARD_SIZE,
+        part: tuple[int, int] = (0, 1),
     ):
-        self.folder, self.spec, self.ids, self.shard_size = Path(folder), spec, list(ids), shard_size
+        self.folder, self.spec = Path(folder), spec
         self._open: tuple[int, lmdb.Environment] | None = None
-        settings = spec.as_json() | {"shard_size": shard_size, "ids_sha256": ids_digest(self.ids)}
-        if long := [key for key in self.ids if len(key.encode()) > MAX_KEY_BYTES]:
+        self._checksum: int | None = None  # of the open shard, while every row of it was put by this process
+        if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
             raise UserError(
-                f"the id {long[0]} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
+                f"the id {long} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
             )
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the folder {self.folder}: {error.strerror}") from None
-        # LMDB's own lock is off, as readers on shared file systems need it; two writers would ruin a shard.
-        try:
             self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (held until close)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing {self.folder}: wait for it, or choose another --out"
-            ) from None
-        except OSError as error:
-            raise UserError(f"cannot write to the folder {self.folder}: {error.strerror}") from None
-        if (self.folder / SETTINGS).exists():
-            insist_same(self.folder, read_json(self.folder / SETTINGS), settings)
-        else:
-            write_json(self.folder / SETTINGS, settings)
-        self.complete = (self.folder / MANIFEST).exists()
-        if self.complete:
-            self.close()
-
-    def shards(self) -> list[list[str]]:
-        return [self.ids[i : i + self.shard_size] for i in range(0, len(self.ids), self.shard_size)]
+            self._claim(PLANNING, wait=True)
+            settings = spec.as_json() | {"shard_size": shard_size}
+            if (self.folder / SETTINGS).exists():
+                insist_same(self.folder, read_json(self.folder / SETTINGS), settings)
+            else:
+                write_json(self.folder / SETTINGS, settings)
+            self.plan = self._planned(list(ids), shard_size)
+            self._release(PLANNING)
+        self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
+        self.complete = self._is_complete()
 
     def pending(self, batch_size: int) -> list[tuple[int, list[str]]]:
-        """The batches `(shard number, ids)` that are not durable yet, in order; `[]` when the field is complete."""
-        if self.complete:
-            return []
+        """The batches `(shard, ids)` of this writer that are not durable yet, in order; claims their shards until `close`."""
         batches = []
-        for number, ids in enumerate(self.shards()):
-            if self._path(number).exists():
+        for number in self.mine:
+            if self.complete or self._path(number).exists():
                 continue
-            durable = self._durable(number)
+            self._claim(number + 1)
+            ids, durable = self.plan[number], self._durable(number)
             chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
             batches += [(number, chunk) for chunk in chunks if not durable.issuperset(chunk)]
         return batches
 
-    def put(self, shard: int, ids: Sequence[str], values: np.ndarray) -> None:
-        """Store `values (len(ids), *shape)` in one synchronous transaction; finite and of the spec's shape and dtype."""
-        expected = (len(ids), *self.spec.shape)
-        if values.shape != expected or values.dtype != np.dtype(self.spec.dtype):
+    def put(
+        self, shard: int, ids: Sequence[str], raw: Tensor, unreadable: Mapping[str, str] | None = None
+    ) -> None:
+        """Store `raw (len(ids), value_bytes)` (`spec.encode`, on the CPU) in one synchronous transaction.
+
+        `unreadable` maps the other ids of the batch to what is wrong with their images; they are left out for good.
+        """
+        if raw.shape != (len(ids), self.spec.value_bytes):
             raise ValueError(
-                f"{self.spec.field}: expected {expected} {self.spec.dtype}, got {values.shape} {values.dtype}"
+                f"{self.spec.field}: expected ({len(ids)}, {self.spec.value_bytes}), got {tuple(raw.shape)}"
             )
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"{self.spec.field}: values that are not finite, for one of {', '.join(ids[:4])} …"
-            )
-        try:
-            with self._environment(shard).begin(write=True) as transaction:
-                for key, value in zip(ids, values, strict=True):
-                    transaction.put(key.encode(), value.tobytes())
-        except lmdb.Error as error:
+        if not self.spec.decode(raw).isfinite().all():
             raise UserError(
-                f"cannot write to {self.folder}: {error}; free some disk and run the same command"
-            ) from None
+                f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers in {self.spec.dtype}: run "
+                "again with --precision fp32, or store them with another --dtype in another folder"
+            )
+        rows = raw.numpy()
+        with self._writing():
+            if unreadable:
+                known = self._unreadable(shard)
+                write_json(self._path(shard).with_suffix(".unreadable"), known | dict(unreadable))
+            with self._environment(shard).begin(write=True) as transaction:
+                for key, value in zip(ids, rows, strict=True):
+                    transaction.put(key.encode(), value.data)
+        if self._checksum is not None:
+            self._checksum += sum(row_checksum(key.encode(), row) for key, row in zip(ids, rows, strict=True))
 
-    def missing(self) -> set[str]:
-        """The ids that are not stored, once every batch was put: their images could not be read."""
-        stored: set[str] = set()
-        for number in range(len(self.shards())):
-            path = self._path(number)
-            stored |= set(_keys(path)) if path.exists() else self._durable(number)
-        return set(self.ids) - stored
-
-    def finish(self) -> dict:
-        """Seal every shard and write the manifest; returns it."""
-        if self.complete:
-            return read_manifest(self.folder, self.spec.field)
-        stored: list[str] = []
-        shards = []
-        for number in range(len(self.shards())):
-            if not self._path(number).exists():
-                self._seal(number)
-            shards.append(read_json(self._path(number).with_suffix(".json")))
-            stored += _keys(self._path(number))
-        manifest = self.spec.as_json() | {
-            "shard_size": self.shard_size,
-            "num_samples": len(stored),
-            "ids_sha256": ids_digest(sorted(stored)),
-            "num_requested": len(self.ids),  # more than num_samples when images were unreadable
-            "shards": shards,
-        }
-        write_json(self.folder / MANIFEST, manifest)
-        self.complete = True
+    def finish(self) -> dict | None:
+        """Seal this writer's shards; returns the manifest, or None while shards of other writers are missing."""
+        with self._writing():
+            for number in self.mine:
+                if not self._path(number).exists():
+                    self._seal(number)
+            if not self.complete and all(self._path(n).exists() for n in range(len(self.plan))):
+                self._claim(PLANNING, wait=True)
+                self._write_manifest()
+                self._release(PLANNING)
+                self.complete = True
         self.close()
-        return manifest
+        return read_manifest(self.folder, self.spec.field) if self.complete else None
 
     def close(self) -> None:
         """Let go of the folder; what was put is durable."""
-        self._close_shard()
-        self._lock.close()
-
-    def _close_shard(self) -> None:
         if self._open:
             self._open[1].close()
             self._open = None
+        self._lock.close()
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Disk that all unfinished shards of the field still need, of this writer and of others."""
+        unsealed = [n for n in range(len(self.plan)) if not self._path(n).exists()]
+        written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._partial(n)).exists())
+        return max(0, sum(self._stored_bytes(len(self.plan[n])) for n in unsealed) - written)
+
+    def _planned(self, ids: list[str], shard_size: int) -> list[list[str]]:
+        """The plan after these ids were added to it; ids that it holds keep their places."""
+        path = self.folder / PLAN
+        plan = read_json(path)["shards"] if path.exists() else []
+        wanted, planned = set(ids), {key for shard in plan for key in shard}
+        if wanted <= planned:
+            unfinished = {key for n, shard in enumerate(plan) if not self._path(n).exists() for key in shard}
+            lacking = unfinished - wanted
+        else:
+            lacking = planned - wanted
+        if lacking:
+            raise UserError(
+                f"{self.folder} was begun for other images too ({min(lacking)}, for one): give the list that it was begun with "
+                "or one that contains it, or choose another --out"
+            )
+        new = [key for key in ids if key not in planned]
+        if new:
+            plan += [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
+            write_json(path, {"shards": plan})
+        return plan
+
+    def _is_complete(self) -> bool:
+        whole = all(self._path(number).exists() for number in range(len(self.plan)))
+        manifest = self.folder / MANIFEST
+        return whole and manifest.exists() and len(read_json(manifest).get("shards", [])) == len(self.plan)
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.lmdb"
+
+    def _partial(self, shard: int) -> Path:
+        return self._path(shard).with_suffix(".lmdb.partial")
+
+    def _stored_bytes(self, count: int) -> int:
+        """What LMDB needs for so many values: whole pages for each, and about 64 bytes in its tree."""
+        pages = -(-(PAGE_HEADER + self.spec.value_bytes) // PAGE)
+        return count * (pages * PAGE + 2 * 64) + 16 * PAGE
 
     def _environment(self, shard: int) -> lmdb.Environment:
         """The open partial shard; going on to the next one seals the one before."""
         if self._open and self._open[0] != shard:
             self._seal(self._open[0])
         if not self._open:
-            partial = self._path(shard).with_suffix(".lmdb.partial")
             # LMDB wants its room ahead; on disk it is sparse.
-            room = int(self.shard_size * self.spec.value_bytes * 1.25) + (64 << 20)
-            self._open = (
-                shard,
-                lmdb.open(str(partial), subdir=False, map_size=room, lock=False, lib_version=0),
-            )
+            room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
+            path = self._partial(shard)
+            self._checksum = None if path.exists() else 0
+            self._open = (shard, lmdb.open(str(path), subdir=False, map_size=room, lock=False, lib_version=0))
         return self._open[1]
 
+    def _unreadable(self, shard: int) -> dict[str, str]:
+        path = self._path(shard).with_suffix(".unreadable")
+        return read_json(path) if path.exists() else {}
+
     def _durable(self, shard: int) -> set[str]:
-        partial = self._path(shard).with_suffix(".lmdb.partial")
-        if not partial.exists():
+        """The ids of a partial shard that need no more work."""
+        if not self._partial(shard).exists():
             return set()
-        with self._environment(shard).begin() as transaction:
-            keys = {key.decode() for key in transaction.cursor().iternext(values=False)}
-        self._close_shard()
-        return keys
+        with self._writing():
+            with self._environment(shard).begin() as transaction:
+                keys = {key.decode() for key in transaction.cursor().iternext(values=False)}
+            self._open[1].close()
+            self._open = None
+        return keys | self._unreadable(shard).keys()
 
     def _seal(self, shard: int) -> None:
+        unreadable, planned = self._unreadable(shard), self.plan[shard]
         with self._environment(shard).begin() as transaction:
             count = transaction.stat()["entries"]
-            checksum = _checksum(transaction)
-        self._close_shard()
-        path = self._path(shard)
-        partial = path.with_suffix(".lmdb.partial")
+            checksum = self._checksum
+            if checksum is None:
+                checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
+        if count + len(unreadable) != len(planned):
+            raise ValueError(f"shard {shard} has {count} of {len(planned)} values: sealed too early")
+        self._open[1].close()
+        self._open = None
+        path, partial = self._path(shard), self._partial(shard)
         # The description goes first: a shard that carries its final name always has one.
         write_json(
             path.with_suffix(".json"),
-            {"file": path.name, "count": count, "bytes": partial.stat().st_size, "crc32": checksum},
+            {"file": path.name, "count": count, "bytes": partial.stat().st_size, "checksum": checksum}
+            | {"unreadable": unreadable},
         )
         os.replace(partial, path)
+        path.with_suffix(".unreadable").unlink(missing_ok=True)
         sync_folder(self.folder)
 
+    def _write_manifest(self) -> None:
+        sealed = [read_json(self._path(n).with_suffix(".json")) for n in range(len(self.plan))]
+        unreadable = {key: why for shard in sealed for key, why in shard.pop("unreadable").items()}
+        stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
+        if unreadable:  # before the manifest, so that a finished field always says what it lacks
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([("id", "problem"), *unreadable.items()])
+            write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
+        counts = {
+            "num_samples": len(stored),
+            "num_unreadable": len(unreadable),
+            "ids_sha256": ids_digest(stored),
+        }
+        write_json(self.folder / MANIFEST, self.spec.as_json() | counts | {"shards": sealed})
 
-class FieldReader:
-    """Read values of one finished field by id.
-
-    Refuses a folder that is unfinished, of another format, or whose shards differ in size from the manifest (a truncated
-    LMDB file would otherwise end the process with SIGBUS). Files are opened lazily, once per process, without locks.
-    """
-
-    def __init__(self, folder: str | Path, field: str):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder, field)
-        self.spec = FieldSpec.from_json(self.manifest)
-        for shard in self.manifest["shards"]:
-            path = self.folder / shard["file"]
-            size = path.stat().st_size if path.exists() else 0
-            if size != shard["bytes"]:
+    def _claim(self, place: int, *, wait: bool = False) -> None:
+        """Lock one byte of `.lock`: LMDB's own lock is off, as readers on shared file systems need it."""
+        try:
+            # POSIX locks, which forked decoding workers do not inherit: they may outlive a killed writer by seconds.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(
-                    f"{path} has {size} bytes, its manifest says {shard['bytes']}: delete {self.folder}/{MANIFEST} and that "
-                    "shard's two files, and run the script that wrote it again"
-                )
-        self._index: dict[str, Path] | None = None
+                    f"another process is writing {self._path(place - 1)}: wait for it, or give each process its own --shard i/n"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"{self.folder}: no file locks here, so start no second writer for a shard", file=sys.stderr
+            )
 
-    def __len__(self) -> int:
-        return self.manifest["num_samples"]
+    def _release(self, place: int) -> None:
+        with suppress(OSError):  # where there are no locks
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, place)
 
-    @property
-    def ids(self) -> Iterable[str]:
-        return self._shard_of().keys()
-
-    def read(self, ids: Sequence[str]) -> np.ndarray:
-        """Values `(len(ids), *shape)` in the order of `ids`; raises `UserError` for an id that the field lacks."""
-        values = np.empty((len(ids), *self.spec.shape), self.spec.dtype)
-        shard_of = self._shard_of()
-        for position, key in enumerate(ids):
-            if key not in shard_of:
-                raise UserError(
-                    f"{self.folder} holds no {key}; run the script that wrote it for the CSV you train on"
-                )
-            with _environment(shard_of[key]).begin(buffers=True) as transaction:
-                value = np.frombuffer(transaction.get(key.encode()), self.spec.dtype)
-                values[position] = value.reshape(self.spec.shape)
-        return values
-
-    def damaged_shards(self) -> list[str]:
-        """Compare every checksum; returns the files whose content is not what was written. Reads everything."""
-        bad = []
-        for shard in self.manifest["shards"]:
-            with _environment(self.folder / shard["file"]).begin() as transaction:
-                if _checksum(transaction) != shard["crc32"]:
-                    bad.append(shard["file"])
-        return bad
-
-    def _shard_of(self) -> dict[str, Path]:
-        if self._index is None:
-            paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
-            self._index = {key: path for path in paths for key in _keys(path)}
-        return self._index
-
-
-# LMDB allows one environment per file and process, and none may cross a fork; so all readers of a process share these.
-_environments: dict[Path, lmdb.Environment] = {}
-_environments_pid = os.getpid()
-
-
-def _environment(path: Path) -> lmdb.Environment:
-    global _environments_pid
-    if _environments_pid != os.getpid():
-        _environments.clear()
-        _environments_pid = os.getpid()
-    path = path.resolve()
-    if path not in _environments:
-        # readahead stays on: without it a cold value costs one serial page fault per 4 KB.
-        _environments[path] = lmdb.open(str(path), subdir=False, readonly=True, lock=False, lib_version=0)
-    return _environments[path]
-
-
-def _keys(path: Path) -> list[str]:
-    with _environment(path).begin() as transaction:
-        return [key.decode() for key in transaction.cursor().iternext(values=False)]
-
-
-def _checksum(transaction: lmdb.Transaction) -> int:
-    checksum = 0
-    for key, value in transaction.cursor():
-        checksum = zlib.crc32(value, zlib.crc32(key, checksum))
-    return checksum
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell of a full disk or a read-only folder in one line."""
+        try:
+            yield
+        except (lmdb.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot write to {self.folder}: {reason}; nothing finished is lost: mend that (free some disk, allow writing) "
+                "and run the same command"
+            ) from None

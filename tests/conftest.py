@@ -2,11 +2,14 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+from preprocessing.samples import Sample, read_samples
 
 TEXT_WIDTH, TEACHER_DIM, TEACHER_GRID = 32, 64, 4
 
@@ -51,6 +54,24 @@ def batch():
 def run_numbered(name: str, *argv: object) -> None:
     """Run a numbered preprocessing script's `main` in this process."""
     importlib.import_module(f"preprocessing.{name}").main([str(argument) for argument in argv])
+
+
+def image_tree(root, counts, size=(20, 16), split="train"):
+    """Folder root/{split}/{class}/ with the given numbers of images."""
+    rng = np.random.default_rng(0)
+    for synset, count in counts.items():
+        folder = root / split / synset
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{synset}_{i}.JPEG")
+
+
+def sample(root, out, per_class, seed=0, *more) -> list[Sample]:
+    """The list that script 1 makes of the tree."""
+    arguments = ["--imagenet", root, "--per-class", per_class, "--out", out, "--seed", seed, *more]
+    run_numbered("1_sample_imagenet_subset", *arguments)
+    return read_samples(out)
 
 
 @pytest.fixture(scope="session")

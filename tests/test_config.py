@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.schema import Config, knobs, knobs_help, load_config, parse_config, resolved_yaml
+from configs.loading import knobs, knobs_help, load_config, parse_config, resolved_yaml
+from configs.schema import Config
 from errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -6,22 +6,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BOTTOM = {"errors", "files"}
-CACHE = {f"preprocessing.{room}" for room in ("samples", "images", "manifest", "shards")}
+BOTTOM = {"errors", "files", "signals"}
+CACHE = {f"preprocessing.{room}" for room in ("samples", "images", "manifest", "reader")}
 # What each room may import of ours. A room that is not named here is a script and may import everything but scripts.
 FLOORS = {
     "errors": set(),
     "files": set(),
+    "signals": set(),
     "device": BOTTOM,
-    "configs": BOTTOM,
+    "configs": BOTTOM | {"configs"},
     "models": BOTTOM | {"models"},
     "evaluation": BOTTOM | {"evaluation"},
-    "preprocessing.manifest": BOTTOM,
-    "preprocessing.shards": BOTTOM | {"preprocessing.manifest"},
+    "preprocessing.encodings": set(),
+    "preprocessing.lmdb_pages": set(),
+    "preprocessing.manifest": BOTTOM | {"preprocessing.encodings"},
+    "preprocessing.reader": BOTTOM | {"preprocessing.manifest", "preprocessing.lmdb_pages"},
+    "preprocessing.shards": BOTTOM | {"preprocessing.manifest", "preprocessing.reader"},
     "preprocessing.samples": BOTTOM,
+    "preprocessing.classes": BOTTOM,
     "preprocessing.images": BOTTOM,
     "preprocessing.options": BOTTOM,
-    "preprocessing.pipeline": BOTTOM | CACHE,
+    "preprocessing.contact_sheet": set(),
+    "preprocessing.pipeline": BOTTOM | CACHE | {"preprocessing.shards"},
+    "preprocessing.encoders": BOTTOM
+    | {"device", "models", "preprocessing.encodings", "preprocessing.manifest", "preprocessing.pipeline"},
     "loss_sd15": BOTTOM | {"models.alignment", "models.diffusion"},
     "dataset_sd15": BOTTOM | CACHE,
     "training": BOTTOM | {"configs", "training"},
@@ -29,7 +37,7 @@ FLOORS = {
 }
 SCRIPTS = {"train_sd15", "evaluate_sd15", "demo"}
 # Outside libraries that have one room each.
-ONE_ROOM = {"lmdb": "preprocessing.shards", "yaml": "configs.schema", "peft": "models.sd15_unet_aligned"}
+ONE_ROOM = {"lmdb": "preprocessing.shards", "yaml": "configs.loading", "peft": "models.sd15_unet_aligned"}
 
 
 def modules():

@@ -35,13 +35,17 @@ def full_size(tmp_path):
     write_samples(
         tmp_path / "list.csv", [Sample(key, "unused", number, "n") for number, key in enumerate(ids)]
     )
-    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    about = {
+        "latents": {"details": {"posterior": "mode", "scaled": True, "scaling_factor": 0.18215}},
+        "tokens": {"source": {"model": "facebook/dinov2-large"}},
+    }
     for field, shape in FIELDS.items():
         writer = FieldWriter(
-            tmp_path / field, FieldSpec(field, shape, "float16", "random", view={"size": 512}), ids
+            tmp_path / field, FieldSpec(field, shape, "float16", "random", **about[field]), ids
         )
         for shard, batch in writer.pending(2):
-            writer.put(shard, batch, rng.standard_normal((2, *shape)).astype(np.float16))
+            writer.put(shard, batch, writer.spec.encode(torch.randn(2, *shape, generator=generator)))
         writer.finish()
     write_table(
         tmp_path / "text", torch.randn(3, 77, 768).half(), FieldSpec("text", (77, 768), "float16", "random")

@@ -1,6 +1,5 @@
 """The numbered scripts, from an ImageNet-shaped folder to a verified cache, and what they say to wrong input."""
 
-import csv
 import importlib
 import json
 import subprocess
@@ -17,137 +16,15 @@ from transformers import AutoConfig, Dinov2Model
 
 import evaluate_sd15
 import train_sd15
-from configs.schema import knobs, load_config
+from configs.loading import knobs, load_config
 from errors import UserError
 from evaluation.report import comparable
 from evaluation.sampling import initial_noise
 from fid_sd15 import read_reference
 from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
-from preprocessing.images import UnreadableImage, cut_view, read_view
-from preprocessing.manifest import read_manifest, read_table
-from preprocessing.samples import COLUMNS, read_samples
-from preprocessing.shards import FieldReader
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "preprocessing").glob("[0-9]_*.py"))
-
-
-def image_tree(root, counts, size=(20, 16)):
-    """Folder root/train/{class}/ with the given numbers of images."""
-    rng = np.random.default_rng(0)
-    for synset, count in counts.items():
-        folder = root / "train" / synset
-        folder.mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
-            Image.fromarray(pixels).save(folder / f"{synset}_{i}.JPEG")
-
-
-def sample(root, out, per_class, seed=0):
-    run_numbered(
-        "1_sample_imagenet_subset", "--imagenet", root, "--per-class", per_class, "--out", out, "--seed", seed
-    )
-    return read_samples(out)
-
-
-def verify(miniature, *more):
-    fields = [
-        ("csv", "train.csv"),
-        ("latents", "cache/latents"),
-        ("tokens", "cache/tokens"),
-        ("text", "cache/text"),
-    ]
-    run_numbered(
-        "5_verify_cache", *(part for name, path in fields for part in (f"--{name}", miniature / path)), *more
-    )
-
-
-class TestSampling:
-    def test_every_class_has_the_same_number_and_ids_follow_sorted_synsets(self, tmp_path):
-        image_tree(tmp_path, {"n02": 5, "n01": 6, "n03": 5})
-        samples = sample(tmp_path, tmp_path / "list.csv", 4)
-        assert {(s.class_id, s.synset) for s in samples} == {(0, "n01"), (1, "n02"), (2, "n03")}
-        assert [sum(s.class_id == c for s in samples) for c in range(3)] == [4, 4, 4]
-        assert all(
-            Path(s.img_path).exists() and s.id == f"{s.synset}/{Path(s.img_path).stem}" for s in samples
-        )
-        with open(tmp_path / "list.csv") as file:
-            assert next(csv.reader(file)) == COLUMNS == ["id", "img_path", "class_id", "synset"]
-
-    def test_a_short_class_is_skipped_by_name_and_keeps_the_others_numbers(self, tmp_path, capsys):
-        image_tree(tmp_path, {"n01": 4, "n02": 2, "n03": 4})
-        samples = sample(tmp_path, tmp_path / "list.csv", 3)
-        assert {s.class_id for s in samples} == {0, 2}
-        assert "class 1 (n02) has 2 images" in capsys.readouterr().err
-
-    def test_the_smaller_list_begins_the_larger_one_and_the_seed_decides(self, tmp_path):
-        image_tree(tmp_path, {"n01": 9, "n02": 9})
-        small, large, again, other = (
-            sample(tmp_path, tmp_path / f"{i}.csv", count, seed)
-            for i, (count, seed) in enumerate([(3, 0), (7, 0), (7, 0), (7, 1)])
-        )
-        assert large[: len(small)] == small
-        assert large == again
-        assert {s.id for s in large} != {s.id for s in other}
-
-    def test_hidden_folders_are_no_classes(self, tmp_path):
-        image_tree(tmp_path, {"n01": 2, "n02": 2})
-        (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-        assert {(s.class_id, s.synset) for s in sample(tmp_path, tmp_path / "list.csv", 2)} == {
-            (0, "n01"),
-            (1, "n02"),
-        }
-
-    def test_nothing_to_sample_is_one_line(self, tmp_path):
-        with pytest.raises(UserError, match="no train images"):
-            sample(tmp_path, tmp_path / "list.csv", 1)
-        image_tree(tmp_path, {"n01": 1})
-        with pytest.raises(UserError, match="lower --per-class"):
-            sample(tmp_path, tmp_path / "list.csv", 2)
-
-
-class TestViews:
-    def test_aligned_view_is_the_central_square_of_the_vae(self):
-        pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), np.uint8)
-        expected = Image.fromarray(pixels[:, 12:28]).resize((8, 8), Image.Resampling.BICUBIC)
-        assert np.array_equal(np.asarray(cut_view(Image.fromarray(pixels), 8)), np.asarray(expected))
-        assert np.array_equal(
-            np.asarray(cut_view(Image.fromarray(pixels), 16)), pixels[:, 12:28]
-        )  # no resampling
-
-    def test_official_view_is_dinov2s_transform(self):
-        """Resize(256, bicubic) + CenterCrop(224), written out."""
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
-        resized = image.resize((341, 256), Image.Resampling.BICUBIC)
-        expected = np.asarray(resized)[16:240, 58:282]
-        assert np.array_equal(np.asarray(cut_view(image, 224, "official")), expected)
-
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
-    def test_any_colour_mode_becomes_rgb(self, tmp_path, mode):
-        path = tmp_path / f"image.{'tiff' if mode == 'CMYK' else 'png'}"
-        Image.new("RGB", (9, 12), (200, 10, 30)).convert(mode).save(path)
-        assert read_view(path, 4).shape == (4, 4, 3)
-
-    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
-        Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
-        assert np.abs(read_view(tmp_path / "deep.png", 4).astype(int) - 128).max() <= 1
-
-    def test_exif_rotation_is_applied(self, tmp_path):
-        image = Image.new("RGB", (8, 8))
-        image.paste((255, 255, 255), (0, 0, 8, 4))  # white above
-        exif = Image.Exif()
-        exif[0x0112] = 3  # turned by 180°
-        image.save(tmp_path / "turned.png", exif=exif)
-        view = read_view(tmp_path / "turned.png", 8)
-        assert view[0].mean() < 50 < view[-1].mean()
-
-    def test_truncated_and_missing_files_are_unreadable(self, tmp_path):
-        image_tree(tmp_path, {"n01": 1})
-        path = tmp_path / "train" / "n01" / "n01_0.JPEG"
-        path.write_bytes(path.read_bytes()[:200])
-        for bad in (path, tmp_path / "nowhere.png", ROOT / "LICENSE"):
-            with pytest.raises(UnreadableImage):
-                read_view(bad, 8)
 
 
 class TestTeacher:
@@ -197,88 +74,6 @@ class TestTeacher:
             DINOv2Encoder.from_pretrained(str(miniature / "models" / "classifier"), grid=4)
         with pytest.raises(UserError, match="does not exist"):
             DINOv2Encoder.from_pretrained("no-such-teacher", grid=4)
-
-
-class TestCache:
-    def test_fields_are_joined_by_id_and_say_what_they_are(self, miniature):
-        latents, tokens = (FieldReader(miniature / "cache" / name, name) for name in ("latents", "tokens"))
-        assert set(latents.ids) == set(tokens.ids) == {s.id for s in read_samples(miniature / "train.csv")}
-        assert latents.spec.view == {"kind": "aligned", "size": 32}
-        assert tokens.spec.view == {"kind": "aligned", "size": 32, "patch": 8, "grid": 4}
-        assert len(tokens.spec.source["weights_sha256"]) == 64
-
-    def test_cached_values_are_those_of_the_image_with_that_id(self, miniature):
-        chosen = read_samples(miniature / "train.csv")[7]
-        teacher = DINOv2Encoder.from_pretrained(str(miniature / "models" / "dinov2-mini"), grid=4)
-        pixels = torch.tensor(read_view(chosen.img_path, 32)).permute(2, 0, 1)[None] / 255
-        expected = torch.nn.functional.normalize(teacher(pixels), dim=-1)[0].numpy()
-        cached = FieldReader(miniature / "cache" / "tokens", "tokens").read([chosen.id])[0]
-        assert np.abs(cached - expected).max() < 1e-3
-        assert np.abs(np.linalg.norm(cached.astype(np.float32), axis=-1) - 1).max() < 1e-3
-
-    def test_text_table_ends_with_the_null_prompt(self, miniature):
-        table, manifest = read_table(miniature / "cache" / "text")
-        names = json.loads((miniature / "imagenet_classes.json").read_text())
-        assert table.shape[:2] == (len(names) + 1, 77)
-        assert manifest["details"]["prompts"][3] == f"a photo of a {names['3']}"
-        assert manifest["details"]["prompts"][-1] == ""
-
-    def test_verification_passes_and_then_finds_damage(self, miniature, tmp_path, capsys):
-        verify(miniature, "--full")
-        assert "the cache is good" in capsys.readouterr().out
-        other = tmp_path / "other.csv"
-        text = (miniature / "train.csv").read_text().replace("n00000001_", "n00000001_x")
-        other.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            verify(miniature, "--csv", other)
-        assert stop.value.code == 1
-        assert "FAIL" in capsys.readouterr().out
-
-    def test_verification_fails_where_the_cache_lacks_images_of_the_list(self, miniature, tmp_path, capsys):
-        rows = (miniature / "train.csv").read_text().splitlines()
-        longer, shorter = tmp_path / "longer.csv", tmp_path / "shorter.csv"
-        longer.write_text("\n".join([*rows, *(row.replace("_", "_more", 1) for row in rows[1:])]) + "\n")
-        shorter.write_text("\n".join(rows[:20]) + "\n")
-        with pytest.raises(SystemExit):
-            verify(miniature, "--csv", longer)
-        assert "60 of 120 images are in both fields; 0 known as unreadable" in capsys.readouterr().out
-        verify(miniature, "--csv", shorter)  # a cache may hold more than one list needs
-
-    def test_an_unreadable_image_is_left_out_and_listed(self, miniature, tmp_path, capsys):
-        image_tree(tmp_path, {"n01": 3, "n02": 3})
-        sample(tmp_path, tmp_path / "list.csv", 3)
-        (tmp_path / "train" / "n01" / "n01_1.JPEG").write_bytes(b"no image")
-        out = tmp_path / "tokens"
-        arguments = [
-            "--csv",
-            tmp_path / "list.csv",
-            "--teacher",
-            miniature / "models" / "dinov2-mini",
-            "--grid",
-            4,
-        ]
-        run_numbered("3_build_dino_cache", *arguments, "--out", out, "--workers", 0, "--batch-size", 2)
-        assert read_manifest(out, "tokens")["num_samples"] == 5
-        assert "1 images could not be read" in capsys.readouterr().err
-        assert "n01/n01_1" in (out / "unreadable.csv").read_text()
-
-    def test_running_again_does_nothing(self, miniature, capsys):
-        out = miniature / "cache" / "tokens"
-        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-        teacher = miniature / "models" / "dinov2-mini"
-        run_numbered(
-            "3_build_dino_cache",
-            "--csv",
-            miniature / "train.csv",
-            "--teacher",
-            teacher,
-            "--grid",
-            4,
-            "--out",
-            out,
-        )
-        assert "already complete" in capsys.readouterr().out
-        assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
 @pytest.mark.parametrize(

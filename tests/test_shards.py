@@ -1,14 +1,21 @@
+"""The cache's format: round trips, resume, growth, several writers, damage, and readers in any process."""
+
 import json
 import multiprocessing
+import os
+import resource
+from contextlib import suppress
 
+import lmdb
 import numpy as np
 import pytest
 import torch
 
 from errors import UserError
-from preprocessing import shards
+from preprocessing.lmdb_pages import DamagedFile, value_ranges
 from preprocessing.manifest import MANIFEST, FieldSpec, read_manifest, read_table, write_table
-from preprocessing.shards import FieldReader, FieldWriter
+from preprocessing.reader import FieldReader
+from preprocessing.shards import FieldWriter
 
 SPEC = FieldSpec("latents", (2, 3), "float16", "test values", {"model": "m"}, {"kind": "aligned", "size": 8})
 IDS = [f"n{i % 3}/{i}" for i in range(10)]
@@ -16,173 +23,441 @@ IDS = [f"n{i % 3}/{i}" for i in range(10)]
 
 def value(key):
     """A value that only its id decides."""
-    return np.full((2, 3), int(key.split("/")[1]), np.float16)
+    return torch.full((2, 3), int(key.split("/")[1]), dtype=torch.float16)
 
 
 def values(ids):
-    return np.stack([value(key) for key in ids])
+    return torch.stack([value(key) for key in ids])
 
 
-def write(folder, ids=IDS, spec=SPEC, skip=(), stop_after=None, shard_size=4, batch=3):
-    writer = FieldWriter(folder, spec, ids, shard_size=shard_size)
+def write(folder, ids=IDS, spec=SPEC, skip=(), stop_after=None, shard_size=4, batch=3, part=(0, 1)):
+    writer = FieldWriter(folder, spec, ids, shard_size=shard_size, part=part)
     for count, (shard, asked) in enumerate(writer.pending(batch)):
         if count == stop_after:
             writer.close()
-            return writer
+            return None
         kept = [key for key in asked if key not in skip]
-        writer.put(shard, kept, values(kept))
-    writer.finish()
-    return writer
+        raw = spec.encode(values(kept)) if kept else torch.empty(0, spec.value_bytes, dtype=torch.uint8)
+        writer.put(shard, kept, raw, {key: "cannot be read" for key in asked if key in skip})
+    return writer.finish()
 
 
 def read_in_child(reader, ids, queue):
-    queue.put(reader.read(ids))
+    queue.put(reader.read(ids).numpy())
 
 
-def test_round_trip_by_id_in_any_order(tmp_path):
-    write(tmp_path)
-    reader = FieldReader(tmp_path, "latents")
-    asked = [IDS[i] for i in (7, 0, 9, 0)]
-    assert np.array_equal(reader.read(asked), values(asked))
-    assert len(reader) == 10
-    assert set(reader.ids) == set(IDS)
-    assert reader.spec == SPEC
-    assert reader.damaged_shards() == []
+class TestRoundTrip:
+    def test_by_id_in_any_order(self, tmp_path):
+        write(tmp_path)
+        reader = FieldReader(tmp_path, "latents")
+        asked = [IDS[i] for i in (7, 0, 9, 0)]
+        assert reader.read(asked).equal(values(asked))
+        assert len(reader) == 10
+        assert set(reader.ids) == set(IDS)
+        assert reader.spec == SPEC
+        assert reader.damaged_shards() == []
+
+    @pytest.mark.parametrize(
+        "shape", [(2, 3), (3, 5, 97), (196, 64)], ids=["inline", "odd", "pages of its own"]
+    )
+    def test_what_lmdb_itself_reads_is_the_bytes_of_the_value_and_no_more(self, tmp_path, shape):
+        spec = FieldSpec("latents", shape, "float32", "random")
+        stored = torch.randn(len(IDS), *shape)
+        writer = FieldWriter(tmp_path, spec, IDS, shard_size=100)
+        for shard, ids in writer.pending(4):
+            writer.put(shard, ids, spec.encode(stored[[IDS.index(key) for key in ids]]))
+        writer.finish()
+        path = tmp_path / "shard-00000.lmdb"
+        options = {"subdir": False, "readonly": True, "lock": False}
+        with lmdb.open(str(path), **options) as environment, environment.begin() as transaction:
+            theirs = dict(transaction.cursor())
+        assert theirs == {key.encode(): row.numpy().tobytes() for key, row in zip(IDS, stored, strict=True)}
+        assert FieldReader(tmp_path, "latents").read(IDS).equal(stored)
+        with open(path, "rb") as file:  # our reader of LMDB's pages against LMDB
+            content = path.read_bytes()
+            ours = {key: content[at : at + size] for key, at, size in value_ranges(file.fileno())}
+        assert ours == theirs
+
+    def test_the_page_reader_agrees_with_lmdb_on_a_deep_tree_with_deletions(self, tmp_path):
+        path, rng = str(tmp_path / "x.lmdb"), np.random.default_rng(0)
+        with lmdb.open(path, subdir=False, map_size=1 << 28, lib_version=0) as environment:
+            for _ in range(4):
+                with environment.begin(write=True) as transaction:
+                    for key in rng.integers(0, 10**6, 3000):
+                        transaction.put(b"%0200d" % key, rng.bytes(int(rng.choice([0, 5, 1500, 2500, 9000]))))
+                    for key, _ in zip(
+                        list(transaction.cursor().iternext(values=False)), range(500), strict=False
+                    ):
+                        transaction.delete(key)
+            with environment.begin() as transaction:
+                theirs = list(transaction.cursor())
+                assert transaction.stat()["depth"] >= 3
+        with open(path, "rb") as file:
+            ours = list(value_ranges(file.fileno()))
+            assert [(key, os.pread(file.fileno(), size, at)) for key, at, size in ours] == theirs
+
+    def test_an_empty_file_of_lmdb_holds_nothing(self, tmp_path):
+        with lmdb.open(str(tmp_path / "x.lmdb"), subdir=False, lib_version=0):
+            pass
+        with open(tmp_path / "x.lmdb", "rb") as file:
+            assert list(value_ranges(file.fileno())) == []
+
+    def test_int8_comes_back_close_and_at_half_the_bytes(self, tmp_path):
+        spec = FieldSpec("tokens", (6, 128), "int8", "tokens")
+        tokens = torch.nn.functional.normalize(torch.randn(10, 6, 128), dim=-1)
+        writer = FieldWriter(tmp_path, spec, IDS)
+        ((shard, ids),) = writer.pending(10)
+        writer.put(shard, ids, spec.encode(tokens))
+        writer.finish()
+        read = FieldReader(tmp_path, "tokens").read(IDS)
+        assert spec.value_bytes == 6 * 128 + 6 * 2 * 2
+        assert read.dtype == torch.float16
+        assert (1 - torch.cosine_similarity(read.float(), tokens, dim=-1)).max() < 1e-4
+
+    def test_int8_keeps_small_channels_beside_an_outlier(self):
+        """One scale for a whole token would round the others to zero."""
+        spec = FieldSpec("tokens", (1, 128), "int8", "tokens")
+        tokens = torch.full((1, 1, 128), 0.01)
+        tokens[..., 100] = 3.0
+        assert spec.decode(spec.encode(tokens))[..., :64].float().sub(0.01).abs().max() < 1e-4
+
+    def test_space_over_payload_is_small(self, tmp_path):
+        total = payload = 0
+        for field, shape in (("latents", (4, 64, 64)), ("tokens", (196, 1024))):
+            spec, ids = FieldSpec(field, shape, "float16", "zeros"), [f"n/{i}" for i in range(200)]
+            writer = FieldWriter(tmp_path / field, spec, ids)
+            estimate = writer.bytes_to_write
+            for shard, batch in writer.pending(64):
+                writer.put(shard, batch, torch.zeros(len(batch), spec.value_bytes, dtype=torch.uint8))
+            (entry,) = writer.finish()["shards"]
+            assert entry["bytes"] <= estimate < entry["bytes"] * 1.05  # what was asked of the disk beforehand
+            total, payload = total + entry["bytes"], payload + 200 * spec.value_bytes
+        assert total / payload < 1.03
 
 
-@pytest.mark.parametrize("stop_after", range(4))
-def test_a_writer_that_was_stopped_goes_on_and_ends_the_same(tmp_path, stop_after):
-    write(tmp_path / "whole")
-    write(tmp_path / "stopped", stop_after=stop_after)
-    with pytest.raises(UserError, match="not finished"):
-        FieldReader(tmp_path / "stopped", "latents")
-    again = FieldWriter(tmp_path / "stopped", SPEC, IDS, shard_size=4)
-    assert sum(len(ids) for _, ids in again.pending(3)) < 10 or stop_after == 0
-    again.close()
-    write(tmp_path / "stopped")
-    manifests = [read_manifest(tmp_path / name, "latents") for name in ("whole", "stopped")]
-    assert manifests[0]["ids_sha256"] == manifests[1]["ids_sha256"]
-    assert [s["crc32"] for s in manifests[0]["shards"]] == [s["crc32"] for s in manifests[1]["shards"]]
+class TestResume:
+    @pytest.mark.parametrize("stop_after", range(4))
+    def test_a_writer_that_was_stopped_goes_on_and_ends_the_same(self, tmp_path, stop_after):
+        whole = write(tmp_path / "whole")
+        assert write(tmp_path / "stopped", stop_after=stop_after) is None
+        with pytest.raises(UserError, match="not finished"):
+            FieldReader(tmp_path / "stopped", "latents")
+        again = FieldWriter(tmp_path / "stopped", SPEC, IDS, shard_size=4)
+        assert [batch for _, batch in again.pending(3)] == [
+            batch for batch in (IDS[:3], IDS[3:4], IDS[4:7], IDS[7:8], IDS[8:])[stop_after:]
+        ]
+        again.close()
+        assert write(tmp_path / "stopped")["shards"] == whole["shards"]
+        assert FieldReader(tmp_path / "stopped", "latents").damaged_shards() == []
+
+    def test_a_finished_field_has_nothing_pending(self, tmp_path):
+        write(tmp_path)
+        again = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
+        assert again.complete
+        assert again.pending(3) == []
+
+    def test_unreadable_images_are_left_out_counted_and_not_tried_again(self, tmp_path):
+        write(tmp_path, skip={IDS[2]}, stop_after=1)
+        again = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
+        assert IDS[2] not in [key for _, batch in again.pending(3) for key in batch]
+        again.close()
+        write(tmp_path, skip={IDS[2], IDS[9]})
+        reader = FieldReader(tmp_path, "latents")
+        assert len(reader) == 8
+        assert reader.manifest["num_unreadable"] == 2
+        assert reader.unreadable == [IDS[2], IDS[9]]
+        with pytest.raises(UserError, match=f"holds no {IDS[2]}"):
+            reader.read([IDS[2]])
+
+    def test_a_shard_of_nothing_but_unreadable_images_is_empty(self, tmp_path):
+        assert [shard["count"] for shard in write(tmp_path, skip=set(IDS[:4]))["shards"]] == [0, 4, 2]
+        assert FieldReader(tmp_path, "latents").read(IDS[4:]).equal(values(IDS[4:]))
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"spec": FieldSpec("latents", (2, 3), "float16", "test values", {"model": "other"}, SPEC.view)},
+            {"spec": FieldSpec("latents", (2, 3), "bfloat16", "test values", SPEC.source, SPEC.view)},
+            {"shard_size": 5},
+        ],
+    )
+    def test_other_settings_are_not_mixed_into_a_folder(self, tmp_path, other):
+        write(tmp_path, stop_after=2)
+        with pytest.raises(UserError, match="was written with another"):
+            write(tmp_path, **other)
+        write(tmp_path)
+        with pytest.raises(UserError, match="was written with another"):
+            write(tmp_path, **other)
+
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_list_of_other_images_is_not_mixed_into_a_folder(self, tmp_path, finished):
+        write(tmp_path, stop_after=None if finished else 2)
+        for other in ([*IDS[:-1], "n0/99"], ["n0/99"]):
+            with pytest.raises(UserError, match="was begun for other images too"):
+                write(tmp_path, ids=other)
+        if not finished:  # what is missing could not be made from a shorter list
+            with pytest.raises(UserError, match="was begun for other images too"):
+                write(tmp_path, ids=IDS[:6])
+        write(tmp_path)
+        assert FieldWriter(tmp_path, SPEC, IDS[:6], shard_size=4).complete
+
+    def test_a_deleted_shard_is_made_anew_and_no_other(self, tmp_path):
+        before = write(tmp_path)
+        (tmp_path / "shard-00001.lmdb").unlink()
+        with pytest.raises(UserError, match="only this shard is made anew"):
+            FieldReader(tmp_path, "latents")
+        kept = (tmp_path / "shard-00000.lmdb").stat().st_mtime_ns
+        assert write(tmp_path) == before
+        assert (tmp_path / "shard-00000.lmdb").stat().st_mtime_ns == kept
+        assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
 
 
-def test_a_finished_field_has_nothing_pending(tmp_path):
-    write(tmp_path)
-    again = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
-    assert again.complete
-    assert again.pending(3) == []
+MORE = [*IDS, *(f"n9/{i}" for i in range(20, 27))]
 
 
-def test_unreadable_images_are_left_out_and_counted(tmp_path):
-    write(tmp_path, skip={IDS[2]})
-    reader = FieldReader(tmp_path, "latents")
-    assert len(reader) == 9
-    assert reader.manifest["num_requested"] == 10
-    with pytest.raises(UserError, match=f"holds no {IDS[2]}"):
-        reader.read([IDS[2]])
+class TestGrowth:
+    def test_adding_images_appends_shards_and_rewrites_none(self, tmp_path):
+        first = write(tmp_path)
+        stamps = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.lmdb")}
+        grown = write(tmp_path, ids=MORE)
+        assert grown["shards"][:3] == first["shards"]
+        assert [shard["count"] for shard in grown["shards"]] == [4, 4, 2, 4, 3]
+        assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
+        assert FieldReader(tmp_path, "latents").read(MORE).equal(values(MORE))
+
+    def test_while_it_grows_the_finished_part_can_be_read(self, tmp_path):
+        write(tmp_path)
+        write(tmp_path, ids=MORE, stop_after=1)
+        assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
+        assert not FieldWriter(tmp_path, SPEC, MORE, shard_size=4).complete
+        assert write(tmp_path, ids=MORE)["num_samples"] == 17
+
+    def test_the_order_of_a_list_does_not_matter_once_it_is_planned(self, tmp_path):
+        write(tmp_path / "a", stop_after=1)
+        assert write(tmp_path / "a", ids=IDS[::-1])["shards"] == write(tmp_path / "b")["shards"]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"spec": FieldSpec("latents", (2, 3), "float16", "test values", {"model": "other"}, SPEC.view)},
-        {"ids": [*IDS[:-1], "n0/99"]},
-        {"ids": IDS[::-1]},  # the order decides the shard of each id
-        {"shard_size": 5},
-    ],
-)
-def test_other_settings_are_not_mixed_into_a_folder(tmp_path, other):
-    write(tmp_path, stop_after=2)
-    with pytest.raises(UserError, match="was written with another"):
-        write(tmp_path, **other)
-    write(tmp_path)
-    with pytest.raises(UserError, match="was written with another"):
-        write(tmp_path, **other)
+def try_to_write(folder, part, queue):
+    try:
+        writer = FieldWriter(folder, SPEC, IDS, shard_size=4, part=part)
+        writer.pending(3)
+        queue.put("free")
+    except UserError as error:
+        queue.put(str(error))
 
 
-def test_two_writers_cannot_share_a_folder(tmp_path):
-    first = FieldWriter(tmp_path, SPEC, IDS)
-    with pytest.raises(UserError, match="another process is writing"):
-        FieldWriter(tmp_path, SPEC, IDS)
-    first.close()
-    FieldWriter(tmp_path, SPEC, IDS).close()
+class TestSeveralWriters:
+    def test_each_owns_whole_shards_and_the_last_one_writes_the_manifest(self, tmp_path):
+        alone = write(tmp_path / "alone")
+        assert write(tmp_path / "both", part=(1, 2)) is None
+        assert not (tmp_path / "both" / MANIFEST).exists()
+        assert write(tmp_path / "both", part=(0, 2))["shards"] == alone["shards"]
+        assert write(tmp_path / "both", part=(1, 2))["shards"] == alone["shards"]  # has nothing left to do
+
+    def test_parts_are_disjoint_and_cover_all(self, tmp_path):
+        owned = [FieldWriter(tmp_path, SPEC, IDS, shard_size=4, part=(i, 2)).mine for i in range(2)]
+        assert sorted(owned[0] + owned[1]) == [0, 1, 2]
+
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_two_writers_cannot_share_a_shard(self, tmp_path, method):
+        context = multiprocessing.get_context(method)
+        first, said = FieldWriter(tmp_path, SPEC, IDS, shard_size=4, part=(0, 2)), context.Queue()
+        first.pending(3)
+        for part, expected in (((0, 1), "another process is writing"), ((1, 2), "free")):
+            other = context.Process(target=try_to_write, args=(tmp_path, part, said))
+            other.start()
+            assert expected in said.get(timeout=60)
+            other.join()
+        first.close()
 
 
-def test_wrong_shape_dtype_or_nan_never_reaches_the_disk(tmp_path):
-    writer = FieldWriter(tmp_path, SPEC, IDS)
-    for bad in (np.zeros((1, 3, 2), np.float16), np.zeros((1, 2, 3), np.float32)):
+class TestRefusals:
+    def test_wrong_shape_or_values_never_reach_the_disk(self, tmp_path):
+        writer = FieldWriter(tmp_path, SPEC, IDS)
         with pytest.raises(ValueError, match="expected"):
-            writer.put(0, IDS[:1], bad)
-    with pytest.raises(ValueError, match="not finite"):
-        writer.put(0, IDS[:1], np.full((1, 2, 3), np.nan, np.float16))
-    assert len(writer.pending(1)) == 10
+            writer.put(0, IDS[:1], torch.zeros(1, 10, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="expected"):
+            SPEC.encode(torch.zeros(1, 3, 2))
+        for bad in (float("nan"), 70000.0):  # 70000 is beyond fp16
+            with pytest.raises(UserError, match="not finite numbers in float16"):
+                writer.put(0, IDS[:1], SPEC.encode(torch.full((1, 2, 3), bad)))
+        assert len(writer.pending(1)) == 10
+
+    def test_nan_in_int8_is_found(self, tmp_path):
+        spec = FieldSpec("tokens", (1, 64), "int8", "tokens")
+        writer = FieldWriter(tmp_path, spec, IDS)
+        with pytest.raises(UserError, match="not finite"):
+            writer.put(0, IDS[:1], spec.encode(torch.full((1, 1, 64), float("nan"))))
+
+    def test_a_shard_is_not_sealed_before_it_is_whole(self, tmp_path):
+        writer = FieldWriter(tmp_path, SPEC, IDS)
+        writer.put(0, IDS[:3], SPEC.encode(values(IDS[:3])))
+        with pytest.raises(ValueError, match="sealed too early"):
+            writer.finish()
+
+    def test_a_truncated_shard_is_found_by_its_size(self, tmp_path):
+        write(tmp_path)
+        shard = tmp_path / "shard-00001.lmdb"
+        shard.write_bytes(shard.read_bytes()[:-4096])
+        with pytest.raises(UserError, match=r"shard-00001.lmdb has \d+ bytes"):
+            FieldReader(tmp_path, "latents")
+
+    def test_a_flipped_byte_is_found_by_its_checksum(self, tmp_path):
+        write(tmp_path)
+        shard = tmp_path / "shard-00001.lmdb"
+        stored = value(IDS[5]).numpy().tobytes()
+        shard.write_bytes(shard.read_bytes().replace(stored, bytes([stored[0] ^ 1]) + stored[1:]))
+        assert FieldReader(tmp_path, "latents").damaged_shards() == ["shard-00001.lmdb"]
+
+    def test_swapped_values_are_found_by_the_checksum(self, tmp_path):
+        write(tmp_path)
+        shard = tmp_path / "shard-00000.lmdb"
+        a, b = (value(IDS[i]).numpy().tobytes() for i in (1, 2))
+        content = shard.read_bytes().replace(a, b"\0" * 12 + b"?").replace(b, a).replace(b"\0" * 12 + b"?", b)
+        shard.write_bytes(content[: len(shard.read_bytes())])
+        assert FieldReader(tmp_path, "latents").damaged_shards() == ["shard-00000.lmdb"]
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_damage_anywhere_is_found_or_harmless_and_never_ends_the_process(self, tmp_path, seed):
+        """Random bytes over b-tree pages make LMDB itself read outside of its map."""
+        ids = [f"n/{i}" for i in range(300)]
+        write(tmp_path, ids=ids, shard_size=300, batch=100)
+        shard, rng = tmp_path / "shard-00000.lmdb", np.random.default_rng(seed)
+        content = bytearray(shard.read_bytes())
+        for at in rng.integers(0, len(content) - 8, 40):
+            content[at : at + 8] = rng.bytes(8)
+        shard.write_bytes(content)
+        with suppress(UserError):  # said what is wrong
+            reader = FieldReader(tmp_path, "latents")
+            assert reader.read(ids).equal(values(ids)) or reader.damaged_shards()
+
+    @pytest.mark.parametrize("content", ["zeros", "text", "another cache"])
+    def test_a_foreign_file_of_the_right_size_is_refused(self, tmp_path, content):
+        write(tmp_path / "field")
+        shard = tmp_path / "field" / "shard-00000.lmdb"
+        size = shard.stat().st_size
+        if content == "another cache":
+            write(tmp_path / "other", ids=[key.replace("n", "m") for key in IDS])
+            data = (tmp_path / "other" / "shard-00000.lmdb").read_bytes()
+        else:
+            data = {"zeros": b"\0", "text": b"x"}[content] * size
+        assert len(data) == size
+        shard.write_bytes(data)
+        with pytest.raises(UserError, match="run the script that wrote it again"):
+            FieldReader(tmp_path / "field", "latents").read(IDS)
+
+    def test_values_of_another_size_are_refused(self, tmp_path):
+        write(tmp_path)
+        manifest = json.loads((tmp_path / MANIFEST).read_text())
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"dtype": "float32"}))
+        with pytest.raises(UserError, match="not of 24 bytes"):
+            FieldReader(tmp_path, "latents").read(IDS)
+
+    def test_a_cycle_of_pages_ends(self, tmp_path):
+        """A branch page that is its own child."""
+        path = tmp_path / "x.lmdb"
+        options = {"subdir": False, "map_size": 1 << 26, "lib_version": 0}
+        with lmdb.open(str(path), **options) as environment, environment.begin(write=True) as transaction:
+            for i in range(2000):
+                transaction.put(b"%0100d" % i, b"")
+        content = bytearray(path.read_bytes())
+        transactions = [int.from_bytes(content[p * 4096 + 144 :][:8], "little") for p in (0, 1)]
+        root = int.from_bytes(content[transactions.index(max(transactions)) * 4096 + 128 :][:8], "little")
+        page = root * 4096
+        for at in range(page + 16, page + int.from_bytes(content[page + 12 : page + 14], "little"), 2):
+            node = page + int.from_bytes(content[at : at + 2], "little")
+            content[node : node + 6] = root.to_bytes(6, "little")
+        path.write_bytes(content)
+        with open(path, "rb") as file, pytest.raises(DamagedFile):
+            list(value_ranges(file.fileno()))
+
+    def test_foreign_folders_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match="is not a cache"):
+            FieldReader(tmp_path, "latents")
+        write(tmp_path / "field")
+        with pytest.raises(UserError, match="holds latents, not tokens"):
+            FieldReader(tmp_path / "field", "tokens")
+        manifest = json.loads((tmp_path / "field" / MANIFEST).read_text())
+        for change, message in (
+            ({"version": 99}, "format"),
+            ({"dtype": "float7"}, "unknown dtype"),
+            ({"shards": None}, "lacks shards"),
+        ):
+            changed = {key: value for key, value in (manifest | change).items() if value is not None}
+            (tmp_path / "field" / MANIFEST).write_text(json.dumps(changed))
+            with pytest.raises(UserError, match=message):
+                FieldReader(tmp_path / "field", "latents")
+
+    def test_too_long_an_id_is_one_line(self, tmp_path):
+        with pytest.raises(UserError, match="longer than 511 bytes"):
+            FieldWriter(tmp_path, SPEC, ["x" * 600])
+
+    def test_a_read_only_folder_is_one_line(self, tmp_path):
+        (tmp_path / "field").write_text("a file where the folder should be")
+        with pytest.raises(UserError, match="cannot write to"):
+            FieldWriter(tmp_path / "field", SPEC, IDS)
 
 
-def test_a_truncated_shard_is_found_before_it_is_mapped(tmp_path):
-    write(tmp_path)
-    shard = tmp_path / "shard-00001.lmdb"
-    shard.write_bytes(shard.read_bytes()[:-4096])
-    with pytest.raises(UserError, match=r"shard-00001.lmdb has \d+ bytes"):
-        FieldReader(tmp_path, "latents")
+def fill_the_disk(folder, queue):
+    """Files of this process may not grow beyond 3 MB, which LMDB meets as it meets a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, resource.RLIM_INFINITY))
+    queue.put(write_large(folder))
 
 
-def test_a_flipped_byte_is_found_by_its_checksum(tmp_path):
-    write(tmp_path)
-    shard = tmp_path / "shard-00001.lmdb"
-    stored = value(IDS[5]).tobytes()
-    shard.write_bytes(shard.read_bytes().replace(stored, bytes([stored[0] ^ 1]) + stored[1:]))
-    assert FieldReader(tmp_path, "latents").damaged_shards() == ["shard-00001.lmdb"]
+def write_large(folder):
+    spec = FieldSpec("tokens", (512, 100), "float16", "large")  # 100 kB
+    ids = [f"n/{i}" for i in range(60)]
+    try:
+        writer = FieldWriter(folder, spec, ids)
+        for shard, batch in writer.pending(8):
+            numbers = torch.tensor([int(key.split("/")[1]) for key in batch])
+            writer.put(shard, batch, spec.encode(numbers[:, None, None].expand(-1, *spec.shape)))
+        return writer.finish()["shards"]
+    except UserError as error:
+        return str(error)
 
 
-def test_foreign_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a cache"):
-        FieldReader(tmp_path, "latents")
-    write(tmp_path / "field")
-    with pytest.raises(UserError, match="holds latents, not tokens"):
-        FieldReader(tmp_path / "field", "tokens")
-    manifest = json.loads((tmp_path / "field" / MANIFEST).read_text())
-    (tmp_path / "field" / MANIFEST).write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(UserError, match="format"):
-        FieldReader(tmp_path / "field", "latents")
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_open_reader_works_in_child_processes(tmp_path, method):
-    write(tmp_path)
-    reader = FieldReader(tmp_path, "latents")
-    reader.read(IDS[:1])  # opened here first
-    context = multiprocessing.get_context(method)
-    queue = context.Queue()
-    child = context.Process(target=read_in_child, args=(reader, IDS[4:8], queue))
-    child.start()
-    assert np.array_equal(queue.get(timeout=60), values(IDS[4:8]))
-    child.join()
-    assert child.exitcode == 0
-
-
-def files_that_a_forked_child_opens(reader, queue):
-    opened, lmdb_open = [], shards.lmdb.open
-    shards.lmdb.open = lambda path, **options: opened.append(path) or lmdb_open(path, **options)
-    reader.read(IDS[:1])
-    queue.put(opened)
-
-
-def test_a_forked_child_opens_its_own_environment(tmp_path):
-    """LMDB forbids the use of an environment across fork, even where it seems to work."""
-    write(tmp_path)
-    reader = FieldReader(tmp_path, "latents")
-    reader.read(IDS[:1])
+def test_a_full_disk_is_one_line_and_what_was_durable_stays(tmp_path):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=files_that_a_forked_child_opens, args=(reader, queue))
+    child = context.Process(target=fill_the_disk, args=(tmp_path / "a", queue))
     child.start()
-    assert queue.get(timeout=60) == [str(tmp_path / "shard-00000.lmdb")]
+    said = queue.get(timeout=60)
     child.join()
+    assert said.startswith("cannot write to")
+    assert "run the same command" in said
+    spec = FieldSpec("tokens", (512, 100), "float16", "large")
+    again = FieldWriter(tmp_path / "a", spec, [f"n/{i}" for i in range(60)])
+    assert 0 < len(again.pending(8)) < 8
+    again.close()
+    assert write_large(tmp_path / "a") == write_large(tmp_path / "b")
 
 
-def test_two_readers_of_one_folder_share_a_process(tmp_path):
-    write(tmp_path)
-    first, second = FieldReader(tmp_path, "latents"), FieldReader(tmp_path, "latents")
-    assert np.array_equal(first.read(IDS[:2]), second.read(IDS[:2]))
+class TestProcesses:
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_an_open_reader_works_in_child_processes(self, tmp_path, method):
+        write(tmp_path)
+        reader = FieldReader(tmp_path, "latents")
+        reader.read(IDS[:1])  # opened here first
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        child = context.Process(target=read_in_child, args=(reader, IDS[4:8], queue))
+        child.start()
+        assert np.array_equal(queue.get(timeout=60), values(IDS[4:8]).numpy())
+        child.join()
+        assert child.exitcode == 0
+
+    def test_two_readers_of_one_folder_share_a_process(self, tmp_path):
+        write(tmp_path)
+        first, second = FieldReader(tmp_path, "latents"), FieldReader(tmp_path, "latents")
+        assert first.read(IDS[:2]).equal(second.read(IDS[:2]))
+
+    def test_reading_leaves_nothing_behind_in_the_folder(self, tmp_path):
+        """So it works on read-only file systems; LMDB would have made lock files."""
+        write(tmp_path)
+        before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        FieldReader(tmp_path, "latents").read(IDS)
+        assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
 def test_text_table_round_trip_and_damage(tmp_path):
@@ -195,3 +470,9 @@ def test_text_table_round_trip_and_damage(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="not the file its manifest describes"):
         read_table(tmp_path)
+
+
+def test_a_manifest_counts_what_is_stored(tmp_path):
+    write(tmp_path, skip={IDS[0]})
+    manifest = read_manifest(tmp_path, "latents")
+    assert manifest["num_samples"] == sum(shard["count"] for shard in manifest["shards"]) == 9

@@ -19,13 +19,11 @@ from safetensors.torch import load_file
 
 import train_sd15
 from build_sd15 import build_model, load_run_model
-from configs.schema import load_config
-from dataset_sd15 import SD15AlignedDataset, StepSampler
+from configs.loading import load_config
 from errors import UserError
 from evaluation.sampling import decode_latents, initial_noise, sample_latents
 from loss_sd15 import SD15Loss
 from models.base_model import load_part
-from preprocessing.manifest import read_table
 from training import checkpoint
 from training.run_folder import RunFolder
 from training.state import TrainingState
@@ -131,8 +129,8 @@ def test_heads_have_their_own_learning_rate(miniature, tmp_path):
 
 
 def test_a_signal_to_the_whole_group_lets_the_trainer_save(miniature, tmp_path):
-    """As a batch system sends it: to the data loader's workers too."""
-    many = ["data.workers=2", "train.steps=1000", "train.checkpoint_every=1000"]
+    """As a batch system sends it."""
+    many = ["data.read_threads=2", "train.steps=1000", "train.checkpoint_every=1000"]
     process = subprocess.Popen(
         [sys.executable, "train_sd15.py", "--config", str(CONFIG), *demo_overrides(miniature, tmp_path / "run", *many)],
         cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -246,52 +244,6 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
         load_part(base, "unet"), pipe.scheduler, text[0], text[1][0], [7], shape=(4, 16, 16), steps=4, cfg=cfg
     )
     assert not torch.allclose(plain, latents, atol=1e-2)  # the weights matter
-
-
-def test_step_sampler_is_a_pure_function_of_the_step():
-    def batches(first, last, seed=0):
-        return list(StepSampler(10, batch_size=3, seed=seed, first_step=first, last_step=last))
-
-    whole = batches(0, 9)
-    assert batches(4, 9) == whole[4:]
-    for epoch in (whole[0:3], whole[3:6], whole[6:9]):
-        assert len({index for batch in epoch for index in batch}) == 9  # none twice in an epoch
-    assert whole[0:3] != whole[3:6]
-    assert batches(0, 9, seed=1) != whole
-
-
-def test_dataset_items_are_the_contract(miniature):
-    paths = [miniature / path for path in ("train.csv", "cache/latents", "cache/tokens", "cache/text")]
-    dataset = SD15AlignedDataset(*paths)
-    item = dataset[5]
-    assert set(item) == {"latent", "dino_tokens", "encoder_hidden_states", "class_id"}
-    assert item["latent"].shape == (4, 16, 16)
-    assert item["dino_tokens"].shape == (16, 64)
-    assert item["encoder_hidden_states"].equal(dataset.text[item["class_id"]])
-    assert len(dataset.text) == 10
-    assert dataset.null_text.shape == dataset.text[0].shape
-    assert dataset.text_manifest["details"]["prompts"][-1] == ""
-    assert dataset.null_text.equal(read_table(miniature / "cache" / "text")[0][-1])
-    chosen = [7, 2, 11]
-    for index, item in zip(chosen, dataset.__getitems__(chosen), strict=True):  # in the order asked for
-        sample = dataset.samples[index]
-        assert np.array_equal(item["latent"], dataset.latents.read([sample.id])[0])
-        assert np.array_equal(item["dino_tokens"], dataset.tokens.read([sample.id])[0])
-        assert item["class_id"] == sample.class_id
-    assert "dino_tokens" not in SD15AlignedDataset(*paths, need_tokens=False)[5]
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_dataset_works_in_dataloader_workers(miniature, method):
-    dataset = SD15AlignedDataset(
-        *(miniature / p for p in ("train.csv", "cache/latents", "cache/tokens", "cache/text"))
-    )
-    here = dataset.__getitems__([3, 1])
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[3, 1]], num_workers=1, multiprocessing_context=method
-    )
-    (there,) = loader
-    assert there["latent"].equal(torch.stack([item["latent"] for item in here]))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from configs.schema import Config, load_config, resolved_yaml
+from configs.loading import load_config, resolved_yaml
+from configs.schema import Config
 from errors import UserError
 from files import write_atomically, write_json
 from training.checkpoint import checkpoints

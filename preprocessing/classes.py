@@ -1,0 +1,98 @@
+"""Class files: which classes there are, in which order, and what they are called.
+
+Three formats, told apart by their content:
+
+    {"0": "tench", ...}                        names by class number
+    {"0": ["n01440764", "tench"], ...}         imagenet_class_index.json
+    n01440764 tench, Tinca tinca               LOC_synset_mapping.txt, one line a class; the name ends at the comma
+
+Everywhere a class's number is the place of its synset in sorted order, as in torchvision's `ImageFolder`.
+"""
+
+import json
+from pathlib import Path
+
+from errors import UserError
+
+WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01440764", "tench"], ...})'
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Names by class number; `UserError` when the file is none of the formats, or is damaged."""
+    return [name for _, name in _read_classes(path)]
+
+
+def read_synsets(path: str | Path) -> list[str]:
+    """The sorted synsets, so that a synset's place is its class number; `UserError` for a file of names only."""
+    synsets = [synset for synset, _ in _read_classes(path)]
+    if None in synsets:
+        raise UserError(f"{path} holds names but no synsets: give {WITH_SYNSETS}")
+    return synsets
+
+
+def _read_classes(path: str | Path) -> list[tuple[str | None, str]]:
+    """(synset or None, name) by class number."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        raise UserError(
+            f'cannot read {path}: {error.strerror}; it names the classes: {{"0": "tench", ...}} or LOC_synset_mapping.txt'
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is not text: give {{"0": "tench", ...}} or {WITH_SYNSETS}') from None
+    if not text:
+        raise UserError(f'{path} is empty: give {{"0": "tench", ...}} or {WITH_SYNSETS}')
+    classes = _from_json(path, text) if text[0] in "{[" else _from_lines(path, text)
+    synsets = [synset for synset, _ in classes if synset is not None]
+    if len(set(synsets)) < len(synsets):
+        twice = next(synset for synset in synsets if synsets.count(synset) > 1)
+        raise UserError(f"{path} names the synset {twice} twice")
+    if synsets != (in_order := sorted(synsets)):
+        number = next(i for i in range(len(synsets)) if synsets[i] != in_order[i])
+        raise UserError(
+            f"{path} numbers {synsets[number]} as {number}, but class numbers are places of the sorted synsets"
+        )
+    return classes
+
+
+def _from_json(path, text: str) -> list[tuple[str | None, str]]:
+    try:
+        # Pairs, because a dict would swallow a number that is there twice.
+        pairs = json.loads(text, object_pairs_hook=tuple)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    numbers = [number for number, _ in pairs] if isinstance(pairs, tuple) else []
+    if not numbers or (missing := {str(number) for number in range(len(numbers))} - set(numbers)):
+        lacks = f"; {min(missing, key=int)} is missing" if numbers else ""
+        raise UserError(f'{path} must map every class number from "0" on to a name, without a gap{lacks}')
+    classes = []
+    for number, entry in sorted(pairs, key=lambda pair: int(pair[0])):
+        match entry:
+            case str(name) if name.strip():
+                classes.append((None, name))
+            case [str(synset), str(name)] if synset.strip() and name.strip():
+                # This file writes great_white_shark where the others write great white shark.
+                classes.append((synset.strip(), name.strip().replace("_", " ")))
+            case _:
+                raise UserError(
+                    f'{path} must map class numbers to names, such as {{"0": "tench"}} or {{"0": ["n01440764", "tench"]}}, '
+                    f"and maps {number} to {json.dumps(entry)}"
+                )
+    if len({synset is None for synset, _ in classes}) > 1:
+        raise UserError(f"{path} gives some classes a synset and others none; give all of them one, or none")
+    return classes
+
+
+def _from_lines(path, text: str) -> list[tuple[str | None, str]]:
+    classes = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        synset, *names = line.split(maxsplit=1)
+        name = names[0].split(",")[0].strip() if names else ""
+        if not name:
+            raise UserError(
+                f'{path} is not JSON, and its line {number} has no name after the synset, as in "n01440764 tench, Tinca tinca"'
+            )
+        classes.append((synset, name))
+    return sorted(classes)

@@ -1,0 +1,53 @@
+"""One picture of a few cached samples: image, what its latent decodes to, and its tokens in three principal components."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, GAP, MARGIN, LINE = 192, 8, 150, 22  # px
+ROWS = ("image", "VAE decode", "tokens, PCA")
+
+
+def draw_contact_sheet(
+    path: Path, ids: Sequence[str], images: np.ndarray, decoded: np.ndarray, tokens: np.ndarray
+) -> None:
+    """Write a PNG with a column for each sample.
+
+    `images` and `decoded` are uint8 `(n, S, S, 3)`, `tokens (n, N, D)` with N a square. The tokens of all samples share one
+    PCA, so that a colour means the same in every column.
+    """
+    grid = round(tokens.shape[1] ** 0.5)
+    colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(len(ids), grid, grid, 3)
+    width = MARGIN + len(ids) * (CELL + GAP)
+    sheet = Image.new("RGB", (width, LINE + len(ROWS) * (CELL + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (name, pictures) in enumerate(zip(ROWS, (images, decoded, colours), strict=True)):
+        top = LINE + row * (CELL + GAP)
+        draw.text(
+            (10, top + CELL // 2 - 8), f"{name}\n{pictures.shape[1]} × {pictures.shape[2]}", "black", font
+        )
+        for column, picture in enumerate(pictures):
+            # Small pictures keep their pixels, large ones are reduced.
+            kind = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
+            cell = Image.fromarray(picture).resize((CELL, CELL), kind)
+            sheet.paste(cell, (MARGIN + column * (CELL + GAP), top))
+    for column, key in enumerate(ids):
+        name = key.rsplit("/", 1)[-1]
+        while font.getlength(name) > CELL:
+            name = name[:-2] + "…"
+        draw.text((MARGIN + column * (CELL + GAP), 3), name, "black", font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def principal_colours(vectors: np.ndarray) -> np.ndarray:
+    """Three principal components of `vectors (m, D)` as uint8 RGB `(m, 3)`, each stretched from its 1st to 99th percentile."""
+    centred = vectors.astype(np.float64) - vectors.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    components = np.zeros((len(vectors), 3))
+    found = min(3, len(axes))
+    components[:, :found] = centred @ axes[:found].T
+    low, high = np.percentile(components, [1, 99], axis=0)
+    return (np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).round().astype(np.uint8)

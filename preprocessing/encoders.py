@@ -1,0 +1,124 @@
+"""The encoders of scripts 2 and 3: what makes latents and tokens of pixels, and what their fields say of themselves."""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from device import autocast, pick_device
+from errors import UserError
+from models.base_model import load_part, weights_digest
+from models.dinov2_encoder import DINOv2Encoder
+from preprocessing.encodings import GROUP
+from preprocessing.manifest import FieldSpec
+from preprocessing.pipeline import FieldJob
+
+MEANING = {
+    "mode": "mode of the VAE's posterior",
+    "sample": "a sample of the VAE's posterior, drawn from a generator seeded by the image's id",
+    "moments": "mean and standard deviation of the VAE's posterior, one above the other",
+}
+
+
+def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
+    """Latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, of the base model's VAE (options of `add_latent_options`)."""
+    device = pick_device(args.device)
+    vae = load_part(args.base, "vae", args.revision).to(device).eval().requires_grad_(False)
+    down = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.image_size % down:
+        raise UserError(
+            f"--image-size {args.image_size} is not a multiple of {down}, the VAE's down-sampling"
+        )
+    factor = 1.0 if args.unscaled else vae.config.scaling_factor
+    channels, cells = vae.config.latent_channels, args.image_size // down
+
+    @torch.no_grad()
+    def encode(pixels: Tensor, ids: Sequence[str]) -> Tensor:
+        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, S, S) in [-1, 1]
+        with autocast(device, args.precision):
+            posterior = vae.encode(images).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()  # (n, 4, S/8, S/8)
+        if args.posterior == "moments":
+            return torch.cat([mean, std], dim=1) * factor
+        if args.posterior == "sample":
+            mean = mean + std * torch.stack([noise_of(key, mean.shape[1:]) for key in ids]).to(device)
+        return mean * factor
+
+    spec = FieldSpec(
+        field="latents",
+        shape=(channels * (2 if args.posterior == "moments" else 1), cells, cells),
+        dtype=dtype,
+        meaning=MEANING[args.posterior] + ("" if args.unscaled else ", times scaling_factor"),
+        source=source_of(args.base, args.revision, vae, precision_of(device, args.precision)),
+        view={"kind": "aligned", "size": args.image_size},
+        details={
+            "posterior": args.posterior,
+            "scaled": not args.unscaled,
+            "scaling_factor": vae.config.scaling_factor,
+        },
+    )
+    return FieldJob(folder, spec, encode)
+
+
+def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
+    """L2-normalised DINOv2 patch tokens `(grid², D)` (options of `add_teacher_options`)."""
+    device = pick_device(args.device)
+    teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
+    patch, size = teacher.model.config.patch_size, args.teacher_image_size
+    if size is not None:
+        if size % patch:
+            below = size // patch * patch
+            raise UserError(
+                f"image size {size} is not a multiple of the patch {patch}: use {below} or {below + patch}"
+            )
+        teacher = DINOv2Encoder(teacher.model, size // patch).to(device)
+    if teacher.grid < 2:
+        raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
+    if dtype == "int8" and teacher.dim % GROUP:
+        raise UserError(
+            f"int8 needs a width that is a multiple of {GROUP}, the teacher's is {teacher.dim}: use float16"
+        )
+
+    @torch.no_grad()
+    def encode(pixels: Tensor, _ids: Sequence[str]) -> Tensor:
+        with autocast(device, args.precision):
+            tokens = teacher(pixels.to(device, non_blocking=True).float() / 255)  # (n, N, D)
+        return torch.nn.functional.normalize(tokens.float(), dim=-1)
+
+    spec = FieldSpec(
+        field="tokens",
+        shape=(teacher.grid**2, teacher.dim),
+        dtype=dtype,
+        meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
+        source=source_of(
+            args.teacher, args.teacher_revision, teacher.model, precision_of(device, args.precision)
+        )
+        | {"implementation": f"transformers.{type(teacher.model).__name__}"},
+        view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
+    )
+    return FieldJob(folder, spec, encode)
+
+
+def source_of(model: str, revision: str | None, module: torch.nn.Module, precision: str) -> dict:
+    """Which weights made a field, and in which precision."""
+    return {
+        "model": model,
+        "revision": revision,
+        "weights_sha256": weights_digest(module),
+        "precision": precision,
+    }
+
+
+def precision_of(device: torch.device, wanted: str) -> str:
+    """What `autocast(device, wanted)` will compute in."""
+    with autocast(device, wanted):
+        return "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+
+
+def noise_of(key: str, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise that only an image's id decides, so that neither batches nor interruptions change a cache."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

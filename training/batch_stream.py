@@ -1,0 +1,114 @@
+"""Batches read ahead by threads, into memory that is used again and again.
+
+Reader threads fill a ring of buffers straight from the shards; no worker processes, no pickling, no fresh memory, which cost
+more than the reading (`benchmarks/`). On a machine with a GPU the buffers are pinned, and one is filled again only after
+the copy from it has ended.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Read = Callable[[Sequence[int], dict[str, Tensor]], None]
+
+
+@dataclass
+class Batch:
+    """One step's data: `indices (B,)` of the dataset, and of each field the raw bytes, uint8 `(B, value_bytes)`.
+
+    The bytes are valid until the next batch is asked for; `on` moves them to a device and decodes them there.
+    """
+
+    indices: list[int]
+    raw: dict[str, Tensor]
+    decode: dict[str, Callable[[Tensor], Tensor]]
+
+    def on(self, device: torch.device, name: str) -> Tensor:
+        """The values of a field on `device`, `(B, *shape)`; on the CPU a view of the reused memory."""
+        return self.decode[name](self.raw[name].to(device, non_blocking=True))
+
+
+@dataclass
+class _Slot:
+    raw: dict[str, Tensor]
+    copied: list = field(default_factory=list)  # CUDA events after which the buffers may be filled again
+
+
+class BatchStream:
+    """Iterate once over batches of indices, as `Batch`es in their order.
+
+    Args:
+        batches: lists of dataset indices, all of one length.
+        read: fills the buffers of all fields for some indices; called in the reader threads.
+        value_bytes: {field: bytes of one value}.
+        decode: {field: from raw bytes to values}.
+        threads: how many batches are read at the same time; 0 reads each when it is asked for.
+        ahead: how many batches are ready or being read beside the one in use.
+        pin: whether the buffers are page-locked, for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Sequence[int]],
+        read: Read,
+        value_bytes: dict[str, int],
+        decode: dict[str, Callable[[Tensor], Tensor]],
+        *,
+        threads: int = 2,
+        ahead: int = 3,
+        pin: bool = False,
+    ):
+        self.batches, self.read, self.value_bytes, self.decode = batches, read, value_bytes, decode
+        self.threads, self.ahead, self.pin = threads, max(ahead, threads), pin
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.threads == 0:
+            for indices in self.batches:
+                yield self._batch(indices, self._fill(self._slot(len(indices)), indices))
+            return
+        waiting = deque()
+        free: list[_Slot] = []
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as readers:
+            try:
+                for indices in self.batches:
+                    slot = free.pop() if free else self._slot(len(indices))
+                    waiting.append((indices, readers.submit(self._fill, slot, indices)))
+                    if len(waiting) > self.ahead:
+                        yield from self._deliver(waiting, free)
+                while waiting:
+                    yield from self._deliver(waiting, free)
+            finally:
+                readers.shutdown(cancel_futures=True)
+
+    def _deliver(self, waiting: deque, free: list[_Slot]) -> Iterator[Batch]:
+        indices, future = waiting.popleft()
+        slot = future.result()
+        yield self._batch(indices, slot)
+        if self.pin:
+            slot.copied = [torch.cuda.Event()]
+            slot.copied[0].record()
+        free.append(slot)
+
+    def _batch(self, indices: Sequence[int], slot: _Slot) -> Batch:
+        return Batch(list(indices), slot.raw, self.decode)
+
+    def _slot(self, count: int) -> _Slot:
+        return _Slot(
+            {
+                name: torch.empty(count, size, dtype=torch.uint8, pin_memory=self.pin)
+                for name, size in self.value_bytes.items()
+            }
+        )
+
+    def _fill(self, slot: _Slot, indices: Sequence[int]) -> _Slot:
+        for event in slot.copied:
+            event.synchronize()
+        self.read(indices, slot.raw)
+        return slot
