@@ -86,8 +86,8 @@ def stages() -> list[list[Stage]]:
             Stage(
                 f"verify {split}",
                 f"{pre}/5_verify_cache.py --csv {DATA}/{split}.csv --latents {DATA}/{cache}/latents "
-                f"--tokens {DATA}/{cache}/tokens --text {DATA}/cache/text --full",
-                DATA / cache / "tokens/manifest.json",
+                f"--tokens {DATA}/{cache}/tokens --text {DATA}/cache/text --full --sheet {DATA}/{cache}/sheet.png",
+                DATA / cache / "sheet.png",
             )
             for split, (cache, _) in SPLITS.items()
         ],

@@ -19,6 +19,8 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory, streams and events are those of the current GPU
     return device
 
 
@@ -26,6 +28,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bf16 autocast, or nothing. `auto` = bf16 on a GPU that has it, fp32 elsewhere."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
-        raise UserError("this GPU has no bf16: set train.precision=fp32")
+        raise UserError("this GPU has no bf16: choose the precision fp32")
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -60,7 +60,7 @@ def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
             "scaling_factor": vae.config.scaling_factor,
         },
     )
-    return FieldJob(folder, spec, encode)
+    return FieldJob(folder, spec, encode, device)
 
 
 def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
@@ -99,7 +99,7 @@ def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
         | {"implementation": f"transformers.{type(teacher.model).__name__}"},
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
     )
-    return FieldJob(folder, spec, encode)
+    return FieldJob(folder, spec, encode, device)
 
 
 def source_of(model: str, revision: str | None, module: torch.nn.Module, precision: str) -> dict:

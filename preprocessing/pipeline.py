@@ -29,14 +29,15 @@ IN_FLIGHT = 3  # batches encoded and not yet written: enough for the device not 
 
 @dataclass(frozen=True, eq=False)
 class FieldJob:
-    """One field to make: where it goes, what it holds, which square of pixels the encoder sees, and the encoder.
+    """One field to make: where it goes, what it holds, and the encoder, which sees the square that `spec.view` names.
 
-    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)`, on any device.
+    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
     """
 
     folder: Path
     spec: FieldSpec
     encode: Callable[[Tensor, Sequence[str]], Tensor]
+    device: torch.device
 
     @property
     def view(self) -> tuple[int, str]:
@@ -94,7 +95,7 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     paths = {sample.id: sample.img_path for sample in samples}
     mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
     left = sum(len(chunk.ids) for chunk in chunks)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = any(job.device.type == "cuda" for job in writers)
     wanted = [(chunk.ids, list(dict.fromkeys(job.view for job, _ in chunk.jobs))) for chunk in chunks]
     loader = DataLoader(
         _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,

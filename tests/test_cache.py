@@ -423,3 +423,11 @@ class TestVerification:
         assert sheet.shape[1] > 8 * 192
         assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
         assert "FAIL decoded latents are their images" in capsys.readouterr().out
+
+
+def test_precision_is_recorded_and_bf16_is_close(miniature, undisturbed, tmp_path):
+    tokens(miniature, miniature / "train.csv", tmp_path, "--precision", "bf16")
+    rough, exact = FieldReader(tmp_path, "tokens"), FieldReader(undisturbed / "tokens", "tokens")
+    cosine = torch.cosine_similarity(rough.read(exact.ids).float(), exact.read(exact.ids).float(), dim=-1)
+    assert rough.spec.source["precision"] == "bf16"
+    assert 0.999 < cosine.min() < 1 - 1e-6  # computed in another precision, and the same tokens

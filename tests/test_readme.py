@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("```")[1]
 COMMANDS = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for page in (README, (ROOT / "preprocessing" / "README.md").read_text(encoding="utf-8"))
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("python ")
 ]
@@ -34,7 +35,7 @@ def test_the_tree_names_every_file_and_no_other():
 
 
 def test_there_are_commands_to_try():
-    assert len(COMMANDS) >= 14
+    assert len(COMMANDS) >= 22
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import demo_overrides
+from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -81,6 +81,31 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
     ]
     assert timeless[0] == timeless[1]
     assert [line["step"] for line in timeless[0]] == [2, 4, 6]
+
+
+def test_a_run_on_moments_and_int8_tokens_draws_anew_and_resumes_exactly(
+    miniature, unbroken, tmp_path, monkeypatch
+):
+    csv, models = miniature / "train.csv", miniature / "models"
+    moments = ["--base", models / "sd15-mini", "--image-size", 32, "--posterior", "moments", "--unscaled"]
+    run_numbered(
+        "2_encode_vae_latents", "--csv", csv, "--workers", 0, "--out", tmp_path / "latents", *moments
+    )
+    compact = ["--teacher", models / "dinov2-mini", "--grid", 4, "--dtype", "int8"]
+    run_numbered("3_build_dino_cache", "--csv", csv, "--workers", 0, "--out", tmp_path / "tokens", *compact)
+    cache = [f"data.latents={tmp_path}/latents", f"data.tokens={tmp_path}/tokens"]
+    whole = train(miniature, tmp_path / "whole", *cache)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(miniature, tmp_path / "run", *cache)
+    resumed = train(miniature, tmp_path / "run", *cache)
+    assert_equal_weights(weights(resumed), weights(whole))
+    exact, drawn = (run.metrics()[-1] for run in (unbroken, whole))
+    assert drawn["loss_diff"] != exact["loss_diff"]
+    assert drawn["loss_diff"] == pytest.approx(
+        exact["loss_diff"], rel=0.2
+    )  # the same images, the same noise levels
+    assert drawn["loss_token"] == pytest.approx(exact["loss_token"], rel=0.02)
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbroken, tmp_path, monkeypatch):
