@@ -8,6 +8,7 @@ import csv
 import os
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ class FieldReader:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The rows `(len(ids),)` of these ids; raises `UserError` for one that the field lacks."""
-        row_of = {key: row for row, key in enumerate(self.ids)}
+        row_of = self._indexed().row_of
         if lacking := next((key for key in ids if key not in row_of), None):
             raise UserError(
                 f"{self.folder} holds no {lacking}; run the script that wrote it for the CSV you train on"
@@ -155,6 +156,13 @@ class _Index:
                 f"the shards of {reader.folder} hold other images than its manifest says: a file of another cache was put "
                 "there; delete the folder and run the script that wrote it again"
             )
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.ids)}
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "row_of"}
 
 
 def row_checksum(key: bytes, value) -> int:
