@@ -270,6 +270,31 @@ class TestErrors:
         tokens(miniature, tmp_path / "list.csv", tmp_path / "tokens", "--batch-size", 1)
         assert read_manifest(tmp_path / "tokens", "tokens")["num_samples"] == 12
 
+    def test_a_decoding_process_that_dies_is_one_line_and_nothing_is_lost(
+        self, miniature, undisturbed, tmp_path, monkeypatch
+    ):
+        read_image = pipeline.read_image
+
+        def die_at_the_fortieth(path):
+            if path == read_samples(miniature / "train.csv")[40].img_path:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read_image(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "read_image", die_at_the_fortieth)
+            with pytest.raises(UserError, match="a decoding process died"):
+                tokens(miniature, miniature / "train.csv", tmp_path / "tokens", "--workers", 1)
+        tokens(miniature, miniature / "train.csv", tmp_path / "tokens")
+        assert checksums(tmp_path / "tokens", "tokens") == checksums(undisturbed / "tokens", "tokens")
+
+    def test_a_batch_too_large_for_the_gpu_is_one_line(self, miniature, tmp_path, monkeypatch):
+        def no_memory(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(DINOv2Encoder, "forward", no_memory)
+        with pytest.raises(UserError, match="lower --batch-size"):
+            tokens(miniature, miniature / "train.csv", tmp_path / "tokens")
+
     def test_too_small_a_disk_is_found_before_anything_is_encoded(self, miniature, tmp_path, monkeypatch):
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
