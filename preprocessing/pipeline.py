@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,8 +109,11 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     )  # fmt: skip
     in_flight: deque[Future] = deque()
     # All writing happens in one thread, so that the device is given the next batch while the disk takes the last.
-    with bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
-        for chunk, (kept, views, unreadable) in zip(chunks, _decoded(loader), strict=True):
+    with _failures_explained(), bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
+        for chunk, decoded in zip(chunks, loader, strict=True):
+            if isinstance(decoded, UserError):
+                raise decoded
+            kept, views, unreadable = decoded
             stored = []
             for job, shard in chunk.jobs:
                 raw = _encode(job, views[job.view], kept)
@@ -125,15 +129,17 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     return stop.requested
 
 
-def _decoded(loader: DataLoader) -> Iterator:
-    """The loader's items; a failure in a worker is raised as what it means to the user."""
+@contextmanager
+def _failures_explained() -> Iterator[None]:
+    """Say what a lack of memory means to the user. A worker's death may be reported at any line of the loop."""
     try:
-        for item in loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "a batch does not fit into the GPU's memory: lower --batch-size; the same command goes on from here"
+        ) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         raise UserError(
             "a decoding process died, for want of memory or of shared memory (docker: --shm-size=8g): lower --workers or "
@@ -145,12 +151,7 @@ def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, 
     """The bytes to store, on their way to host memory, and the event after which they are there."""
     if not ids:
         return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
-    try:
-        raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"a batch of {len(ids)} does not fit into the GPU's memory: lower --batch-size; the same command goes on from here"
-        ) from None
+    raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
     if raw.device.type != "cuda":
         return raw.cpu(), None
     host = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=True).copy_(raw, non_blocking=True)
