@@ -101,6 +101,8 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     loader = DataLoader(
         _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
+        # Forked workers notice when this process is killed; those of a fork server would stay.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     name = " and ".join(job.spec.field for job in writers)
     bar = tqdm(

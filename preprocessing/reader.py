@@ -5,6 +5,7 @@ mapped, locked or shared, so a reader may be forked, pickled, opened twice, and 
 """
 
 import csv
+import errno
 import os
 import zlib
 from collections.abc import Sequence
@@ -85,18 +86,18 @@ class FieldReader:
         index, buffers = self._indexed(), out.numpy()
         shards, offsets = index.shards[rows], index.offsets[rows]
         order = np.lexsort((offsets, shards))
-        ranges = [
-            (self._file(shard), offset, place)
-            for shard, offset, place in zip(
-                shards[order].tolist(), offsets[order].tolist(), order.tolist(), strict=True
-            )
-        ]
-        # The whole batch is asked of the disk before the first byte is waited for.
-        if hasattr(os, "posix_fadvise"):
-            for file, offset, _ in ranges:
-                os.posix_fadvise(file, offset, self.spec.value_bytes, os.POSIX_FADV_WILLNEED)
-        for file, offset, place in ranges:
-            self._fill(file, offset, buffers[place])
+        missing = []
+        for place, shard, offset in zip(
+            order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True
+        ):
+            file, buffer = self._file(shard), buffers[place]
+            read = _read_from_memory(file, buffer, offset)
+            if read < len(buffer):
+                _will_need(file, offset + read, len(buffer) - read)
+                missing.append((file, buffer[read:], offset + read))
+        # All that was not in memory has been asked of the disk before the first of it is waited for.
+        for file, buffer, offset in missing:
+            self._fill(file, offset, buffer)
 
     def damaged_shards(self) -> list[str]:
         """Compare every checksum; returns the files whose content is not what was written. Reads everything."""
@@ -120,7 +121,7 @@ class FieldReader:
         return self._open[shard].fileno()
 
     def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
-        read = os.preadv(file, [buffer], offset)
+        read = 0
         while read < len(buffer):
             more = os.preadv(file, [buffer[read:]], offset + read)
             if not more:
@@ -163,6 +164,23 @@ class _Index:
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "row_of"}
+
+
+def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
+    """Bytes that the page cache had, without waiting for the disk; 0 where the system cannot say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 0
+    try:
+        return os.preadv(file, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return 0
+
+
+def _will_need(file: int, offset: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def row_checksum(key: bytes, value) -> int:
