@@ -66,19 +66,20 @@ class SD15AlignedDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        # Memory of its own for each item: fresh blocks of a whole batch cost page faults and are kept by the allocator.
         raw = {
-            name: torch.empty(len(indices), size, dtype=torch.uint8)
+            name: [torch.empty(size, dtype=torch.uint8) for _ in indices]
             for name, size in self.value_bytes.items()
         }
-        self.read_batch(indices, raw)
-        values = {name: self.decode[name](raw[name]) for name in raw}
-        values["latent"] = self.x_0(values["latent"])  # (n, 4, h, w)
-        classes = self.class_ids[indices]
-        return [
-            {name: value[i] for name, value in values.items()}
-            | {"encoder_hidden_states": self.text[classes[i]], "class_id": classes[i]}
-            for i in range(len(indices))
-        ]
+        for name, reader in self.readers.items():
+            reader.read_rows(self._rows[name][indices], [item.numpy() for item in raw[name]])
+        items = []
+        for i, class_id in enumerate(self.class_ids[indices]):
+            values = {name: self.decode[name](raw[name][i][None]) for name in raw}
+            values["latent"] = self.x_0(values["latent"])  # (1, 4, h, w)
+            item = {name: value[0] for name, value in values.items()}
+            items.append(item | {"encoder_hidden_states": self.text[class_id], "class_id": class_id})
+        return items
 
     @property
     def value_bytes(self) -> dict[str, int]:
@@ -99,7 +100,7 @@ class SD15AlignedDataset(Dataset):
     def read_batch(self, indices: Sequence[int], raw: dict[str, Tensor]) -> None:
         """Fill `raw[name] (len(indices), value_bytes)` with what is stored of these items."""
         for name, reader in self.readers.items():
-            reader.read_rows(self._rows[name][indices], raw[name])
+            reader.read_rows(self._rows[name][indices], raw[name].numpy())
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents `(B, 4, h, w)` in fp32 of what script 2 stored; of moments, a draw by `generator` or else the mean."""

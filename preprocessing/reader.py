@@ -28,7 +28,7 @@ class FieldReader:
         tokens = reader.read(["n01440764/n01440764_10026"])       # (1, N, D)
 
         rows = reader.rows(ids)                                   # once
-        reader.read_rows(rows[batch], raw)                        # many times, into uint8 (B, value_bytes)
+        reader.read_rows(rows[batch], raw.numpy())                # many times, into uint8 (B, value_bytes)
         tokens = reader.spec.decode(raw)                          # (B, N, D), on whatever device `raw` is
 
     Raises `UserError` for a folder that is unfinished, damaged, of another format, or whose files differ from its manifest.
@@ -78,12 +78,12 @@ class FieldReader:
     def read(self, ids: Sequence[str]) -> Tensor:
         """Values `(len(ids), *shape)` in the order of `ids`."""
         raw = torch.empty(len(ids), self.spec.value_bytes, dtype=torch.uint8)
-        self.read_rows(self.rows(ids), raw)
+        self.read_rows(self.rows(ids), raw.numpy())
         return self.spec.decode(raw)
 
-    def read_rows(self, rows: np.ndarray, out: Tensor) -> None:
-        """Fill `out (len(rows), value_bytes)`, uint8 on the CPU, with the bytes of these rows in their order."""
-        index, buffers = self._indexed(), out.numpy()
+    def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
+        """Fill a buffer `(value_bytes,)`, uint8, for each of the rows; an array `(len(rows), value_bytes)` is that many."""
+        index = self._indexed()
         shards, offsets = index.shards[rows], index.offsets[rows]
         order = np.lexsort((offsets, shards))
         missing = []

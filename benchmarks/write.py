@@ -1,0 +1,169 @@
+"""Images per second of scripts 2 and 3, files to durable shards, against the bare encoder on pixels that are in memory.
+
+    OMP_NUM_THREADS=1 python benchmarks/write.py --batch-size 2
+    python benchmarks/write.py --batch-size 64 --workers 16 --device cuda
+
+The encoders have the real architectures and random weights: the VAE of Stable Diffusion 1.5 at 512 px, DINOv2 at 196 px. The
+images are JPEG files of 500 × 375 pixels, noise over gradients. The ratio says how much of the encoder's speed decoding,
+resizing, copying and writing leave; bare and whole runs alternate.
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
+
+from benchmarks.report import Target, benchmark_parser, publish, temporary_folder
+from device import pick_device
+from preprocessing.encoders import latent_job, token_job
+from preprocessing.images import read_view
+from preprocessing.options import (
+    add_device_option,
+    add_latent_options,
+    add_teacher_options,
+    not_negative,
+    positive,
+)
+from preprocessing.pipeline import FieldJob, encode_fields
+from preprocessing.samples import Sample
+
+DINOV2 = {
+    "dinov2-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "dinov2-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "dinov2-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+ENCODERS = ["vae", *DINOV2]
+WIDTH, HEIGHT = 500, 375
+FILES = 512  # are in the page cache anyway; a longer run goes over them again
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
+    parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
+    parser.add_argument("--seconds", type=positive, default=20, help="of a bare run (default 20)")
+    parser.add_argument("--batch-size", type=positive, default=4, help="(default 4)")
+    parser.add_argument("--workers", type=not_negative, default=1, help="that decode images (default 1)")
+    parser.add_argument("--rounds", type=positive, default=2, help="(default 2)")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default auto)"
+    )
+    add_device_option(parser)
+    args = parser.parse_args()
+    wanted = args.encoders.split(",")
+    if unknown := set(wanted) - set(ENCODERS):
+        parser.error(f"--encoders knows {', '.join(ENCODERS)}, not {', '.join(sorted(unknown))}")
+    if args.batch_size > FILES or (args.images or 0) % args.batch_size:
+        parser.error(f"--batch-size must not exceed {FILES} and must divide --images")
+
+    rows = []
+    with temporary_folder(args.dir) as folder:
+        paths = write_images(folder / "images", FILES)
+        for name in wanted:
+            save_encoder(name, folder / name)
+            job = job_of(name, folder / name, folder / f"{name}-cache", args)
+            rows.append(measure(name, job, paths, args))
+    targets = [Target(f"{row['encoder']}: whole / bare", row["whole / bare"], at_least=0.9) for row in rows]
+    publish(args, rows, targets, device=str(pick_device(args.device)))
+
+
+def write_images(folder: Path, count: int) -> list[str]:
+    folder.mkdir()
+    rng, paths = np.random.default_rng(0), []
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH] / WIDTH
+    for number in range(count):
+        slopes = rng.uniform(-200, 200, (2, 3))
+        pixels = (
+            128 + x[..., None] * slopes[0] + y[..., None] * slopes[1] + rng.normal(0, 12, (HEIGHT, WIDTH, 3))
+        )
+        data = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
+        paths.append(str(folder / f"{number:05d}.jpg"))
+        Path(paths[-1]).write_bytes(data.getvalue())
+    return paths
+
+
+def save_encoder(name: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    if name == "vae":
+        down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+        AutoencoderKL(
+            down_block_types=down, up_block_types=up, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            latent_channels=4, norm_num_groups=32, sample_size=512, scaling_factor=0.18215,
+        ).save_pretrained(folder / "vae")  # fmt: skip
+    else:
+        Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **DINOV2[name])).save_pretrained(folder)
+
+
+def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace) -> FieldJob:
+    """The job that script 2 or 3 would run with its own defaults."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--precision")
+    add_device_option(parser)
+    common = ["--device", args.device, "--precision", args.precision]
+    if name == "vae":
+        add_latent_options(parser)
+        return latent_job(parser.parse_args([*common, "--base", str(weights)]), out, "float16")
+    add_teacher_options(parser)
+    return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out, "float16")
+
+
+def measure(name: str, job: FieldJob, paths: list[str], args: argparse.Namespace) -> dict:
+    pixels = torch.from_numpy(np.stack([read_view(path, *job.view) for path in paths])).permute(0, 3, 1, 2)
+    count = args.images or images_in(args.seconds, job, pixels, args.batch_size)
+    batches = whole_batches(pixels, count, args.batch_size)  # (n, 3, S, S) each
+    samples = [Sample(f"n/{n}", paths[n % len(paths)], 0, "n") for n in range(count)]
+    bare_rates, whole_rates = [], []
+    for number in range(args.rounds):
+        bare_rates.append(count / encoding_seconds(job, batches))
+        whole = replace(job, folder=Path(f"{job.folder}-{number}"))
+        started = time.perf_counter()
+        encode_fields(samples, [whole], batch_size=args.batch_size, workers=args.workers)
+        whole_rates.append(count / (time.perf_counter() - started))
+    bare, whole = statistics.median(bare_rates), statistics.median(whole_rates)
+    return {
+        "encoder": name,
+        "images": count,
+        "batch": args.batch_size,
+        "bare images/s": bare,
+        "whole images/s": whole,
+        "whole / bare": whole / bare,
+        "MB/s of pixels to shards": whole * job.spec.value_bytes / 1e6,
+    }
+
+
+def encoding_seconds(job: FieldJob, batches: list[torch.Tensor]) -> float:
+    started = time.perf_counter()
+    for batch in batches:
+        encoded = job.encode(batch, [])
+    if encoded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def whole_batches(pixels: torch.Tensor, count: int, size: int) -> list[torch.Tensor]:
+    """So many images in batches that share the memory of `pixels`, gone over again and again."""
+    distinct = pixels[: len(pixels) // size * size].split(size)
+    return [distinct[n % len(distinct)] for n in range(count // size)]
+
+
+def images_in(seconds: float, job: FieldJob, pixels: torch.Tensor, batch_size: int) -> int:
+    """How many images the bare encoder takes in this time: whole batches, three or more."""
+    batches = whole_batches(pixels, 3 * batch_size, batch_size)
+    encoding_seconds(job, batches[:1])  # warm-up
+    return max(3, round(3 * seconds / encoding_seconds(job, batches))) * batch_size
+
+
+if __name__ == "__main__":
+    main()
