@@ -278,9 +278,11 @@ class TestRefusals:
             writer.put(0, IDS[:1], torch.zeros(1, 10, dtype=torch.uint8))
         with pytest.raises(ValueError, match="expected"):
             SPEC.encode(torch.zeros(1, 3, 2))
-        for bad in (float("nan"), 70000.0):  # 70000 is beyond fp16
+        for bad in (float("nan"), float("-inf"), 70000.0):  # 70000 is beyond fp16
+            one_bad = torch.zeros(1, 2, 3)
+            one_bad[0, 1, 1] = bad
             with pytest.raises(UserError, match="not finite numbers in float16"):
-                writer.put(0, IDS[:1], SPEC.encode(torch.full((1, 2, 3), bad)))
+                writer.put(0, IDS[:1], SPEC.encode(one_bad))
         assert len(writer.pending(1)) == 10
 
     def test_nan_in_int8_is_found(self, tmp_path):
