@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import PAGE, refreshed
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +29,17 @@ def test_the_tree_names_every_file_and_no_other():
         for word in line[:40].split()
         if re.search(r"\.(py|yaml|toml|txt)$", word)
     }
-    folders = ("configs", "preprocessing", "models", "training", "evaluation", ".")
+    folders = ("configs", "preprocessing", "models", "training", "evaluation", "benchmarks", ".")
     files = {path.name for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()}
     code = {name for name in files if re.search(r"\.(py|yaml|toml|txt)$", name)} - {"__init__.py"}
     assert named == code
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_their_results():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- end -->") == len(list((ROOT / "benchmarks" / "results").glob("*.json"))) == 5
+    assert refreshed(page) == page
+    assert "FAIL" not in page
 
 
 def test_there_are_commands_to_try():
