@@ -1,5 +1,6 @@
 """The cache's format: round trips, resume, growth, several writers, damage, and readers in any process."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from errors import UserError
+from preprocessing import reader as reader_module
 from preprocessing.lmdb_pages import DamagedFile, value_ranges
 from preprocessing.manifest import MANIFEST, FieldSpec, read_manifest, read_table, write_table
 from preprocessing.reader import FieldReader
@@ -133,6 +135,60 @@ class TestRoundTrip:
             assert entry["bytes"] <= estimate < entry["bytes"] * 1.05  # what was asked of the disk beforehand
             total, payload = total + entry["bytes"], payload + 200 * spec.value_bytes
         assert total / payload < 1.03
+
+
+class TestCold:
+    """Values that are not in memory, or in part, are asked of the disk."""
+
+    @pytest.mark.parametrize("in_memory", [0, 7, 12])
+    def test_what_memory_lacks_comes_from_the_disk(self, tmp_path, monkeypatch, in_memory):
+        write(tmp_path)
+
+        def part(file, buffer, offset):
+            buffer[:in_memory] = np.frombuffer(os.pread(file, in_memory, offset), np.uint8)
+            return in_memory
+
+        asked = []
+        monkeypatch.setattr(reader_module, "_read_from_memory", part)
+        monkeypatch.setattr(reader_module, "_will_need", lambda *of: asked.append(of))
+        assert FieldReader(tmp_path, "latents").read(IDS[2:9]).equal(values(IDS[2:9]))
+        assert len(asked) == (0 if in_memory == 12 else 7)
+        assert all(size == 12 - in_memory for _, _, size in asked)
+
+    def test_a_dropped_page_cache_changes_nothing(self, tmp_path):
+        write(tmp_path)
+        for path in tmp_path.glob("*.lmdb"):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert FieldReader(tmp_path, "latents").read(IDS[::-1]).equal(values(IDS[::-1]))
+
+    def test_a_system_without_such_calls_reads_too(self, tmp_path, monkeypatch):
+        write(tmp_path)
+        monkeypatch.delattr(os, "RWF_NOWAIT")
+        monkeypatch.delattr(os, "posix_fadvise")
+        assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
+
+    @pytest.mark.parametrize(
+        ("code", "raised"), [(errno.EOPNOTSUPP, False), (errno.EAGAIN, False), (errno.EIO, True)]
+    )
+    def test_a_file_system_that_cannot_say_is_asked_the_ordinary_way(
+        self, tmp_path, monkeypatch, code, raised
+    ):
+        write(tmp_path)
+        preadv = os.preadv
+
+        def refuse(file, buffers, offset, flags=0):
+            if flags:
+                raise OSError(code, "")
+            return preadv(file, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", refuse)
+        reader = FieldReader(tmp_path, "latents")
+        if raised:
+            with pytest.raises(OSError, match=str(code)):
+                reader.read(IDS)
+        else:
+            assert reader.read(IDS).equal(values(IDS))
 
 
 class TestResume:

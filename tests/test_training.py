@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train_sd15
 from build_sd15 import build_model, load_run_model
@@ -275,6 +275,7 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
     [
         ("teacher.dim=96", r"tokens \(16, 64\), the config's teacher makes \(16, 96\)"),
         ("teacher.grid=5", "teacher.grid"),
+        ("teacher.model=facebook/dinov2-large", "dinov2-mini, teacher.model says facebook/dinov2-large"),
         ("data.csv=nowhere.csv", "make it with script 1"),
         ("data.latents=nowhere", "is not a cache"),
         ("model.base=nowhere", "does not exist"),
@@ -288,6 +289,23 @@ def test_a_wrong_path_or_teacher_is_one_line(miniature, tmp_path, override, mess
         train(miniature, tmp_path / "run", override)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_cache_of_another_base_is_refused_and_of_the_same_weights_elsewhere_taken(
+    miniature, tmp_path, part
+):
+    base = tmp_path / "base"
+    shutil.copytree(miniature / "models" / "sd15-mini", base)
+    train(miniature, tmp_path / "same", f"model.base={base}")
+    (file,) = (base / part).glob("*.safetensors")
+    changed = load_file(file)
+    changed[min(changed)] = changed[min(changed)] + 1
+    save_file(changed, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=f"the cache was made with the {part} of .*sd15-mini, which is not that of"
+    ):
+        train(miniature, tmp_path / "other", f"model.base={base}")
 
 
 def test_a_full_disk_at_a_checkpoint_is_one_line_and_keeps_the_one_before(
