@@ -182,9 +182,15 @@ class FieldWriter:
         return plan
 
     def _is_complete(self) -> bool:
-        whole = all(self._path(number).exists() for number in range(len(self.plan)))
+        """Whether the manifest describes the shards that are there, and all of the plan."""
         manifest = self.folder / MANIFEST
-        return whole and manifest.exists() and len(read_json(manifest).get("shards", [])) == len(self.plan)
+        whole = all(self._path(number).exists() for number in range(len(self.plan)))
+        return whole and manifest.exists() and read_json(manifest).get("shards") == self._sealed()[0]
+
+    def _sealed(self) -> tuple[list[dict], dict[str, str]]:
+        """What every shard says of itself, and all images that could not be read."""
+        shards = [read_json(self._path(number).with_suffix(".json")) for number in range(len(self.plan))]
+        return shards, {key: why for shard in shards for key, why in shard.pop("unreadable").items()}
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.lmdb"
@@ -247,8 +253,7 @@ class FieldWriter:
         sync_folder(self.folder)
 
     def _write_manifest(self) -> None:
-        sealed = [read_json(self._path(n).with_suffix(".json")) for n in range(len(self.plan))]
-        unreadable = {key: why for shard in sealed for key, why in shard.pop("unreadable").items()}
+        sealed, unreadable = self._sealed()
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
         if unreadable:  # before the manifest, so that a finished field always says what it lacks
             text = io.StringIO()

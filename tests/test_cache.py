@@ -130,6 +130,7 @@ class TestValues:
         drawn = (stored["sample"] - mean) / std
         assert abs(drawn.mean()) < 0.05
         assert abs(drawn.std() - 1) < 0.05
+        assert abs((drawn[0] * drawn[1]).mean()) < 0.2  # each image has noise of its own
         assert torch.allclose(stored["sample"], stored["again"], atol=1e-5)  # not of batches or order
 
     def test_text_table_ends_with_the_null_prompt(self, miniature):
@@ -293,6 +294,18 @@ class TestErrors:
 
         monkeypatch.setattr(DINOv2Encoder, "forward", no_memory)
         with pytest.raises(UserError, match="lower --batch-size"):
+            tokens(miniature, miniature / "train.csv", tmp_path / "tokens")
+
+    def test_a_disk_that_is_full_at_the_last_batch_is_told_of(self, miniature, tmp_path, monkeypatch):
+        put = pipeline.FieldWriter.put
+
+        def full(writer, shard, ids, *args):
+            if shard == 2 and ids[-1] == writer.plan[2][-1]:
+                raise UserError("cannot write")
+            put(writer, shard, ids, *args)
+
+        monkeypatch.setattr(pipeline.FieldWriter, "put", full)
+        with pytest.raises(UserError, match="cannot write"):
             tokens(miniature, miniature / "train.csv", tmp_path / "tokens")
 
     def test_too_small_a_disk_is_found_before_anything_is_encoded(self, miniature, tmp_path, monkeypatch):

@@ -267,6 +267,23 @@ class TestResume:
         assert (tmp_path / "shard-00000.lmdb").stat().st_mtime_ns == kept
         assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
 
+    def test_a_manifest_of_shards_before_they_were_made_anew_is_written_anew(self, tmp_path, monkeypatch):
+        """Killed after the last shard was sealed again, before the manifest."""
+        write(tmp_path)
+        (tmp_path / "shard-00001.lmdb").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(FieldWriter, "_write_manifest", lambda self: 1 / 0)
+            writer = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
+            ((shard, first), (_, last)) = writer.pending(3)
+            for batch in (first, last):  # other values than before, as another device might make
+                writer.put(shard, batch, SPEC.encode(values(batch) + 1))
+            with pytest.raises(ZeroDivisionError):
+                writer.finish()
+            writer.close()
+        assert not FieldWriter(tmp_path, SPEC, IDS, shard_size=4).complete
+        write(tmp_path)
+        assert FieldReader(tmp_path, "latents").damaged_shards() == []
+
 
 MORE = [*IDS, *(f"n9/{i}" for i in range(20, 27))]
 
