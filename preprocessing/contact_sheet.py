@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, GAP, MARGIN, LINE = 192, 8, 150, 22  # px
+# The font that Pillow brings knows ASCII alone.
 ROWS = ("image", "VAE decode", "tokens, PCA")
 
 
@@ -26,7 +27,7 @@ def draw_contact_sheet(
     for row, (name, pictures) in enumerate(zip(ROWS, (images, decoded, colours), strict=True)):
         top = LINE + row * (CELL + GAP)
         draw.text(
-            (10, top + CELL // 2 - 8), f"{name}\n{pictures.shape[1]} × {pictures.shape[2]}", "black", font
+            (10, top + CELL // 2 - 8), f"{name}\n{pictures.shape[1]} x {pictures.shape[2]}", "black", font
         )
         for column, picture in enumerate(pictures):
             # Small pictures keep their pixels, large ones are reduced.
@@ -36,7 +37,7 @@ def draw_contact_sheet(
     for column, key in enumerate(ids):
         name = key.rsplit("/", 1)[-1]
         while font.getlength(name) > CELL:
-            name = name[:-2] + "…"
+            name = name[:-4] + "..."
         draw.text((MARGIN + column * (CELL + GAP), 3), name, "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
