@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALLEST_FP16 = 2.0**-24
 GROUP = 64  # channels that share one scale in int8; divides the width of every DINOv2
 
 
@@ -50,7 +51,7 @@ def _encode_int8(values: Tensor) -> Tensor:
     """Symmetric int8 with one fp16 scale for every 64 channels: all integers of a value first, then all its scales."""
     groups = values.float().view(len(values), -1, GROUP)  # (n, G, 64)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half()  # (n, G, 1); rounded before it is used
-    integers = (groups / scale.float().clamp_min(torch.finfo(torch.float16).tiny)).round().clamp(-127, 127)
+    integers = (groups / scale.float().clamp_min(SMALLEST_FP16)).round().clamp(-127, 127)
     parts = (integers.to(torch.int8), scale)
     return torch.cat([part.view(len(values), -1).view(torch.uint8) for part in parts], dim=1)
 

@@ -54,6 +54,8 @@ class _Pages:
         self.root = newest[2]
 
     def read(self, number: int) -> bytes:
+        if (number + 1) * self.size > self.bytes:
+            raise DamagedFile(f"page {number} lies outside the file")
         page = os.pread(self.file, self.size, number * self.size)
         if len(page) != self.size or HEADER.unpack_from(page)[0] != number:
             raise DamagedFile(f"page {number} is not where it should be")
@@ -78,7 +80,7 @@ def _walk(pages: _Pages, number: int, depth: int) -> Iterator[tuple[bytes, int, 
         if flags & BRANCH:
             nodes = [NODE.unpack_from(page, start) for start in starts]
             children = [low | high << 16 | top << 32 for low, high, top, _ in nodes]
-            pages.will_need(children)
+            pages.will_need([child for child in children if child * pages.size < pages.bytes])
             for child in children:
                 yield from _walk(pages, child, depth - 1)
         elif flags & LEAF:

@@ -23,6 +23,7 @@ MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.c
 TABLE = "embeddings.pt"
 TABLE_KEYS = {"rows", "sha256"}
 SHARD_KEYS = {"num_samples", "ids_sha256", "shards"}
+SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # of each of `shards`
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,22 @@ def read_manifest(folder: str | Path, field: str) -> dict:
     needed = {entry.name for entry in fields(FieldSpec)} | (TABLE_KEYS if field == "text" else SHARD_KEYS)
     if lacking := needed - manifest.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: run the preprocessing script again")
-    if manifest["dtype"] not in ENCODINGS:
+    if manifest["dtype"] not in list(ENCODINGS):
         raise UserError(f"{path} names an unknown dtype {manifest['dtype']!r}: update this code")
+    shards, shape = manifest.get("shards", []), manifest["shape"]
+    whole = (
+        isinstance(shape, list) and all(isinstance(size, int) for size in shape) and isinstance(shards, list)
+    )
+    if not whole or any(not isinstance(shard, dict) or shard.keys() != SHARD_ENTRY for shard in shards):
+        raise UserError(f"{path} is damaged: delete it and run the preprocessing script again")
+    if field != "text" and (path.parent / SETTINGS).exists():  # of another cache, put here
+        settings = read_json(path.parent / SETTINGS)
+        if other := [
+            key for key in FieldSpec.from_json(manifest).as_json() if settings.get(key) != manifest[key]
+        ]:
+            raise UserError(
+                f"{path} is not this folder's own (another {other[0]}): delete it and run the preprocessing script again"
+            )
     return manifest
 
 
@@ -140,9 +155,13 @@ def insist_same(folder: Path, known: dict, wanted: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object; `UserError` for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot read {path} ({error}): run the script that wrote this folder again"
+            f"cannot read {path} ({error}): restore it, or delete {path.parent} and run the script that wrote it again"
         ) from None
+    return content

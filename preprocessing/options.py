@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+from errors import UserError
+
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose `--help` is the script's own docstring."""
@@ -43,7 +45,13 @@ def part_of(args: argparse.Namespace) -> tuple[int, int]:
     """Which shards this process writes: --shard, else its rank under torchrun or accelerate launch, else all."""
     if args.shard is not None:
         return args.shard
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    try:
+        return part(rank)
+    except argparse.ArgumentTypeError:
+        raise UserError(
+            f"RANK/WORLD_SIZE is {rank}, which no launcher sets: unset both, or give --shard"
+        ) from None
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:

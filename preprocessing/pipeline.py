@@ -88,7 +88,11 @@ def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk
     for job, writer in writers.items():
         for shard, ids in writer.pending(batch_size):
             chunks.setdefault(tuple(ids), Chunk(ids, [])).jobs.append((job, shard))
-    return list(chunks.values())
+    # Shard after shard, also where one field is further than the other.
+    place = {
+        key: n for n, key in enumerate(key for shard in next(iter(writers.values())).plan for key in shard)
+    }
+    return sorted(chunks.values(), key=lambda chunk: place[chunk.ids[0]])
 
 
 def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -> bool:
@@ -96,6 +100,7 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     paths = {sample.id: sample.img_path for sample in samples}
     mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
     left = sum(len(chunk.ids) for chunk in chunks)
+    total = max(len(mine), left)  # where two fields lack different ids, an image may be read twice
     on_gpu = any(job.device.type == "cuda" for job in writers)
     wanted = [(chunk.ids, list(dict.fromkeys(job.view for job, _ in chunk.jobs))) for chunk in chunks]
     loader = DataLoader(
@@ -106,7 +111,7 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
     )  # fmt: skip
     name = " and ".join(job.spec.field for job in writers)
     bar = tqdm(
-        total=len(mine), initial=len(mine) - left, unit="img", smoothing=0.05, disable=_is_a_silent_rank(),
+        total=total, initial=total - left, unit="img", smoothing=0.05, disable=_is_a_silent_rank(),
         desc=name if part[1] == 1 else f"{name} {part[0]}/{part[1]}",
     )  # fmt: skip
     in_flight: deque[Future] = deque()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from errors import UserError
 from preprocessing.lmdb_pages import DamagedFile, value_ranges
-from preprocessing.manifest import UNREADABLE, FieldSpec, ids_digest, read_manifest
+from preprocessing.manifest import MANIFEST, UNREADABLE, FieldSpec, ids_digest, read_manifest
 
 
 class FieldReader:
@@ -58,8 +58,13 @@ class FieldReader:
         path = self.folder / UNREADABLE
         if not path.exists():
             return []
-        with open(path, newline="", encoding="utf-8") as file:
-            return [row["id"] for row in csv.DictReader(file)]
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                return [row["id"] for row in csv.DictReader(file)]
+        except (KeyError, UnicodeDecodeError, csv.Error):
+            raise UserError(
+                f"{path} is damaged: delete it and {MANIFEST}, and run the script again"
+            ) from None
 
     @property
     def ids(self) -> list[str]:
@@ -117,7 +122,7 @@ class FieldReader:
             file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
             if hasattr(os, "posix_fadvise"):  # read what is asked for, not what lies behind it
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            self._open[shard] = file
+            return self._open.setdefault(shard, file).fileno()  # another thread may have been faster
         return self._open[shard].fileno()
 
     def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
@@ -146,6 +151,9 @@ class _Index:
                 raise _damaged(path, f"is damaged ({error})") from None
             if any(size != reader.spec.value_bytes for _, _, size in found):
                 raise _damaged(path, f"holds values that are not of {reader.spec.value_bytes} bytes")
+            starts = np.sort([offset for _, offset, _ in found])
+            if (np.diff(starts) < reader.spec.value_bytes).any():
+                raise _damaged(path, "is damaged (its values overlap)")
             self.ids += [key.decode(errors="replace") for key, _, _ in found]
             shards.append(np.full(len(found), number, np.int32))
             offsets.append(np.fromiter((offset for _, offset, _ in found), np.int64, len(found)))
@@ -184,8 +192,11 @@ def _will_need(file: int, offset: int, size: int) -> None:
 
 
 def row_checksum(key: bytes, value) -> int:
-    """CRC-32 of an id and its bytes. A shard's checksum is the sum over its rows, whatever their order."""
-    return zlib.crc32(value, zlib.crc32(key))
+    """A checksum of an id and its bytes. A shard's is the sum over its rows, whatever their order.
+
+    A product, because the CRC of both together is linear: the sum would miss some values given to each other's ids.
+    """
+    return (zlib.crc32(key) + 1) * (zlib.crc32(value) + 1)
 
 
 def _damaged(path: Path, what: str) -> UserError:

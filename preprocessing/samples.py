@@ -8,6 +8,7 @@ from pathlib import Path
 from errors import UserError
 from files import write_atomically
 
+MAX_CLASSES = 2**31
 COLUMNS = ["id", "img_path", "class_id", "synset"]
 
 
@@ -33,10 +34,12 @@ def read_samples(path: str | Path) -> list[Sample]:
             ]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; make it with script 1") from None
-    except (ValueError, TypeError, UnicodeDecodeError):
+    except (ValueError, TypeError, csv.Error):
         raise UserError(f"{path} is damaged (a row is incomplete); make it again with script 1") from None
-    if negative := [sample.id for sample in samples if sample.class_id < 0]:
-        raise UserError(f"{path} gives {negative[0]} a negative class_id; classes count from 0")
+    if odd := [sample.id for sample in samples if not 0 <= sample.class_id < MAX_CLASSES]:
+        raise UserError(f"{path} gives {odd[0]} a class_id that is none; classes count from 0")
+    if odd := [sample.id for sample in samples if not sample.id or not sample.id.isprintable()]:
+        raise UserError(f"{path} has the id {odd[0]!r}; ids are names without control characters")
     if not samples:
         raise UserError(f"{path} lists no images; make it again with script 1")
     seen = set()
@@ -53,4 +56,9 @@ def write_samples(path: str | Path, samples: list[Sample]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([s.id, s.img_path, s.class_id, s.synset] for s in samples)
-    write_atomically(path, text.getvalue().encode())
+    try:
+        write_atomically(path, text.getvalue().encode())
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a file name is not UTF-8 ({error.object[error.start - 40 : error.end]!r}): rename it"
+        ) from None

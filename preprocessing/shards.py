@@ -15,13 +15,10 @@ own shards (`part`); whoever seals the last one writes the manifest. `preprocess
 """
 
 import csv
-import errno
-import fcntl
 import io
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -30,23 +27,23 @@ from torch import Tensor
 
 from errors import UserError
 from files import sync_folder, write_atomically, write_json
+from preprocessing.locks import NumberedLocks
 from preprocessing.manifest import (
     MANIFEST,
-    SETTINGS,
+    SHARD_ENTRY,
     UNREADABLE,
     FieldSpec,
     ids_digest,
-    insist_same,
     read_json,
     read_manifest,
 )
+from preprocessing.plan import extend_plan, insist_on_settings, read_plan, shard_path
 from preprocessing.reader import row_checksum
 
 SHARD_SIZE = 10_000
-PLAN = "plan.json"
 MAX_KEY_BYTES = 511
-PAGE, PAGE_HEADER = 4096, 16
-PLANNING = 0  # the byte of .lock for the folder's own files; byte n + 1 stands for shard n
+PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
+PLANNING = 0  # the lock of the folder's own files; lock n + 1 is that of shard n
 
 
 class FieldWriter:
@@ -80,15 +77,10 @@ class FieldWriter:
             )
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (held until close)
-            self._claim(PLANNING, wait=True)
-            settings = spec.as_json() | {"shard_size": shard_size}
-            if (self.folder / SETTINGS).exists():
-                insist_same(self.folder, read_json(self.folder / SETTINGS), settings)
-            else:
-                write_json(self.folder / SETTINGS, settings)
-            self.plan = self._planned(list(ids), shard_size)
-            self._release(PLANNING)
+            self._locks = NumberedLocks(self.folder)
+            with self._locks.held(PLANNING):
+                insist_on_settings(self.folder, spec.as_json() | {"shard_size": shard_size})
+                self.plan = extend_plan(self.folder, ids, shard_size)
         self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
         self.complete = self._is_complete()
 
@@ -98,7 +90,9 @@ class FieldWriter:
         for number in self.mine:
             if self.complete or self._path(number).exists():
                 continue
-            self._claim(number + 1)
+            self._claim(number)
+            if self._path(number).exists():  # another process has just sealed it
+                continue
             ids, durable = self.plan[number], self._durable(number)
             chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
             batches += [(number, chunk) for chunk in chunks if not durable.issuperset(chunk)]
@@ -138,20 +132,19 @@ class FieldWriter:
             for number in self.mine:
                 if not self._path(number).exists():
                     self._seal(number)
-            if not self.complete and all(self._path(n).exists() for n in range(len(self.plan))):
-                self._claim(PLANNING, wait=True)
-                self._write_manifest()
-                self._release(PLANNING)
-                self.complete = True
+            with self._locks.held(PLANNING):
+                self.plan = read_plan(self.folder)  # another process may have added images
+                self.complete = self._is_complete()
+                if not self.complete and self._all_sealed():
+                    self._write_manifest()
+                    self.complete = True
         self.close()
         return read_manifest(self.folder, self.spec.field) if self.complete else None
 
     def close(self) -> None:
         """Let go of the folder; what was put is durable."""
-        if self._open:
-            self._open[1].close()
-            self._open = None
-        self._lock.close()
+        self._close_shard()
+        self._locks.close()
 
     @property
     def bytes_to_write(self) -> int:
@@ -160,40 +153,32 @@ class FieldWriter:
         written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._partial(n)).exists())
         return max(0, sum(self._stored_bytes(len(self.plan[n])) for n in unsealed) - written)
 
-    def _planned(self, ids: list[str], shard_size: int) -> list[list[str]]:
-        """The plan after these ids were added to it; ids that it holds keep their places."""
-        path = self.folder / PLAN
-        plan = read_json(path)["shards"] if path.exists() else []
-        wanted, planned = set(ids), {key for shard in plan for key in shard}
-        if wanted <= planned:
-            unfinished = {key for n, shard in enumerate(plan) if not self._path(n).exists() for key in shard}
-            lacking = unfinished - wanted
-        else:
-            lacking = planned - wanted
-        if lacking:
-            raise UserError(
-                f"{self.folder} was begun for other images too ({min(lacking)}, for one): give the list that it was begun with "
-                "or one that contains it, or choose another --out"
-            )
-        new = [key for key in ids if key not in planned]
-        if new:
-            plan += [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
-            write_json(path, {"shards": plan})
-        return plan
+    def _all_sealed(self) -> bool:
+        return all(self._path(number).exists() for number in range(len(self.plan)))
 
     def _is_complete(self) -> bool:
         """Whether the manifest describes the shards that are there, and all of the plan."""
         manifest = self.folder / MANIFEST
-        whole = all(self._path(number).exists() for number in range(len(self.plan)))
-        return whole and manifest.exists() and read_json(manifest).get("shards") == self._sealed()[0]
+        return (
+            self._all_sealed()
+            and manifest.exists()
+            and read_json(manifest).get("shards") == [shard for shard, _ in self._sealed()]
+        )
 
-    def _sealed(self) -> tuple[list[dict], dict[str, str]]:
-        """What every shard says of itself, and all images that could not be read."""
-        shards = [read_json(self._path(number).with_suffix(".json")) for number in range(len(self.plan))]
-        return shards, {key: why for shard in shards for key, why in shard.pop("unreadable").items()}
+    def _sealed(self) -> list[tuple[dict, dict[str, str]]]:
+        """What every shard says of itself, and which of its images could not be read."""
+        shards = []
+        for number in range(len(self.plan)):
+            path = self._path(number).with_suffix(".json")
+            shard = read_json(path)
+            unreadable = shard.pop("unreadable", None)
+            if not isinstance(unreadable, dict) or shard.keys() != SHARD_ENTRY:
+                raise UserError(f"{path} is damaged: delete {self._path(number)} and run the same command")
+            shards.append((shard, unreadable))
+        return shards
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:05d}.lmdb"
+        return shard_path(self.folder, shard)
 
     def _partial(self, shard: int) -> Path:
         return self._path(shard).with_suffix(".lmdb.partial")
@@ -204,16 +189,29 @@ class FieldWriter:
         return count * (pages * PAGE + 2 * 64) + 16 * PAGE
 
     def _environment(self, shard: int) -> lmdb.Environment:
-        """The open partial shard; going on to the next one seals the one before."""
+        """The open partial shard; the one that was open before is sealed if it is complete."""
         if self._open and self._open[0] != shard:
-            self._seal(self._open[0])
+            self._seal(self._open[0], only_if_complete=True)
         if not self._open:
+            path = self._partial(shard)
+            if (
+                path.exists() and path.stat().st_size < 2 * PAGE
+            ):  # the disk was full before its first pages were whole
+                path.unlink()
             # LMDB wants its room ahead; on disk it is sparse.
             room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
-            path = self._partial(shard)
             self._checksum = None if path.exists() else 0
-            self._open = (shard, lmdb.open(str(path), subdir=False, map_size=room, lock=False, lib_version=0))
+            try:
+                environment = lmdb.open(str(path), subdir=False, map_size=room, lock=False, lib_version=0)
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+                raise UserError(f"{path} is damaged: delete it and run the same command") from None
+            self._open = (shard, environment)
         return self._open[1]
+
+    def _close_shard(self) -> None:
+        if self._open:
+            self._open[1].close()
+            self._open = None
 
     def _unreadable(self, shard: int) -> dict[str, str]:
         path = self._path(shard).with_suffix(".unreadable")
@@ -222,30 +220,38 @@ class FieldWriter:
     def _durable(self, shard: int) -> set[str]:
         """The ids of a partial shard that need no more work."""
         if not self._partial(shard).exists():
+            self._path(shard).with_suffix(".unreadable").unlink(
+                missing_ok=True
+            )  # of a shard that was deleted
             return set()
         with self._writing():
             with self._environment(shard).begin() as transaction:
-                keys = {key.decode() for key in transaction.cursor().iternext(values=False)}
-            self._open[1].close()
-            self._open = None
+                keys = _keys(transaction)
+            self._close_shard()
         return keys | self._unreadable(shard).keys()
 
-    def _seal(self, shard: int) -> None:
-        unreadable, planned = self._unreadable(shard), self.plan[shard]
+    def _seal(self, shard: int, *, only_if_complete: bool = False) -> None:
+        planned = set(self.plan[shard])
         with self._environment(shard).begin() as transaction:
-            count = transaction.stat()["entries"]
+            stored = _keys(transaction)
+            # An image may have been mended, or damaged, between two runs: what is stored counts.
+            unreadable = {key: why for key, why in self._unreadable(shard).items() if key not in stored}
+            if stored | unreadable.keys() != planned:
+                if not only_if_complete:
+                    raise ValueError(
+                        f"shard {shard} has {len(stored)} of {len(planned)} values: sealed too early"
+                    )
+                transaction.abort()
+                return self._close_shard()
             checksum = self._checksum
             if checksum is None:
                 checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
-        if count + len(unreadable) != len(planned):
-            raise ValueError(f"shard {shard} has {count} of {len(planned)} values: sealed too early")
-        self._open[1].close()
-        self._open = None
+        self._close_shard()
         path, partial = self._path(shard), self._partial(shard)
         # The description goes first: a shard that carries its final name always has one.
         write_json(
             path.with_suffix(".json"),
-            {"file": path.name, "count": count, "bytes": partial.stat().st_size, "checksum": checksum}
+            {"file": path.name, "count": len(stored), "bytes": partial.stat().st_size, "checksum": checksum}
             | {"unreadable": unreadable},
         )
         os.replace(partial, path)
@@ -253,38 +259,30 @@ class FieldWriter:
         sync_folder(self.folder)
 
     def _write_manifest(self) -> None:
-        sealed, unreadable = self._sealed()
+        sealed = self._sealed()
+        unreadable = {key: why for _, problems in sealed for key, why in problems.items()}
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
         if unreadable:  # before the manifest, so that a finished field always says what it lacks
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows([("id", "problem"), *unreadable.items()])
             write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
+        else:
+            (self.folder / UNREADABLE).unlink(missing_ok=True)
         counts = {
             "num_samples": len(stored),
             "num_unreadable": len(unreadable),
             "ids_sha256": ids_digest(stored),
         }
-        write_json(self.folder / MANIFEST, self.spec.as_json() | counts | {"shards": sealed})
+        write_json(
+            self.folder / MANIFEST, self.spec.as_json() | counts | {"shards": [shard for shard, _ in sealed]}
+        )
 
-    def _claim(self, place: int, *, wait: bool = False) -> None:
-        """Lock one byte of `.lock`: LMDB's own lock is off, as readers on shared file systems need it."""
-        try:
-            # POSIX locks, which forked decoding workers do not inherit: they may outlive a killed writer by seconds.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"another process is writing {self._path(place - 1)}: wait for it, or give each process its own --shard i/n"
-                ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            print(
-                f"{self.folder}: no file locks here, so start no second writer for a shard", file=sys.stderr
+    def _claim(self, shard: int) -> None:
+        """LMDB's own lock is off, as readers on shared file systems need it."""
+        if not self._locks.take(shard + 1):
+            raise UserError(
+                f"another process is writing {self._path(shard)}: wait for it, or give each process its own --shard i/n"
             )
-
-    def _release(self, place: int) -> None:
-        with suppress(OSError):  # where there are no locks
-            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, place)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -297,3 +295,7 @@ class FieldWriter:
                 f"cannot write to {self.folder}: {reason}; nothing finished is lost: mend that (free some disk, allow writing) "
                 "and run the same command"
             ) from None
+
+
+def _keys(transaction: lmdb.Transaction) -> set[str]:
+    return {key.decode() for key in transaction.cursor().iternext(values=False)}

@@ -166,6 +166,35 @@ class TestFused:
         assert_same_fields(tmp_path, undisturbed)
         assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").glob("*.lmdb")}
 
+    @pytest.mark.parametrize("kill_at", [1, 2, 5, 6])
+    def test_stopped_between_the_fields_of_one_batch_it_goes_on(
+        self, miniature, undisturbed, tmp_path, monkeypatch, kill_at
+    ):
+        put, calls = pipeline.FieldWriter.put, []
+
+        def die(writer, *args):
+            if writer.spec.field == "tokens":
+                calls.append(args)
+                if len(calls) == kill_at:
+                    raise SystemError("killed")
+            put(writer, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.FieldWriter, "put", die)
+            with pytest.raises(SystemError):
+                fused(miniature, miniature / "train.csv", tmp_path)
+        fused(miniature, miniature / "train.csv", tmp_path)
+        assert_same_fields(tmp_path, undisturbed)
+
+    def test_fields_that_grew_at_different_times_and_other_batches(self, miniature, tmp_path):
+        sample(miniature / "ILSVRC", tmp_path / "small.csv", 5)
+        sample(miniature / "ILSVRC", tmp_path / "large.csv", 6)
+        latents(miniature, tmp_path / "small.csv", tmp_path / "latents")
+        fused(miniature, tmp_path / "large.csv", tmp_path, "--batch-size", 7)
+        readers = [FieldReader(tmp_path / field, field) for field in ("latents", "tokens")]
+        assert set(readers[0].ids) == set(readers[1].ids)
+        assert len(readers[0]) == 60
+
     def test_an_unreadable_image_is_left_out_of_both_fields(self, miniature, tmp_path, capsys):
         image_tree(tmp_path, {"n01": 3, "n02": 3})
         sample(tmp_path, tmp_path / "list.csv", 3)
@@ -209,6 +238,13 @@ class TestSeveralProcesses:
             tokens(miniature, miniature / "train.csv", tmp_path, f"--shard={wrong}")
         assert stop.value.code == 2
         assert "must be I/N" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("rank", "world"), [("", "2"), ("5", "2"), ("0", "0"), ("x", "1")])
+    def test_an_odd_rank_is_one_line(self, miniature, tmp_path, monkeypatch, rank, world):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(UserError, match="RANK/WORLD_SIZE"):
+            tokens(miniature, miniature / "train.csv", tmp_path)
 
 
 class TestGrowth:

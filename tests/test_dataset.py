@@ -93,6 +93,15 @@ class TestItems:
         assert set(dataset.ids) == set(ids[2:9])
         assert dataset.left_out == 4
 
+    @pytest.mark.parametrize(
+        "row", [",unused,0,n", '"a\nb",unused,0,n', "a,unused,-1,n", f"a,unused,{10**30},n", "a" * 200_000]
+    )
+    def test_an_odd_row_of_the_list_is_one_line(self, tmp_path, row):
+        (tmp_path / "list.csv").write_text(f"id,img_path,class_id,synset\n{row}\n")
+        with pytest.raises(UserError) as error:
+            read_samples(tmp_path / "list.csv")
+        assert "\n" not in str(error.value)
+
     def test_two_fields_without_a_common_image_are_one_line(self, tmp_path):
         write_cache(tmp_path, latent_ids=["a", "b"], token_ids=["c", "d"])
         with pytest.raises(UserError, match="none of the images"):

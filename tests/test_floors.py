@@ -21,7 +21,10 @@ FLOORS = {
     "preprocessing.lmdb_pages": set(),
     "preprocessing.manifest": BOTTOM | {"preprocessing.encodings"},
     "preprocessing.reader": BOTTOM | {"preprocessing.manifest", "preprocessing.lmdb_pages"},
-    "preprocessing.shards": BOTTOM | {"preprocessing.manifest", "preprocessing.reader"},
+    "preprocessing.locks": set(),
+    "preprocessing.plan": BOTTOM | {"preprocessing.manifest"},
+    "preprocessing.shards": BOTTOM
+    | {f"preprocessing.{room}" for room in ("locks", "manifest", "plan", "reader")},
     "preprocessing.samples": BOTTOM,
     "preprocessing.classes": BOTTOM,
     "preprocessing.images": BOTTOM,

@@ -116,6 +116,15 @@ class TestRoundTrip:
         assert read.dtype == torch.float16
         assert (1 - torch.cosine_similarity(read.float(), tokens, dim=-1)).max() < 1e-4
 
+    @pytest.mark.parametrize("largest", [1e-4, 1e-3, 4e-3, 8e-3, 1.0, 300.0])
+    def test_int8_keeps_the_length_of_small_and_large_groups(self, largest):
+        """Below 0.008 the scale is a subnormal fp16 number."""
+        spec = FieldSpec("tokens", (1, 64), "int8", "tokens")
+        tokens = torch.linspace(-largest, largest, 64).view(1, 1, 64)
+        assert spec.decode(spec.encode(tokens)).float().norm() == pytest.approx(
+            tokens.norm().item(), rel=0.03
+        )
+
     def test_int8_keeps_small_channels_beside_an_outlier(self):
         """One scale for a whole token would round the others to zero."""
         spec = FieldSpec("tokens", (1, 128), "int8", "tokens")
@@ -192,6 +201,59 @@ class TestCold:
 
 
 class TestResume:
+    def test_two_fields_may_be_written_in_any_order_of_batches(self, tmp_path):
+        """Going back to a shard that was left half full must not have sealed it."""
+        whole = write(tmp_path / "whole")
+        writer = FieldWriter(tmp_path / "mixed", SPEC, IDS, shard_size=4)
+        for shard, batch in sorted(writer.pending(2), key=lambda item: item[1][-1]):
+            writer.put(shard, batch, SPEC.encode(values(batch)))
+        assert [entry["checksum"] for entry in writer.finish()["shards"]] == [
+            entry["checksum"] for entry in whole["shards"]
+        ]
+
+    @pytest.mark.parametrize("mended", [True, False], ids=["mended", "damaged"])
+    def test_an_image_that_changed_between_two_runs_does_no_harm(self, tmp_path, mended):
+        """Killed between noting an unreadable image and storing the rest, or run again with other batches."""
+        bad = {IDS[1]: "cannot be read"}
+        writer = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
+        (shard, batch) = writer.pending(4)[0]
+        kept = batch if not mended else [key for key in batch if key not in bad]
+        writer.put(shard, kept[:2], SPEC.encode(values(kept[:2])), bad if mended else {})
+        writer.close()
+        manifest = write(tmp_path, skip=() if mended else set(bad), batch=4)
+        assert manifest["num_samples"] == 10  # what was stored, or could be read in the end, counts
+        assert not (tmp_path / "unreadable.csv").exists()
+        assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
+
+    def test_a_mended_image_of_a_deleted_shard_is_no_longer_unreadable(self, tmp_path):
+        write(tmp_path, skip={IDS[5]})
+        assert (tmp_path / "unreadable.csv").exists()
+        (tmp_path / "shard-00001.lmdb").unlink()
+        assert write(tmp_path)["num_unreadable"] == 0
+        assert FieldReader(tmp_path, "latents").unreadable == []
+
+    def test_a_list_that_grew_while_a_part_was_running_is_not_forgotten(self, tmp_path):
+        first = FieldWriter(tmp_path, SPEC, IDS[:4], shard_size=4, part=(0, 2))
+        pending = first.pending(4)
+        assert write(tmp_path, ids=IDS[:8], part=(1, 2)) is None
+        for shard, batch in pending:
+            first.put(shard, batch, SPEC.encode(values(batch)))
+        assert first.finish()["num_samples"] == 8
+
+    def test_a_partial_shard_cut_short_in_its_first_pages_is_begun_anew(self, tmp_path):
+        """What a disk that is full at that moment leaves behind."""
+        writer = FieldWriter(tmp_path, SPEC, IDS, shard_size=4)
+        (tmp_path / "shard-00000.lmdb.partial").write_bytes(bytes(4096))
+        assert len(writer.pending(4)) == 3
+        writer.close()
+        assert write(tmp_path)["num_samples"] == 10
+
+    def test_a_foreign_partial_shard_is_one_line(self, tmp_path):
+        FieldWriter(tmp_path, SPEC, IDS, shard_size=4).close()
+        (tmp_path / "shard-00001.lmdb.partial").write_bytes(b"x" * 100_000)
+        with pytest.raises(UserError, match=r"shard-00001.lmdb.partial is damaged: delete it"):
+            write(tmp_path)
+
     @pytest.mark.parametrize("stop_after", range(4))
     def test_a_writer_that_was_stopped_goes_on_and_ends_the_same(self, tmp_path, stop_after):
         whole = write(tmp_path / "whole")
@@ -425,6 +487,9 @@ class TestRefusals:
         write(tmp_path)
         manifest = json.loads((tmp_path / MANIFEST).read_text())
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"dtype": "float32"}))
+        with pytest.raises(UserError, match=r"not this folder's own \(another dtype\)"):
+            FieldReader(tmp_path, "latents")
+        (tmp_path / "settings.json").unlink()  # not needed to read
         with pytest.raises(UserError, match="not of 24 bytes"):
             FieldReader(tmp_path, "latents").read(IDS)
 
@@ -454,6 +519,10 @@ class TestRefusals:
             FieldReader(tmp_path / "field", "tokens")
         manifest = json.loads((tmp_path / "field" / MANIFEST).read_text())
         for change, message in (
+            ({"shape": 5}, "is damaged"),
+            ({"shards": 5}, "is damaged"),
+            ({"shards": [{"file": "x"}]}, "is damaged"),
+            ({"dtype": []}, "unknown dtype"),
             ({"version": 99}, "format"),
             ({"dtype": "float7"}, "unknown dtype"),
             ({"shards": None}, "lacks shards"),
@@ -462,6 +531,25 @@ class TestRefusals:
             (tmp_path / "field" / MANIFEST).write_text(json.dumps(changed))
             with pytest.raises(UserError, match=message):
                 FieldReader(tmp_path / "field", "latents")
+
+    @pytest.mark.parametrize("file", ["settings.json", "plan.json", "manifest.json", "shard-00001.json"])
+    @pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"shards": 5}', '{"shards": null}'])
+    def test_damaged_notes_of_a_folder_are_one_line(self, tmp_path, file, content):
+        write(tmp_path)
+        (tmp_path / file).write_text(content)
+        try:
+            write(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017 (or it was made anew)
+        else:
+            assert FieldReader(tmp_path, "latents").read(IDS).equal(values(IDS))
+
+    def test_a_folder_without_its_settings_is_not_written_to(self, tmp_path):
+        write(tmp_path)
+        (tmp_path / "settings.json").unlink()
+        (tmp_path / "shard-00001.lmdb").unlink()
+        with pytest.raises(UserError, match="has lost its settings"):
+            write(tmp_path)
 
     def test_too_long_an_id_is_one_line(self, tmp_path):
         with pytest.raises(UserError, match="longer than 511 bytes"):

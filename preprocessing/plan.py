@@ -1,0 +1,60 @@
+"""Which image goes to which shard: decided before the first one is written, added to when images are added, never changed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import UserError
+from files import write_json
+from preprocessing.manifest import MANIFEST, SETTINGS, insist_same, read_json
+
+PLAN = "plan.json"
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a complete shard."""
+    return folder / f"shard-{shard:05d}.lmdb"
+
+
+def insist_on_settings(folder: Path, settings: dict) -> None:
+    """Record what a new folder is for; raise `UserError` where it is for something else."""
+    path = folder / SETTINGS
+    if path.exists():
+        insist_same(folder, read_json(path), settings)
+    elif (folder / PLAN).exists() or (folder / MANIFEST).exists():
+        raise UserError(f"{folder} has lost its {SETTINGS}: restore it, or delete the folder")
+    else:
+        write_json(path, settings)
+
+
+def read_plan(folder: Path) -> list[list[str]]:
+    """The ids of every shard, in order; none for a new folder."""
+    path = folder / PLAN
+    plan = read_json(path).get("shards") if path.exists() else []
+    if not isinstance(plan, list) or not all(isinstance(ids, list) for ids in plan):
+        raise UserError(f"{path} is damaged: restore it, or delete the folder {folder}")
+    return plan
+
+
+def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:
+    """The plan after these ids were added to it; ids that it holds keep their places.
+
+    Raises `UserError` unless the ids contain all of the plan's, or the plan all of them and no other shard is unfinished:
+    images of some other list given to a wrong folder must not be mixed in.
+    """
+    plan = read_plan(folder)
+    wanted, planned = set(ids), {key for shard in plan for key in shard}
+    if wanted <= planned:
+        lacking = {
+            key for n, shard in enumerate(plan) if not shard_path(folder, n).exists() for key in shard
+        } - wanted
+    else:
+        lacking = planned - wanted
+    if lacking:
+        raise UserError(
+            f"{folder} was begun for other images too ({min(lacking)}, for one): give the list that it was begun with or one "
+            "that contains it, or choose another --out"
+        )
+    if new := [key for key in ids if key not in planned]:
+        plan += [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
+        write_json(folder / PLAN, {"shards": plan})
+    return plan
