@@ -3,11 +3,8 @@
 `encode` runs where the encoder ran and `decode` where the values are used, so that only stored bytes travel: int8 tokens cost
 half the disk, half the reading and half the copy to the GPU.
 
-| dtype    | bytes of tokens (196, 1024) | 1 − cosine to fp32, tokens with outlier channels (`benchmarks/token_encodings.py`) |
-|----------|-----------------------------|----------------------|
-| float16  | 401,408                     | see docs/decisions.md |
-| bfloat16 | 401,408                     | |
-| int8     | 206,976                     | |
+Bytes of one image's tokens (196, 1024): float16 and bfloat16 401,408, int8 206,976. What each loses is measured by
+`benchmarks/token_encodings.py`.
 """
 
 import math
