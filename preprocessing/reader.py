@@ -8,7 +8,7 @@ import csv
 import errno
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -104,8 +104,11 @@ class FieldReader:
         for file, buffer, offset in missing:
             self._fill(file, offset, buffer)
 
-    def damaged_shards(self) -> list[str]:
-        """Compare every checksum; returns the files whose content is not what was written. Reads everything."""
+    def damaged_shards(self, progress: Callable[[int], object] = bool) -> list[str]:
+        """Compare every checksum; returns the files whose content is not what was written. Reads everything.
+
+        `progress` is called with 1 after each value.
+        """
         index, bad = self._indexed(), []
         value = np.empty(self.spec.value_bytes, np.uint8)
         for number, shard in enumerate(self.manifest["shards"]):
@@ -113,6 +116,7 @@ class FieldReader:
             for row in np.flatnonzero(index.shards == number):
                 self._fill(self._file(number), int(index.offsets[row]), value)
                 checksum += row_checksum(index.ids[row].encode(), value)
+                progress(1)
             if checksum != shard["checksum"]:
                 bad.append(shard["file"])
         return bad
