@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     add_device_option(parser)
     args = parser.parse_args(argv)
 
+    from tqdm import tqdm
+
     from dataset_sd15 import latents_of
     from preprocessing.manifest import read_table
     from preprocessing.reader import FieldReader
@@ -100,7 +102,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.sheet:
             check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, latents.spec)
     if args.full:
-        bad = [f"{reader.folder}/{name}" for reader in (latents, tokens) for name in reader.damaged_shards()]
+        with tqdm(total=len(latents) + len(tokens), desc="checksums", unit="value", leave=False) as bar:
+            bad = [
+                f"{reader.folder}/{name}"
+                for reader in (latents, tokens)
+                for name in reader.damaged_shards(bar.update)
+            ]
         checks(
             not bad,
             "every checksum agrees" if not bad else f"damaged, delete and make anew: {', '.join(bad)}",

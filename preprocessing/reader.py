@@ -104,7 +104,7 @@ class FieldReader:
         for file, buffer, offset in missing:
             self._fill(file, offset, buffer)
 
-    def damaged_shards(self, progress: Callable[[int], object] = bool) -> list[str]:
+    def damaged_shards(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
         """Compare every checksum; returns the files whose content is not what was written. Reads everything.
 
         `progress` is called with 1 after each value.
