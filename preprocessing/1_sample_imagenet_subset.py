@@ -83,14 +83,17 @@ def main(argv: list[str] | None = None) -> None:
             for name in names[: args.per_class]
         ]
     if not chosen:
-        raise UserError(f"no class of {folder} has {args.per_class} images: lower --per-class")
+        most = max(map(len, found.values()))
+        raise UserError(
+            f"no class of {folder} has {args.per_class} images: lower --per-class, to {most} at most"
+        )
     samples = [images[rank] for rank in range(args.per_class) for images in chosen.values()]
     if len({sample.id for sample in samples}) != len(samples):
         raise UserError(f"{folder} holds files that differ only in their extension: ids would not be unique")
     write_samples(args.out, samples)
     print(
         f"{args.out}: {len(samples)} images, {args.per_class} of each of {len(chosen)} classes ({skipped} skipped), "
-        f"numbered by {classes or f'the class folders of {folder}'}"
+        f"numbered by {classes or f'the classes found in {folder}'}"
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
-from errors import run_script
+from errors import UserError, run_script
 from preprocessing.options import (
     add_encoding_options,
     add_latent_options,
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_teacher_options(fused, prefix="teacher-")
     args = parser.parse_args(argv)
+    if args.fused and args.fused.resolve() == args.out.resolve():
+        raise UserError("--fused and --out name the same folder: each field needs its own")
 
     from preprocessing.encoders import latent_job, token_job
     from preprocessing.pipeline import encode_fields, read_images_to_encode

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 from errors import UserError, run_script
-from preprocessing.classes import read_class_names
+from preprocessing.classes import read_classes
 from preprocessing.options import add_base_options, add_device_option, new_parser
 
 
@@ -34,20 +34,33 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if "{class_name}" not in args.template:
         raise UserError("--template must contain {class_name}")
-    prompts = [args.template.replace("{class_name}", name) for name in read_class_names(args.class_names)] + [
-        ""
-    ]
+    classes = read_classes(args.class_names)
+    prompts = [args.template.replace("{class_name}", name) for _, name in classes] + [""]
+    synsets = [synset for synset, _ in classes]
 
     import torch
     from tqdm import tqdm
 
     from device import pick_device
     from models.base_model import load_part, weights_digest
-    from preprocessing.manifest import FieldSpec, write_table
+    from preprocessing.manifest import MANIFEST, FieldSpec, insist_same, read_table, write_table
 
     device = pick_device(args.device)
     tokenizer = load_part(args.base, "tokenizer", args.revision)
     encoder = load_part(args.base, "text_encoder", args.revision).to(device).eval()
+    spec = FieldSpec(
+        field="text",
+        shape=(tokenizer.model_max_length, encoder.config.hidden_size),
+        dtype="float16",
+        meaning="last hidden state of the CLIP text encoder; row c = class c, last row = null prompt",
+        source={"model": args.base, "revision": args.revision, "weights_sha256": weights_digest(encoder)},
+        details={"template": args.template, "prompts": prompts, "n_classes": len(classes)}
+        | ({"synsets": synsets} if None not in synsets else {}),
+    )
+    if (args.out / MANIFEST).exists():  # a training may have read it
+        insist_same(args.out, read_table(args.out)[1], spec.as_json())
+        print(f"{args.out} is complete: embeddings of {len(classes)} classes and the null prompt")
+        return
     rows = []
     with torch.no_grad():
         for start in tqdm(range(0, len(prompts), 64), desc="text", unit="batch"):
@@ -60,17 +73,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             rows.append(encoder(tokens.input_ids.to(device)).last_hidden_state.half().cpu())  # (b, 77, 768)
     table = torch.cat(rows)  # (n_classes + 1, 77, 768)
-    spec = FieldSpec(
-        field="text",
-        shape=tuple(table.shape[1:]),
-        dtype="float16",
-        meaning="last hidden state of the CLIP text encoder; row c = class c, last row = null prompt",
-        source={"model": args.base, "revision": args.revision, "weights_sha256": weights_digest(encoder)},
-        details={"template": args.template, "prompts": prompts, "n_classes": len(prompts) - 1},
-    )
     write_table(args.out, table, spec)
     print(
-        f"{args.out}: embeddings of {len(prompts) - 1} classes and the null prompt, {tuple(table.shape)} float16"
+        f"{args.out}: embeddings of {len(classes)} classes and the null prompt, {tuple(table.shape)} float16"
     )
 
 

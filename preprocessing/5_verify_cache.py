@@ -3,10 +3,10 @@
     python preprocessing/5_verify_cache.py --csv data/imagenet/train_200k.csv --latents data/imagenet/cache_200k/latents \\
         --tokens data/imagenet/cache_200k/tokens --text data/imagenet/text --sheet data/imagenet/cache_200k/sheet.png
 
-Checks manifests, shard sizes, that every image of the CSV is in both fields, that both fields saw the same square, and the
-values of random samples: finite, token norms near 1, latents in range, tokens that differ within an image. --sheet also
-decodes eight latents, compares them with the images they came from, and draws both beside the tokens. --full also
-compares every checksum, which reads everything. Exit code 1 when a check fails.
+Checks manifests and shard sizes, that every image of the CSV is in both fields, that the text table has the classes of the
+CSV, which square VAE and teacher saw, and the values of random samples: finite, token norms near 1, latents in range, tokens
+that differ within an image. --sheet also decodes eight latents, compares them with the images they came from, and draws both
+beside the tokens. --full also compares every checksum, which reads everything. Exit code 1 when a check fails.
 """
 
 import random
@@ -57,18 +57,18 @@ def main(argv: list[str] | None = None) -> None:
 
     checks = Checks()
     unreadable = {key for reader in (latents, tokens) for key in reader.unreadable}
-    missing = {sample.id for sample in samples} - in_both
+    listed = {sample.id for sample in samples}
+    missing = listed - in_both
+    lacking = {r.spec.field: len(listed - set(r.ids) - unreadable) for r in (latents, tokens)}
     checks(
         missing <= unreadable,
         f"{len(present)} of {len(samples)} images are in both fields, {len(missing & unreadable)} could not be read, "
         f"{len(missing - unreadable)} are missing",
+        " and ".join(
+            f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n
+        ),
     )
-    classes = 1 + max(sample.class_id for sample in samples)
-    n_classes = text["details"]["n_classes"]
-    checks(
-        classes <= n_classes,
-        f"text table has {n_classes} classes and the null prompt; the CSV needs {classes}",
-    )
+    check_classes(checks, samples, text["details"])
     checks(table.isfinite().all().item(), f"text table {tuple(table.shape)} is finite")
 
     grid = tokens.spec.view["grid"]
@@ -78,7 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     checks(
         tokens.spec.view["kind"] in (latents.spec.view["kind"], "official"),
-        f"the VAE saw {latents.spec.view}, the teacher {tokens.spec.view}",
+        "the VAE saw the central square at {size} px, the teacher ".format(**latents.spec.view)
+        + {"aligned": "the same at {size} px", "official": "only its central 87.5 %, at {size} px"}.get(
+            tokens.spec.view["kind"], "{kind} at {size} px"
+        ).format(**tokens.spec.view),
+        "make both fields of the same view",
     )
     if chosen:
         ids = [sample.id for sample in chosen]
@@ -110,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
             ]
         checks(
             not bad,
-            "every checksum agrees" if not bad else f"damaged, delete and make anew: {', '.join(bad)}",
+            f"{len(bad)} shards differ from their checksums" if bad else "every checksum agrees",
+            f"delete and make anew: {', '.join(bad)}",
         )
     checks.conclude()
 
@@ -143,26 +148,49 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(
         psnr.min() > PSNR_FLOOR,
-        f"decoded latents are their images: PSNR {psnr.min():.1f} … {psnr.max():.1f} dB (over {PSNR_FLOOR} expected)",
+        f"decoded latents are their images: PSNR {psnr.min():.1f} … {psnr.max():.1f} dB, the lowest is "
+        f"{samples[psnr.argmin()].id} (over {PSNR_FLOOR} expected)",
+        "look at the sheet: another VAE, or other images",
     )
     draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens[:n].numpy())
     print(f"     {args.sheet}")
 
 
+def check_classes(checks: "Checks", samples, details: dict) -> None:
+    """The text table must hold the classes of the list, in its numbers."""
+    synset_of = {sample.class_id: sample.synset for sample in samples}
+    prompts, synsets = details["prompts"][:-1], details.get("synsets")
+    enough = max(synset_of) < len(prompts)
+    checks(
+        enough,
+        f"text table has {len(prompts)} classes and the null prompt; the CSV counts to {max(synset_of)}",
+        "run script 4 with the names of all classes",
+    )
+    if enough and synsets:
+        wrong = [number for number, synset in synset_of.items() if synsets[number] != synset]
+        checks(
+            not wrong,
+            f"{len(synset_of) - len(wrong)} of {len(synset_of)} classes have the prompt of their synset",
+            "run script 4 with the class file that numbered the CSV",
+        )
+    shown = sorted(synset_of)[:: max(1, len(synset_of) // 3)][:3]
+    print("     " + ", ".join(f"{n} {synset_of[n]}: {prompts[n]!r}" for n in shown if n < len(prompts)))
+
+
 class Checks:
-    """Print each check as it is made and remember whether one failed."""
+    """Print each check as it is made, with a remedy where it fails, and remember whether one did."""
 
     def __init__(self):
         self.failed = 0
 
-    def __call__(self, good: bool, what: str) -> None:
+    def __call__(self, good: bool, what: str, remedy: str = "delete that field and make it again") -> None:
         self.failed += not good
-        print(f"{'ok  ' if good else 'FAIL'} {what}")
+        print(f"{'ok  ' if good else 'FAIL'} {what}" + ("" if good else f" → {remedy}"))
 
     def conclude(self) -> None:
         if self.failed:
             print(
-                f"error: {self.failed} check(s) failed; delete what is at fault and run its script again",
+                f"error: {self.failed} check(s) failed; what to do stands behind each",
                 file=sys.stderr,
             )
             raise SystemExit(1)

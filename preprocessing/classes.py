@@ -19,18 +19,18 @@ WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01
 
 def read_class_names(path: str | Path) -> list[str]:
     """Names by class number; `UserError` when the file is none of the formats, or is damaged."""
-    return [name for _, name in _read_classes(path)]
+    return [name for _, name in read_classes(path)]
 
 
 def read_synsets(path: str | Path) -> list[str]:
     """The sorted synsets, so that a synset's place is its class number; `UserError` for a file of names only."""
-    synsets = [synset for synset, _ in _read_classes(path)]
+    synsets = [synset for synset, _ in read_classes(path)]
     if None in synsets:
         raise UserError(f"{path} holds names but no synsets: give {WITH_SYNSETS}")
     return synsets
 
 
-def _read_classes(path: str | Path) -> list[tuple[str | None, str]]:
+def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
     """(synset or None, name) by class number."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()

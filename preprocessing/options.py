@@ -20,7 +20,10 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="images per forward (default 64)")
     parser.add_argument(
-        "--workers", type=not_negative, default=8, help="processes that decode images (default 8; 0 = none)"
+        "--workers",
+        type=not_negative,
+        default=decoding_workers(),
+        help="processes that decode images (default: one for each core, 8 at most; here %(default)s; 0 = none)",
     )
     parser.add_argument(
         "--precision",
@@ -36,9 +39,16 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
         "same --out; torchrun and accelerate launch set it by themselves",
     )
     parser.add_argument(
-        "--shard-size", type=positive, default=10_000, help="images in one file (default 10000)"
+        "--shard-size", type=positive, help="images in one file (default 10000, or what the folder has)"
     )
     add_device_option(parser)
+
+
+def decoding_workers() -> int:
+    """Cores of this process, shared with the other ranks of this machine; 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(8, cores // int(ranks) if ranks.isdecimal() and int(ranks) else cores))
 
 
 def part_of(args: argparse.Namespace) -> tuple[int, int]:

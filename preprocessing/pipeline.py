@@ -22,7 +22,7 @@ from errors import UserError
 from preprocessing.images import UnreadableImage, cut_view, read_image
 from preprocessing.manifest import UNREADABLE, FieldSpec
 from preprocessing.samples import Sample, read_samples
-from preprocessing.shards import SHARD_SIZE, FieldWriter
+from preprocessing.shards import FieldWriter
 from signals import StopSignal, leave_signals_to_the_parent
 
 IN_FLIGHT = 3  # batches encoded and not yet written: enough for the device not to wait for the disk
@@ -60,7 +60,7 @@ def encode_fields(
     batch_size: int,
     workers: int,
     part: tuple[int, int] = (0, 1),
-    shard_size: int = SHARD_SIZE,
+    shard_size: int | None = None,
 ) -> None:
     """Encode every sample for every job and store the values by id; a second call goes on where the first stopped.
 
@@ -72,8 +72,7 @@ def encode_fields(
     try:
         chunks = _chunks(writers, batch_size)
         _check_disk(writers)
-        stopped = _encode_chunks(chunks, writers, samples, workers, part)
-        if stopped:
+        if chunks and _encode_chunks(chunks, writers, samples, workers, part):
             raise KeyboardInterrupt
         for job, writer in writers.items():
             _report(job, writer, writer.finish(), part)
@@ -223,8 +222,8 @@ def read_images_to_encode(path: Path) -> list[Sample]:
             absent.append(sample.img_path)
     if absent:
         raise UserError(
-            f"{absent[0]} does not exist, nor do {len(absent) - 1} more of the {len(samples)} images of {path}; restore them, "
-            "run from the folder where script 1 ran, or run script 1 again"
+            f"{len(absent)} of the {len(samples)} images of {path} do not exist, the first is {absent[0]}: restore them, run "
+            "from the folder where script 1 ran, or make a new list with script 1"
         )
     return samples
 
@@ -239,16 +238,23 @@ def _check_disk(writers: dict[FieldJob, FieldWriter]) -> None:
             continue
         print(
             f"{job.folder}: {job.spec.shape} {job.spec.dtype} for {sum(map(len, writer.plan)):,} images in "
-            f"{len(writer.plan)} shards; {writer.bytes_to_write / 1e9:.2f} GB to write, {free / 1e9:.1f} GB free"
+            f"{len(writer.plan)} shards; {_size(writer.bytes_to_write)} to write, {_size(free)} free"
         )
         if needed[device] > free:
             raise UserError(
-                f"{job.folder} needs {needed[device] / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB: free some, move "
-                "--out, or store less with --dtype"
+                f"{job.folder} needs {_size(needed[device])} and the disk has {_size(free)}: free some, move --out, or store "
+                "less with --dtype"
             )
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
+    if not writer.mine:
+        print(f"{job.folder}: none of its {len(writer.plan)} shards falls to part {part[0]} of {part[1]}")
+        return
     if manifest is None:
         done = sum((job.folder / f"shard-{n:05d}.lmdb").exists() for n in range(len(writer.plan)))
         print(
@@ -261,11 +267,11 @@ def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tup
         )
     if manifest["num_unreadable"]:
         print(
-            f"{manifest['num_unreadable']} images could not be read and are left out: {job.folder / UNREADABLE}",
+            f"{manifest['num_unreadable']:,} images could not be read and are left out: {job.folder / UNREADABLE}",
             file=sys.stderr,
         )
     print(
-        f"{job.folder} is complete: {manifest['num_samples']} {job.spec.field} {job.spec.shape} {job.spec.dtype}"
+        f"{job.folder} is complete: {manifest['num_samples']:,} {job.spec.field} {job.spec.shape} {job.spec.dtype}"
     )
 
 

@@ -8,6 +8,7 @@ from files import write_json
 from preprocessing.manifest import MANIFEST, SETTINGS, insist_same, read_json
 
 PLAN = "plan.json"
+SHARD_SIZE = 10_000
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -15,15 +16,22 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.lmdb"
 
 
-def insist_on_settings(folder: Path, settings: dict) -> None:
-    """Record what a new folder is for; raise `UserError` where it is for something else."""
+def insist_on_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
+    """Record what a new folder is for; raise `UserError` where it is for something else. Returns its settings."""
     path = folder / SETTINGS
     if path.exists():
-        insist_same(folder, read_json(path), settings)
-    elif (folder / PLAN).exists() or (folder / MANIFEST).exists():
+        known = read_json(path)
+        insist_same(folder, known, settings)
+        if shard_size not in (None, known.get("shard_size")):
+            raise UserError(
+                f"{folder} has shards of {known.get('shard_size')} images: leave --shard-size out"
+            )
+        return known
+    if (folder / PLAN).exists() or (folder / MANIFEST).exists():
         raise UserError(f"{folder} has lost its {SETTINGS}: restore it, or delete the folder")
-    else:
-        write_json(path, settings)
+    settings = settings | {"shard_size": shard_size or SHARD_SIZE}
+    write_json(path, settings)
+    return settings
 
 
 def read_plan(folder: Path) -> list[list[str]]:

@@ -40,7 +40,11 @@ class FieldReader:
         self.spec = FieldSpec.from_json(self.manifest)
         self._paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
-            size = path.stat().st_size if path.exists() else 0
+            if not path.exists():
+                raise UserError(
+                    f"{path} is missing: run the script that wrote it again; only this shard is made anew"
+                )
+            size = path.stat().st_size
             if size != shard["bytes"]:
                 raise _damaged(path, f"has {size} bytes, its manifest says {shard['bytes']}")
         self._index: _Index | None = None

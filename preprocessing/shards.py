@@ -40,7 +40,6 @@ from preprocessing.manifest import (
 from preprocessing.plan import extend_plan, insist_on_settings, read_plan, shard_path
 from preprocessing.reader import row_checksum
 
-SHARD_SIZE = 10_000
 MAX_KEY_BYTES = 511
 PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
 PLANNING = 0  # the lock of the folder's own files; lock n + 1 is that of shard n
@@ -54,9 +53,9 @@ class FieldWriter:
             writer.put(shard, batch, spec.encode(values))    # durable on return
         writer.finish()                                      # seals what is open, writes the manifest
 
-    A list that holds all images of a finished field and more adds shards and rewrites none. With `part = (i, n)` only the
-    shards i, i + n, i + 2n, … are this writer's. Raises `UserError` when the folder holds a cache of other settings or images,
-    or another process writes one of its shards.
+    A list that holds all images of a finished field and more adds shards and rewrites none. `shard_size` is 10,000 unless it is
+    given or the folder has another. With `part = (i, n)` only the shards i, i + n, i + 2n, … are this writer's. Raises
+    `UserError` when the folder holds a cache of other settings or images, or another process writes one of its shards.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class FieldWriter:
         spec: FieldSpec,
         ids: Sequence[str],
         *,
-        shard_size: int = SHARD_SIZE,
+        shard_size: int | None = None,
         part: tuple[int, int] = (0, 1),
     ):
         self.folder, self.spec = Path(folder), spec
@@ -79,8 +78,8 @@ class FieldWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = NumberedLocks(self.folder)
             with self._locks.held(PLANNING):
-                insist_on_settings(self.folder, spec.as_json() | {"shard_size": shard_size})
-                self.plan = extend_plan(self.folder, ids, shard_size)
+                settings = insist_on_settings(self.folder, spec.as_json(), shard_size)
+                self.plan = extend_plan(self.folder, ids, settings["shard_size"])
         self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
         self.complete = self._is_complete()
 
@@ -174,6 +173,11 @@ class FieldWriter:
             unreadable = shard.pop("unreadable", None)
             if not isinstance(unreadable, dict) or shard.keys() != SHARD_ENTRY:
                 raise UserError(f"{path} is damaged: delete {self._path(number)} and run the same command")
+            if (size := self._path(number).stat().st_size) != shard["bytes"]:
+                raise UserError(
+                    f"{self._path(number)} has {size} bytes, {shard['bytes']} were written: delete that file and run the same "
+                    "command; only this shard is made anew"
+                )
             shards.append((shard, unreadable))
         return shards
 
@@ -260,11 +264,12 @@ class FieldWriter:
 
     def _write_manifest(self) -> None:
         sealed = self._sealed()
-        unreadable = {key: why for _, problems in sealed for key, why in problems.items()}
+        unreadable = {key: (shard["file"], why) for shard, bad in sealed for key, why in bad.items()}
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
         if unreadable:  # before the manifest, so that a finished field always says what it lacks
             text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([("id", "problem"), *unreadable.items()])
+            rows = [("id", "shard", "problem"), *((key, *where) for key, where in unreadable.items())]
+            csv.writer(text, lineterminator="\n").writerows(rows)
             write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
         else:
             (self.folder / UNREADABLE).unlink(missing_ok=True)

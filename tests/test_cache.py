@@ -273,7 +273,9 @@ class TestErrors:
         image_tree(tmp_path, {"n01": 3, "n02": 3})
         sample(tmp_path, tmp_path / "list.csv", 3)
         shutil.rmtree(tmp_path / "train" / "n01")
-        with pytest.raises(UserError, match=r"n01_\d.JPEG does not exist, nor do 2 more of the 6 images"):
+        with pytest.raises(
+            UserError, match=r"3 of the 6 images of .* do not exist, the first is .*n01_\d.JPEG"
+        ):
             tokens(miniature, tmp_path / "list.csv", tmp_path / "tokens")
         assert not (tmp_path / "tokens").exists()
 
@@ -488,7 +490,46 @@ class TestVerification:
         verify(miniature, "--tokens", tmp_path / "tokens")
         with pytest.raises(SystemExit):
             verify(miniature, "--tokens", tmp_path / "tokens", "--full")
-        assert f"delete and make anew: {shard}" in capsys.readouterr().out
+        assert (
+            f"1 shards differ from their checksums → delete and make anew: {shard}" in capsys.readouterr().out
+        )
+
+    def test_it_finds_a_text_table_of_other_classes_and_says_which_field_lacks_images(
+        self, miniature, undisturbed, tmp_path, capsys
+    ):
+        for name, first in (("right", 0), ("shifted", 1)):
+            lines = [f"n{i + first:08d} name{i}" for i in range(10)]
+            (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+            arguments = [
+                "--class-names",
+                tmp_path / f"{name}.txt",
+                "--base",
+                miniature / "models" / "sd15-mini",
+            ]
+            run_numbered("4_prepare_clip_embeddings", *arguments, "--out", tmp_path / name)
+        verify(miniature, "--text", tmp_path / "right")
+        assert "10 of 10 classes have the prompt of their synset" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            verify(miniature, "--text", tmp_path / "shifted")
+        assert (
+            "FAIL 0 of 10 classes have the prompt of their synset → run script 4" in capsys.readouterr().out
+        )
+        sample(miniature / "ILSVRC", tmp_path / "small.csv", 5)
+        tokens(miniature, tmp_path / "small.csv", tmp_path / "tokens")
+        with pytest.raises(SystemExit):
+            verify(miniature, "--tokens", tmp_path / "tokens")
+        assert "10 are missing → tokens lack 10: run their script with this CSV" in capsys.readouterr().out
+
+    def test_a_text_table_is_not_overwritten_by_another(self, miniature, tmp_path, capsys):
+        names, base = miniature / "imagenet_classes.json", miniature / "models" / "sd15-mini"
+        arguments = ["--class-names", names, "--base", base, "--out", tmp_path / "text"]
+        run_numbered("4_prepare_clip_embeddings", *arguments)
+        before = (tmp_path / "text" / "embeddings.pt").stat().st_mtime_ns
+        run_numbered("4_prepare_clip_embeddings", *arguments)
+        assert "is complete" in capsys.readouterr().out
+        with pytest.raises(UserError, match="was written with another details"):
+            run_numbered("4_prepare_clip_embeddings", *arguments, "--template", "a {class_name}")
+        assert (tmp_path / "text" / "embeddings.pt").stat().st_mtime_ns == before
 
     def test_the_sheet_shows_images_beside_their_decoded_latents(self, miniature, tmp_path, capsys):
         with pytest.raises(SystemExit):  # the VAE of the smallest miniature is untrained

@@ -270,7 +270,7 @@ class TestNumbering:
     def test_without_a_file_the_folders_decide_and_the_output_says_so(self, root, tmp_path, capsys):
         shutil.rmtree(root / "val" / SYNSETS[0])
         assert {s.class_id for s in sample(root, tmp_path / "list.csv", 2, 0, "--split", "val")} == {0, 1}
-        assert f"numbered by the class folders of {root / 'val'}" in capsys.readouterr().out
+        assert f"numbered by the classes found in {root / 'val'}" in capsys.readouterr().out
 
     def test_a_flat_val_is_numbered_by_the_file_too(self, root, tmp_path):
         flat_val(tmp_path / "flat", root)

@@ -296,7 +296,6 @@ class TestResume:
         [
             {"spec": FieldSpec("latents", (2, 3), "float16", "test values", {"model": "other"}, SPEC.view)},
             {"spec": FieldSpec("latents", (2, 3), "bfloat16", "test values", SPEC.source, SPEC.view)},
-            {"shard_size": 5},
         ],
     )
     def test_other_settings_are_not_mixed_into_a_folder(self, tmp_path, other):
@@ -306,6 +305,18 @@ class TestResume:
         write(tmp_path)
         with pytest.raises(UserError, match="was written with another"):
             write(tmp_path, **other)
+
+    def test_the_size_of_shards_is_the_folders_own(self, tmp_path):
+        write(tmp_path, stop_after=2)
+        with pytest.raises(UserError, match="has shards of 4 images: leave --shard-size out"):
+            write(tmp_path, shard_size=5)
+        assert len(write(tmp_path, shard_size=None)["shards"]) == 3
+
+    def test_a_writer_finds_a_truncated_shard_too(self, tmp_path):
+        write(tmp_path)
+        (tmp_path / "shard-00001.lmdb").write_bytes(b"short")
+        with pytest.raises(UserError, match="delete that file and run the same command"):
+            write(tmp_path)
 
     @pytest.mark.parametrize("finished", [True, False])
     def test_a_list_of_other_images_is_not_mixed_into_a_folder(self, tmp_path, finished):
