@@ -65,7 +65,7 @@ def test_one_step_of_config_a_at_full_size(full_size, monkeypatch):
     monkeypatch.setattr(Taps, "clear", note_shapes)
     overrides = [f"data.{name}={full_size}/{name}" for name in ("latents", "tokens", "text")]
     overrides += [f"data.csv={full_size}/list.csv", f"model.base={full_size}/sd15", f"run={full_size}/run"]
-    overrides += ["data.batch_size=2", "data.workers=0", "train.steps=1", "train.precision=fp32"]
+    overrides += ["data.batch_size=2", "data.read_threads=2", "train.steps=1", "train.precision=fp32"]
     overrides += ["align.taps=[enc_last,mid,dec_first]"]
     train_sd15.main(["--config", str(ROOT / "configs" / "A.yaml"), *overrides])
     assert captured == dict.fromkeys(("enc_last", "mid", "dec_first"), (2, 1280, 8, 8))
