@@ -6,10 +6,11 @@ Scripts 2 and 3 differ only in the `FieldJob` that they hand to `encode_fields`;
 import os
 import shutil
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def _failures_explained() -> Iterator[None]:
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        with suppress(RuntimeError):
+            time.sleep(0.5)  # the end of the connection is noticed first, and torch's signal handler raises once more
         raise UserError(
             "a decoding process died, for want of memory or of shared memory (docker: --shm-size=8g): lower --workers or "
             "--batch-size; the same command goes on from here"
