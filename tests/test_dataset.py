@@ -196,6 +196,22 @@ class TestStream:
             time.sleep(0.005)  # readers run ahead meanwhile
             assert batch.on(CPU, "latent").equal(before)
 
+    def test_no_two_batches_share_memory_while_one_is_read_or_used(self):
+        lock, busy, shared = threading.Lock(), set(), []
+
+        def read(indices, raw):
+            where = raw["x"].data_ptr()
+            with lock:
+                shared.extend([indices] if where in busy else [])
+                busy.add(where)
+            time.sleep(0.002)
+
+        for batch in BatchStream([[i] for i in range(40)], read, {"x": 64}, {}, threads=3, ahead=4):
+            time.sleep(0.001)
+            with lock:
+                busy.discard(batch.raw["x"].data_ptr())
+        assert not shared
+
     def test_readers_run_ahead_but_not_away(self):
         read = []
         stream = BatchStream(
