@@ -73,9 +73,9 @@ class SD15AlignedDataset(Dataset):
         }
         for name, reader in self.readers.items():
             reader.read_rows(self._rows[name][indices], [item.numpy() for item in raw[name]])
-        items = []
+        items, decode = [], self.decode
         for i, class_id in enumerate(self.class_ids[indices]):
-            values = {name: self.decode[name](raw[name][i][None]) for name in raw}
+            values = {name: decode[name](raw[name][i][None]) for name in raw}
             values["latent"] = self.x_0(values["latent"])  # (1, 4, h, w)
             item = {name: value[0] for name, value in values.items()}
             items.append(item | {"encoder_hidden_states": self.text[class_id], "class_id": class_id})

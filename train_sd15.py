@@ -65,9 +65,8 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
     """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
     coefficient = coefficient_schedule(config)
     null_text = dataset.null_text.to(device, torch.float32)  # (77, 768)
-    class_text = dataset.text.to(
-        device
-    )  # (n_classes, 77, 768): indexed there, it need not travel with every sample
+    # Indexed on the device, so that text need not travel with every sample.
+    class_text = dataset.text.to(device)  # (n_classes, 77, 768)
     stream = open_stream(config, dataset, first_step=state.step, pin=device.type == "cuda")
     progress = tqdm(stream, initial=state.step, total=config.train.steps, desc=run.name, unit="step")
     with (

@@ -19,7 +19,9 @@ from errors import run_script
 from preprocessing.options import add_device_option, new_parser, positive
 
 SHEET_IMAGES = 8
-PSNR_FLOOR = 12  # dB of a decoded latent against its image; SD's VAE reaches about 25, another image 8 to 10
+PSNR_FLOOR = (
+    12  # dB of a decoded latent against its image; an assumption, far below what a working VAE reaches
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from errors import UserError
 
 VIEWS = ("aligned", "official")
 OFFICIAL_RESIZE = 256 / 224  # DINOv2: shorter side to 256, then the central 224
-# What PIL raises for a damaged file (found by decoding 35,000 damaged files of seven formats).
+# What PIL raises for a damaged file.
 DAMAGE = (
     OSError,
     ValueError,

@@ -82,18 +82,14 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
         raise UserError(f"{folder} {state} (no {MANIFEST}): run the preprocessing script that writes it")
     manifest = read_json(path)
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or manifest.get("version") != VERSION
-    ):
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise UserError(
             f"{path} is not of format {FORMAT} version {VERSION}: run the preprocessing script again"
         )
     if manifest.get("field") != field:
         raise UserError(f"{folder} holds {manifest.get('field')}, not {field}: check the paths")
-    needed = {entry.name for entry in fields(FieldSpec)} | (TABLE_KEYS if field == "text" else SHARD_KEYS)
-    if lacking := needed - manifest.keys():
+    described = {entry.name for entry in fields(FieldSpec)}
+    if lacking := (described | (TABLE_KEYS if field == "text" else SHARD_KEYS)) - manifest.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: run the preprocessing script again")
     if manifest["dtype"] not in list(ENCODINGS):
         raise UserError(f"{path} names an unknown dtype {manifest['dtype']!r}: update this code")
@@ -105,9 +101,7 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         raise UserError(f"{path} is damaged: delete it and run the preprocessing script again")
     if field != "text" and (path.parent / SETTINGS).exists():  # of another cache, put here
         settings = read_json(path.parent / SETTINGS)
-        if other := [
-            key for key in FieldSpec.from_json(manifest).as_json() if settings.get(key) != manifest[key]
-        ]:
+        if other := [key for key in sorted(described) if settings.get(key) != manifest[key]]:
             raise UserError(
                 f"{path} is not this folder's own (another {other[0]}): delete it and run the preprocessing script again"
             )

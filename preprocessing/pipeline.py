@@ -22,6 +22,7 @@ from tqdm import tqdm
 from errors import UserError
 from preprocessing.images import UnreadableImage, cut_view, read_image
 from preprocessing.manifest import UNREADABLE, FieldSpec
+from preprocessing.plan import shard_path
 from preprocessing.samples import Sample, read_samples
 from preprocessing.shards import FieldWriter
 from signals import StopSignal, leave_signals_to_the_parent
@@ -149,7 +150,9 @@ def _failures_explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         with suppress(RuntimeError):
-            time.sleep(0.5)  # the end of the connection is noticed first, and torch's signal handler raises once more
+            time.sleep(
+                0.5
+            )  # the end of the connection is noticed first, and torch's signal handler raises once more
         raise UserError(
             "a decoding process died, for want of memory or of shared memory (docker: --shm-size=8g): lower --workers or "
             "--batch-size; the same command goes on from here"
@@ -259,7 +262,7 @@ def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tup
         print(f"{job.folder}: none of its {len(writer.plan)} shards falls to part {part[0]} of {part[1]}")
         return
     if manifest is None:
-        done = sum((job.folder / f"shard-{n:05d}.lmdb").exists() for n in range(len(writer.plan)))
+        done = sum(shard_path(job.folder, n).exists() for n in range(len(writer.plan)))
         print(
             f"{job.folder}: part {part[0]} of {part[1]} is done, {done} of {len(writer.plan)} shards are there"
         )

@@ -29,7 +29,7 @@ def insist_on_settings(folder: Path, settings: dict, shard_size: int | None) -> 
         return known
     if (folder / PLAN).exists() or (folder / MANIFEST).exists():
         raise UserError(f"{folder} has lost its {SETTINGS}: restore it, or delete the folder")
-    settings = settings | {"shard_size": shard_size or SHARD_SIZE}
+    settings = settings | {"shard_size": SHARD_SIZE if shard_size is None else shard_size}
     write_json(path, settings)
     return settings
 

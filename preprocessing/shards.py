@@ -10,8 +10,9 @@ A *field* is one cached quantity: `latents` or `tokens`, one value of fixed size
     manifest.json        written last: what the values are, from which model, shape, dtype, counts, digest of ids, shards
 
 A shard is written as `shard-00000.lmdb.partial` in synchronous transactions and renamed when it is complete, so a file named
-`.lmdb` is always whole. A folder without `manifest.json` is not a cache yet. Several processes may write one field, each its
-own shards (`part`); whoever seals the last one writes the manifest. `preprocessing/reader.py` reads all this without LMDB.
+`.lmdb` is always whole; until then `shard-00000.unreadable` notes its unreadable images, and `.lock` holds who writes. A folder
+without `manifest.json` is not a cache yet. Several processes may write one field, each its own shards (`part`); whoever seals
+the last one writes the manifest. `preprocessing/reader.py` reads all this without LMDB.
 """
 
 import csv
@@ -108,7 +109,7 @@ class FieldWriter:
             raise ValueError(
                 f"{self.spec.field}: expected ({len(ids)}, {self.spec.value_bytes}), got {tuple(raw.shape)}"
             )
-        # The extremes carry any NaN or infinity, and cost a thirtieth of isfinite() on fp16.
+        # The extremes carry any NaN or infinity, and cost far less than isfinite() on fp16.
         if len(ids) and not torch.stack(torch.aminmax(self.spec.decode(raw))).isfinite().all():
             raise UserError(
                 f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers in {self.spec.dtype}: run "
@@ -198,9 +199,8 @@ class FieldWriter:
             self._seal(self._open[0], only_if_complete=True)
         if not self._open:
             path = self._partial(shard)
-            if (
-                path.exists() and path.stat().st_size < 2 * PAGE
-            ):  # the disk was full before its first pages were whole
+            # Shorter where the disk was full before its first pages were whole.
+            if path.exists() and path.stat().st_size < 2 * PAGE:
                 path.unlink()
             # LMDB wants its room ahead; on disk it is sparse.
             room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
@@ -224,9 +224,8 @@ class FieldWriter:
     def _durable(self, shard: int) -> set[str]:
         """The ids of a partial shard that need no more work."""
         if not self._partial(shard).exists():
-            self._path(shard).with_suffix(".unreadable").unlink(
-                missing_ok=True
-            )  # of a shard that was deleted
+            # What is noted of a shard that was deleted since says nothing of the new one.
+            self._path(shard).with_suffix(".unreadable").unlink(missing_ok=True)
             return set()
         with self._writing():
             with self._environment(shard).begin() as transaction:

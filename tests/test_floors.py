@@ -30,7 +30,7 @@ FLOORS = {
     "preprocessing.images": BOTTOM,
     "preprocessing.options": BOTTOM,
     "preprocessing.contact_sheet": set(),
-    "preprocessing.pipeline": BOTTOM | CACHE | {"preprocessing.shards"},
+    "preprocessing.pipeline": BOTTOM | CACHE | {"preprocessing.plan", "preprocessing.shards"},
     "preprocessing.encoders": BOTTOM
     | {"device", "models", "preprocessing.encodings", "preprocessing.manifest", "preprocessing.pipeline"},
     "loss_sd15": BOTTOM | {"models.alignment", "models.diffusion"},
