@@ -128,6 +128,7 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     import torch
 
     from device import pick_device
+    from evaluation.sampling import decode_latents
     from models.base_model import load_part
     from preprocessing.contact_sheet import draw_contact_sheet
     from preprocessing.images import read_view
@@ -136,16 +137,8 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)
     revision = spec.source["revision"] if args.base is None else None
     vae = load_part(args.base or spec.source["model"], "vae", revision).to(device).eval()
-    with torch.no_grad():  # one by one: decoding 512 px takes gigabytes
-        decoded = torch.cat(
-            [
-                vae.decode(x[None].to(device) / spec.details["scaling_factor"]).sample.cpu()
-                for x in latents[:n]
-            ]
-        )
-    decoded = (
-        ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    )  # (n, S, S, 3)
+    with torch.no_grad():
+        decoded = decode_latents(vae, latents[:n], batch_size=1)  # (n, S, S, 3)
     errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(
