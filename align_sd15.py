@@ -80,6 +80,8 @@ def _heldout(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.
         )
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
     for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
+        if trained is None:  # teacher.source=online
+            continue
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "

@@ -1,26 +1,63 @@
 """From a config to the cache, the model and the loss: what training and evaluation build alike."""
 
+from dataclasses import dataclass
+
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from configs.schema import Config
 from dataset_sd15 import SD15AlignedDataset
+from device import pick_device
 from errors import UserError
 from loss_sd15 import SD15Loss
 from models.base_model import load_part, weights_digest
 from models.diffusion import PREDICTION_TYPES, NoiseSchedule
-from models.schedule import CoefficientSchedule
+from models.dinov2_encoder import DINOv2Encoder
+from models.online_teacher import OnlineTeacher, load_decoder
+from models.schedule import Coefficient, CoefficientSchedule, SimilarityCutoff
 from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+from training.batch_stream import Batch
 from training.checkpoint import EMA, TRAINED, load_weights
 from training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a training is made of."""
+
+    config: Config
+    model: SD15UNetAligned
+    loss: SD15Loss
+    dataset: SD15AlignedDataset
+    coefficient: Coefficient
+    online: OnlineTeacher | None
+    device: torch.device
+
+    def teacher_tokens(self, batch: Batch, latents: Tensor) -> Tensor:
+        """The teacher's tokens `(B, N, D)` of a batch: from the cache, or made of its latents `(B, 4, h, w)`."""
+        return batch.on(self.device, "dino_tokens") if self.online is None else self.online(latents)
+
+
+def build_parts(config: Config) -> Parts:
+    """All parts, checked against each other; raises `UserError` where they do not fit."""
+    device = pick_device(config.train.device)
+    dataset = open_cache(config)
+    model = build_model(config).to(device).train()
+    insist_fit(config, model.unet, dataset)
+    online = build_online_teacher(config, device)
+    return Parts(config, model, build_loss(config), dataset, build_coefficient(config), online, device)
 
 
 def open_cache(config: Config) -> SD15AlignedDataset:
     """The training data, after checking that its tokens are the teacher's that the config names."""
     data = config.data
+    folder = data.tokens if config.teacher.source == "cached" else None
     dataset = SD15AlignedDataset(
-        data.csv, data.latents, data.tokens, data.text, need_tokens=config.align.coeff > 0
+        data.csv, data.latents, folder, data.text, need_tokens=config.align.coeff > 0
     )
+    if dataset.tokens is None:
+        return dataset
     wanted = (config.teacher.grid**2, config.teacher.dim)
     if dataset.tokens.spec.shape != wanted:
         raise UserError(
@@ -36,6 +73,20 @@ def open_cache(config: Config) -> SD15AlignedDataset:
     return dataset
 
 
+def build_online_teacher(config: Config, device: torch.device) -> OnlineTeacher | None:
+    """The teacher of `teacher.source=online` on `device`; None where tokens are cached, or λ is 0."""
+    settings = config.teacher
+    if settings.source == "cached" or config.align.coeff == 0:
+        return None
+    encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
+    if encoder.dim != settings.dim:
+        raise UserError(
+            f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
+        )
+    decoder = load_decoder(config.model.base, settings.decoder, config.model.revision)
+    return OnlineTeacher(decoder, encoder).to(device)
+
+
 def build_model(config: Config) -> SD15UNetAligned:
     """The base model's U-Net, what is trained of it, and (unless λ is 0) its alignment heads."""
     settings = config.model
@@ -45,6 +96,8 @@ def build_model(config: Config) -> SD15UNetAligned:
         config.align.taps if config.align.coeff > 0 else (),
         config.teacher.dim,
         grid=config.teacher.grid,
+        head=config.align.head,
+        head_hidden=config.align.head_hidden,
         train=settings.train,
         lora_config=lora_config(settings.lora_rank, settings.lora_alpha, settings.lora_targets),
         seed=config.seed,
@@ -110,18 +163,33 @@ def build_loss(config: Config) -> SD15Loss:
         prediction=config.diffusion.prediction,
         parameterization=own if parameterization == "auto" else parameterization,
         align_coeff=config.align.coeff,
+        v_weight_max=config.diffusion.v_weight_max,
+        snr_gamma=config.diffusion.snr_gamma,
         manifold_coeff=config.align.manifold_coeff,
         manifold=config.align.manifold,
         upper_only=config.align.upper_only,
-        v_weight_max=config.diffusion.v_weight_max,
+        gather=config.align.gather,
+        alpha=config.align.spatial_norm,
     )
 
 
-def coefficient_schedule(config: Config) -> CoefficientSchedule:
-    """λ as a function of the step."""
+def build_coefficient(config: Config) -> Coefficient:
+    """λ at each step."""
+    align = config.align
     names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
-    return CoefficientSchedule(
-        **{name: getattr(config.align, name) for name in names}, total_steps=config.train.steps
+    schedule = CoefficientSchedule(
+        **{name: getattr(align, name) for name in names}, total_steps=config.train.steps
+    )
+    if align.similarity_threshold is None:
+        return Coefficient(schedule)
+    return Coefficient(
+        schedule,
+        SimilarityCutoff(
+            align.similarity_threshold,
+            ema_decay=align.similarity_ema_decay,
+            mode=align.threshold_mode,
+            every=align.similarity_every,
+        ),
     )
 
 

@@ -23,7 +23,7 @@ class SD15AlignedDataset(Dataset):
 
     Args:
         csv_path: CSV of script 1.
-        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4.
+        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4. Without a `dino_dir` there are no tokens.
         need_tokens: False leaves the tokens unread (a run with λ = 0 does no alignment work).
 
     Raises `UserError` when a field is missing, unfinished or does not fit the others.
@@ -33,30 +33,33 @@ class SD15AlignedDataset(Dataset):
         self,
         csv_path: str | Path,
         latent_dir: str | Path,
-        dino_dir: str | Path,
+        dino_dir: str | Path | None,
         clip_embeddings_path: str | Path,
         *,
         need_tokens: bool = True,
     ):
         self.latents = FieldReader(latent_dir, "latents")
-        self.tokens = FieldReader(dino_dir, "tokens")
+        self.tokens = None if dino_dir is None else FieldReader(dino_dir, "tokens")
         table, self.text_manifest = read_table(clip_embeddings_path)
         self.text, self.null_text = table[:-1], table[-1]  # (n_classes, 77, 768), (77, 768)
         listed = read_samples(csv_path)
-        cached = set(self.latents.ids) & set(self.tokens.ids)
+        cached = set(self.latents.ids)
+        if self.tokens is not None:
+            cached &= set(self.tokens.ids)
         samples = [sample for sample in listed if sample.id in cached]
         self.left_out = len(listed) - len(samples)
         if not samples:
-            raise UserError(
-                f"none of the images of {csv_path} is in {latent_dir} and {dino_dir}: check the paths"
-            )
+            where = " and ".join(str(folder) for folder in (latent_dir, dino_dir) if folder is not None)
+            raise UserError(f"none of the images of {csv_path} is in {where}: check the paths")
         self.ids = [sample.id for sample in samples]
         self.class_ids = torch.tensor([sample.class_id for sample in samples])  # (n,)
         if (most := int(self.class_ids.max())) >= len(self.text):
             raise UserError(
                 f"{csv_path} has class {most}, {clip_embeddings_path} only {len(self.text)} classes: run script 4 again"
             )
-        self.readers = {"latent": self.latents} | ({"dino_tokens": self.tokens} if need_tokens else {})
+        self.readers = {"latent": self.latents}
+        if need_tokens and self.tokens is not None:
+            self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.alignment import MANIFOLD_LOSSES, token_loss
+from models.alignment import AlignmentLoss
 from models.diffusion import NoiseSchedule, add_noise, error_weight, velocity
 
 TERMS = ("loss", "loss_diff", "loss_token", "loss_manifold", "loss_align")
@@ -17,10 +17,9 @@ class SD15Loss:
         prediction: space in which the diffusion loss is taken, "v" or "epsilon".
         parameterization: what the network outputs, "v" or "epsilon".
         align_coeff: λ. 0 means that alignment is absent: no tap listens and no head is evaluated.
-        manifold_coeff: w.
-        manifold: "sample", "token" or "both" Gram matrices.
-        upper_only: compare only the strict upper triangle of the Gram matrices.
         v_weight_max: ceiling of the 1/α² weight of a v-loss on an ε-network (see `error_weight`).
+        snr_gamma: γ of min-SNR weighting, or None (see `error_weight`).
+        alignment: knobs of `AlignmentLoss`, such as manifold_coeff = w.
     """
 
     def __init__(
@@ -30,15 +29,15 @@ class SD15Loss:
         prediction: str = "v",
         parameterization: str = "epsilon",
         align_coeff: float = 0.8,
-        manifold_coeff: float = 3.0,
-        manifold: str = "sample",
-        upper_only: bool = False,
         v_weight_max: float = 5.0,
+        snr_gamma: float | None = None,
+        **alignment,
     ):
         self.schedule = schedule
-        self.prediction, self.parameterization, self.v_weight_max = prediction, parameterization, v_weight_max
-        self.align_coeff, self.manifold_coeff = align_coeff, manifold_coeff
-        self.manifold_loss, self.upper_only = MANIFOLD_LOSSES[manifold], upper_only
+        self.prediction, self.parameterization = prediction, parameterization
+        self.v_weight_max, self.snr_gamma = v_weight_max, snr_gamma
+        self.align_coeff = align_coeff
+        self.alignment = AlignmentLoss(**alignment)
 
     def __call__(
         self,
@@ -49,38 +48,39 @@ class SD15Loss:
         *,
         generator: torch.Generator | None = None,
         align_coeff: float | None = None,
+        measure: bool = False,
     ) -> dict[str, Tensor]:
         """Draw noise and timesteps from `generator` and return the terms of the loss, each a scalar.
+
+        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap.
 
         Args:
             unet: an `SD15UNetAligned`, or anything with its `forward`, `get_aligned_tokens` and `clear_hooks`.
             clean_latents: `(B, 4, h, w)`, scaled.
-            dino_tokens: `(B, N, D)`; not looked at while λ is 0.
+            dino_tokens: `(B, N, D)`; not looked at while λ is 0, when no tap listens and no head is evaluated.
             encoder_hidden_states: `(B, 77, 768)`.
             align_coeff: λ at this step, when it is scheduled.
+            measure: where λ is 0, evaluate the heads all the same; the alignment then has no part in `loss`, and no gradient.
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
+        aligned = coeff > 0 or measure
+        if aligned and dino_tokens is None:
+            raise ValueError("the alignment needs the teacher's tokens")
         noise, timesteps = self.draw(clean_latents, generator)
         alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
         noisy = add_noise(clean_latents, noise, alpha, sigma)  # (B, 4, h, w)
-        output = unet(noisy, timesteps, encoder_hidden_states, capture=coeff > 0)  # (B, 4, h, w)
+        output = unet(noisy, timesteps, encoder_hidden_states, capture=aligned)  # (B, 4, h, w)
 
         loss_diff = self.diffusion_error(output, clean_latents, noise, timesteps).mean()
-        if coeff == 0:
+        if not aligned:
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True))
 
-        tokens = unet.get_aligned_tokens()  # {tap: (B, N, D)}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and coeff > 0):
+            terms = self.alignment(unet.get_aligned_tokens(), dino_tokens)
         unet.clear_hooks()
-        loss_token = torch.stack([token_loss(x, dino_tokens) for x in tokens.values()]).mean()
-        loss_manifold = loss_diff.new_zeros(())
-        if self.manifold_coeff > 0:
-            loss_manifold = torch.stack(
-                [self.manifold_loss(x, dino_tokens, self.upper_only) for x in tokens.values()]
-            ).mean()
-        loss_align = loss_token + self.manifold_coeff * loss_manifold
-        loss = loss_diff + coeff * loss_align
-        return dict(zip(TERMS, (loss, loss_diff, loss_token, loss_manifold, loss_align), strict=True))
+        loss = loss_diff + coeff * terms["loss_align"] if coeff > 0 else loss_diff
+        return {"loss": loss, "loss_diff": loss_diff} | terms
 
     def diffusion_error(
         self, output: Tensor, clean_latents: Tensor, noise: Tensor, timesteps: Tensor
@@ -88,7 +88,9 @@ class SD15Loss:
         """The diffusion loss of each image `(B,)`, given what the network put out for it."""
         alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
         target = velocity(clean_latents, noise, alpha, sigma) if self.parameterization == "v" else noise
-        weight = error_weight(self.prediction, self.parameterization, alpha, self.v_weight_max)
+        weight = error_weight(
+            self.prediction, self.parameterization, alpha, self.v_weight_max, self.snr_gamma
+        )
         return (weight * (output.float() - target.float()).square()).flatten(1).mean(1)
 
     def draw(self, clean_latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

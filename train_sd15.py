@@ -2,6 +2,7 @@
 
     python train_sd15.py --config configs/A.yaml
     python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
+    python train_sd15.py --config configs/A.yaml --self-test    # is every part alive? Says so, and trains nothing
 
 Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped: on a
 CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
@@ -14,15 +15,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from build_sd15 import build_loss, build_model, coefficient_schedule, insist_fit, open_cache
+from build_sd15 import Parts, build_parts
 from configs.loading import knobs_help, load_config
 from configs.schema import Config
 from dataset_sd15 import SD15AlignedDataset, StepSampler, seed_of
-from device import autocast, pick_device
+from device import autocast
 from errors import run_script
 from files import written_whole
 from loss_sd15 import drop_captions
 from models.sd15_unet_aligned import SD15UNetAligned
+from selftest_sd15 import self_test
 from signals import StopSignal
 from training.batch_stream import BatchStream
 from training.checkpoint import EMA, TRAINED, load_weights
@@ -38,32 +40,35 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, help="YAML file, for instance configs/A.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument("--self-test", action="store_true", help="test every part of the run and exit")
     args = parser.parse_args(argv)
-    train(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    parts = build_parts(config)
+    if args.self_test:
+        self_test(parts)
+    else:
+        train(parts)
 
 
-def train(config: Config) -> None:
-    """Train to `config.train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
-    device = pick_device(config.train.device)
-    dataset = open_cache(config)
-    model = build_model(config).to(device).train()
-    insist_fit(config, model.unet, dataset)
-    loss_terms = build_loss(config)
+def train(parts: Parts) -> None:
+    """Train to `train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
+    config, model = parts.config, parts.model
     with RunFolder.claimed(config) as run:
-        state = TrainingState(config, model)
+        state = TrainingState(config, model, parts.coefficient)
         state.resume(run)
-        announce(config, model, dataset, device, state)
         if state.step < config.train.steps:
-            take_steps(config, run, state, model, loss_terms, dataset, device)
+            self_test(parts, step=state.step)
+            print(f"steps {state.step} to {config.train.steps} on {parts.device}; run folder {config.run}")
+            take_steps(parts, run, state)
         if state.step == config.train.steps:
             export(run, model)
         else:
             print(f"stopped at step {state.step} of {config.train.steps}; go on with: {this_command()}")
 
 
-def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
+def take_steps(parts: Parts, run: RunFolder, state: TrainingState) -> None:
     """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
-    coefficient = coefficient_schedule(config)
+    config, dataset, coefficient, device = parts.config, parts.dataset, parts.coefficient, parts.device
     null_text = dataset.null_text.to(device, torch.float32)  # (77, 768)
     # Indexed on the device, so that text need not travel with every sample.
     class_text = dataset.text.to(device)  # (n_classes, 77, 768)
@@ -79,18 +84,29 @@ def take_steps(config, run, state, model, loss_terms, dataset, device) -> None:
             generator = torch.Generator(device).manual_seed(seed_of("noise", config.seed, state.step))
             coeff = coefficient(state.step)
             latents = dataset.x_0(batch.on(device, "latent"), generator)  # (B, 4, h, w)
-            tokens = batch.on(device, "dino_tokens") if coeff > 0 else None  # (B, N, D)
+            aligned = coefficient.needs_teacher(state.step)
             text = class_text[dataset.class_ids[batch.indices]].float()  # (B, 77, 768)
             text = drop_captions(text, null_text, config.data.caption_dropout, generator)
             with autocast(device, config.train.precision):
-                terms = loss_terms(model, latents, tokens, text, generator=generator, align_coeff=coeff)
+                tokens = parts.teacher_tokens(batch, latents) if aligned else None  # (B, N, D)
+                terms = parts.loss(
+                    parts.model,
+                    latents,
+                    tokens,
+                    text,
+                    generator=generator,
+                    align_coeff=coeff,
+                    measure=aligned,
+                )
+            if aligned:
+                coefficient.observe(1 - terms["loss_token"])
             terms["loss"].backward()
             grad_norm = clip_grad_norm_(state.parameters.values(), config.optim.grad_clip)
             state.update(terms, grad_norm)
 
             done = state.step == config.train.steps
             if done or state.step % config.train.log_every == 0:
-                log(run, board, progress, state.summary() | {"coeff": coeff})
+                log(run, board, progress, state.summary() | {"coeff": coeff} | coefficient.metrics())
             if done or stop.requested or state.step % config.train.checkpoint_every == 0:
                 state.save(run)
             if stop.requested:
@@ -109,33 +125,6 @@ def open_stream(config: Config, dataset: SD15AlignedDataset, *, first_step: int,
     threads = config.data.read_threads
     return BatchStream(
         sampler, dataset.read_batch, dataset.value_bytes, dataset.decode, threads=threads, pin=pin
-    )
-
-
-def announce(
-    config: Config, model: SD15UNetAligned, dataset: SD15AlignedDataset, device, state: TrainingState
-) -> None:
-    """Say what is about to be trained, on what, from where."""
-    count = {
-        part: sum(p.numel() for n, p in state.parameters.items() if n.startswith(part))
-        for part in ("unet.", "heads.")
-    }
-    all_weights = sum(p.numel() for p in model.unet.parameters())
-    left_out = f" ({dataset.left_out} of the CSV are not cached)" if dataset.left_out else ""
-    print(
-        f"data     {len(dataset):,} images{left_out}, latents {dataset.latents.spec.shape}, tokens {dataset.tokens.spec.shape}"
-    )
-    print(f"train    {config.model.train}: {count['unet.']:,} of {all_weights:,} U-Net weights")
-    if model.heads:
-        align = config.align
-        print(
-            f"align    taps {', '.join(model.heads)}; λ = {align.coeff}, w = {align.manifold_coeff} ({align.manifold} Gram); "
-            f"heads {count['heads.']:,} weights"
-        )
-    else:
-        print("align    λ = 0: baseline, no taps and no heads")
-    print(
-        f"steps    {state.step} to {config.train.steps} at batch {config.data.batch_size} on {device}; run folder {config.run}"
     )
 
 

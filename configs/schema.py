@@ -34,9 +34,20 @@ class Model(Section):
 
 
 class Teacher(Section):
+    source: Literal["cached", "online"] = Field(
+        "cached",
+        description="cached = data.tokens; online = decode the latents and encode them at every step, without a cache and at "
+        "more than twice the cost (docs/method.md)",
+    )
     model: str | None = Field(
         None,
-        description="name of the model that made data.tokens, as its manifest has it; null accepts any",
+        description="cached: name of the model that made data.tokens, as its manifest has it (null accepts any); online: the "
+        "DINOv2 to load, a hub id, folder or checkpoint file",
+    )
+    revision: str | None = Field(None, description="online: hub revision (commit) of the teacher")
+    decoder: str | None = Field(
+        None,
+        description="online: hub id or folder of an AutoencoderTiny, such as madebyollin/taesd; null = the base model's VAE",
     )
     dim: int = Field(
         1024, ge=1, description="width D of the teacher's tokens; the cache must agree (ViT-L: 1024)"
@@ -47,7 +58,9 @@ class Teacher(Section):
 class Data(Section):
     csv: Path = Field(description="training images: CSV of preprocessing script 1")
     latents: Path = Field(description="folder of cached VAE latents (script 2)")
-    tokens: Path = Field(description="folder of cached teacher tokens (script 3)")
+    tokens: Path | None = Field(
+        None, description="folder of cached teacher tokens (script 3); not used by teacher.source=online"
+    )
     text: Path = Field(description="folder of cached CLIP embeddings (script 4)")
     batch_size: int = Field(48, ge=1, description="images per step")
     read_threads: int = Field(
@@ -75,6 +88,22 @@ class Align(Section):
         description="Gram matrix of pooled tokens across the batch (B×B), of tokens within an image (N×N), or both",
     )
     upper_only: bool = Field(False, description="compare the strict upper triangle of the Gram matrices only")
+    gather: bool = Field(
+        False,
+        description="take the sample Gram over the batches of all ranks together; its meaning depends on their number",
+    )
+    head: Literal["conv1x1", "linear", "mlp", "conv3x3"] = Field(
+        "conv1x1",
+        description="what projects the features: the plan's 1×1 conv, GroupNorm, GELU; LayerNorm and one layer; REPA's three "
+        "layers with SiLU; iREPA's 3×3 conv",
+    )
+    head_hidden: int = Field(2048, ge=1, description="width of the hidden layers of head = mlp")
+    spatial_norm: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="iREPA's α: the teacher's tokens become (y − α·mean) / std over each image's tokens; null = as they are",
+    )
     schedule: Literal["constant", "linear", "cosine", "polynomial"] = Field(
         "constant", description="how λ goes to coeff_end after the warm-up"
     )
@@ -85,6 +114,21 @@ class Align(Section):
     coeff_end: float = Field(0.0, ge=0, description="λ at the end of the decay")
     power: float = Field(1.0, gt=0, description="exponent of the polynomial schedule")
     cutoff_step: int = Field(0, ge=0, description="λ = 0 from this step on; 0 = never")
+    similarity_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="λ = 0 once the moving average of the mean cosine reaches this; null = never",
+    )
+    similarity_ema_decay: Decay = Field(
+        0.99, description="decay of that average; it decides nothing before it has seen 1 / (1 − decay) steps"
+    )
+    threshold_mode: Literal["permanent", "recoverable"] = Field(
+        "permanent", description="whether λ stays 0, or comes back when the average falls below the threshold"
+    )
+    similarity_every: int = Field(
+        10, ge=1, description="while λ is 0 but recoverable, measure the similarity at every so many steps"
+    )
 
     @field_validator("taps", mode="before")
     @classmethod
@@ -97,6 +141,15 @@ class Align(Section):
             raise ValueError(f"align.taps names a tap twice: {', '.join(self.taps)}")
         return self
 
+    @model_validator(mode="after")
+    def _something_left_to_compare(self):
+        if self.spatial_norm == 1 and self.manifold != "token" and self.manifold_coeff > 0:
+            raise ValueError(
+                "align.spatial_norm = 1 takes away the mean tokens that the sample Gram compares: set align.manifold=token, "
+                "align.manifold_coeff=0, or a smaller align.spatial_norm"
+            )
+        return self
+
 
 class Diffusion(Section):
     prediction: Literal["v", "epsilon"] = Field("v", description="space in which the diffusion loss is taken")
@@ -105,6 +158,11 @@ class Diffusion(Section):
     )
     v_weight_max: float = Field(
         5.0, gt=0, description="ceiling of the weight 1/α² that a v-loss puts on the error of an ε-network"
+    )
+    snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="γ of min-SNR: the loss is min(SNR, γ) |x_0 − x̂_0|², whatever prediction says; null = unweighted",
     )
 
 
@@ -172,6 +230,16 @@ class Config(Section):
     optim: Optim = Optim()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _the_teacher_has_a_source(self):
+        if self.teacher.source == "online" and self.teacher.model is None and self.align.coeff > 0:
+            raise ValueError("teacher.source=online needs teacher.model, for instance facebook/dinov2-large")
+        if self.teacher.source == "cached" and self.data.tokens is None:
+            raise ValueError(
+                "'data.tokens' is missing (folder of cached teacher tokens, script 3): set it, or teacher.source=online"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_before_the_tap_is_trained(self):

@@ -1,36 +1,70 @@
-"""What alignment is, with nothing about diffusion: the head that projects tapped features, and the losses.
+"""What alignment is, with nothing about diffusion: the heads that project tapped features, and the losses.
 
 Tokens are `(B, N, D)`. The losses take the head's tokens x and the teacher's tokens y, insist on equal shapes, compute in fp32
 also under autocast, and return a scalar.
 """
 
 import functools
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+
+class PerCell(nn.Sequential):
+    """Layers on the channels of each cell by itself; features `(B, C, h, w)` in and out."""
+
+    def forward(self, feat: Tensor) -> Tensor:
+        return super().forward(feat.movedim(1, -1)).movedim(-1, 1)
+
+
+# From (channels C of the features, width D of the teacher, hidden width) to the projection (B, C, h, w) -> (B, D, h, w).
+PROJECTIONS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    # U-REPA as the plan has it
+    "conv1x1": lambda C, D, _: nn.Sequential(nn.Conv2d(C, D, 1, bias=False), nn.GroupNorm(32, D), nn.GELU()),
+    "linear": lambda C, D, _: PerCell(nn.LayerNorm(C), nn.Linear(C, D)),
+    # REPA, arXiv 2410.06940
+    "mlp": lambda C, D, width: PerCell(
+        nn.Linear(C, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, D)
+    ),
+    # iREPA, arXiv 2512.10794
+    "conv3x3": lambda C, D, _: nn.Conv2d(C, D, 3, padding=1),
+}
 
 
 class AlignHead(nn.Module):
     """Project tapped features to the teacher's width, then upsample to its grid (U-REPA, arXiv 2503.18414).
 
-    The order matters: the 1×1 projection runs on the U-Net's own cells, and only its output is resized.
+    The order matters: the projection runs on the backbone's own cells, and only its output is resized.
 
     Args:
         in_ch: channels of the tapped features.
-        D: width of the teacher's tokens, a multiple of 32 (GroupNorm).
-        grid: the teacher's token grid, (h, w) or one number for both.
+        D: width of the teacher's tokens, for conv1x1 a multiple of 32 (GroupNorm).
+        grid: the teacher's token grid of one image or frame, (h, w) or one number for both.
+        kind: which of `PROJECTIONS`.
+        hidden: width of the two hidden layers of `mlp`.
     """
 
-    def __init__(self, in_ch: int, D: int, grid: int | tuple[int, int]):
+    def __init__(
+        self, in_ch: int, D: int, grid: int | tuple[int, int], kind: str = "conv1x1", hidden: int = 2048
+    ):
         super().__init__()
-        if D % 32:
+        if kind == "conv1x1" and D % 32:
             raise ValueError(f"D = {D} must be a multiple of 32, the number of GroupNorm's groups")
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-        self.proj = nn.Sequential(nn.Conv2d(in_ch, D, 1, bias=False), nn.GroupNorm(32, D), nn.GELU())
+        self.proj = PROJECTIONS[kind](in_ch, D, hidden)
 
     def forward(self, feat: Tensor) -> Tensor:
-        """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's grid."""
+        """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's grid.
+
+        Of a video, `(B, in_ch, f, h, w)`, each frame is mapped as an image, which gives `(B, f·N, D)`, frame by frame.
+        """
+        if feat.ndim == 5:
+            frames = self(feat.transpose(1, 2).flatten(0, 1))  # (B·f, N, D)
+            return frames.unflatten(0, (len(feat), -1)).flatten(1, 2)
         x = self.proj(feat)  # (B, D, h, w)
         if (
             self.grid[0] < x.shape[2] or self.grid[1] < x.shape[3]
@@ -70,16 +104,25 @@ def token_loss(x_tokens: Tensor, y_tokens: Tensor) -> Tensor:
 
 
 @_in_fp32
-def manifold_gram_loss(x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False) -> Tensor:
+def manifold_gram_loss(
+    x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, gather: bool = False
+) -> Tensor:
     """Mean squared difference of the two B×B Gram matrices of normalised mean-pooled tokens ("sample Gram").
 
     `upper_only` averages over pairs i < j instead of all B² entries, whose diagonal is 0 and whose halves are equal.
+    `gather` takes the batch of all ranks together, with gradients. Every rank then holds the same loss, and the mean of the
+    ranks' gradients, which is what DistributedDataParallel forms, is the gradient of one process with the whole batch.
     Raises ValueError for B = 1, where there is no pair.
     """
-    if len(x_tokens) < 2:
-        raise ValueError("the sample Gram needs at least two images in the batch")
     pooled_x = F.normalize(x_tokens.mean(1), dim=-1)  # (B, D)
     pooled_y = F.normalize(y_tokens.mean(1), dim=-1)  # (B, D)
+    if gather and dist.is_initialized() and dist.get_world_size() > 1:
+        pooled_x, pooled_y = (
+            torch.cat(all_gather(pooled_x)),
+            torch.cat(all_gather(pooled_y)),
+        )  # (ranks · B, D)
+    if len(pooled_x) < 2:
+        raise ValueError("the sample Gram needs at least two images in the batch")
     return _gram_distance(pooled_x @ pooled_x.T, pooled_y @ pooled_y.T, upper_only)
 
 
@@ -90,14 +133,20 @@ def token_gram_loss(x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False
     return _gram_distance(x @ x.transpose(1, 2), y @ y.transpose(1, 2), upper_only)
 
 
-def both_grams_loss(x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False) -> Tensor:
+def both_grams_loss(
+    x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, gather: bool = False
+) -> Tensor:
     """Sample Gram plus token Gram."""
-    return manifold_gram_loss(x_tokens, y_tokens, upper_only) + token_gram_loss(
-        x_tokens, y_tokens, upper_only
-    )
+    sample = manifold_gram_loss(x_tokens, y_tokens, upper_only, gather)
+    return sample + token_gram_loss(x_tokens, y_tokens, upper_only)
 
 
-MANIFOLD_LOSSES = {"sample": manifold_gram_loss, "token": token_gram_loss, "both": both_grams_loss}
+# From (x, y, upper_only, gather) to a scalar; the Gram within an image has nothing to gather.
+MANIFOLD_LOSSES = {
+    "sample": manifold_gram_loss,
+    "token": lambda x, y, upper_only, _: token_gram_loss(x, y, upper_only),
+    "both": both_grams_loss,
+}
 
 
 def _gram_distance(gram_x: Tensor, gram_y: Tensor, upper_only: bool) -> Tensor:
@@ -106,3 +155,63 @@ def _gram_distance(gram_x: Tensor, gram_y: Tensor, upper_only: bool) -> Tensor:
         return squared.mean()
     row, column = torch.triu_indices(*squared.shape[-2:], offset=1, device=squared.device)
     return squared[..., row, column].mean()
+
+
+def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:
+    """iREPA's normalisation of teacher tokens `(B, N, D)`: (y − α·mean) / (std + 1e-6) per image and channel, over its tokens.
+
+    It takes away what all tokens of an image share, so that what tells them apart weighs more (arXiv 2512.10794). α = 1 takes
+    the whole mean, and with it all that the sample Gram compares.
+    """
+    tokens = tokens.float()
+    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (B, 1, D)
+    return (tokens - alpha * mean) / (std + 1e-6)
+
+
+class AlignmentLoss:
+    """L_token + w · L_manifold, each the mean over taps.
+
+    Args:
+        manifold_coeff: w; 0 means that the manifold loss is not computed.
+        manifold: "sample", "token" or "both" Gram matrices.
+        upper_only, gather: see `manifold_gram_loss`.
+        alpha: of `spatial_norm` on the teacher's tokens; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifold_coeff: float = 3.0,
+        manifold: str = "sample",
+        upper_only: bool = False,
+        gather: bool = False,
+        alpha: float | None = None,
+    ):
+        self.manifold_coeff, self.alpha = manifold_coeff, alpha
+        self._manifold = MANIFOLD_LOSSES[manifold]
+        self._options = (upper_only, gather)
+
+    def __call__(self, tokens: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+        """The terms for each tap's tokens `(B, N, D)` and the teacher's.
+
+        Returns `loss_token`, `loss_manifold`, `loss_align`, and for each tap `cosine/TAP` in [−1, 1] and, unless w is 0,
+        `loss_manifold/TAP`.
+        """
+        if self.alpha is not None:
+            teacher = spatial_norm(teacher, self.alpha)
+        token = {tap: token_loss(x, teacher) for tap, x in tokens.items()}
+        loss_token = torch.stack(list(token.values())).mean()
+        loss_manifold, manifold = loss_token.new_zeros(()), {}
+        if self.manifold_coeff > 0:
+            manifold = {tap: self._manifold(x, teacher, *self._options) for tap, x in tokens.items()}
+            loss_manifold = torch.stack(list(manifold.values())).mean()
+        terms = {
+            "loss_token": loss_token,
+            "loss_manifold": loss_manifold,
+            "loss_align": loss_token + self.manifold_coeff * loss_manifold,
+        }
+        return (
+            terms
+            | {f"cosine/{tap}": 1 - value for tap, value in token.items()}
+            | {f"loss_manifold/{tap}": value for tap, value in manifold.items()}
+        )

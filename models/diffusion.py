@@ -64,18 +64,41 @@ def x_0_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor)
     return (x_t - sigma * epsilon) / alpha
 
 
-def error_weight(prediction: str, parameterization: str, alpha: Tensor, v_weight_max: float) -> Tensor:
+def error_weight(
+    prediction: str,
+    parameterization: str,
+    alpha: Tensor,
+    v_weight_max: float,
+    snr_gamma: float | None = None,
+) -> Tensor:
     """Weight that turns the squared error of the network's own output into a loss taken in space `prediction`.
 
-    At fixed x_t, ε = α v + σ x_t gives ε − ε̂ = α (v − v̂), so
+    At fixed x_t the error of v is that of ε divided by α: v = α ε − σ x_0 with x_0 = (x_t − σ ε) / α is
+
+        v = α ε − σ x_t / α + (σ² / α) ε = ((α² + σ²) ε − σ x_t) / α = (ε − σ x_t) / α,
+
+    in which only ε is the network's, so v − v̂ = (ε − ε̂) / α and
 
         |v − v̂|² = |ε − ε̂|² / α²   for a network that outputs ε under a v-loss,
         |ε − ε̂|² = α² |v − v̂|²     for a network that outputs v under an ε-loss.
 
     1/α² = 1 + 1/SNR grows without bound towards pure noise (214 at SD-1.5's last step), so it is clipped at `v_weight_max`,
     in the manner of min-SNR (Hang et al., arXiv 2303.09556). Weighting the network's own error, instead of converting its
-    output, also avoids dividing by a small α. Returns a tensor shaped like `alpha`.
+    output, also avoids dividing by a small α.
+
+    With `snr_gamma` γ the loss is min-SNR's own, min(SNR, γ) |x_0 − x̂_0|², whichever space is asked for. From
+    |x_0 − x̂_0|² = |ε − ε̂|² / SNR = σ² |v − v̂|² and SNR = α² / σ² follow its weights,
+
+        min(SNR, γ) / SNR = min(1, γ σ² / α²)          for a network that outputs ε,
+        min(SNR, γ) / (SNR + 1) = min(α², γ σ²)        for a network that outputs v.
+
+    Returns a tensor shaped like `alpha`.
     """
+    if snr_gamma is not None:
+        signal, noise = alpha.square(), 1 - alpha.square()
+        if parameterization == "v":
+            return torch.minimum(signal, snr_gamma * noise)
+        return (snr_gamma * noise / signal).clamp(max=1)
     if prediction == parameterization:
         return torch.ones_like(alpha)
     if (prediction, parameterization) == ("v", "epsilon"):

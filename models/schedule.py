@@ -1,7 +1,15 @@
-"""The coefficient λ(t): how strongly the alignment acts at each step. A pure function of the step."""
+"""The coefficient λ(t): how strongly the alignment acts at each step.
+
+`CoefficientSchedule` is a pure function of the step. `SimilarityCutoff` silences it once the teacher is matched, which takes
+memory; `Coefficient` is both together, and what training asks before it touches a head or a teacher token.
+"""
 
 import math
 from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +47,111 @@ DECAYS = {
     "cosine": lambda progress, power: (1 + math.cos(math.pi * progress)) / 2,
     "polynomial": lambda progress, power: (1 - progress) ** power,
 }
+
+
+class SimilarityCutoff:
+    """Off once the moving average of the similarity has reached a threshold.
+
+    The similarity is the mean cosine of the heads' tokens and the teacher's, in [−1, 1]. Its exponential moving average is
+    corrected for its start at 0 (as Adam's moments are), and decides nothing before it has seen as many values as it
+    averages over, 1 / (1 − decay), so that no single batch can end the alignment. Under torch.distributed the mean over
+    ranks is observed, so that all ranks decide alike.
+
+    Args:
+        threshold: in [−1, 1].
+        ema_decay: in [0, 1); 0.99 averages over about 100 values.
+        mode: "permanent" stays off, "recoverable" comes back when the average falls below the threshold.
+        every: while off and recoverable, the similarity is measured at every so many steps.
+    """
+
+    def __init__(
+        self, threshold: float, *, ema_decay: float = 0.99, mode: str = "permanent", every: int = 10
+    ):
+        self.threshold, self.decay, self.mode, self.every = threshold, ema_decay, mode, every
+        self.enough = math.ceil(1 / (1 - ema_decay) - 1e-9)
+        self._sum, self._count, self._off = 0.0, 0, False
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def observe(self, similarity: Tensor) -> None:
+        """Take a step's similarity, a scalar on any device. It is read when it is next asked for: nothing waits here."""
+        value = similarity.detach().float().clone()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+        self._settle()
+        if value.is_cuda:
+            host = torch.empty((), pin_memory=True).copy_(value, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._pending = (host, copied)
+        else:
+            self._pending = (value, None)
+
+    @property
+    def off(self) -> bool:
+        """Whether λ is to be 0, after all that was observed."""
+        self._settle()
+        return self._off
+
+    @property
+    def average(self) -> float | None:
+        """The bias-corrected moving average, or None before the first value."""
+        self._settle()
+        return self._sum / (1 - self.decay**self._count) if self._count else None
+
+    def measures(self, step: int) -> bool:
+        """Whether the similarity is wanted at this step although λ is 0."""
+        return self.mode == "recoverable" and step % self.every == 0
+
+    def state_dict(self) -> dict:
+        self._settle()
+        return {"sum": self._sum, "count": self._count, "off": self._off}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._sum, self._count, self._off = state["sum"], state["count"], state["off"]
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        (value, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        self._sum = self.decay * self._sum + (1 - self.decay) * value.item()
+        self._count += 1
+        if self._count >= self.enough:
+            reached = self._sum / (1 - self.decay**self._count) >= self.threshold
+            self._off = reached or (self._off and self.mode == "permanent")
+
+
+class Coefficient:
+    """λ at each step of a training: the schedule, unless the similarity has silenced it."""
+
+    def __init__(self, schedule: CoefficientSchedule, cutoff: SimilarityCutoff | None = None):
+        self.schedule, self.cutoff = schedule, cutoff
+
+    def __call__(self, step: int) -> float:
+        """λ; steps are asked for in their order."""
+        return 0.0 if self.cutoff is not None and self.cutoff.off else self.schedule(step)
+
+    def needs_teacher(self, step: int) -> bool:
+        """Whether this step evaluates the heads, be it only to measure the similarity."""
+        if self.schedule(step) == 0:
+            return False
+        return self.cutoff is None or not self.cutoff.off or self.cutoff.measures(step)
+
+    def observe(self, similarity: Tensor) -> None:
+        """Take the mean cosine of a step that evaluated the heads."""
+        if self.cutoff is not None:
+            self.cutoff.observe(similarity)
+
+    def metrics(self) -> dict[str, float]:
+        """What is logged beside λ: the moving average, where one decides."""
+        average = None if self.cutoff is None else self.cutoff.average
+        return {} if average is None else {"similarity_ema": average}
+
+    def state_dict(self) -> dict:
+        return {} if self.cutoff is None else self.cutoff.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.cutoff is not None:
+            self.cutoff.load_state_dict(state)

@@ -55,6 +55,7 @@ class SD15UNetAligned(nn.Module):
         unet: SD-1.5's U-Net, of any width. It is changed in place: LoRA is added or weights are frozen.
         align_layers: taps to align; empty builds neither hooks nor heads.
         D, grid: width and token grid of the teacher.
+        head, head_hidden: kind of all heads, and the hidden width of the kind `mlp` (see `AlignHead`).
         train: "lora" (with `lora_config`), "partial" (all weights around the bottleneck), or "full".
         seed: seed of the initial LoRA and head weights, which leave torch's random state on the CPU alone.
 
@@ -69,6 +70,8 @@ class SD15UNetAligned(nn.Module):
         D: int = 1024,
         *,
         grid: int | tuple[int, int] = 14,
+        head: str = "conv1x1",
+        head_hidden: int = 2048,
         train: str = "lora",
         lora_config: LoraConfig | None = None,
         seed: int = 0,
@@ -81,7 +84,9 @@ class SD15UNetAligned(nn.Module):
             torch.manual_seed(seed)
             _choose_trained(unet, train, lora_config)
             width = unet.config.block_out_channels[-1]
-            self.heads = nn.ModuleDict({name: AlignHead(width, D, grid) for name in align_layers})
+            self.heads = nn.ModuleDict(
+                {name: AlignHead(width, D, grid, head, head_hidden) for name in align_layers}
+            )
         taps = sd15_taps(unet)
         self.taps = Taps(unet, {name: taps[name] for name in align_layers})
 
@@ -144,7 +149,10 @@ def _choose_trained(unet: UNet2DConditionModel, train: str, config: LoraConfig |
     if train == "lora":
         if config is None:
             raise ValueError("train='lora' needs a lora_config")
-        unet.add_adapter(config)  # freezes the base; peft raises when the targets match nothing
+        try:
+            unet.add_adapter(config)  # freezes the base
+        except ValueError as error:  # peft's, when the targets match nothing
+            raise UserError(f"LoRA finds no module to wrap: {str(error).splitlines()[0]}") from None
     elif train == "partial":
         for path in ("down_blocks.3", "mid_block", "up_blocks.0"):
             unet.get_submodule(path).requires_grad_(True)

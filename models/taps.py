@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
+
 
 def _the_tensor(output: Any, _args: tuple, _kwargs: dict) -> Tensor:
     if not isinstance(output, Tensor):
@@ -25,6 +27,10 @@ def _the_tensor(output: Any, _args: tuple, _kwargs: dict) -> Tensor:
             f"the tapped block returned {type(output).__name__}, not a tensor: give the tap a `read` function"
         )
     return output
+
+
+class TapError(UserError):
+    """A tap that cannot be trusted: its block does not exist, it did not fire, fired twice, or carries no gradient."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,9 @@ class Tap:
 class Taps:
     """Capture what the tapped blocks return during one forward.
 
-    Raises at construction when a path does not exist, and at the end of `recording()` when a tap did not fire, fired twice,
-    or captured hidden states that carry no gradient while the backbone trains.
+    Raises `TapError` at construction when a path does not exist, and at the end of `recording()` when a tap did not fire,
+    fired twice, or captured hidden states that carry no gradient while the backbone trains. A compiled backbone never calls
+    hooks that were added after its first call: attach taps before.
     """
 
     def __init__(self, backbone: nn.Module, taps: Mapping[str, Tap]):
@@ -55,7 +62,7 @@ class Taps:
             try:
                 block = backbone.get_submodule(tap.path)
             except AttributeError:
-                raise ValueError(f"tap {name}: the backbone has no block {tap.path}") from None
+                raise TapError(f"tap {name}: the backbone has no block {tap.path}") from None
             self._handles.append(block.register_forward_hook(self._hook(name, tap), with_kwargs=True))
 
     def _hook(self, name: str, tap: Tap):
@@ -64,7 +71,7 @@ class Taps:
             if not self._recording:
                 return
             if name in self.captured:
-                raise RuntimeError(f"tap {name} ({tap.path}) fired twice in one forward")
+                raise TapError(f"tap {name} ({tap.path}) fired twice in one forward")
             self.captured[name] = tap.read(output, args, kwargs)
 
         return capture
@@ -80,13 +87,20 @@ class Taps:
             self._recording = False
         for name, tap in self._taps.items():
             if name not in self.captured:
-                raise RuntimeError(
-                    f"tap {name} ({tap.path}) did not fire: the forward never reached that block"
+                raise TapError(
+                    f"tap {name} ({tap.path}) did not fire: the forward never reached that block, or the backbone was "
+                    "compiled and called before the tap was attached"
                 )
             if self._backbone.training and torch.is_grad_enabled() and not self.captured[name].requires_grad:
-                raise RuntimeError(
-                    f"tap {name} ({tap.path}) carries no gradient: nothing before it is trained"
+                raise TapError(
+                    f"tap {name} ({tap.path}) carries no gradient: nothing before it is trained, or it is detached "
+                    "(re-entrant gradient checkpointing does that)"
                 )
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The block that each tap reads."""
+        return {name: tap.path for name, tap in self._taps.items()}
 
     def clear(self) -> None:
         """Forget what was captured; a stored tensor would keep its graph alive."""

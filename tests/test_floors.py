@@ -36,7 +36,8 @@ FLOORS = {
     "loss_sd15": BOTTOM | {"models.alignment", "models.diffusion"},
     "dataset_sd15": BOTTOM | CACHE,
     "training": BOTTOM | {"configs", "training"},
-    "build_sd15": BOTTOM | {"configs", "dataset_sd15", "loss_sd15", "models", "training"},
+    "build_sd15": BOTTOM | {"configs", "dataset_sd15", "device", "loss_sd15", "models", "training"},
+    "selftest_sd15": BOTTOM | {"build_sd15", "device", "models"},
 }
 SCRIPTS = {"train_sd15", "evaluate_sd15", "demo"}
 # Outside libraries that have one room each.

@@ -24,7 +24,7 @@ def evaluate(batch, model=None, *, coeff=None, **knobs):
 
 def test_terms_add_up_to_the_equation(batch):
     terms = evaluate(batch, align_coeff=0.8, manifold_coeff=3.0)
-    assert tuple(terms) == TERMS
+    assert tuple(terms) == (*TERMS, "cosine/mid", "loss_manifold/mid")
     torch.testing.assert_close(terms["loss_align"], terms["loss_token"] + 3.0 * terms["loss_manifold"])
     torch.testing.assert_close(terms["loss"], terms["loss_diff"] + 0.8 * terms["loss_align"])
 
@@ -67,6 +67,22 @@ def test_alignment_is_the_mean_over_taps(batch):
     torch.testing.assert_close(terms["loss_manifold"], sum(manifold_gram_loss(x, tokens) for x in heads) / 3)
 
 
+def test_metrics_name_each_tap(batch):
+    model = small_model(["enc_last", "mid"])
+    terms = evaluate(batch, model)
+    cosines = [terms[f"cosine/{tap}"] for tap in ("enc_last", "mid")]
+    torch.testing.assert_close(1 - sum(cosines) / 2, terms["loss_token"])
+    assert cosines[0] != cosines[1]
+    manifolds = [terms[f"loss_manifold/{tap}"] for tap in ("enc_last", "mid")]
+    torch.testing.assert_close(sum(manifolds) / 2, terms["loss_manifold"])
+
+
+def test_the_options_of_the_alignment_reach_it(batch):
+    model = small_model()
+    for knobs in ({"manifold": "token"}, {"upper_only": True}, {"alpha": 0.5}, {"manifold": "both"}):
+        assert evaluate(batch, model, **knobs)["loss_align"] != evaluate(batch, model)["loss_align"], knobs
+
+
 def test_a_manifold_weight_of_zero_is_zero(batch):
     """`weight or 3.0` would turn the deliberate 0 into 3."""
     terms = evaluate(batch, manifold_coeff=0.0)
@@ -82,6 +98,29 @@ def test_a_coefficient_of_zero_evaluates_no_head_and_needs_no_tokens(batch):
     terms = evaluate((latents, timesteps, text, None), model, coeff=0.0)
     assert terms["loss"] is terms["loss_diff"]
     assert not model.taps.captured
+
+
+def test_a_measured_zero_trains_as_an_unmeasured_one_bit_for_bit(batch):
+    latents, _, text, tokens = batch
+    gradients = []
+    for measure in (False, True):
+        model = small_model()
+        loss = SD15Loss(SCHEDULE)
+        terms = loss(model, latents, tokens, text, generator=generator(), align_coeff=0.0, measure=measure)
+        terms["loss"].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert (terms["loss_token"] > 0) == measure
+        assert not terms["loss_token"].requires_grad
+        assert not model.taps.captured
+    assert all(p is None for name, p in gradients[1].items() if name.startswith("heads."))
+    unet = [name for name in gradients[0] if name.startswith("unet.")]
+    assert all(gradients[0][name].equal(gradients[1][name]) for name in unet)
+
+
+def test_alignment_without_tokens_is_an_error(batch):
+    latents, timesteps, text, _ = batch
+    with pytest.raises(ValueError, match="teacher's tokens"):
+        evaluate((latents, timesteps, text, None))
 
 
 def test_zero_coefficient_trains_as_if_heads_were_absent_bit_for_bit(batch):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from errors import UserError
 from models.alignment import token_loss
 from models.sd15_unet_aligned import LORA_TARGETS, SD15UNetAligned, lora_config, sd15_taps
-from models.taps import Tap, Taps
+from models.taps import Tap, TapError, Taps
 
 ALL_TAPS = ("enc_last", "mid", "dec_first")
 
@@ -196,25 +196,25 @@ def test_attention_only_lora_touches_the_mid_block_alone():
 
 class TestTaps:
     def test_a_path_that_does_not_exist_is_refused(self):
-        with pytest.raises(ValueError, match="no block nowhere"):
+        with pytest.raises(TapError, match="no block nowhere"):
             Taps(torch.nn.Linear(2, 2), {"t": Tap("nowhere.0")})
 
     def test_a_tap_that_does_not_fire_is_an_error(self):
         net = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
         taps = Taps(net, {"t": Tap("idle")})
-        with pytest.raises(RuntimeError, match="did not fire"), taps.recording():
+        with pytest.raises(TapError, match="did not fire"), taps.recording():
             net["used"](torch.ones(1, 2))
 
     def test_a_tap_that_fires_twice_in_one_forward_is_an_error(self):
         net = torch.nn.Sequential(torch.nn.Linear(2, 2))
         taps = Taps(net, {"t": Tap("0")})
-        with pytest.raises(RuntimeError, match="twice"), taps.recording():
+        with pytest.raises(TapError, match="twice"), taps.recording():
             net(net(torch.ones(1, 2)))
 
     def test_a_detached_tap_is_an_error_while_training_only(self):
         net = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
         taps = Taps(net, {"t": Tap("0")})
-        with pytest.raises(RuntimeError, match="no gradient"), taps.recording():
+        with pytest.raises(TapError, match="no gradient"), taps.recording():
             net(torch.ones(1, 2))
         with torch.no_grad(), taps.recording():
             net(torch.ones(1, 2))
@@ -237,5 +237,5 @@ class TestTaps:
         net = torch.nn.Sequential(torch.nn.Linear(2, 2))
         taps = Taps(net, {"t": Tap("0")})
         taps.remove()
-        with pytest.raises(RuntimeError, match="did not fire"), taps.recording():
+        with pytest.raises(TapError, match="did not fire"), taps.recording():
             net(torch.ones(1, 2))

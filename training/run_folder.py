@@ -30,7 +30,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 # What may differ between the start of a run and its continuation, because it cannot change the result.
 OPERATIONAL = (
     "run",
-    "data.workers",
+    "data.read_threads",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -13,13 +13,15 @@ from training.run_folder import RunFolder
 
 
 class TrainingState:
-    """What changes from step to step: trained weights, optimiser, learning rates, moving average, sums of the metrics."""
+    """What changes from step to step: trained weights, optimiser, learning rates, moving average, sums of the metrics, and
+    `coefficient`, anything with a `state_dict` that JSON can hold."""
 
-    def __init__(self, config: Config, model: torch.nn.Module):
+    def __init__(self, config: Config, model: torch.nn.Module, coefficient):
         optim = config.optim
         self.step = 0
         self.keep = config.train.keep_checkpoints
         self.parameters = model.trained_parameters()
+        self.coefficient = coefficient
         head_lr = optim.lr if optim.head_lr is None else optim.head_lr
         groups = [
             {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "lr": lr}
@@ -35,7 +37,7 @@ class TrainingState:
         self.lr_schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, config.train.steps)
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def update(self, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
         """One optimiser step from the gradients in place; nothing here waits for the device."""
@@ -45,14 +47,17 @@ class TrainingState:
         self.ema.step(self.parameters.values())
         for name, value in (terms | {"grad_norm": grad_norm}).items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.step += 1
 
     def summary(self) -> dict[str, float]:
-        """Means since the last summary, and the learning rate; raises `UserError` when the loss is not finite."""
-        means = {name: value / self.count for name, value in self.finite_sums().items()}
+        """Means since the last summary, each over the steps that had the term, and the learning rate.
+
+        Raises `UserError` when the loss is not finite.
+        """
+        means = {name: value / self.counts[name] for name, value in self.finite_sums().items()}
         self.sums.clear()
-        self.count = 0
+        self.counts.clear()
         return {"step": self.step, **means, "lr": self.lr_schedule.get_last_lr()[0]}
 
     def finite_sums(self) -> dict[str, float]:
@@ -66,7 +71,11 @@ class TrainingState:
         return sums
 
     def save(self, run: RunFolder) -> None:
-        extra = {"sums": self.finite_sums(), "count": self.count}
+        extra = {
+            "sums": self.finite_sums(),
+            "counts": self.counts,
+            "coefficient": self.coefficient.state_dict(),
+        }
         save_checkpoint(
             run.checkpoint_folder,
             self.step,
@@ -91,5 +100,6 @@ class TrainingState:
             )
             device = next(iter(self.parameters.values())).device
             self.sums = {name: torch.tensor(value, device=device) for name, value in extra["sums"].items()}
-            self.count = extra["count"]
+            self.counts = extra["counts"]
+            self.coefficient.load_state_dict(extra["coefficient"])
         run.forget_metrics_after(self.step)
