@@ -53,9 +53,16 @@ def insist_present(name: str) -> None:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """sha256 over names and bytes of all weights: the model's identity, however it was stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """sha256 over shapes and bytes of all weights: the model's identity, however it was stored.
+
+    Without their names and in no order, because a class's names in memory change with the version of its library
+    (transformers 5.17 and 5.23 differ in DINOv2's attention).
+    """
+    weights = (tensor.detach().cpu().contiguous() for tensor in module.state_dict().values())
+    digests = sorted(
+        hashlib.sha256(
+            f"{tuple(w.shape)}".encode() + w.reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).digest()
+        for w in weights
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

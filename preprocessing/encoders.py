@@ -74,7 +74,7 @@ def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
             raise UserError(
                 f"image size {size} is not a multiple of the patch {patch}: use {below} or {below + patch}"
             )
-        teacher = DINOv2Encoder(teacher.model, size // patch).to(device)
+        teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
     if teacher.grid < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
     if dtype == "int8" and teacher.dim % GROUP:
@@ -96,7 +96,11 @@ def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
         source=source_of(
             args.teacher, args.teacher_revision, teacher.model, precision_of(device, args.precision)
         )
-        | {"implementation": f"transformers.{type(teacher.model).__name__}"},
+        | {
+            "implementation": teacher.implementation,
+            "position_embeddings": teacher.resampling,
+            "format": teacher.format,
+        },
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
     )
     return FieldJob(folder, spec, encode, device)

@@ -86,7 +86,10 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
     """Which teacher sees what; `prefix` where other options have these names already."""
     parser.add_argument(
-        "--teacher", default="facebook/dinov2-large", help="DINOv2: hub id or folder (default %(default)s)"
+        "--teacher",
+        default="facebook/dinov2-large",
+        help="DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "
+        "facebookresearch/dinov2 (default %(default)s)",
     )
     parser.add_argument("--teacher-revision", help="hub revision (commit) of the teacher")
     size = parser.add_mutually_exclusive_group()
