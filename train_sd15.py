@@ -2,6 +2,7 @@
 
     python train_sd15.py --config configs/A.yaml
     python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
+    python train_sd15.py --config configs/A.yaml --config configs/ablations/token_only.yaml run=runs/A_token_only
     python train_sd15.py --config configs/A.yaml --self-test    # is every part alive? Says so, and trains nothing
 
 Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped: on a
@@ -38,7 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"settings:\n{knobs_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML file, for instance configs/A.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        help="YAML file, for instance configs/A.yaml; given again, the next file is laid over the one before",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--self-test", action="store_true", help="test every part of the run and exit")
     args = parser.parse_args(argv)

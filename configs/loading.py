@@ -1,23 +1,32 @@
 """Read a config: YAML is the truth, `key=value` overrides it, and an unknown key is an error that names the nearest known one.
 
 config = load_config("configs/A.yaml", ["align.coeff=0", "run=runs/A_baseline"])
+config = load_config(["configs/A.yaml", "configs/ablations/token_only.yaml"], ["run=runs/A_token_only"])
 """
 
 import difflib
+import functools
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from configs.aliases import own_name, rename_aliases
 from configs.schema import Config
 from errors import UserError
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line."""
-    return parse_config(read_yaml(path), overrides, where=str(path))
+def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line.
+
+    Of several files each is laid over the ones before it.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    data = functools.reduce(_overlay, (rename_aliases(read_yaml(path), str(path)) for path in paths))
+    return parse_config(data, overrides, where=" + ".join(map(str, paths)))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -57,6 +66,7 @@ def parse_config(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"cannot read the value of '{override}'") from None
+        key, value = own_name(key, value)
         node = data
         *sections, name = key.split(".")
         for section in sections:
