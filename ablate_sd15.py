@@ -5,7 +5,7 @@
 
 A variant ("arm") is a small YAML file that is laid over the base config. Each run is trained and evaluated by the
 commands that OUT/stages.json records, each of which can be pasted; the same command goes on where one was stopped, and
-draws the results anew. Results go to OUT/ablation.md, .json and .png.
+draws the results anew. Results go to OUT/table.md, results.json and arms.png.
 """
 
 import argparse
@@ -31,6 +31,7 @@ MEASURES = {
     "CCA ↑": ".3f",
     "head cosine": ".3f",
 }
+DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓")
 PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
 
 
@@ -132,22 +133,22 @@ def measures_of(folder: Path) -> dict[str, float | None]:
 
 def write_results(args: argparse.Namespace, results: dict, reference: str) -> None:
     table = summarise(results, reference)
-    text = markdown(table, MEASURES)
+    text = markdown(table, MEASURES, DIFFERENCES)
     seeds = f"mean ± standard error over {len(args.seeds)} seed{'s' if len(args.seeds) > 1 else ''}"
     note = f"{seeds}; differences from {reference}, seed by seed. `{this_command()}`"
-    write_atomically(args.out / "ablation.md", f"{text}\n\n{note}\n".encode())
+    write_atomically(args.out / "table.md", f"{text}\n\n{note}\n".encode())
     write_json(
-        args.out / "ablation.json",
+        args.out / "results.json",
         {"command": this_command(), "reference": reference, "results": results, "summary": table},
     )
     plot_arms(
-        args.out / "ablation.png",
+        args.out / "arms.png",
         results,
         reference,
         {name: name for name in PLOTTED},
         f"seeds (dots) and their mean ± standard error; dashed: {reference}",
     )
-    print(f"{text}\n\n{note}\n{args.out / 'ablation.png'}")
+    print(f"{text}\n\n{note}\n{args.out / 'arms.png'}")
 
 
 if __name__ == "__main__":

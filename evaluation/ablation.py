@@ -44,31 +44,25 @@ def summarise(results: Results, reference: str) -> dict[str, dict[str, dict]]:
     return table
 
 
-def markdown(table: Mapping[str, Mapping[str, Mapping]], measures: Mapping[str, str]) -> str:
-    """A table with one row an arm: each measure of {name: format} as mean ± error, and the difference from the reference."""
-    n = {row["n"] for rows in table.values() for row in rows.values()}
-    lines = [
-        "| arm | "
-        + " | ".join(f"{name} | difference" for name in measures)
-        + " |"
-        + (" n |" if len(n) > 1 else ""),
-        "|---|" + "---|" * (2 * len(measures) + (len(n) > 1)),
-    ]
+def markdown(
+    table: Mapping[str, Mapping[str, Mapping]], measures: Mapping[str, str], differences: Sequence[str] = ()
+) -> str:
+    """A table with one row an arm: each measure of {name: format} as mean ± error, n, and for some the difference beside it."""
+    heads = ["arm", "n"]
+    for name in measures:
+        heads += [name] + (["difference"] if name in differences else [])
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, rows in table.items():
-        cells = []
+        cells = [arm, str(max(row["n"] for row in rows.values()))]
         for name, form in measures.items():
-            row = rows.get(name)
-            if row is None:
-                cells += ["—", "—"]
-                continue
-            cells.append(_plus_minus(row["mean"], row["error"], form))
-            cells.append(
-                _plus_minus(row["difference"], row["difference_error"], "+" + form)
-                if "difference" in row
-                else "—"
-            )
-        count = [str(max(row["n"] for row in rows.values()))] if len(n) > 1 else []
-        lines.append(f"| {arm} | " + " | ".join(cells + count) + " |")
+            row = rows.get(name, {})
+            cells.append(_plus_minus(row["mean"], row["error"], form) if row else "—")
+            if name in differences:
+                found = "difference" in row
+                cells.append(
+                    _plus_minus(row["difference"], row["difference_error"], f"+{form}") if found else "—"
+                )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
