@@ -7,6 +7,7 @@ Writes, on nothing but a CPU and in about a minute:
     OUT/models/sd15-mini/                    a Stable Diffusion folder; its U-Net is untrained
     OUT/models/dinov2-mini/                  the teacher
     OUT/models/classifier/                   an independent judge of generated images
+    OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
     OUT/models/quality.json                  what was measured, against which floor, and how long it took
 
 Only what is missing is made: start the same command again after an interruption. One seed gives the same weights,
@@ -37,8 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings)
-    missing = [name for name in miniature.MODELS if not (args.out / "models" / name).is_dir()]
-    if not missing and (args.out / miniature.QUALITY).is_file() and (args.out / miniature.IMAGES).is_dir():
+    names = miniature.wanted(args.out, args.self_distilled)
+    missing = [name for name in names if not (args.out / "models" / name).is_dir()]
+    if not missing and summarised(args.out) == names and (args.out / miniature.IMAGES).is_dir():
         print(f"{args.out} is already complete")
         return
 
@@ -46,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
     if not (args.out / miniature.IMAGES).is_dir():
         miniature.make_images(args.out, **settings)
-        print(f"images      {time.perf_counter() - started:5.1f} s", flush=True)
+        print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
     make_models(missing, args.out, settings)
-    summarise(args.out, settings)
+    summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
 
 
@@ -61,6 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of split, weights and training (default: 0)")
     parser.add_argument(
         "--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only"
+    )
+    parser.add_argument(
+        "--self-distilled", action="store_true", help="also a second teacher, trained without labels"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
@@ -124,27 +129,35 @@ def report(name: str, measures: dict[str, float]) -> None:
     """Print one finished model as a line."""
     seconds = f"{measures['seconds']:5.1f} s"
     listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
-    print(f"{name:<12}{seconds}  {listed}", flush=True)
+    print(f"{name:<22}{seconds}  {listed}", flush=True)
 
 
-def summarise(out: Path, settings: dict) -> None:
-    """Collect the models' measures into `models/quality.json` and print them as a table."""
+def summarised(out: Path) -> list[str]:
+    """Return the models whose measures `models/quality.json` holds: none when it is not there."""
+    record = out / miniature.QUALITY
+    return list(json.loads(record.read_text(encoding="utf-8"))["models"]) if record.is_file() else []
+
+
+def summarise(names: list[str], out: Path, settings: dict) -> None:
+    """Collect the named models' measures into `models/quality.json` and print them as a table."""
     models = {}
-    for name in miniature.MODELS:
+    for name in names:
         models[name] = json.loads((out / "models" / name / "quality.json").read_text(encoding="utf-8"))
-    floors = {} if settings["quick"] else miniature.FLOORS
+    own = {name: floors for name, floors in miniature.OWN_FLOORS.items() if name in names}
     content = {
         **settings,
         "floors_enforced": not settings["quick"],
         "floors": miniature.FLOORS,
+        **({"own_floors": own} if own else {}),
         "models": models,
     }
     write_json(out / miniature.QUALITY, content)
-    print(f"\n{'model':<14}{'measure':<24}{'value':>8}{'floor':>8}")
+    print(f"\n{'model':<22}{'measure':<24}{'value':>8}{'floor':>8}")
     for name, measures in models.items():
+        floors = {} if settings["quick"] else miniature.floors_of(name)
         for key, value in measures.items():
             floor = f"{floors[key]:g}" if key in floors else ""
-            print(f"{name:<14}{key:<24}{value:>8.3f}{floor:>8}")
+            print(f"{name:<22}{key:<24}{value:>8.3f}{floor:>8}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import (
 
 from models.dinov2_encoder import IMAGENET_MEAN, IMAGENET_STD
 
-SIZE = 32
+SIZE, PATCH = 32, 8
 CLASSIFIER_MEAN, CLASSIFIER_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # that is, [-1, 1]
 KL_WEIGHT = 1e-6  # times nats per image, beside a mean squared error per pixel
 PIXEL_WEIGHT = 4.0  # of the teacher's pixel loss beside its class loss
@@ -92,7 +92,7 @@ def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
         latent = vae.encode(x).latent_dist
         return F.mse_loss(vae.decode(latent.sample()).sample, x) + KL_WEIGHT * latent.kl().mean()
 
-    _fit("vae", list(vae.parameters()), loss, len(images), steps, batch=8, peak_lr=8e-3)
+    fit("vae", list(vae.parameters()), loss, len(images), steps, batch=8, peak_lr=8e-3)
     vae.eval()
     std = encode(vae, images).std().item()
     vae.register_to_config(scaling_factor=1 / std)
@@ -113,27 +113,32 @@ def measure_psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return -10 * error.log10().item()
 
 
-def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
-    """Train a small DINOv2 on the classes and, so that tokens differ within an image, on the pixels of each patch.
-
-    A tenth of the patches is masked; each token, masked or not, must predict its own patch's pixels, and the mean
-    token the class. Without the pixel loss the tokens of one image become nearly the same (cosine .82).
-    """
-    patch = 8
-    teacher = Dinov2Model(
+def build_teacher(initializer_range: float = 0.02) -> Dinov2Model:
+    """Return a small DINOv2, untrained: 4x4 tokens of width 64."""
+    return Dinov2Model(
         Dinov2Config(
             hidden_size=64,
             num_hidden_layers=5,
             num_attention_heads=4,
             mlp_ratio=2,
             image_size=SIZE,
-            patch_size=patch,
+            patch_size=PATCH,
+            initializer_range=initializer_range,
         )
     )
-    classify, paint = nn.Linear(64, 10), nn.Linear(64, patch * patch)
-    x_all = _normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
+    """Train a small DINOv2 on the classes and, so that tokens differ within an image, on the pixels of each patch.
+
+    A tenth of the patches is masked; each token, masked or not, must predict its own patch's pixels, and the mean
+    token the class. Without the pixel loss the tokens of one image become nearly the same (cosine .82).
+    """
+    teacher = build_teacher()
+    classify, paint = nn.Linear(64, 10), nn.Linear(64, PATCH * PATCH)
+    x_all = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
     gray = 2 * images.mean(1, keepdim=True) - 1
-    patches = F.unfold(gray, patch, stride=patch).mT  # (N, 16, 64)
+    patches = F.unfold(gray, PATCH, stride=PATCH).mT  # (N, 16, 64)
     teacher.train()
 
     def loss(index: Tensor) -> Tensor:
@@ -143,14 +148,14 @@ def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
         return class_loss + PIXEL_WEIGHT * F.mse_loss(paint(tokens), patches[index])
 
     parameters = [*teacher.parameters(), *classify.parameters(), *paint.parameters()]
-    _fit("teacher", parameters, loss, len(images), steps, batch=64, peak_lr=5e-3, weight_decay=0.05)
+    fit("teacher", parameters, loss, len(images), steps, batch=64, peak_lr=5e-3, weight_decay=0.05)
     return teacher.eval()
 
 
 @torch.no_grad()
 def teacher_tokens(teacher: Dinov2Model, images: Tensor) -> Tensor:
     """Return patch tokens (N, 16, 64), the CLS token left out."""
-    x = _normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+    x = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
     return torch.cat([teacher(part).last_hidden_state[:, 1:] for part in x.split(256)])
 
 
@@ -182,7 +187,7 @@ def train_classifier(
             label2id={name: i for i, name in enumerate(names)},
         )
     )
-    x_all = F.pad(_normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD), (2, 2, 2, 2), value=-1.0)
+    x_all = F.pad(normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD), (2, 2, 2, 2), value=-1.0)
     classifier.train()
 
     def loss(index: Tensor) -> Tensor:
@@ -192,14 +197,14 @@ def train_classifier(
         return F.cross_entropy(classifier(x).logits, labels[index])
 
     parameters = list(classifier.parameters())
-    _fit("classifier", parameters, loss, len(images), steps, batch=64, peak_lr=4e-3, weight_decay=0.01)
+    fit("classifier", parameters, loss, len(images), steps, batch=64, peak_lr=4e-3, weight_decay=0.01)
     return classifier.eval()
 
 
 @torch.no_grad()
 def measure_accuracy(classifier: ResNetForImageClassification, images: Tensor, labels: Tensor) -> float:
     """Return the share of images that the classifier names correctly."""
-    x = _normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD)
+    x = normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD)
     return (classifier(x).logits.argmax(1) == labels).float().mean().item()
 
 
@@ -261,7 +266,7 @@ def train_text_encoder(
         a, b = F.normalize(pooled, dim=-1).chunk(2)
         return F.cross_entropy(a @ b.mT / 0.1, classes)
 
-    _fit("text", list(encoder.parameters()), loss, len(classes), steps, batch=1, peak_lr=peak_lr)
+    fit("text", list(encoder.parameters()), loss, len(classes), steps, batch=1, peak_lr=peak_lr)
     return encoder.eval()
 
 
@@ -278,7 +283,7 @@ def measure_prompt_cosine(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, name
     return (unit @ unit.mT - 2 * torch.eye(len(unit))).max().item()
 
 
-def _fit(
+def fit(
     stage: str,
     parameters: list[nn.Parameter],
     loss: Callable[[Tensor], Tensor],
@@ -300,6 +305,6 @@ def _fit(
         schedule.step()
 
 
-def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Return images (N, 3, H, W), given in [0, 1], less `mean` and over `std` per channel."""
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
