@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: demo test test-full lint bench
+.PHONY: demo test test-full lint bench study
 
 demo: .venv/installed          ## the whole pipeline on the embedded miniature, and a page of results
 	.venv/bin/python demo.py
@@ -13,6 +13,15 @@ test-full: .venv/installed     ## the full-size U-Net takes a training step on C
 
 lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+ARMS = baseline urepa token_only token_gram multi_layer head_linear irepa cosine lambda_0.5
+STUDY = $(ARMS:%=configs/ablations/%.yaml) $(addprefix configs/study/,head_mlp.yaml early_stop.yaml selfdistilled.yaml selfdistilled_token_gram.yaml)
+
+study: demo                    ## variants of the method on the miniature, 3 seeds each (docs/study.md): hours on a CPU; goes on where it stopped
+	.venv/bin/python preprocessing/0_make_demo.py --out data/demo --self-distilled
+	.venv/bin/python preprocessing/3_build_dino_cache.py --csv data/demo/train.csv --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0 --out data/demo/cache_selfdistilled/tokens
+	.venv/bin/python preprocessing/3_build_dino_cache.py --csv data/demo/val.csv --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0 --out data/demo/cache_selfdistilled_val/tokens
+	.venv/bin/python ablate_sd15.py $(STUDY) --base configs/study/base.yaml --seeds 0 1 2 --jobs 2 --out runs/study
 
 BENCHMARKS = read_warm read_cold full_size_cache token_encodings
 

@@ -100,8 +100,9 @@ def start(stage: Stage, log: Path | None) -> subprocess.Popen:
     output = None if log is None else open(log, "w")  # noqa: SIM115 (the child keeps it)
     # Two busy threads on a shared core are slower than one.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script, *arguments = shlex.split(stage.command)
     return subprocess.Popen(
-        [sys.executable, *shlex.split(stage.command)], stdout=output, stderr=output, env=environment, cwd=ROOT,
+        [sys.executable, str(ROOT / script), *arguments], stdout=output, stderr=output, env=environment,
         preexec_fn=die_with_parent,
     )  # fmt: skip
 

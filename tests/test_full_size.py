@@ -45,7 +45,10 @@ def full_size(tmp_path):
             tmp_path / field, FieldSpec(field, shape, "float16", "random", **about[field]), ids
         )
         for shard, batch in writer.pending(2):
-            writer.put(shard, batch, writer.spec.encode(torch.randn(2, *shape, generator=generator)))
+            values = torch.randn(2, *shape, generator=generator)
+            if field == "tokens":
+                values = torch.nn.functional.normalize(values, dim=-1)
+            writer.put(shard, batch, writer.spec.encode(values))
         writer.finish()
     write_table(
         tmp_path / "text", torch.randn(3, 77, 768).half(), FieldSpec("text", (77, 768), "float16", "random")

@@ -6,16 +6,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.report import PAGE, refreshed
+from configs.loading import knobs
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("```")[1]
+PAGES = [ROOT / "preprocessing" / "README.md", ROOT / "docs" / "method.md"]
 COMMANDS = [
     line
-    for page in (README, (ROOT / "preprocessing" / "README.md").read_text(encoding="utf-8"))
+    for page in (README, *map(Path.read_text, PAGES))
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("python ")
@@ -29,7 +32,16 @@ def test_the_tree_names_every_file_and_no_other():
         for word in line[:40].split()
         if re.search(r"\.(py|yaml|toml|txt)$", word)
     }
-    folders = ("configs", "preprocessing", "models", "training", "evaluation", "benchmarks", ".")
+    folders = (
+        "configs",
+        "configs/study",
+        "preprocessing",
+        "models",
+        "training",
+        "evaluation",
+        "benchmarks",
+        ".",
+    )
     files = {path.name for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()}
     code = {name for name in files if re.search(r"\.(py|yaml|toml|txt)$", name)} - {"__init__.py"}
     assert named == code
@@ -37,9 +49,20 @@ def test_the_tree_names_every_file_and_no_other():
 
 def test_the_tables_of_the_benchmarks_are_those_of_their_results():
     page = PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- end -->") == len(list((ROOT / "benchmarks" / "results").glob("*.json"))) == 5
+    assert page.count("<!-- end -->") == len(list((ROOT / "benchmarks" / "results").glob("*.json"))) == 6
     assert refreshed(page) == page
     assert "FAIL" not in page
+
+
+def test_the_table_of_options_has_every_option_of_the_method_with_its_default():
+    rows = dict(
+        re.findall(r"^\| `([\w.]+)`[^|]*\| (.*?) \|", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE)
+    )
+    for key, field in knobs().items():
+        if key.split(".")[0] not in ("align", "teacher", "diffusion"):
+            continue
+        default = field.default[0] if isinstance(field.default, tuple) else field.default
+        assert yaml.safe_load(rows[key].strip("`")) == default, key
 
 
 def test_there_are_commands_to_try():
