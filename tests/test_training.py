@@ -83,6 +83,50 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
     assert [line["step"] for line in timeless[0]] == [2, 4, 6]
 
 
+CUTOFF = [
+    "align.similarity_threshold=-0.5",
+    "align.similarity_ema_decay=0.5",
+    "train.log_every=1",
+    "train.steps=8",
+]
+
+
+@pytest.mark.parametrize(("mode", "measured"), [("permanent", [1, 2]), ("recoverable", [1, 2, 3, 5, 7])])
+def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
+    miniature, tmp_path, monkeypatch, mode, measured
+):
+    """The average decides from its second value on; a recoverable one is measured every other step."""
+    knobs = [*CUTOFF, f"align.threshold_mode={mode}", "align.similarity_every=2"]
+    whole = train(miniature, tmp_path / "whole", *knobs)
+    lines = whole.metrics()
+    assert [line["step"] for line in lines if line["coeff"] > 0] == [1, 2]
+    assert [line["step"] for line in lines if line["loss_token"] > 0] == measured
+    assert all(line["loss"] == line["loss_diff"] for line in lines[2:])
+    for stop_at in (1, 2, 5):
+        run = tmp_path / f"{mode}{stop_at}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop_at)
+            train(miniature, run, *knobs)
+        resumed = train(miniature, run, *knobs)
+        for file in ("trained.safetensors", "optimizer.safetensors"):
+            assert_equal_weights(weights(resumed, file, 8), weights(whole, file, 8))
+        timeless = [
+            [{k: v for k, v in line.items() if k != "it_per_s"} for line in r.metrics()]
+            for r in (resumed, whole)
+        ]
+        assert timeless[0] == timeless[1]
+
+
+def test_means_are_over_the_steps_that_had_the_term(miniature, tmp_path):
+    """λ is 0 at step 0 and no head is evaluated there: the cosine of that step is absent, and no 0."""
+    each = train(miniature, tmp_path / "each", "align.warmup_steps=1", "train.log_every=1", "train.steps=3")
+    once = train(miniature, tmp_path / "once", "align.warmup_steps=1", "train.log_every=3", "train.steps=3")
+    cosines = [line.get("cosine/mid") for line in each.metrics()]
+    assert cosines[0] is None
+    (line,) = once.metrics()
+    assert line["cosine/mid"] == pytest.approx((cosines[1] + cosines[2]) / 2)
+
+
 def test_a_run_on_moments_and_int8_tokens_draws_anew_and_resumes_exactly(
     miniature, unbroken, tmp_path, monkeypatch
 ):
