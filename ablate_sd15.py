@@ -94,7 +94,7 @@ def chain(args: argparse.Namespace, arm: str, file: str, seed: int) -> list[Stag
     name = f"{arm} seed {seed}"
     config = load_config([args.base, file], [*args.set, f"run={run}"])
     train = ["--config", args.base, "--config", str(file), f"run={run}", f"seed={seed}", *args.set]
-    fid = f"evaluate_sd15.py fid {shlex.quote(str(run))} --checkpoint all"
+    fid = f"evaluate_sd15.py fid {shlex.quote(str(run))} --checkpoint newest"
     last = run / "checkpoints" / f"step-{config.train.steps:07d}"
     return [
         Stage(f"train {name}", f"train_sd15.py {shlex.join(train)}", last),
