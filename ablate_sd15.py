@@ -1,11 +1,11 @@
 """Train a set of variants over several seeds, evaluate each, and write a table (mean ± standard error, n) and a figure.
 
     python ablate_sd15.py configs/ablations/urepa.yaml configs/ablations/baseline.yaml configs/ablations/token_only.yaml \\
-        --base configs/A.yaml --seeds 0 1 2 --out runs/ablations
+        --base configs/A.yaml --seeds 0 1 2 --out runs/ablations --set eval.extractor=path/to/classifier
 
-A variant ("arm") is a small YAML file that is laid over the base config. Each run is trained and evaluated by the
-commands that OUT/stages.json records, each of which can be pasted; the same command goes on where one was stopped, and
-draws the results anew. Results go to OUT/table.md, results.json and arms.png.
+A variant ("arm") is a small YAML file that is laid over the base config. Each run is trained and evaluated (its last
+checkpoint) by the commands that OUT/stages.json records, each of which can be pasted; the same command goes on where one
+was stopped, and draws the results anew: OUT/table.md, results.json and arms.png.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.loading import load_config
+from configs.schema import Config
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
 from files import write_atomically, write_json
 from stages import Record, Stage, run_chains
-from training.run_folder import RunFolder, this_command
+from training.run_folder import flat_settings, this_command
 
 # What is compared, with its format in the table.
 MEASURES = {
@@ -35,6 +36,31 @@ DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓")
 PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
 
 
+# The settings, or whole sections, that two runs must share for a measure to be compared.
+IMAGES = ("eval.csv", "eval.latents")
+SAMPLES = tuple(
+    f"eval.{name}"
+    for name in (
+        "num_samples",
+        "sampling_steps",
+        "cfg",
+        "guidance_high",
+        "guidance_space",
+        "seed",
+        "extractor",
+    )
+)
+CONDITIONS = {
+    "Fréchet distance ↓": (*SAMPLES, "data.csv", "data.latents"),
+    "class accuracy ↑": SAMPLES,
+    "held-out loss ↓": (*IMAGES, "diffusion"),
+    "CKNNA ↑": (*IMAGES, "eval.tokens", "teacher"),
+    "CCA ↑": (*IMAGES, "eval.tokens", "teacher"),
+    "head cosine": (*IMAGES, "eval.tokens", "teacher", "align.spatial_norm"),
+}
+TIMESTEP = 250  # at which `align` reads the features
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     arms = {Path(file).stem: file for file in args.arms}
@@ -43,10 +69,19 @@ def main(argv: list[str] | None = None) -> None:
     reference = args.reference or ("baseline" if "baseline" in arms else next(iter(arms)))
     if reference not in arms:
         raise UserError(f"--reference {reference} is none of the arms: {', '.join(arms)}")
-    chains = [chain(args, arm, file, seed) for seed in args.seeds for arm, file in arms.items()]
+    runs = {
+        (arm, seed): load_config(
+            [args.base, file], [*args.set, f"run={args.out / arm / f'seed{seed}'}", f"seed={seed}"]
+        )
+        for seed in args.seeds
+        for arm, file in arms.items()
+    }
+    for (arm, _), config in runs.items():
+        insist_measurable(arm, config)
     record = Record(args.out / "stages.json")
-    missing = [left for stages in chains if (left := [s for s in stages if record.of(s) is None])]
-    total = sum(map(len, chains))
+    chains = {key: chain(args, arms[key[0]], *key, config) for key, config in runs.items()}
+    missing = [left for key, stages in chains.items() if (left := what_is_left(stages, record, runs[key]))]
+    total = sum(map(len, chains.values()))
     with tqdm(total=total, initial=total - sum(map(len, missing)), desc="stages", unit="stage") as bar:
 
         def ended(stage: Stage, seconds: float) -> None:
@@ -55,10 +90,13 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
 
         run_chains(missing, jobs=args.jobs, logs=args.out / "logs", ended=ended)
-    results = {
-        arm: {seed: measures_of(args.out / arm / f"seed{seed}") for seed in args.seeds} for arm in arms
+    results = {arm: {seed: measures_of(runs[arm, seed]) for seed in args.seeds} for arm in arms}
+    conditions = {arm: conditions_of(runs[arm, args.seeds[0]]) for arm in arms}
+    alien = {
+        arm: {measure for measure in MEASURES if found[measure] != conditions[reference][measure]}
+        for arm, found in conditions.items()
     }
-    write_results(args, results, reference)
+    write_results(args, results, reference, alien, runs[reference, args.seeds[0]])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,48 +116,71 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="settings that win over base and arms in every run",
+        help="settings that win over base and arms in every run; give the arms before it",
     )
     args = parser.parse_args(argv)
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0 or args.jobs < 1:
         parser.error("--seeds must be distinct and not negative, and --jobs at least 1")
-    for file in args.arms:  # a wrong file is said before the first training, not before the last
-        load_config([args.base, file], args.set)
+    for setting in args.set:
+        if (key := setting.partition("=")[0]) in ("seed", "run"):
+            raise UserError(f"--set {key}=… is not for an ablation: --seeds and --out decide it")
     return args
 
 
-def chain(args: argparse.Namespace, arm: str, file: str, seed: int) -> list[Stage]:
-    """The commands of one run: train, then measure."""
-    run = args.out / arm / f"seed{seed}"
-    name = f"{arm} seed {seed}"
-    config = load_config([args.base, file], [*args.set, f"run={run}"])
-    train = ["--config", args.base, "--config", str(file), f"run={run}", f"seed={seed}", *args.set]
-    fid = f"evaluate_sd15.py fid {shlex.quote(str(run))} --checkpoint newest"
-    last = run / "checkpoints" / f"step-{config.train.steps:07d}"
-    return [
-        Stage(f"train {name}", f"train_sd15.py {shlex.join(train)}", last),
-        Stage(f"fid {name}", fid, run / "eval"),
-        Stage(f"align {name}", f"evaluate_sd15.py align {shlex.quote(str(run))}", run / "eval/align.json"),
+def insist_measurable(arm: str, config: Config) -> None:
+    """Raise `UserError` before the first training for what the evaluation would miss after the last."""
+    missing = [
+        name for name in ("extractor", "csv", "latents", "tokens") if getattr(config.eval, name) is None
     ]
-
-
-def measures_of(folder: Path) -> dict[str, float | None]:
-    """The measures of a finished run at its last checkpoint."""
-    run = RunFolder(folder)
-    last = run.checkpoint_steps()[-1]
-    found = [json.loads(path.read_text()) for path in (run.path / "eval").glob("fid_*.json")]
-    wanted = run.config.eval.model_dump()
-    ours = [
-        result
-        for result in found
-        if result["step"] == last
-        and all(wanted.get(k, v) == v for k, v in result["conditions"].items() if k != "extractor")
-    ]
-    if len(ours) != 1:
+    if missing:
         raise UserError(
-            f"{run.path}/eval holds {len(ours)} results of step {last} with the run's own eval settings"
+            f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
         )
-    align = json.loads((run.path / "eval" / "align.json").read_text())
+
+
+def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
+    """The commands of one run: train, then measure its last checkpoint."""
+    run, name = config.run, f"{arm} seed {seed}"
+    train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
+    last = f"--checkpoint {config.train.steps}"
+    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timestep {TIMESTEP}"
+    return [
+        Stage(
+            f"train {name}",
+            f"train_sd15.py {shlex.join(train)}",
+            run / "checkpoints" / f"step-{config.train.steps:07d}",
+        ),
+        Stage(f"fid {name}", f"evaluate_sd15.py fid {shlex.quote(str(run))} {last}", run / "eval"),
+        Stage(f"align {name}", align, run / "eval" / "align.json"),
+    ]
+
+
+def what_is_left(stages: list[Stage], record: Record, config: Config) -> list[Stage]:
+    """From the first stage that was not done with this very config; what comes after a stage depends on it."""
+    file = config.run / "config.yaml"
+    if not file.exists() or load_config(file) != config:
+        return stages  # the training notices what it cannot go on from, and does nothing where it is complete
+    done = [record.of(stage) is not None for stage in stages]
+    return [] if all(done) else stages[done.index(False) :]
+
+
+def measures_of(config: Config) -> dict[str, float | None]:
+    """The measures of a finished run at its last step, with its own evaluation settings."""
+    folder, last = config.run / "eval", config.train.steps
+    wanted = config.eval.model_dump() | {"extractor": str(config.eval.extractor)}
+    found = [json.loads(path.read_text()) for path in folder.glob(f"fid_*step{last:07d}*.json")]
+    ours = [
+        r
+        for r in found
+        if all(wanted.get(k, v) == v for k, v in r["conditions"].items())
+        and r["conditions"]["weights"] == "ema"
+    ]
+    align = json.loads((folder / "align.json").read_text())
+    here = {"step": last, "timestep": TIMESTEP, "seed": config.eval.seed}
+    if len(ours) != 1 or any(align[key] != value for key, value in here.items()):
+        raise UserError(
+            f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
+        )
     values = (
         ours[0]["value"],
         ours[0]["class_accuracy"],
@@ -131,22 +192,47 @@ def measures_of(folder: Path) -> dict[str, float | None]:
     return dict(zip(MEASURES, values, strict=True))
 
 
-def write_results(args: argparse.Namespace, results: dict, reference: str) -> None:
-    table = summarise(results, reference)
+def conditions_of(config: Config) -> dict[str, dict]:
+    """For each measure the settings that decide whether it can be compared."""
+    flat = flat_settings(config)
+    return {
+        measure: {
+            key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{k}.") for k in keys)
+        }
+        for measure, keys in CONDITIONS.items()
+    }
+
+
+def write_results(
+    args: argparse.Namespace, results: dict, reference: str, alien: dict, config: Config
+) -> None:
+    table = summarise(results, reference, alien)
     text = markdown(table, MEASURES, DIFFERENCES)
-    seeds = f"mean ± standard error over {len(args.seeds)} seed{'s' if len(args.seeds) > 1 else ''}"
-    note = f"{seeds}; differences from {reference}, seed by seed. `{this_command()}`"
-    write_atomically(args.out / "table.md", f"{text}\n\n{note}\n".encode())
-    write_json(
-        args.out / "results.json",
-        {"command": this_command(), "reference": reference, "results": results, "summary": table},
+    drawn = config.eval
+    note = (
+        f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
+        f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
+        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampling_steps} DDIM steps, guidance "
+        f"{drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
     )
+    if any(alien.values()):
+        note += f" †: measured under other settings than {reference}'s, not comparable with it."
+    write_atomically(args.out / "table.md", f"{text}\n\n{note}\n\n`{this_command()}`\n".encode())
+    content = {
+        "command": this_command(),
+        "note": note,
+        "reference": reference,
+        "results": results,
+        "summary": table,
+    }
+    write_json(args.out / "results.json", content)
     plot_arms(
         args.out / "arms.png",
         results,
         reference,
         {name: name for name in PLOTTED},
-        f"seeds (dots) and their mean ± standard error; dashed: {reference}",
+        f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}",
+        alien,
     )
     print(f"{text}\n\n{note}\n{args.out / 'arms.png'}")
 

@@ -17,6 +17,7 @@ from evaluation.alignment_metrics import (
 )
 from evaluation.plots import TsnePanel
 from evaluation.sampling import initial_noise
+from models.alignment import spatial_norm
 from models.diffusion import add_noise
 from models.sd15_unet_aligned import SD15UNetAligned, sd15_taps
 from models.taps import Taps
@@ -54,6 +55,10 @@ def measure_alignment(
     )  # (n, h·w, C): up-sampled cells add no samples
     pooled = pool_tokens(teacher, (config.teacher.grid,) * 2, (h, w))  # (n, h·w, D)
     k = min(64, native.shape[-1] // 2, pooled.shape[-1] // 2, n * h * w // 8)
+    alpha = config.align.spatial_norm
+    target = (
+        teacher if alpha is None else spatial_norm(torch.from_numpy(teacher), alpha).numpy()
+    )  # the head's own
     result = {
         "timestep": timestep,
         "seed": seed,
@@ -62,12 +67,12 @@ def measure_alignment(
         "cca": heldout_cca(native, pooled, k=k, seed=seed),
         "cknna": cknna(native.mean(1), pooled.mean(1), seed=seed),
         "heldout_loss_diff": heldout_loss,
-        "head_cosine": None if head_tokens is None else paired_cosine(head_tokens, teacher),
+        "head_cosine": None if head_tokens is None else paired_cosine(head_tokens, target),
     }
     projected, test = ridge_project(native, pooled, seed=seed)
     panels = {SOURCES["ridge"]: _panel(projected, pooled[test], classes[test], seed)}
     if head_tokens is not None:
-        panels = {SOURCES["head"]: _panel(head_tokens[test], teacher[test], classes[test], seed)} | panels
+        panels = {SOURCES["head"]: _panel(head_tokens[test], target[test], classes[test], seed)} | panels
     return result, panels
 
 
@@ -79,14 +84,25 @@ def _heldout(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.
             "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
         )
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
+    online = config.teacher.source == "online"
+    if online and (made_by := tokens.spec.source.get("model")) != config.teacher.model:
+        raise UserError(
+            f"{where.tokens} was made by {made_by}, the run's teacher is {config.teacher.model}: run script 3 on the held-out "
+            "images with that --teacher"
+        )
     for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
-        if trained is None:  # teacher.source=online
+        if online and held_out is tokens:
             continue
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
                 "held-out images with the options of the training images"
             )
+    wanted = (config.teacher.grid**2, config.teacher.dim)
+    if tokens.spec.shape != wanted:
+        raise UserError(
+            f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
+        )
     cached = set(latents.ids) & set(tokens.ids)
     samples = [sample for sample in read_samples(where.csv) if sample.id in cached][:MAX_IMAGES]
     if len(samples) < 16:

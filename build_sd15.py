@@ -45,7 +45,7 @@ def build_parts(config: Config) -> Parts:
     dataset = open_cache(config)
     model = build_model(config).to(device).train()
     insist_fit(config, model.unet, dataset)
-    online = build_online_teacher(config, device)
+    online = build_online_teacher(config, device, dataset.latent_channels)
     return Parts(config, model, build_loss(config), dataset, build_coefficient(config), online, device)
 
 
@@ -73,7 +73,7 @@ def open_cache(config: Config) -> SD15AlignedDataset:
     return dataset
 
 
-def build_online_teacher(config: Config, device: torch.device) -> OnlineTeacher | None:
+def build_online_teacher(config: Config, device: torch.device, channels: int = 4) -> OnlineTeacher | None:
     """The teacher of `teacher.source=online` on `device`; None where tokens are cached, or λ is 0."""
     settings = config.teacher
     if settings.source == "cached" or config.align.coeff == 0:
@@ -84,6 +84,10 @@ def build_online_teacher(config: Config, device: torch.device) -> OnlineTeacher 
             f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
         )
     decoder = load_decoder(config.model.base, settings.decoder, config.model.revision)
+    if decoder.config.latent_channels != channels:
+        raise UserError(
+            f"teacher.decoder {settings.decoder} decodes {decoder.config.latent_channels} channels, the latents have {channels}"
+        )
     return OnlineTeacher(decoder, encoder).to(device)
 
 

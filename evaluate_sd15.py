@@ -122,11 +122,8 @@ def compare(args: argparse.Namespace) -> None:
     from evaluation.sampling import load_images
 
     runs = [RunFolder(folder) for folder in args.folders]
-    if len({run.name for run in runs}) != len(runs):
-        raise UserError(
-            "two of these run folders have the same name: rename one, so that figures can tell them apart"
-        )
-    results = {run.name: results_of(run) for run in runs}
+    names = label_of(runs)
+    results = {names[run]: results_of(run) for run in runs}
     distances = comparable({name: found for name, (found, _) in results.items()})
     if len({json.dumps([alignment[key] for key in ALIKE]) for _, alignment in results.values()}) > 1:
         raise UserError(
@@ -138,13 +135,13 @@ def compare(args: argparse.Namespace) -> None:
         raise UserError(f"cannot read --times {args.times}: {error}") from None
     facts = {}
     for run in runs:
-        last = max(distances[run.name], key=lambda result: result["step"])
-        facts[run.name] = RunFacts(
+        last = max(distances[names[run]], key=lambda result: result["step"])
+        facts[names[run]] = RunFacts(
             settings=run.settings(),
             command=run.command(),
             metrics=run.metrics(),
-            distances=distances[run.name],
-            alignment=results[run.name][1],
+            distances=distances[names[run]],
+            alignment=results[names[run]][1],
             tsne=run.path / "eval" / "align_tsne.png",
             samples=load_images(last["samples"], min(100, last["num_samples"])),
         )
@@ -152,6 +149,17 @@ def compare(args: argparse.Namespace) -> None:
         args.out, facts, class_names=class_names(runs[0].config), times=times, command=this_command()
     )
     print(page)
+
+
+def label_of(runs: list[RunFolder]) -> dict[RunFolder, str]:
+    """What figures call each run: its folder's name, or the last two names where that would not tell them apart."""
+    for parts in (1, 2):
+        names = {run: "/".join(run.path.resolve().parts[-parts:]) for run in runs}
+        if len(set(names.values())) == len(runs):
+            return names
+    raise UserError(
+        "two of these run folders have the same name: rename one, so that figures can tell them apart"
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -9,19 +9,21 @@ the run with the reason.
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from build_sd15 import Parts
+from dataset_sd15 import StepSampler
 from device import autocast
 from errors import UserError
-from models.alignment import token_loss
 from models.diffusion import add_noise
 
 PROBED = 64  # images read, evenly spread over the list, and so over the shards
 FED = 4  # of them go through the U-Net
-LATENT_STD = (0.1, 10.0)  # of scaled latents; the scaling factor makes it about 1
+LATENT_STD = (0.3, 3.0)  # of scaled latents: about 1. SD-1.5's are 5.5 unscaled, and 0.18 scaled twice
+EQUAL = 1e-3  # of entries of tokens of unit length
 NORM_ERROR = 0.05  # int8 tokens are off by less
 
 
@@ -34,15 +36,15 @@ def self_test(parts: Parts, *, step: int = 0) -> None:
     check_trained(parts)
     if parts.config.align.coeff > 0:
         check_coefficient(parts)
-        check_alignment(parts, values, step)
-    else:
-        say("align", "λ = 0: baseline, no taps and no heads")
+    check_gradients(parts, values, step)
     say("passed", f"in {time.perf_counter() - started:.1f} s")
 
 
 def read_probe(parts: Parts) -> dict[str, Tensor]:
     """Decoded values of a few images of every part of the data, `{field: (n, …)}` on the CPU; raises for NaN and infinity."""
     dataset = parts.dataset
+    # Raises for fewer images than a batch.
+    StepSampler(len(dataset), batch_size=parts.config.data.batch_size, seed=0, first_step=0, last_step=1)
     count = min(PROBED, len(dataset))
     indices = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
     raw = {name: torch.empty(count, size, dtype=torch.uint8) for name, size in dataset.value_bytes.items()}
@@ -78,7 +80,9 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
         off = (tokens.norm(dim=-1) - 1).abs().max().item()
         source = dataset.tokens.spec.source
         made_by = f"{source.get('model', 'an unnamed teacher')} ({source.get('implementation', 'unknown')})"
-        say("tokens", f"{shape_of(tokens[0])} of {made_by}, norms within {off:.2g} of 1")
+        view = dataset.tokens.spec.view or {}
+        how = f"view {view.get('kind', 'unknown')}, positions {source.get('position_embeddings', 'unknown')}"
+        say("tokens", f"{shape_of(tokens[0])} of {made_by}, {how}; norms within {off:.2g} of 1")
         if off > NORM_ERROR:
             fail(f"tokens of {dataset.tokens.folder} are not L2-normalised: run script 3 again")
         insist_spatial(tokens)
@@ -86,6 +90,8 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     say("text", f"{shape_of(table)}, the null prompt last")
     if not table.isfinite().all():
         fail(f"{parts.config.data.text} holds NaN or infinity: run script 4 again")
+    if len(dataset.text) > 1 and (dataset.text == dataset.text[0]).all():
+        fail(f"all classes of {parts.config.data.text} have one embedding: run script 4 again")
     if (dataset.text == dataset.null_text).flatten(1).all(1).any():
         fail(f"a class of {parts.config.data.text} has the embedding of the null prompt: run script 4 again")
 
@@ -112,7 +118,8 @@ def check_trained(parts: Parts) -> None:
             ".".join(place.split(".")[: 1 if place.startswith("mid") else 2]) for place in places
         )
         listed = ", ".join(f"{block} {number}" for block, number in blocks.items())
-        say("lora", f"rank {config.model.lora_rank} in {len(places)} modules: {listed}")
+        scale = config.model.lora_alpha / config.model.lora_rank
+        say("lora", f"rank {config.model.lora_rank}, scale {scale:g}, in {len(places)} modules: {listed}")
     if not count["unet."]:
         fail("no weight of the U-Net is trained: check model.train and model.lora_targets")
 
@@ -122,55 +129,101 @@ def check_coefficient(parts: Parts) -> None:
     named = {0: "", align.warmup_steps: " (end of warm-up)", steps // 2: " (middle)", steps - 1: " (end)"}
     named[0] = ""  # also where there is no warm-up
     values = ", ".join(f"{schedule(at):.3g} at {at:,}{named[at]}" for at in sorted(named) if at < steps)
-    cutoff = (
-        "" if align.similarity_threshold is None else f"; off at similarity {align.similarity_threshold:g}"
-    )
-    say("λ", f"by step: {values}{cutoff}; w = {align.manifold_coeff:g} ({align.manifold} Gram)")
+    also = f"; 0 from step {align.cutoff_step:,}" if align.cutoff_step else ""
+    if align.similarity_threshold is not None:
+        also += f"; 0 at similarity {align.similarity_threshold:g}, {align.threshold_mode}"
+    say("λ", f"{align.schedule}: {values}{also}")
     if not any(schedule(step) > 0 for step in range(steps)):
         fail(
             "λ is 0 at every step: check align.cutoff_step and align.warmup_steps, or set align.coeff=0 for a baseline"
         )
+    gram = (
+        f"w = {align.manifold_coeff:g} ({align.manifold} Gram)"
+        if align.manifold_coeff
+        else "w = 0: no manifold loss"
+    )
+    norm = (
+        ""
+        if align.spatial_norm is None
+        else f"; teacher's tokens normalised spatially, α = {align.spatial_norm:g}"
+    )
+    say("align", gram + norm)
 
 
-def check_alignment(parts: Parts, values: dict[str, Tensor], step: int) -> None:
-    """One forward of a few images, and the gradient that the alignment alone sends to taps and weights."""
-    config, model, device = parts.config, parts.model, parts.device
+def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
+    """One forward of a few images; the gradients that each loss sends to weights, and the alignment to its taps."""
+    config, model, device, loss = parts.config, parts.model, parts.device, parts.loss
     latents = values["latent"][:FED].to(device)  # (b, 4, h, w)
-    if len(latents) < 2:
-        fail("one image is too few to train on")
-    generator = torch.Generator(device).manual_seed(0)
-    noise, timesteps = parts.loss.draw(latents, generator)
-    noisy = add_noise(latents, noise, *parts.loss.schedule.at(timesteps, latents.ndim))
+    noise, timesteps = loss.draw(latents, torch.Generator(device).manual_seed(0))
+    noisy = add_noise(latents, noise, *loss.schedule.at(timesteps, latents.ndim))
     text = parts.dataset.text[values["class"][:FED]].to(device, torch.float32)  # (b, 77, 768)
+    weights = {name: p for name, p in model.trained_parameters().items() if name.startswith("unet.")}
     with autocast(device, config.train.precision):
-        teacher = values["dino_tokens"][:FED].to(device) if parts.online is None else parts.online(latents)
         output = model(noisy, timesteps, text)  # raises TapError for a tap that is silent or detached
         features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
         tokens = model.get_aligned_tokens()  # {tap: (b, N, D)}
         model.clear_hooks()
-        insist_equal(tokens, teacher)
-        if parts.online is not None:
-            say("teacher", f"{config.teacher.model} online, through {type(parts.online.decoder).__name__}")
-            insist_spatial(teacher)
-        loss_align = parts.loss.alignment(tokens, teacher)["loss_align"]
-    if not (output.isfinite().all() and loss_align.isfinite()):
-        fail("the U-Net's output or the alignment loss is not finite: check model.base and train.precision")
-    weights = {name: p for name, p in model.trained_parameters().items() if name.startswith("unet.")}
-    inputs = [*features.values(), *weights.values()]
-    gradients = torch.autograd.grad(loss_align, inputs, allow_unused=True)
+        loss_diff = loss.diffusion_error(output, latents, noise, timesteps).mean()
+        if model.heads:
+            teacher = teacher_of(parts, values, latents)
+            insist_equal(tokens, teacher)
+            terms = loss.alignment(tokens, teacher)
+    gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
+    network = f"{loss.parameterization}-network, loss in {loss.prediction}"
+    weighted = "" if loss.snr_gamma is None else f", min-SNR γ = {loss.snr_gamma:g}"
+    norm = norm_of(gradients)
+    say(
+        "L_diff",
+        f"{network}{weighted}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({precision_of(output)} on {device})",
+    )
+    if not (output.isfinite().all() and loss_diff.isfinite() and math.isfinite(norm)):
+        fail("the U-Net's output or its gradient is not finite: check model.base and train.precision")
+    if norm == 0:
+        fail(
+            "the diffusion loss sends no gradient to the trained weights: check model.train and model.lora_alpha"
+        )
+    if not model.heads:
+        say("align", "λ = 0: baseline, no taps and no heads")
+        return
+    if not terms["loss_align"].isfinite():
+        fail("the alignment loss is not finite: check the teacher's tokens and train.precision")
+    heads = [p for p in model.heads.parameters() if p.requires_grad]
+    inputs = [*features.values(), *heads, *weights.values()]
+    gradients = torch.autograd.grad(terms["loss_align"], inputs, allow_unused=True)
     for (tap, feature), gradient in zip(features.items(), gradients, strict=False):
-        report_tap(parts, tap, feature, gradient, 1 - token_loss(tokens[tap], teacher).item(), step)
+        report_tap(parts, tap, feature, gradient, terms[f"cosine/{tap}"].item(), step)
+    if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
+        fail("no weight of a head gets gradient: the heads must be trained")
     # LoRA by module: its first matrix gets no gradient while its second is 0, as it is at the start.
     places = {name.split(".lora_")[0] for name in weights}
-    found = zip(weights, gradients[len(features) :], strict=True)
+    found = zip(weights, gradients[len(features) + len(heads) :], strict=True)
     reached = {name.split(".lora_")[0] for name, g in found if g is not None and g.any()}
     what = "LoRA modules" if config.model.train == "lora" else "trained tensors"
-    say("gradient", f"the alignment reaches {len(reached)} of {len(places)} {what} of the U-Net")
+    say(
+        "reach",
+        f"the alignment reaches {len(reached)} of {len(places)} {what} of the U-Net: those before a tap",
+    )
     if not reached:
         fail("the alignment reaches no trained weight of the U-Net: train a block at or before a tap")
 
 
-def report_tap(parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int):
+def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """The teacher's tokens `(b, N, D)` of the few images; of an online teacher, made and looked at."""
+    if parts.online is None:
+        return values["dino_tokens"][:FED].to(parts.device)
+    tokens = parts.online(latents)
+    decoder, encoder = parts.online.decoder, parts.online.encoder
+    say(
+        "teacher",
+        f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
+    )
+    insist_spatial(tokens)
+    return tokens
+
+
+def report_tap(
+    parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int
+) -> None:
     path, align = parts.model.taps.paths[tap], parts.config.align
     if gradient is None or not gradient.any():
         fail(f"tap {tap} ({path}) gets no gradient from the alignment: its head is cut off or constant")
@@ -179,8 +232,8 @@ def report_tap(parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None,
     grid = "×".join(map(str, parts.model.heads[tap].grid))
     say(
         f"tap {tap}",
-        f"{path} {shape_of(feature[0])} {str(feature.dtype).removeprefix('torch.')} → {align.head} → {grid}; at step {step} "
-        f"cosine {cosine:+.3f}, gradient norm {norm:.3g}, cells reached {share:.0%}",
+        f"{path} {shape_of(feature[0])} {precision_of(feature)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
+        f"L_align's gradient there {norm:.3g}, cells reached {share:.0%}",
     )
     if not math.isfinite(norm):
         fail(f"the gradient at tap {tap} ({path}) is not finite")
@@ -191,9 +244,14 @@ def report_tap(parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None,
 
 
 def insist_spatial(tokens: Tensor) -> None:
-    """End the run when all tokens `(n, N, D)` of each image are the same, as copies of a CLS vector are."""
-    if torch.allclose(tokens, tokens[:, :1].expand_as(tokens), atol=1e-3):
-        fail("all teacher tokens of an image are equal: these are no patch tokens; run script 3 again")
+    """End the run when tokens `(n, N, D)` are all the same within images, as copies of a CLS vector are, or for all images."""
+    flat = (tokens - tokens[:, :1]).abs().flatten(1).amax(1) < EQUAL  # (n,)
+    if flat.float().mean() > 0.1:
+        fail(
+            f"of {flat.sum()} in {len(tokens)} images all tokens are equal: these are no patch tokens; run script 3 again"
+        )
+    if len(tokens) > 1 and (tokens - tokens[:1]).abs().max() < EQUAL:
+        fail("the teacher's tokens are the same for all images: run script 3 again")
 
 
 def insist_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
@@ -203,6 +261,16 @@ def insist_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
                 f"the head of tap {tap} makes tokens {shape_of(x[0])}, the teacher's are {shape_of(teacher[0])}: set "
                 "teacher.dim and teacher.grid"
             )
+
+
+def norm_of(gradients: Sequence[Tensor | None]) -> float:
+    return (
+        torch.stack([g.float().norm() for g in gradients if g is not None] or [torch.zeros(())]).norm().item()
+    )
+
+
+def precision_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def shape_of(tensor: Tensor) -> str:

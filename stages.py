@@ -56,13 +56,18 @@ def run_chains(
     """Run the stages of each chain in order, `jobs` chains side by side, one thread each.
 
     A single stage speaks to the terminal, several to files in `logs`. `ended(stage, seconds)` is called when a stage ended
-    well; one that fails ends the others, which go on the next time, and raises `UserError`.
+    well, which means that what it makes is there. One that does not, Ctrl-C and SIGTERM ask the others to stop and wait until
+    they have saved; the first raises `UserError`, the others `KeyboardInterrupt`.
     """
     shown = len(chains) == 1 and len(chains[0]) == 1
     live = not shown and sys.stderr.isatty()
     logs.mkdir(parents=True, exist_ok=True)
     waiting = deque(deque(chain) for chain in chains if chain)
     running: dict[Stage, tuple[subprocess.Popen, float, deque[Stage]]] = {}
+    # Both raise KeyboardInterrupt.
+    before = {
+        name: signal.signal(name, signal.default_int_handler) for name in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -79,18 +84,18 @@ def run_chains(
                 print(f"\r\x1b[K  {len(waiting)} waiting   {said}", end="", file=sys.stderr)
             for stage in [stage for stage, (process, *_) in running.items() if process.poll() is not None]:
                 process, started, chain = running.pop(stage)
-                if process.returncode:
+                if process.returncode or not stage.product.exists():
                     fail(stage, None if shown else log_of(stage, logs))
                 ended(stage, time.monotonic() - started)
                 if chain:
                     waiting.appendleft(chain)
-    except KeyboardInterrupt:  # Ctrl-C reached the stages too: let them save what they have
-        for process, *_ in running.values():
-            process.wait(timeout=60)
-        raise
     finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
         for process, *_ in running.values():
             process.terminate()
+        for process, *_ in running.values():
+            process.wait()
         if live:
             print("\r\x1b[K", end="", file=sys.stderr)
 
@@ -101,9 +106,10 @@ def start(stage: Stage, log: Path | None) -> subprocess.Popen:
     # Two busy threads on a shared core are slower than one.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, *arguments = shlex.split(stage.command)
+    # A session of its own: Ctrl-C reaches this process alone, which passes it on once; a second would stop the saving.
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments], stdout=output, stderr=output, env=environment,
-        preexec_fn=die_with_parent,
+        start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
 
 
@@ -117,7 +123,9 @@ def die_with_parent() -> None:
 def fail(stage: Stage, log: Path | None) -> None:
     if log is not None:
         print("\n" + log.read_text()[-3000:], file=sys.stderr)
-    raise UserError(f"stage '{stage.name}' failed; once that is mended, the same command goes on from here")
+    raise UserError(
+        f"stage '{stage.name}' did not come to its end ({stage.pasted}); once that is mended, the same command goes on"
+    )
 
 
 def log_of(stage: Stage, logs: Path) -> Path:

@@ -108,7 +108,9 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState) -> None:
                 coefficient.observe(1 - terms["loss_token"])
             terms["loss"].backward()
             grad_norm = clip_grad_norm_(state.parameters.values(), config.optim.grad_clip)
-            state.update(terms, grad_norm)
+            # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
+            measured = terms if aligned else {name: terms[name] for name in ("loss", "loss_diff")}
+            state.update(measured | {"grad_norm": grad_norm})
 
             done = state.step == config.train.steps
             if done or state.step % config.train.log_every == 0:
@@ -139,7 +141,8 @@ def log(run: RunFolder, board: SummaryWriter, progress: tqdm, line: dict[str, fl
     run.append_metrics(line | {"it_per_s": progress.format_dict["rate"]})
     for name, value in line.items():
         board.add_scalar(name, value, line["step"])
-    progress.set_postfix(loss=f"{line['loss']:.4f}", align=f"{line['loss_align']:.4f}")
+    shown = {"loss": "loss", "align": "loss_align", "λ": "coeff"}
+    progress.set_postfix({short: f"{line[name]:.4g}" for short, name in shown.items() if name in line})
 
 
 def export(run: RunFolder, model: SD15UNetAligned) -> None:

@@ -24,14 +24,14 @@ RENAMED = {
     "urepa_threshold_mode": "align.threshold_mode",
 }
 REFUSED: dict[str, Callable[[Any], str]] = {
-    "urepa_enabled": lambda on: "leave it out" if on is True else "use align.coeff=0",
+    "urepa_enabled": lambda _: "use align.coeff=0 to switch the alignment off",
     "urepa_model": lambda name: (
         f"the cache decides: run script 3 with --teacher {hub_id(name)}, and set teacher.model, teacher.dim and teacher.grid"
     ),
     "urepa_encoder": lambda name: REFUSED["urepa_model"](name),
     "urepa_encoder_image_size": lambda size: (
         f"use teacher.grid={size // 14}, tokens per side (image size / patch 14), as script 3's --grid"
-        if isinstance(size, int)
+        if type(size) is int
         else "use teacher.grid, tokens per side (image size / patch 14), as script 3's --grid"
     ),
     "urepa_use_tae": lambda _: "use teacher.source=online with teacher.decoder=madebyollin/taesd",
@@ -60,14 +60,19 @@ def rename_aliases(data: dict[str, Any], where: str) -> dict[str, Any]:
     """The settings of a file with its aliases renamed; raises `UserError` where both names are given."""
     renamed = {key: value for key, value in data.items() if not str(key).startswith(PREFIX)}
     for alias, value in data.items():
-        if alias in renamed:
+        if alias in renamed or (
+            alias == "urepa_enabled" and value is True
+        ):  # as everything here is, unless λ is 0
             continue
         key, value = own_name(alias, value)
         section, _, name = key.partition(".")
         if not name:  # an unknown urepa_ name: the schema says so
             renamed[key] = value
             continue
-        settings = dict(renamed.get(section) or {})
+        settings = renamed.get(section)
+        if not isinstance(settings, dict | None):  # the schema says what is wrong with it
+            continue
+        settings = dict(settings or {})
         if name in settings:
             raise UserError(f"{where}: {alias} and {key} are the same setting: give one of them")
         renamed[section] = settings | {name: value}

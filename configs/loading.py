@@ -18,6 +18,19 @@ from configs.aliases import own_name, rename_aliases
 from configs.schema import Config
 from errors import UserError
 
+# What the papers and other trainers call our knobs.
+FAMILIAR = {
+    "lambda": "align.coeff",
+    "repa_lambda": "align.coeff",
+    "proj_coeff": "align.coeff",
+    "align_coeff": "align.coeff",
+    "w": "align.manifold_coeff",
+    "layer": "align.taps",
+    "encoder_depth": "align.taps",
+    "enc_type": "teacher.model",
+    "projector_dim": "align.head_hidden",
+}
+
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line.
@@ -25,14 +38,30 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] |
     Of several files each is laid over the ones before it.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    data = functools.reduce(_overlay, (rename_aliases(read_yaml(path), str(path)) for path in paths))
+    data = functools.reduce(_overlay, map(read_yaml, paths))
     return parse_config(data, overrides, where=" + ".join(map(str, paths)))
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; `extends: other.yaml` lays it over another file of the same folder."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error; the first would be lost in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping; `extends: other.yaml` lays it over another file, given from where this one is."""
+    if Path(path).resolve() in _above:
+        raise UserError(f"{path} extends itself")
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -40,9 +69,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no settings (a YAML mapping was expected)")
     extends = data.pop("extends", None)
-    if extends is not None and Path(path).name == str(extends):
-        raise UserError(f"{path} extends itself")
-    return data if extends is None else _overlay(read_yaml(Path(path).parent / str(extends)), data)
+    data = rename_aliases(data, str(path))
+    if extends is None:
+        return data
+    return _overlay(read_yaml(Path(path).parent / str(extends), (*_above, Path(path).resolve())), data)
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +93,7 @@ def parse_config(
         if not equals or not key:
             raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
         try:
-            value = yaml.safe_load(text)
+            value = text if " #" in text else yaml.safe_load(text)  # a path, not a comment
         except yaml.YAMLError:
             raise UserError(f"cannot read the value of '{override}'") from None
         key, value = own_name(key, value)
@@ -119,9 +149,13 @@ def _choices(annotation) -> list[str]:
 def _first_problem(error: ValidationError) -> str:
     """The first of pydantic's complaints, as one line that says what to do."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
     if problem["type"] == "extra_forbidden":
         known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
+        if key in known:
+            return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
+        if (word := key.rsplit(".", 1)[-1]) in FAMILIAR:
+            return f"unknown key '{key}'; did you mean '{FAMILIAR[word]}'?"
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         if not near:  # the right name in the wrong section
             near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]

@@ -142,6 +142,16 @@ class Align(Section):
         return self
 
     @model_validator(mode="after")
+    def _nothing_without_effect(self):
+        without = {"coeff_end": 0.0, "decay_steps": 0, "power": 1.0}
+        idle = [name for name, default in without.items() if getattr(self, name) != default]
+        if self.schedule == "constant" and idle:
+            raise ValueError(
+                f"align.{idle[0]} has no effect while align.schedule is constant: choose another schedule"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_left_to_compare(self):
         if self.spatial_norm == 1 and self.manifold != "token" and self.manifold_coeff > 0:
             raise ValueError(
@@ -230,6 +240,27 @@ class Config(Section):
     optim: Optim = Optim()
     train: Train = Train()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _what_is_set_can_act(self):
+        align, steps = self.align, self.train.steps
+        if align.coeff > 0 and align.head == "conv1x1" and self.teacher.dim % 32:
+            raise ValueError(
+                f"the head conv1x1 normalises 32 groups, and teacher.dim = {self.teacher.dim} is no multiple: choose another "
+                "align.head"
+            )
+        if align.cutoff_step >= steps > 1 and align.coeff > 0:
+            raise ValueError(
+                f"align.cutoff_step = {align.cutoff_step} is never reached in {steps} steps: lower it, or set 0"
+            )
+        if align.similarity_threshold is not None and 1 / (1 - align.similarity_ema_decay) > steps:
+            raise ValueError(
+                f"the average of align.similarity_ema_decay = {align.similarity_ema_decay} needs more than the {steps} steps "
+                "there are before it decides: lower it"
+            )
+        if self.teacher.source == "cached" and self.teacher.decoder is not None:
+            raise ValueError("teacher.decoder is for teacher.source=online: set that, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _the_teacher_has_a_source(self):

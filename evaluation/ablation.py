@@ -17,11 +17,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
-def summarise(results: Results, reference: str) -> dict[str, dict[str, dict]]:
-    """{arm: {measure: {mean, error, n, difference, difference_error}}}.
+def summarise(
+    results: Results, reference: str, alien: Mapping[str, set[str]] | None = None
+) -> dict[str, dict[str, dict]]:
+    """{arm: {measure: {mean, error, n, comparable, difference, difference_error}}}.
 
     The difference from the reference arm is taken seed by seed: two arms of one seed share their first weights, batches and
-    noise, so that much of what is due to chance goes out. Its error is that of the mean of these differences.
+    noise, so that much of what is due to chance goes out. Its error is that of the mean of these differences. `alien` names
+    the measures of an arm that cannot be compared with the reference's: they have no difference.
     """
     table = {}
     for arm, seeds in results.items():
@@ -31,14 +34,15 @@ def summarise(results: Results, reference: str) -> dict[str, dict[str, dict]]:
             if not values:
                 continue
             mean, error = mean_and_error(list(values.values()))
-            row = {"mean": mean, "error": error, "n": len(values)}
+            comparable = measure not in (alien or {}).get(arm, ())
+            row = {"mean": mean, "error": error, "n": len(values), "comparable": comparable}
             others = results[reference]
             pairs = [
                 v - others[s][measure]
                 for s, v in values.items()
                 if others.get(s, {}).get(measure) is not None
             ]
-            if arm != reference and pairs:
+            if arm != reference and pairs and comparable:
                 row["difference"], row["difference_error"] = mean_and_error(pairs)
             table[arm][measure] = row
     return table
@@ -47,16 +51,20 @@ def summarise(results: Results, reference: str) -> dict[str, dict[str, dict]]:
 def markdown(
     table: Mapping[str, Mapping[str, Mapping]], measures: Mapping[str, str], differences: Sequence[str] = ()
 ) -> str:
-    """A table with one row an arm: each measure of {name: format} as mean ± error, n, and for some the difference beside it."""
+    """A table with one row an arm: each measure of {name: format} as mean ± error, n, and for some the difference beside it.
+
+    A dagger marks what cannot be compared.
+    """
     heads = ["arm", "n"]
     for name in measures:
-        heads += [name] + (["difference"] if name in differences else [])
+        heads += [name] + (["Δ"] if name in differences else [])
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, rows in table.items():
         cells = [arm, str(max(row["n"] for row in rows.values()))]
         for name, form in measures.items():
             row = rows.get(name, {})
-            cells.append(_plus_minus(row["mean"], row["error"], form) if row else "—")
+            mark = "" if row.get("comparable", True) else " †"
+            cells.append(_plus_minus(row["mean"], row["error"], form) + mark if row else "—")
             if name in differences:
                 found = "difference" in row
                 cells.append(
@@ -67,9 +75,17 @@ def markdown(
 
 
 def plot_arms(
-    path: str | Path, results: Results, reference: str, measures: Mapping[str, str], title: str
+    path: str | Path,
+    results: Results,
+    reference: str,
+    measures: Mapping[str, str],
+    title: str,
+    alien: Mapping[str, set[str]] | None = None,
 ) -> None:
-    """One panel a measure of {name: label}: each arm's seeds as dots, its mean ± standard error, and the reference's mean."""
+    """One panel a measure of {name: label}: each arm's seeds as dots, its mean ± standard error, and the reference's mean.
+
+    What cannot be compared with the reference (`alien`, as in `summarise`) is left out.
+    """
     plt = pyplot()
     arms = list(results)
     figure, axes = plt.subplots(
@@ -80,25 +96,26 @@ def plot_arms(
         layout="constrained",
         squeeze=False,
     )
-    style = run_style(0)
     for panel, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for row, arm in enumerate(arms):
             values = [r[measure] for r in results[arm].values() if r.get(measure) is not None]
-            if not values:
+            if not values or measure in (alien or {}).get(arm, ()):
                 continue
             mean, error = mean_and_error(values)
+            colour = "#555555" if arm == reference else run_style(0)["color"]
             panel.plot(
-                values, [row] * len(values), "o", color=style["color"], alpha=0.35, markersize=4, zorder=2
+                values, [row + 0.16] * len(values), "o", color=colour, alpha=0.4, markersize=4, zorder=2
             )
             panel.errorbar(
-                mean, row, xerr=None if np.isnan(error) else error, fmt="D", color=style["color"], markersize=5, capsize=3
+                mean, row, xerr=None if np.isnan(error) else error, fmt="D", color=colour, markersize=5, capsize=3
             )  # fmt: skip
             if arm == reference:
                 panel.axvline(mean, color="#777777", linewidth=1, linestyle="--", zorder=1)
         panel.set_xlabel(label)
         panel.grid(axis="y", visible=False)
+        panel.locator_params(axis="x", nbins=4)
     axes[0, 0].set_yticks(range(len(arms)), arms)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(title, fontsize=11)
     data = {
         measure: {

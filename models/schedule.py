@@ -68,7 +68,7 @@ class SimilarityCutoff:
         self, threshold: float, *, ema_decay: float = 0.99, mode: str = "permanent", every: int = 10
     ):
         self.threshold, self.decay, self.mode, self.every = threshold, ema_decay, mode, every
-        self.enough = math.ceil(1 / (1 - ema_decay) - 1e-9)
+        self.enough = math.ceil((1 - 1e-9) / (1 - ema_decay))
         self._sum, self._count, self._off = 0.0, 0, False
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 

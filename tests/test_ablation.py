@@ -2,7 +2,11 @@ import importlib
 import json
 import math
 import shlex
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +72,7 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_the_table_shows_mean_error_and_difference():
     text = markdown(summarise(RESULTS, "base"), {"fd": ".2f", "c": ".1%"}, ["fd"])
-    assert "| arm | n | fd | difference | c |" in text
+    assert "| arm | n | fd | Δ | c |" in text
     assert "| base | 3 | 4.00 ± 0.58 | — | — |" in text
     assert "| arm | 3 | 3.00 ± 0.76 | -1.00 ± 0.29 | 60.0% ± 5.8% |" in text
 
@@ -117,7 +121,7 @@ def test_chains_run_in_order_and_are_recorded(scripts, tmp_path):
 def test_a_failing_stage_stops_its_chain_and_is_not_recorded(scripts, tmp_path, capfd):
     record = Record(tmp_path / "stages.json")
     chain = [scripts("a0", "0"), scripts("a1", "X"), scripts("a2", "2")]
-    with pytest.raises(UserError, match="'a1' failed"):
+    with pytest.raises(UserError, match="'a1' did not come to its end"):
         run_chains([chain], jobs=1, logs=tmp_path / "logs", ended=record.add)
     assert (tmp_path / "a").read_text() == "0X"
     assert [record.of(stage) is not None for stage in chain] == [True, False, False]
@@ -170,3 +174,118 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, arguments, s
         ablate_sd15.main(
             [*own, *arguments, "--base", str(ROOT / "configs" / "demo.yaml"), "--out", str(tmp_path)]
         )
+
+
+@pytest.fixture
+def ablation(miniature, tmp_path, monkeypatch):
+    """Run an ablation of overlays {name: settings} in this process; returns what was run, in order."""
+    monkeypatch.chdir(ROOT)
+    settings = [
+        o
+        for o in demo_overrides(miniature, "unused", "train.steps=2", "eval.num_samples=12")
+        if "run=" not in o
+    ]
+
+    def run(arms, *more, seeds=(0,)):
+        for name, overlay in arms.items():
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
+        ran = []
+
+        def note(chains, *, ended, **_):
+            ran.extend(
+                stage.name.split()[0] + " " + stage.name.split()[1] for chain in chains for stage in chain
+            )
+            in_this_process(chains, ended=ended)
+
+        monkeypatch.setattr(ablate_sd15, "run_chains", note)
+        files = [tmp_path / f"{name}.yaml" for name in arms]
+        given = [*files, "--base", ROOT / "configs/demo.yaml", "--seeds", *seeds, "--out", tmp_path / "out"]
+        ablate_sd15.main(list(map(str, [*given, "--set", *settings, *more])))
+        return ran, json.loads((tmp_path / "out" / "results.json").read_text())
+
+    return run
+
+
+def test_other_evaluation_settings_are_measured_anew_without_training(ablation, capsys):
+    ran, first = ablation({"baseline": {"align": {"coeff": 0}}})
+    assert ran == ["train baseline", "fid baseline", "align baseline"]
+    ran, second = ablation({"baseline": {"align": {"coeff": 0}}}, "eval.num_samples=16")
+    assert ran == ["train baseline", "fid baseline", "align baseline"]
+    assert "16 samples" in second["note"]
+    assert (
+        first["results"]["baseline"]["0"]["Fréchet distance ↓"]
+        != second["results"]["baseline"]["0"]["Fréchet distance ↓"]
+    )
+    assert capsys.readouterr().out.count("is complete") == 2  # the second training had nothing to do
+
+
+def test_a_changed_arm_is_not_passed_off_as_the_old_one(ablation):
+    ablation({"baseline": {"align": {"coeff": 0}}})
+    with pytest.raises(UserError, match=r"started with another config \(optim\.lr"):
+        ablation({"baseline": {"align": {"coeff": 0}, "optim": {"lr": 1e-5}}})
+
+
+def test_what_cannot_be_compared_is_marked_and_has_no_difference(ablation):
+    arms = {
+        "baseline": {"align": {"coeff": 0}},
+        "other": {"align": {"coeff": 0}, "diffusion": {"snr_gamma": 1}},
+    }
+    _, found = ablation(arms)
+    rows = found["summary"]["other"]
+    assert rows["held-out loss ↓"]["comparable"] is False
+    assert "difference" not in rows["held-out loss ↓"]
+    assert "difference" in rows["Fréchet distance ↓"]
+    assert "†" in found["note"]
+
+
+def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path):
+    ablation({"baseline": {"align": {"coeff": 0}}})
+    importlib.import_module("evaluate_sd15").main(
+        ["align", str(tmp_path / "out/baseline/seed0"), "--timestep", "900"]
+    )
+    with pytest.raises(UserError, match="changed by other commands"):
+        ablation({"baseline": {"align": {"coeff": 0}}})
+
+
+@pytest.mark.parametrize("key", ["seed=3", "run=elsewhere", "eval.extractor=null", "eval.tokens=null"])
+def test_settings_that_an_ablation_decides_or_needs(ablation, key):
+    with pytest.raises(UserError, match=r"--seeds and --out decide it|cannot be evaluated: set"):
+        ablation({"baseline": {"align": {"coeff": 0}}}, key)
+
+
+def test_a_stage_that_ends_well_without_its_product_has_not_ended(scripts, tmp_path):
+    """As a training does that was asked to stop."""
+    stage = Stage("a0", f"append.py {tmp_path}/a 0", tmp_path / "never")
+    record = Record(tmp_path / "stages.json")
+    with pytest.raises(UserError, match="'a0' did not come to its end"):
+        run_chains([[stage], [stage]], jobs=1, logs=tmp_path / "logs", ended=record.add)
+    assert not record.entries
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_running_stages_save_once(tmp_path, number):
+    """To this process alone: it passes one signal on and waits; a second would stop a training in its saving."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "heard = []\n"
+        "for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *a: heard.append(a[0]))\n"
+        f"pathlib.Path(r'{tmp_path}/ready').touch()\n"
+        "while not heard: time.sleep(0.05)\n"
+        "time.sleep(0.5)\n"
+        f"pathlib.Path(r'{tmp_path}/saved').write_text(str(len(heard)))\n"
+    )
+    (tmp_path / "run.py").write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nimport stages\n"
+        f"here = Path(r'{tmp_path}')\nstages.ROOT = here\n"
+        "s = stages.Stage('slow', 'slow.py', here / 'never')\n"
+        "stages.run_chains([[s], [s]], jobs=1, logs=here / 'logs', ended=print)\n"
+    )
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", ROOT], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert (tmp_path / "saved").read_text() == "1"

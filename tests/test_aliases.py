@@ -11,13 +11,13 @@ from configs.loading import knobs, load_config
 from errors import UserError
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "configs" / "demo.yaml"
+BASE = ROOT / "configs" / "A.yaml"
 
 
 def over(tmp_path, settings):
     file = tmp_path / "over.yaml"
     file.write_text(yaml.safe_dump(settings))
-    return load_config([DEMO, file])
+    return load_config([BASE, file])
 
 
 def test_the_documented_example_means_what_its_users_know(tmp_path):
@@ -36,6 +36,7 @@ def test_the_documented_example_means_what_its_users_know(tmp_path):
 
 def test_the_similarity_options_mean_what_their_users_know(tmp_path):
     known = {
+        "urepa_scheduler": "polynomial",
         "urepa_similarity_threshold": 0.85,
         "urepa_similarity_ema_decay": 0.9,
         "urepa_threshold_mode": "recoverable",
@@ -55,7 +56,18 @@ def test_the_similarity_options_mean_what_their_users_know(tmp_path):
 def test_an_alias_of_a_later_file_wins_and_a_deliberate_zero_stays_zero(tmp_path):
     assert over(tmp_path, {"urepa_lambda": 0}).align.coeff == 0
     assert over(tmp_path, {"urepa_manifold_weight": 0}).align.manifold_coeff == 0
-    assert load_config(DEMO, ["urepa_lambda=0.25"]).align.coeff == 0.25
+    assert load_config(BASE, ["urepa_lambda=0.25"]).align.coeff == 0.25
+
+
+def test_enabled_is_what_it_is_here(tmp_path):
+    assert over(tmp_path, {"urepa_enabled": True}) == load_config(BASE)
+
+
+def test_an_alias_over_an_extended_file_is_no_second_name(tmp_path):
+    (tmp_path / "below.yaml").write_text(BASE.read_text())
+    file = tmp_path / "above.yaml"
+    file.write_text("extends: below.yaml\nurepa_lambda: 0.5\n")
+    assert load_config(file).align.coeff == 0.5
 
 
 def test_both_names_of_one_setting_are_refused(tmp_path):
@@ -67,7 +79,6 @@ def test_both_names_of_one_setting_are_refused(tmp_path):
     ("settings", "said"),
     [
         ({"urepa_enabled": False}, "align.coeff=0"),
-        ({"urepa_enabled": True}, "leave it out"),
         ({"urepa_model": "dinov2_vitg14"}, "--teacher facebook/dinov2-giant"),
         ({"urepa_model": "dinov2_vitb14_reg"}, "--teacher facebook/dinov2-with-registers-base"),
         ({"urepa_encoder_image_size": 518}, "teacher.grid=37"),

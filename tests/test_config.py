@@ -97,3 +97,52 @@ def test_every_knob_is_explained():
     assert all(f"  {key} = " in knobs_help() for key in knobs())
     assert "align.taps" in knobs()
     assert set(Config.model_fields) == {key.split(".")[0] for key in knobs()}
+
+
+def test_files_that_extend_each_other_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: ./a.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("align:\n  coeff: 0.1\nalign:\n  power: 1\n")
+    with pytest.raises(UserError, match="align is given twice"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("align.coeff: 1", "is written nested"),
+        ("align: {lambda: 1}", "did you mean 'align.coeff'"),
+        ("proj_coeff: 1", "did you mean 'align.coeff'"),
+        ("align: 5\nurepa_lambda: 1", "align = 5"),
+        ("teacher: {dim: 1000}", "choose another align.head"),
+        ("align: {coeff_end: 0.4}", "has no effect while align.schedule is constant"),
+        ("align: {cutoff_step: 60000}", "never reached in 60000 steps"),
+        (
+            "align: {similarity_threshold: 0.5, similarity_ema_decay: 0.99999}",
+            "needs more than the 60000 steps",
+        ),
+        ("teacher: {decoder: madebyollin/taesd}", "is for teacher.source=online"),
+        ("align: {spatial_norm: 1}", "takes away the mean tokens"),
+    ],
+)
+def test_what_cannot_act_or_is_called_otherwise_is_said(tmp_path, text, said):
+    (tmp_path / "over.yaml").write_text(text + "\n")
+    with pytest.raises(UserError, match=said):
+        load_config([CONFIGS / "A.yaml", tmp_path / "over.yaml"])
+
+
+def test_a_path_with_a_hash_is_taken_whole():
+    config = load_config(CONFIGS / "A.yaml", ["run=runs/try #2"])
+    assert config.run == Path("runs/try #2")
+
+
+def test_several_files_are_laid_over_one_another(tmp_path):
+    (tmp_path / "one.yaml").write_text("align: {coeff: 0.1, power: 1.0}\n")
+    (tmp_path / "two.yaml").write_text("align: {coeff: 0.2}\n")
+    config = load_config([CONFIGS / "A.yaml", tmp_path / "one.yaml", tmp_path / "two.yaml"], ["seed=3"])
+    assert (config.align.coeff, config.align.manifold_coeff, config.seed) == (0.2, 3.0, 3)

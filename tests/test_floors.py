@@ -37,7 +37,7 @@ FLOORS = {
     "dataset_sd15": BOTTOM | CACHE,
     "training": BOTTOM | {"configs", "training"},
     "build_sd15": BOTTOM | {"configs", "dataset_sd15", "device", "loss_sd15", "models", "training"},
-    "selftest_sd15": BOTTOM | {"build_sd15", "device", "models"},
+    "selftest_sd15": BOTTOM | {"build_sd15", "dataset_sd15", "device", "models"},
 }
 SCRIPTS = {"train_sd15", "evaluate_sd15", "demo"}
 # Outside libraries that have one room each.

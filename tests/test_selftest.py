@@ -59,7 +59,7 @@ def test_it_says_what_is_alive_and_makes_no_run_folder(self_test, tmp_path, caps
         assert f"tap {tap}" in said
         assert f"{path} (64, 2, 2) float32 → conv1x1 → 4×4" in said
     assert said.count("cells reached 100%") == 3
-    assert "rank 4 in 18 modules: down_blocks.3 2, mid_block 12, up_blocks.0 4" in said
+    assert "rank 4, scale 8, in 18 modules: down_blocks.3 2, mid_block 12, up_blocks.0 4" in said
     assert "reaches 18 of 18 LoRA modules" in said
     assert "0 at 0, 0.8 at 2 (end of warm-up), 0.8 at 3 (middle), 0.8 at 5 (end)" in said
     assert "passed" in said
@@ -87,7 +87,7 @@ def test_its_numbers_are_those_of_a_step_by_hand(miniature, tmp_path, capsys):
     x = parts.model.heads["mid"](feature)
     parts.loss.alignment({"mid": x}, teacher)["loss_align"].backward()
     cosine = torch.nn.functional.cosine_similarity(x, teacher, dim=-1).mean()
-    assert f"cosine {cosine:+.3f}, gradient norm {feature.grad.norm():.3g}," in said
+    assert f"cosine {cosine:+.3f}, L_align's gradient there {feature.grad.norm():.3g}," in said
 
 
 def test_it_leaves_no_trace(miniature, tmp_path):
@@ -205,6 +205,80 @@ def test_latents_of_another_scale(self_test, miniature, tmp_path):
         self_test(f"data.latents={folder}")
 
 
+def test_tokens_that_are_the_same_for_all_images(self_test, miniature, tmp_path):
+    folder = rewritten(
+        miniature / "cache" / "tokens", "tokens", tmp_path / "tokens", lambda y: y[:1].expand_as(y)
+    )
+    with pytest.raises(UserError, match="the same for all images"):
+        self_test(f"data.tokens={folder}")
+
+
+def test_some_images_with_copies_of_one_token(self_test, miniature, tmp_path):
+    def spoil(y):
+        return torch.cat([y[:10, :1].expand_as(y[:10]), y[10:]])
+
+    folder = rewritten(miniature / "cache" / "tokens", "tokens", tmp_path / "tokens", spoil)
+    with pytest.raises(UserError, match="of 10 in 60 images all tokens are equal"):
+        self_test(f"data.tokens={folder}")
+
+
+@pytest.mark.parametrize("scale", [1 / 0.18215, 0.18215])
+def test_latents_unscaled_or_scaled_twice(self_test, miniature, tmp_path, scale):
+    folder = rewritten(miniature / "cache" / "latents", "latents", tmp_path / "latents", lambda z: z * scale)
+    with pytest.raises(UserError, match="standard deviation"):
+        self_test(f"data.latents={folder}")
+
+
+def test_frozen_heads(miniature, tmp_path):
+    parts = parts_of(miniature, tmp_path)
+    parts.model.heads.requires_grad_(False)
+    with pytest.raises(UserError, match="the heads must be trained"):
+        selftest_sd15.self_test(parts)
+
+
+def test_fewer_images_than_a_batch(self_test):
+    with pytest.raises(UserError, match=r"60 images are fewer than data\.batch_size = 61"):
+        self_test("data.batch_size=61")
+
+
+@pytest.mark.parametrize("coeff", [0, 0.8])
+def test_a_network_that_cannot_learn(miniature, tmp_path, coeff):
+    parts = parts_of(miniature, tmp_path, f"align.coeff={coeff}", "model.train=lora", "model.lora_rank=4")
+    for name, parameter in parts.model.unet.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.zeros_(parameter)  # both matrices: no gradient ever
+    with pytest.raises(UserError, match="sends no gradient"):
+        selftest_sd15.self_test(parts)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        ["model.train=partial", "model.gradient_checkpointing=true"],
+        ["model.train=lora", "model.lora_targets=attention", "align.taps=[mid,dec_first]"],
+        ["train.precision=bf16", "align.head=conv3x3", "align.spatial_norm=0.5"],
+        ["diffusion.snr_gamma=5", "diffusion.parameterization=epsilon", "align.manifold=both"],
+        ["data.batch_size=1", "align.manifold=token"],
+        ["align.coeff=0", "model.train=lora"],
+    ],
+)
+def test_no_false_alarm(self_test, capsys, knobs):
+    self_test(*knobs)
+    assert "passed" in capsys.readouterr().out
+
+
+def test_classes_with_one_embedding(self_test, miniature, tmp_path):
+    table, manifest = read_table(miniature / "cache" / "text")
+    table = torch.cat([table[:1].expand_as(table[:-1]), table[-1:]]).contiguous()
+    names = ("field", "dtype", "meaning", "source", "view", "details")
+    spec = FieldSpec(
+        shape=tuple(table.shape[1:]), **{name: manifest[name] for name in names if name in manifest}
+    )
+    write_table(tmp_path / "text", table, spec)
+    with pytest.raises(UserError, match="have one embedding"):
+        self_test(f"data.text={tmp_path}/text")
+
+
 def test_a_class_that_is_the_null_prompt(self_test, miniature, tmp_path):
     table, manifest = read_table(miniature / "cache" / "text")
     table = table.clone()
@@ -223,8 +297,9 @@ def test_a_coefficient_that_never_acts(self_test):
         self_test("align.cutoff_step=1", "align.warmup_steps=1")
 
 
-def test_an_output_that_is_not_finite(miniature, tmp_path):
-    parts = parts_of(miniature, tmp_path)
+@pytest.mark.parametrize("coeff", [0, 0.8])
+def test_an_output_that_is_not_finite(miniature, tmp_path, coeff):
+    parts = parts_of(miniature, tmp_path, f"align.coeff={coeff}")
     torch.nn.init.constant_(parts.model.unet.conv_in.weight, float("nan"))
     with pytest.raises(UserError, match="not finite"):
         selftest_sd15.self_test(parts)

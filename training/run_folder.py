@@ -76,7 +76,8 @@ class RunFolder:
                     )
             if not (path / "config.yaml").exists() or changed:
                 write_json(path / "run.json", _provenance())
-                write_atomically(path / "config.yaml", resolved_yaml(config).encode())
+            # Also where only what cannot change the training differs, such as eval.*: the newest word is evaluated.
+            write_atomically(path / "config.yaml", resolved_yaml(config).encode())
             yield cls(path)
 
     @property
@@ -151,10 +152,16 @@ def _changed(before: Config, now: Config) -> list[str]:
 
 
 def _deciding(config: Config) -> dict[str, object]:
-    flat = _flat(config.model_dump(mode="json"))
     return {
-        key: value for key, value in flat.items() if key not in OPERATIONAL and not key.startswith("eval.")
+        key: value
+        for key, value in flat_settings(config).items()
+        if key not in OPERATIONAL and not key.startswith("eval.")
     }
+
+
+def flat_settings(config: Config) -> dict[str, object]:
+    """Every setting by its dotted key."""
+    return _flat(config.model_dump(mode="json"))
 
 
 def _flat(data: dict, prefix: str = "") -> dict:

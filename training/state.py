@@ -39,13 +39,13 @@ class TrainingState:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 
-    def update(self, terms: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+    def update(self, metrics: dict[str, torch.Tensor]) -> None:
         """One optimiser step from the gradients in place; nothing here waits for the device."""
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
-        for name, value in (terms | {"grad_norm": grad_norm}).items():
+        for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1
         self.step += 1
