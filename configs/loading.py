@@ -129,13 +129,22 @@ def knobs(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
 
 
 def knobs_help() -> str:
-    """One line a knob: key, default, choices and meaning, for `--help`."""
-    lines = []
+    """Each knob's key, default, choices and meaning, section by section, for `--help`."""
+    lines, last = [], ""
     for key, field in knobs().items():
-        default = "required" if field.is_required() else field.default
+        if "." in key and (section := key.split(".")[0]) != last:
+            lines.append("")
+            last = section
+        default = "required" if field.is_required() else _as_yaml(field.default)
         choices = f" ({' | '.join(options)})" if (options := _choices(field.annotation)) else ""
         lines.append(f"  {key} = {default}{choices}\n      {field.description}")
     return "\n".join(lines)
+
+
+def _as_yaml(default) -> str:
+    """A default as one would write it in a file."""
+    plain = list(default) if isinstance(default, tuple) else default
+    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip()
 
 
 def _choices(annotation) -> list[str]:

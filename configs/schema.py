@@ -75,7 +75,9 @@ class Data(Section):
 
 class Align(Section):
     taps: tuple[Literal["enc_last", "mid", "dec_first"], ...] = Field(
-        ("mid",), min_length=1, description="where the U-Net is read; the loss is the mean over taps"
+        ("mid",),
+        min_length=1,
+        description="where the U-Net is read; the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
     )
     coeff: float = Field(
         0.8, ge=0, description="λ, weight of the alignment loss; 0 = no alignment work at all"
