@@ -14,14 +14,20 @@ test-full: .venv/installed     ## the full-size U-Net takes a training step on C
 lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-ARMS = baseline urepa token_only token_gram multi_layer head_linear irepa cosine lambda_0.5
-STUDY = $(ARMS:%=configs/ablations/%.yaml) $(addprefix configs/study/,head_mlp.yaml early_stop.yaml selfdistilled.yaml selfdistilled_token_gram.yaml)
+ARMS = baseline urepa token_only token_gram multi_layer head_linear irepa
+OWN_ARMS = head_mlp early_stop selfdistilled selfdistilled_token_gram
+SELFDISTILLED = .venv/bin/python preprocessing/3_build_dino_cache.py --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0
+LARGER = .venv/bin/python preprocessing/2_encode_vae_latents.py --base data/demo/models/sd15-mini --image-size 64 --workers 0
+ABLATE = .venv/bin/python ablate_sd15.py --seeds 0 1 2 --jobs 2
 
 study: demo                    ## variants of the method on the miniature, 3 seeds each (docs/study.md): hours on a CPU; goes on where it stopped
 	.venv/bin/python preprocessing/0_make_demo.py --out data/demo --self-distilled
-	.venv/bin/python preprocessing/3_build_dino_cache.py --csv data/demo/train.csv --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0 --out data/demo/cache_selfdistilled/tokens
-	.venv/bin/python preprocessing/3_build_dino_cache.py --csv data/demo/val.csv --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0 --out data/demo/cache_selfdistilled_val/tokens
-	.venv/bin/python ablate_sd15.py $(STUDY) --base configs/study/base.yaml --seeds 0 1 2 --jobs 2 --out runs/study
+	$(SELFDISTILLED) --csv data/demo/train.csv --out data/demo/cache_selfdistilled/tokens
+	$(SELFDISTILLED) --csv data/demo/val.csv --out data/demo/cache_selfdistilled_val/tokens
+	$(LARGER) --csv data/demo/train.csv --out data/demo/cache_64/latents
+	$(LARGER) --csv data/demo/val.csv --out data/demo/cache_64_val/latents
+	$(ABLATE) --base configs/study/base.yaml --out runs/study $(ARMS:%=configs/ablations/%.yaml) $(OWN_ARMS:%=configs/study/%.yaml)
+	$(ABLATE) --base configs/study/grid4.yaml --out runs/study_grid4 configs/ablations/baseline.yaml configs/ablations/urepa.yaml
 
 BENCHMARKS = read_warm read_cold full_size_cache token_encodings
 

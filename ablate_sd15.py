@@ -222,6 +222,7 @@ def write_results(
         "command": this_command(),
         "note": note,
         "reference": reference,
+        "not_comparable": {arm: sorted(measures) for arm, measures in alien.items() if measures},
         "results": results,
         "summary": table,
     }

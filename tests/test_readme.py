@@ -1,6 +1,7 @@
 """The README tells the truth: its tree names every file, and its commands are commands."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ablate_sd15 import DIFFERENCES, MEASURES
 from benchmarks.report import PAGE, refreshed
 from configs.loading import knobs
 from errors import UserError
+from evaluation.ablation import markdown, summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +55,15 @@ def test_the_tables_of_the_benchmarks_are_those_of_their_results():
     assert page.count("<!-- end -->") == len(list((ROOT / "benchmarks" / "results").glob("*.json"))) == 6
     assert refreshed(page) == page
     assert "FAIL" not in page
+
+
+@pytest.mark.parametrize("name", ["study", "study_grid4"])
+def test_the_tables_of_the_study_are_those_of_its_results(name):
+    found = json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+    alien = {arm: set(measures) for arm, measures in found["not_comparable"].items()}
+    table = markdown(summarise(found["results"], found["reference"], alien), MEASURES, DIFFERENCES)
+    assert table in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert all(len(seeds) >= 3 for seeds in found["results"].values())
 
 
 def test_the_table_of_options_has_every_option_of_the_method_with_its_default():

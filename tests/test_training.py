@@ -391,7 +391,9 @@ def test_a_run_records_where_it_came_from(unbroken):
     recorded = json.loads((unbroken.path / "run.json").read_text())
     assert recorded["versions"]["torch"] == torch.__version__.split("+")[0]
     assert recorded["command"]
-    assert load_config(unbroken.path / "config.yaml") == unbroken.config
+    assert (
+        RunFolder(unbroken.path).settings() == unbroken.settings()
+    )  # what decides the result; eval.* may change
     assert any((unbroken.path / "tensorboard").iterdir())
 
 
@@ -416,3 +418,15 @@ def test_the_script_reports_an_error_in_one_line_and_exits_2():
     )  # fmt: skip
     assert result.returncode == 2
     assert re.fullmatch(r"error: [^\n]*did you mean 'align.coeff'[^\n]*\n", result.stderr)
+
+
+def test_evaluation_settings_may_change_after_the_training(miniature, tmp_path, capsys):
+    """The same command with other eval settings trains nothing, and is what evaluation then reads."""
+    run = train(miniature, tmp_path / "run", "train.steps=2")
+    before = weights(run, step=2)
+    again = train(miniature, tmp_path / "run", "train.steps=2", "eval.cfg=3.0", "data.read_threads=0")
+    assert again.config.eval.cfg == 3.0
+    assert_equal_weights(weights(again, step=2), before)
+    with pytest.raises(UserError, match="started with another config"):
+        train(miniature, tmp_path / "run", "train.steps=2", "align.coeff=0.1")
+    assert RunFolder(tmp_path / "run").config.align.coeff == 0.8
