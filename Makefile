@@ -14,7 +14,7 @@ test-full: .venv/installed     ## the full-size U-Net takes a training step on C
 lint: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
-ARMS = baseline urepa token_only token_gram multi_layer head_linear irepa
+ARMS = baseline urepa token_only token_gram multi_layer cosine head_linear irepa
 OWN_ARMS = head_mlp early_stop selfdistilled selfdistilled_token_gram
 SELFDISTILLED = .venv/bin/python preprocessing/3_build_dino_cache.py --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0
 LARGER = .venv/bin/python preprocessing/2_encode_vae_latents.py --base data/demo/models/sd15-mini --image-size 64 --workers 0

@@ -33,15 +33,18 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def thin_model(train):
+def thin_unet():
     """One layer per block, to compile in seconds."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=16, block_out_channels=(8, 8, 16, 16), layers_per_block=1, attention_head_dim=2,
         cross_attention_dim=TEXT_WIDTH, norm_num_groups=4,
-    )  # fmt: skip
-    model = SD15UNetAligned(unet, ALL_TAPS, TEACHER_DIM, grid=4, train=train, lora_config=lora_config(4, 4))
-    return model.train()
+    ).train()  # fmt: skip
+
+
+def thin_model(train):
+    lora = lora_config(4, 4)
+    return SD15UNetAligned(thin_unet(), ALL_TAPS, TEACHER_DIM, grid=4, train=train, lora_config=lora).train()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_a_compiled_unet_gives_the_gradients_of_the_eager_one(batch, train, chec
 
 def test_a_tap_on_a_unet_that_was_already_compiled_and_called_is_an_error(batch):
     latents, timesteps, text, _ = batch
-    unet = thin_model("full").unet
+    unet = thin_unet()
     unet.compile(backend="eager")
     unet(latents, timesteps, text)
     taps = Taps(unet, {"mid": Tap("mid_block.resnets.1")})
