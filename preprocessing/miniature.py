@@ -15,6 +15,7 @@ from files import write_json, written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import Dinov2Model
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # shaped like WordNet ids; they sort in class order
@@ -122,30 +123,25 @@ def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, fl
     """Save the teacher, a DINOv2 that gives 4x4 patch tokens for 32 px."""
     from preprocessing import miniature_models as small
 
-    images, labels = load_images(out, "train")
-    held_out, held_out_labels = load_images(out, "val")
-    teacher = small.train_teacher(images, labels, steps["teacher"])
-    teacher.save_pretrained(folder)
-    _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
-    tokens = small.teacher_tokens(teacher, held_out)
-    return {
-        "teacher_linear_probe": small.measure_linear_probe(
-            (small.teacher_tokens(teacher, images), labels), (tokens, held_out_labels)
-        ),
-        "teacher_token_cosine": small.measure_token_cosine(tokens),
-    }
+    teacher = small.train_teacher(*load_images(out, "train"), steps["teacher"])
+    return _save_teacher(teacher, out, folder)
 
 
 def make_self_distilled(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
     """Save the second teacher: the first one's architecture, trained without labels. They only judge it."""
+    from preprocessing import miniature_selfdistilled as distilled
+
+    images, _ = load_images(out, "train")
+    return _save_teacher(distilled.train_self_distilled(images, steps["selfdistilled"]), out, folder)
+
+
+def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, float]:
     from preprocessing import miniature_models as small
     from preprocessing import miniature_selfdistilled as distilled
 
-    images, labels = load_images(out, "train")
-    held_out, held_out_labels = load_images(out, "val")
-    teacher = distilled.train_self_distilled(images, steps["selfdistilled"])
     teacher.save_pretrained(folder)
     _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
+    (images, labels), (held_out, held_out_labels) = load_images(out, "train"), load_images(out, "val")
     known, tokens = small.teacher_tokens(teacher, images), small.teacher_tokens(teacher, held_out)
     return {
         "teacher_linear_probe": small.measure_linear_probe((known, labels), (tokens, held_out_labels)),
