@@ -48,6 +48,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is given twice", key.start_mark
@@ -109,7 +111,9 @@ def parse_config(
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(error)}") from None
+        place = ".".join(str(part) for part in error.errors()[0]["loc"] if isinstance(part, str))
+        on_command_line = place in {own_name(text.partition("=")[0], None)[0] for text in overrides or []}
+        raise UserError(f"{'' if on_command_line else f'{where}: '}{_first_problem(error)}") from None
 
 
 def resolved_yaml(config: Config) -> str:
@@ -135,15 +139,15 @@ def knobs_help() -> str:
         if "." in key and (section := key.split(".")[0]) != last:
             lines.append("")
             last = section
-        default = "required" if field.is_required() else _as_yaml(field.default)
+        default = "required" if field.is_required() else yaml_value(field.default)
         choices = f" ({' | '.join(options)})" if (options := _choices(field.annotation)) else ""
         lines.append(f"  {key} = {default}{choices}\n      {field.description}")
     return "\n".join(lines)
 
 
-def _as_yaml(default) -> str:
-    """A default as one would write it in a file."""
-    plain = list(default) if isinstance(default, tuple) else default
+def yaml_value(value) -> str:
+    """A value as one would write it in a file."""
+    plain = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip()
 
 

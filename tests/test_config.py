@@ -81,6 +81,9 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1,\nb")
     with pytest.raises(UserError, match=r"^[^\n]*not valid YAML[^\n]*$"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "key.yaml").write_text("[a, b]: 2\n")
+    with pytest.raises(UserError, match="a key must be a name"):
+        load_config(tmp_path / "key.yaml")
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(UserError, match="no settings"):
         load_config(tmp_path / "empty.yaml")
@@ -104,6 +107,18 @@ def test_files_that_extend_each_other_in_a_circle_are_refused(tmp_path):
     (tmp_path / "b.yaml").write_text("extends: ./a.yaml\n")
     with pytest.raises(UserError, match="extends itself"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_a_wrong_override_is_not_blamed_on_the_file(tmp_path):
+    for override, message in (
+        ("train.stesp=5", r"^unknown key"),
+        ("train.preview_every=-1", r"^train.preview_every"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(CONFIGS / "A.yaml", [override])
+    (tmp_path / "over.yaml").write_text("train: {stesp: 5}\n")
+    with pytest.raises(UserError, match=r"over\.yaml: unknown key"):
+        load_config([CONFIGS / "A.yaml", tmp_path / "over.yaml"], ["train.steps=5"])
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
