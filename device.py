@@ -24,6 +24,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The dtype that a training computes in: what `autocast` would, with the same errors."""
+    with autocast(device, precision):
+        on = torch.is_autocast_enabled(device.type)
+    return torch.bfloat16 if on else torch.float32
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """bf16 autocast, or nothing. `auto` = bf16 on a GPU that has it, fp32 elsewhere."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -1,0 +1,78 @@
+"""Steps whose gradient is not finite: skipped, counted, and blamed on the images that caused them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+
+class Guard:
+    """Watches the gradient norm of each step without waiting for the device.
+
+    `judge` says on the device whether a step is to be skipped; what happened is read when `report` is called, at the latest
+    before the next checkpoint. Nothing is lost by reading late: a skipped step has changed no weight.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit  # of skipped steps in a row
+        self.in_a_row = 0
+        self.skipped = 0
+        self._seen: list[tuple[int, list[int], Tensor, Tensor, Tensor]] = []
+
+    def judge(
+        self, step: int, grad_norm: Tensor, loss: Tensor, indices: Sequence[int], errors: Tensor
+    ) -> Tensor:
+        """Whether to skip `step`, a scalar bool on the device; `errors (n,)` are the images' diffusion losses."""
+        skip = ~grad_norm.isfinite()
+        self._seen.append((step, list(indices), skip, loss.detach().isfinite(), errors.detach().isfinite()))
+        return skip
+
+    def report(self) -> list[dict]:
+        """What was skipped since the last report, on this rank: step, whether the loss was finite, all images of the step, and
+        those with a diffusion loss that was not finite. Counts the steps, and knows how many were the last in a row."""
+        if not self._seen:
+            return []
+        skips = torch.stack([skip for _, _, skip, _, _ in self._seen]).tolist()
+        found = []
+        for (step, indices, _, loss, finite), skip in zip(self._seen, skips, strict=True):
+            self.in_a_row = self.in_a_row + 1 if skip else 0
+            if not skip:
+                continue
+            self.skipped += 1
+            broken = [i for i, fine in zip(indices, finite.tolist(), strict=True) if not fine]
+            found.append({"step": step, "loss_finite": bool(loss), "images": indices, "broken": broken})
+        self._seen.clear()
+        return found
+
+    def insist(self, log: Path) -> None:
+        """Raise `UserError` when too many steps in a row were skipped."""
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"the last {self.in_a_row} steps had a loss or gradient that is not finite, and changed nothing: lower "
+                f"optim.lr or align.coeff, or look at the images in {log}; the newest checkpoint is good"
+            )
+
+    @staticmethod
+    def merged(reports: Sequence[dict]) -> list[dict]:
+        """One line for each step from the reports of all ranks: the broken images of any of them, or all images if none is."""
+        lines = []
+        for step in sorted({report["step"] for report in reports}):
+            parts = [report for report in reports if report["step"] == step]
+            blamed = [image for part in parts for image in part["broken"]]
+            lines.append(
+                {
+                    "step": step,
+                    "loss_finite": all(part["loss_finite"] for part in parts),
+                    "images": blamed or [image for part in parts for image in part["images"]],
+                }
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,0 +1,77 @@
+"""Where a training's metrics and pictures go: the run folder, TensorBoard and, if asked, Weights & Biases."""
+
+import uuid
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from configs.loading import resolved_yaml
+from errors import UserError
+from files import write_atomically
+from training.run_folder import RunFolder
+
+
+class MetricLog:
+    """Used in a `with`; on a rank that is not the first it does nothing."""
+
+    def __init__(self, run: RunFolder, step: int, *, active: bool):
+        self.run, self._active = run, active
+        if active:
+            self._board = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
+            self._wandb = _join_wandb(run) if run.config.train.wandb else None
+
+    def __enter__(self) -> "MetricLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._active:
+            self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def line(self, line: dict[str, float]) -> None:
+        """One line of metrics, its `step` among them."""
+        if not self._active:
+            return
+        self.run.append(line)
+        for name, value in line.items():
+            self._board.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(line, step=line["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """A picture that lies at `path`."""
+        if not self._active:
+            return
+        self._board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+
+def _wandb_id(run: RunFolder) -> str:
+    """A name for the run that stays when it is resumed, and that no run of the same folder name elsewhere has."""
+    file = run.path / "wandb_id"
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex.encode())
+    return file.read_text()
+
+
+def _join_wandb(run: RunFolder):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "train.wandb needs Weights & Biases: pip install wandb, or leave train.wandb out"
+        ) from None
+    return wandb.init(
+        project=run.config.train.wandb,
+        name=run.name,
+        id=_wandb_id(run),
+        dir=str(run.path),
+        resume="allow",
+        config={"yaml": resolved_yaml(run.config)},
+    )
