@@ -1,5 +1,6 @@
 """Cached latents, teacher tokens and text embeddings as a dataset, and the order in which training reads them."""
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -95,6 +96,14 @@ class SD15AlignedDataset(Dataset):
         return {name: reader.spec.decode for name, reader in self.readers.items()}
 
     @property
+    def identity(self) -> dict[str, int]:
+        """How many images there are, and the CRC-32 of their ids and classes: what the order of a training depends on."""
+        lines = "".join(
+            f"{key},{number}\n" for key, number in zip(self.ids, self.class_ids.tolist(), strict=True)
+        )
+        return {"images": len(self.ids), "crc32": zlib.crc32(lines.encode())}
+
+    @property
     def latent_channels(self) -> int:
         """Channels of `latent`: half of what is stored where that is mean and standard deviation."""
         halves = 2 if self.latents.spec.details["posterior"] == "moments" else 1
@@ -124,8 +133,9 @@ def latents_of(stored: Tensor, details: dict, generator: torch.Generator | None 
 class StepSampler(Sampler[list[int]]):
     """Batches of indices as a pure function of the step: each epoch is a permutation drawn from (seed, epoch).
 
-    Iteration starts at `first_step` and ends before `last_step`; the incomplete batch at the end of an epoch is dropped. With
-    `ranks = (r, n)` a step takes n batches of the permutation and this is the r-th, so that ranks read disjoint images.
+    Iteration starts at `first_step` and ends before `last_step`. A step takes `accumulate` · n batches in a row for n ranks; of
+    each n this rank, `ranks = (r, n)`, reads the r-th, so that ranks read disjoint images, and that a step sees the same images
+    whatever shares they come in. What is too little for a step at the end of an epoch is dropped.
     """
 
     def __init__(
@@ -136,29 +146,32 @@ class StepSampler(Sampler[list[int]]):
         seed: int,
         first_step: int,
         last_step: int,
+        accumulate: int = 1,
         ranks: tuple[int, int] = (0, 1),
     ):
-        if num_samples < batch_size * ranks[1]:
+        if num_samples < batch_size * accumulate * ranks[1]:
+            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
             raise UserError(
-                f"{num_samples} images are fewer than data.batch_size = {batch_size} on {ranks[1]} process(es): lower it"
+                f"{num_samples} images are fewer than data.batch_size = {batch_size}{times} on {ranks[1]} process(es): lower it"
             )
         self.num_samples, self.batch_size, self.seed, self.ranks = num_samples, batch_size, seed, ranks
-        self.first_step, self.last_step = first_step, last_step
+        self.first_step, self.last_step, self.accumulate = first_step, last_step, accumulate
 
     def __len__(self) -> int:
-        return self.last_step - self.first_step
+        return (self.last_step - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self.ranks
-        steps_per_epoch = self.num_samples // (self.batch_size * world)
+        steps_per_epoch = self.num_samples // (self.batch_size * self.accumulate * world)
         order, order_epoch = None, -1
         for step in range(self.first_step, self.last_step):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
                 generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
                 order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
-            first = (position * world + rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+            for part in range(self.accumulate):
+                first = ((position * self.accumulate + part) * world + rank) * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
 
 
 PURPOSES = {"order": 0, "noise": 1}

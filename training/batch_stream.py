@@ -5,6 +5,7 @@ more than the reading (`benchmarks/`). On a machine with a GPU the buffers are p
 the copy from it has ended.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ Read = Callable[[Sequence[int], dict[str, Tensor]], None]
 
 @dataclass
 class Batch:
-    """One step's data: `indices (B,)` of the dataset, and of each field the raw bytes, uint8 `(B, value_bytes)`.
+    """One batch: `indices (B,)` of the dataset, and of each field the raw bytes, uint8 `(B, value_bytes)`.
 
-    The bytes are valid until the next batch is asked for; `on` moves them to a device and decodes them there.
+    The bytes are valid until the next batch is asked for; `on` moves them to a device and decodes them there, `rows` the
+    indices. Neither waits for a GPU.
     """
 
     indices: list[int]
+    index: Tensor
     raw: dict[str, Tensor]
     decode: dict[str, Callable[[Tensor], Tensor]]
 
@@ -31,9 +34,14 @@ class Batch:
         """The values of a field on `device`, `(B, *shape)`; on the CPU a view of the reused memory."""
         return self.decode[name](self.raw[name].to(device, non_blocking=True))
 
+    def rows(self, device: torch.device) -> Tensor:
+        """The indices `(B,)` on `device`; on the CPU the reused memory itself."""
+        return self.index.to(device, non_blocking=True)
+
 
 @dataclass
 class _Slot:
+    index: Tensor
     raw: dict[str, Tensor]
     copied: list = field(default_factory=list)  # CUDA events after which the buffers may be filled again
 
@@ -49,6 +57,8 @@ class BatchStream:
         threads: how many batches are read at the same time; 0 reads each when it is asked for.
         ahead: how many batches are ready or being read beside the one in use.
         pin: whether the buffers are page-locked, for asynchronous copies to a GPU.
+
+    `waited` is how many seconds its user has waited for batches so far.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class BatchStream:
     ):
         self.batches, self.read, self.value_bytes, self.decode = batches, read, value_bytes, decode
         self.threads, self.ahead, self.pin = threads, max(ahead, threads), pin
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -71,7 +82,10 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         if self.threads == 0:
             for indices in self.batches:
-                yield self._batch(indices, self._fill(self._slot(len(indices)), indices))
+                started = time.perf_counter()
+                slot = self._fill(self._slot(len(indices)), indices)
+                self.waited += time.perf_counter() - started
+                yield self._batch(indices, slot)
             return
         waiting = deque()
         free: list[_Slot] = []
@@ -89,7 +103,9 @@ class BatchStream:
 
     def _deliver(self, waiting: deque, free: list[_Slot]) -> Iterator[Batch]:
         indices, future = waiting.popleft()
+        started = time.perf_counter()
         slot = future.result()
+        self.waited += time.perf_counter() - started
         yield self._batch(indices, slot)
         if self.pin:
             slot.copied = [torch.cuda.Event()]
@@ -97,18 +113,20 @@ class BatchStream:
         free.append(slot)
 
     def _batch(self, indices: Sequence[int], slot: _Slot) -> Batch:
-        return Batch(list(indices), slot.raw, self.decode)
+        return Batch(list(indices), slot.index, slot.raw, self.decode)
 
     def _slot(self, count: int) -> _Slot:
         return _Slot(
+            torch.empty(count, dtype=torch.int64, pin_memory=self.pin),
             {
                 name: torch.empty(count, size, dtype=torch.uint8, pin_memory=self.pin)
                 for name, size in self.value_bytes.items()
-            }
+            },
         )
 
     def _fill(self, slot: _Slot, indices: Sequence[int]) -> _Slot:
         for event in slot.copied:
             event.synchronize()
+        slot.index.copy_(torch.tensor(indices))
         self.read(indices, slot.raw)
         return slot

@@ -4,11 +4,17 @@ step-0000600/
     trained.safetensors     every trained weight by name: unet.… (LoRA or plain) and heads.…
     ema.safetensors         their moving average, same names: what evaluation uses
     optimizer.safetensors   AdamW's moments
-    state.json              step, learning-rate schedule, running sums of the metrics
+    state.json              step, running sums of the metrics, sizes and CRC-32 of the files above
+                        and of itself
+
+Whatever reads one checks that it is as it was written. A training renames a damaged one to `damaged-step-…` and goes on from
+the one before.
 """
 
 import json
+import re
 import shutil
+import zlib
 from pathlib import Path
 
 import torch
@@ -28,11 +34,20 @@ TRAINED, EMA, OPTIMIZER, STATE = (
 
 
 def save_checkpoint(
-    folder: Path, step: int, *, parameters: dict[str, nn.Parameter], optimizer, lr_schedule, ema, extra, keep
-):
-    """Write `folder/step-…` and delete all but the newest `keep`; returns the new checkpoint's path.
+    folder: Path,
+    step: int,
+    *,
+    parameters: dict[str, nn.Parameter],
+    optimizer,
+    ema,
+    extra,
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
+    """Write `folder/step-…` and delete all but the newest `keep` and those at multiples of `keep_every`; returns its path.
 
-    `parameters` are the trained ones by name, in the order `ema` was built with; `extra` is anything JSON can hold.
+    `parameters` are the trained ones by name, in the order `ema` was built with; `extra` is anything JSON can hold. Raises
+    `UserError` when it cannot be written; what was there before is then still there.
     """
     final = folder / f"step-{step:07d}"
     moments = {
@@ -43,32 +58,110 @@ def save_checkpoint(
     state = {
         "step": step,
         "ema_step": ema.optimization_step,
-        "lr_schedule": lr_schedule.state_dict(),
         "extra": extra,
     }
     shutil.rmtree(final, ignore_errors=True)
+    averages = dict(zip(parameters, ema.shadow_params, strict=True))
     try:
         with written_whole(final) as aside:
-            save_file(_on_cpu(parameters), aside / TRAINED)
-            save_file(_on_cpu(dict(zip(parameters, ema.shadow_params, strict=True))), aside / EMA)
-            save_file(_on_cpu(moments), aside / OPTIMIZER)
-            write_json(aside / STATE, state)
+            for tensors, name in ((parameters, TRAINED), (averages, EMA), (moments, OPTIMIZER)):
+                save_file(_on_cpu(tensors), aside / name)
+            files = {name: fingerprint(aside / name) for name in (TRAINED, EMA, OPTIMIZER)}
+            write_json(aside / STATE, _sealed(state | {"files": files}))
     except (OSError, SafetensorError) as error:
         reason = f"cannot write the checkpoint of step {step} ({error})"
         raise UserError(
             f"{reason}: free some disk; the same command goes on from the checkpoint before"
         ) from None
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if not (keep_every and step_of(old) % keep_every == 0):
+            shutil.rmtree(old)
     return final
 
 
+def fingerprint(file: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    checksum, size = 0, 0
+    with open(file, "rb") as opened:
+        while block := opened.read(2**24):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"bytes": size, "crc32": checksum}
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, None where there never was one.
+
+    Newer ones are reported and renamed to `damaged-…`. Raises `UserError` when one cannot be read for now, or when all are
+    damaged: a training of days must not start anew by itself.
+    """
+    found = sorted(filter(_is_named, folder.glob("step-*")), key=step_of)
+    for path in reversed(found):
+        try:
+            _verify(path)
+        except _DamagedError as damage:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(
+                f"warning: {path} is damaged ({damage}): it is now {aside.name}, and the one before is used"
+            )
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; nothing was changed") from None
+        else:
+            return path
+    if found:
+        raise UserError(
+            f"no checkpoint in {folder} is whole: choose another run=…, or remove it to start anew"
+        )
+    return None
+
+
+class _DamagedError(Exception):
+    """Something in a checkpoint is not as it was written."""
+
+
+def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> None:
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        if not isinstance(state, dict) or state != _sealed(state) or state["step"] != step_of(path):
+            raise _DamagedError(f"{STATE} is not as it was written")
+        for name in names:
+            if fingerprint(path / name) != state["files"][name]:
+                raise _DamagedError(f"{name} is not as it was written")
+    except FileNotFoundError as error:
+        raise _DamagedError(f"{Path(error.filename).name} is missing") from None
+    except ValueError:
+        raise _DamagedError(f"{STATE} is not as it was written") from None
+
+
+def _sealed(state: dict) -> dict:
+    """The state with the CRC-32 of itself."""
+    bare = {key: value for key, value in state.items() if key != "crc32"}
+    return bare | {"crc32": zlib.crc32(json.dumps(bare, sort_keys=True).encode())}
+
+
+def contents_of(path: Path) -> dict[str, dict[str, int]]:
+    """Sizes and CRC-32 of a checkpoint's files, as they were written."""
+    return json.loads((path / STATE).read_bytes())["files"]
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_named(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{7,}", path.name) is not None
+
+
+@torch.no_grad()
 def restore_checkpoint(
-    path: Path, *, parameters: dict[str, nn.Parameter], optimizer, lr_schedule, ema
+    path: Path, *, parameters: dict[str, nn.Parameter], optimizer, ema
 ) -> tuple[int, dict]:
-    """Put everything back as it was when the checkpoint was written; returns its step and `extra`."""
-    state = _read_state(path)
-    load_weights(path / TRAINED, parameters)
+    """Put everything back as it was when a whole checkpoint was written; returns its step and `extra`."""
+    state = json.loads((path / STATE).read_bytes())
+    for name, value in _matching(path / TRAINED, parameters).items():
+        parameters[name].copy_(value)
     for shadow, value in zip(ema.shadow_params, _matching(path / EMA, parameters).values(), strict=True):
         shadow.copy_(value)
     ema.optimization_step = state["ema_step"]
@@ -79,26 +172,55 @@ def restore_checkpoint(
             for key, value in moments.items()
             if key.startswith(f"{name}/")
         }
-        # AdamW keeps its step count on the CPU and its moments beside the parameter.
+        # The moments in the parameter's memory format, which the fused kernel insists on; its step count on the device too.
         optimizer.state[parameter] = {
-            key: v if key == "step" else v.to(parameter.device) for key, v in own.items()
+            key: v.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(v)
+            for key, v in own.items()
         }
-    lr_schedule.load_state_dict(state["lr_schedule"])
-    for group, lr in zip(optimizer.param_groups, lr_schedule.get_last_lr(), strict=True):
-        group["lr"] = lr
     return state["step"], state["extra"]
 
 
 @torch.no_grad()
 def load_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copy the weights of `trained.safetensors` or `ema.safetensors` into parameters of the same names."""
+    """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into parameters of the same names; raises `UserError` for
+    damage."""
+    insist_whole(file)
     for name, value in _matching(file, parameters).items():
         parameters[name].copy_(value)
 
 
+def insist_whole(file: Path) -> None:
+    """Raise `UserError` where a file lies in a checkpoint and is not as it was written there."""
+    if not (file.parent / STATE).exists():
+        return
+    try:
+        _verify(file.parent, (file.name,))
+    except (_DamagedError, OSError) as error:
+        raise UserError(f"{file.parent} is damaged ({error}): choose another checkpoint") from None
+
+
+def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The weights that `source` means, a run, a checkpoint (their moving average) or a file, as (file, weights by name)."""
+    file = source
+    if (source / "checkpoints").is_dir():
+        found = checkpoints(source / "checkpoints")
+        if not found:
+            raise UserError(f"{source} has no finished checkpoint to start from")
+        file = found[-1] / EMA
+    elif source.is_dir():
+        file = source / EMA
+    if not file.is_file():
+        raise UserError(
+            f"{source} is no run, no checkpoint and no trained.safetensors: a new run cannot start from it"
+        )
+    insist_whole(file)
+    return file, _load(file)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a folder by step number."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
+    found = (path for path in folder.glob("step-*") if _is_named(path) and (path / STATE).exists())
+    return sorted(found, key=step_of)
 
 
 def _matching(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -120,18 +242,7 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {file} ({error}): delete {file.parent} to go on from the checkpoint before"
-        ) from None
-
-
-def _read_state(path: Path) -> dict:
-    try:
-        return json.loads((path / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path / STATE} ({error}): delete {path} to go on from the one before"
-        ) from None
+        raise UserError(f"cannot read {file}: {error}") from None
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """A run folder: everything one training leaves behind, and all that evaluation needs to know about it.
 
 config.yaml       the resolved config
-run.json          command, versions, device, when
+run.json          command, versions, when; settings that were changed on the way
 metrics.jsonl     one JSON object per logged step
+skipped.jsonl     steps whose loss or gradient was not finite, and the images to blame
 checkpoints/      see checkpoint.py
+previews/         sample grids of the moving average, while training
 tensorboard/      the same metrics for TensorBoard
-export/           weights for other tools, EMA and raw
+export/           weights for other tools, EMA and raw, and of which checkpoint they were made
 samples/ eval/    what evaluate_sd15.py makes
 """
 
@@ -14,17 +16,17 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from configs.loading import load_config, resolved_yaml
+from configs.loading import load_config, resolved_yaml, yaml_value
 from configs.schema import Config
 from errors import UserError
 from files import write_atomically, write_json
-from training.checkpoint import checkpoints
+from training.checkpoint import checkpoints, newest_whole, step_of
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 # What may differ between the start of a run and its continuation, because it cannot change the result.
@@ -34,25 +36,33 @@ OPERATIONAL = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.max_skipped",
+    "train.preview_every",
+    "train.preview_images",
+    "train.wandb",
 )
+LOGS = ("metrics.jsonl", "skipped.jsonl")
 
 
 class RunFolder:
     """One run's folder on disk. `RunFolder(path)` opens an existing one and raises `UserError` when there is none."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.config_file.exists():
+    def __init__(self, path: str | Path, config: Config | None = None, allowed: Sequence[str] = ()):
+        self.path, self._allowed = Path(path), allowed
+        self._forced: list[str] = []  # what was allowed and is no setting
+        if config is None and not self.config_file.exists():
             raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
-        self.config = load_config(self.config_file)
+        self.config = load_config(self.config_file) if config is None else config
 
     @classmethod
     @contextmanager
-    def claimed(cls, config: Config) -> Iterator["RunFolder"]:
+    def claimed(cls, config: Config, allowed: Sequence[str] = ()) -> Iterator["RunFolder"]:
         """The run of this config, its folder made when it is new, while no other process trains there.
 
-        Raises `UserError` when the run has a checkpoint and was started with another config, or when another process holds
-        the folder; its lock goes with the process, however that ends.
+        Nothing in it changes before `adopt`. Raises `UserError` when the run has a checkpoint and was started with another
+        config, unless all that differs is in `allowed`, dotted keys; or when another process holds the folder, whose lock goes
+        with the process, however that ends.
         """
         path = config.run
         try:
@@ -67,18 +77,42 @@ class RunFolder:
                 raise UserError(
                     f"another process is training {path}: wait for it, or choose another run=…"
                 ) from None
-            if (path / "config.yaml").exists():
-                run = cls(path)
-                changed = _changed(run.config, config)
-                if changed and run.newest_checkpoint():
-                    raise UserError(
-                        f"{path} was started with another config ({'; '.join(changed)}): choose another run=… or delete it"
-                    )
-            if not (path / "config.yaml").exists() or changed:
-                write_json(path / "run.json", _provenance())
-            # Also where only what cannot change the training differs, such as eval.*: the newest word is evaluated.
-            write_atomically(path / "config.yaml", resolved_yaml(config).encode())
-            yield cls(path)
+            run = cls(path, config, allowed)
+            changed = run.changed_settings()
+            if run.newest_checkpoint() is not None and (refused := sorted(changed.keys() - set(allowed))):
+                raise UserError(
+                    f"{path} was started with another config ({'; '.join(changed[key] for key in refused)}): choose "
+                    f"another run=…, or go on with it by {' '.join(f'--allow-change {key}' for key in refused)}"
+                )
+            yield run
+
+    def adopt(self) -> None:
+        """Write down the config, once it is clear that the run can go on with it, and what it changes."""
+        changes = [*self.changed_settings().values(), *self._forced]
+        newest = self.newest_checkpoint()
+        if not self._record_file.exists() or (changes and newest is None):
+            write_json(self._record_file, _provenance())
+        elif changes:
+            record = json.loads(self._record_file.read_text())
+            note = {"from_step": step_of(newest), "command": this_command(), "changed": changes}
+            write_json(self._record_file, record | {"changes": [*record.get("changes", ()), note]})
+        # Also where only what cannot change the training differs, such as eval.*: the newest word is evaluated.
+        write_atomically(self.config_file, resolved_yaml(self.config).encode())
+
+    def changed_settings(self) -> dict[str, str]:
+        """`{key: "key: before -> now"}` for every setting that matters to the result and differs from what is written down."""
+        if not self.config_file.exists():
+            return {}
+        old, new = _deciding(load_config(self.config_file)), _deciding(self.config)
+        return {
+            key: f"{key}: {yaml_value(old.get(key))} -> {yaml_value(new[key])}"
+            for key in new
+            if old.get(key) != new[key]
+        }
+
+    @property
+    def _record_file(self) -> Path:
+        return self.path / "run.json"
 
     @property
     def config_file(self) -> Path:
@@ -96,33 +130,63 @@ class RunFolder:
         """The finished checkpoint with the highest step, or None."""
         return (checkpoints(self.checkpoint_folder) or [None])[-1]
 
+    def newest_whole_checkpoint(self) -> Path | None:
+        """The same after reading it through; damaged ones are reported and put aside."""
+        return newest_whole(self.checkpoint_folder)
+
     def checkpoint_steps(self) -> list[int]:
         """The steps of all finished checkpoints, ascending."""
-        return [int(path.name.removeprefix("step-")) for path in checkpoints(self.checkpoint_folder)]
+        return [step_of(path) for path in checkpoints(self.checkpoint_folder)]
+
+    def insist_same_data(self, before: dict, now: dict, ranks: int) -> None:
+        """Raise `UserError` unless a step takes as many images as it did, and they are the same images (or `data.csv` may
+        change): then the order of the data goes on as it was."""
+        if (old := before["images_per_step"]) != (new := now["images_per_step"]):
+            raise UserError(
+                f"{self.path} took {old} images a step, now it would be {new} on {ranks} process(es): choose "
+                f"data.batch_size, optim.accumulate and the number of processes so that their product is {old}"
+            )
+        if before == now:
+            return
+        what = f"{before['images']} images, now there are {now['images']}, or others"
+        if "data.csv" not in self._allowed:
+            raise UserError(
+                f"{self.path} was trained on {what} (data.csv, or what is cached of it, has changed): restore them, choose "
+                "another run=…, or go on with it by --allow-change data.csv"
+            )
+        self._forced.append(f"data: {what}")
+
+    def insist_not_beyond(self, step: int, steps: int) -> None:
+        """Raise `UserError` when the run has gone further than it is asked to."""
+        if step > steps:
+            raise UserError(f"{self.path} is at step {step} already, beyond train.steps={steps}: choose more")
 
     def settings(self) -> dict[str, object]:
         """The settings that decide the result, as dotted keys."""
         return _deciding(self.config)
 
-    def command(self) -> str:
-        """The command line that started the run."""
-        return json.loads((self.path / "run.json").read_text())["command"]
+    def commands(self) -> list[str]:
+        """The command lines that started the run and that changed it on the way."""
+        record = json.loads(self._record_file.read_text())
+        return [record["command"], *(change["command"] for change in record.get("changes", ()))]
 
-    def metrics(self) -> list[dict]:
-        """All logged metrics in order; an incomplete last line (a killed process) is left out."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        return [json.loads(line) for line in lines]
+    def metrics(self, log: str = "metrics.jsonl") -> list[dict]:
+        """All logged metrics in order; what a crash left of a line is left out."""
+        file = self.path / log
+        lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
+        return [line for text in lines if (line := _parsed(text)) is not None]
 
-    def forget_metrics_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> None:
         """Drop what was logged after the checkpoint a run resumes from; it will be logged again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_atomically(
-            self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode()
-        )
+        for log in LOGS:
+            kept = [line for line in self.metrics(log) if line["step"] <= step]
+            if kept or (self.path / log).exists():
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                write_atomically(self.path / log, text.encode())
 
-    def append_metrics(self, line: dict) -> None:
-        with open(self.path / "metrics.jsonl", "a") as file:
+    def append(self, line: dict, log: str = "metrics.jsonl") -> None:
+        """Add a line to a log."""
+        with open(self.path / log, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -145,10 +209,12 @@ def _provenance() -> dict:
     }
 
 
-def _changed(before: Config, now: Config) -> list[str]:
-    """`key: before -> now` for every setting that differs and matters to the result."""
-    old, new = _deciding(before), _deciding(now)
-    return [f"{key}: {old.get(key)} -> {new[key]}" for key in new if old.get(key) != new[key]]
+def _parsed(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "step" in line else None
 
 
 def _deciding(config: Config) -> dict[str, object]:

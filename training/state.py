@@ -1,27 +1,35 @@
 """What changes from step to step in a training, and how it is saved and restored."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LRScheduler
 
 from configs.schema import Config
-from errors import UserError
 from training.checkpoint import restore_checkpoint, save_checkpoint
+from training.guard import Guard
+from training.masters import Masters
+from training.means import Means, Measured
+from training.ranks import Ranks
 from training.run_folder import RunFolder
 
 
 class TrainingState:
-    """What changes from step to step: trained weights, optimiser, learning rates, moving average, sums of the metrics, and
-    `coefficient`, anything with a `state_dict` that JSON can hold."""
+    """What changes from step to step: trained weights, optimiser, learning rates, moving average, means of the metrics, what
+    was skipped, and `coefficient`, anything with a `state_dict` that JSON can hold. `images` says which images it learns from
+    (`SD15AlignedDataset.identity`)."""
 
-    def __init__(self, config: Config, model: torch.nn.Module, coefficient):
+    def __init__(self, config: Config, masters: Masters, coefficient, ranks: Ranks, images: dict):
         optim = config.optim
         self.step = 0
-        self.keep = config.train.keep_checkpoints
-        self.parameters = model.trained_parameters()
-        self.coefficient = coefficient
+        self.config, self.masters, self.coefficient, self.ranks = config, masters, coefficient, ranks
+        self.data = images | {"images_per_step": self.images_per_step}
+        self.parameters = masters.parameters
+        self.device = next(iter(self.parameters.values())).device
         head_lr = optim.lr if optim.head_lr is None else optim.head_lr
         groups = [
             {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "lr": lr}
@@ -32,74 +40,107 @@ class TrainingState:
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,
         )
-        warmup = round(optim.warmup_fraction * config.train.steps)
-        self.lr_schedule = get_cosine_schedule_with_warmup(self.optimizer, warmup, config.train.steps)
+        self.lr_schedule = self._lr_schedule_from(0)
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.means = Means()
+        self.guard = Guard(config.train.max_skipped)
+        self._measured: list[Measured] = []  # of this step
+        self._losses: list[Tensor] = []
+        self._images: list[int] = []
+        self._errors: list[Tensor] = []
 
-    def update(self, metrics: dict[str, torch.Tensor]) -> None:
-        """One optimiser step from the gradients in place; nothing here waits for the device."""
+    def backward(self, terms: dict[str, Tensor], images: Sequence[int], errors: Tensor) -> None:
+        """Add a batch's gradients to the step's: of `terms["loss"]`, divided by the number of batches in a step.
+
+        The scalars among `terms` are logged; `errors (B,)` are the losses of `images`, indices of the data.
+        """
+        (terms["loss"] / self.config.optim.accumulate).backward()
+        self.masters.collect()
+        self._measured += [(name, value, 1.0) for name, value in terms.items()]
+        self._losses.append(terms["loss"].detach())
+        self._images += images
+        self._errors.append(errors)
+
+    def measure(self, name: str, total: Tensor, weight: Tensor | float) -> None:
+        """Log a mean beside the terms of the loss, `total / weight`; vectors are several (see `Means`)."""
+        self._measured.append((name, total, weight))
+
+    def update(self) -> None:
+        """One optimiser step from the gradients in place, unless they are not finite; nothing here waits for the device."""
+        parameters = list(self.parameters.values())
+        self.ranks.mean([p.grad for p in parameters if p.grad is not None])
+        grad_norm = clip_grad_norm_(parameters, self.config.optim.grad_clip)
+        loss = torch.stack(self._losses).mean()
+        skip = self.guard.judge(self.step + 1, grad_norm, loss, self._images, torch.cat(self._errors))
+        # The fused kernel leaves weights, moments and step count alone where this is 1, as it does for GradScaler.
+        self.optimizer.found_inf = skip.float()
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.parameters.values())
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self.masters.publish()
+        self.ema.step(parameters)
+        self.means.add([*self._measured, ("grad_norm", grad_norm, 1.0)], skip)
+        self._measured, self._losses, self._images, self._errors = [], [], [], []
         self.step += 1
 
     def summary(self) -> dict[str, float]:
-        """Means since the last summary, each over the steps that had the term, and the learning rate.
-
-        Raises `UserError` when the loss is not finite.
-        """
-        means = {name: value / self.counts[name] for name, value in self.finite_sums().items()}
-        self.sums.clear()
-        self.counts.clear()
-        return {"step": self.step, **means, "lr": self.lr_schedule.get_last_lr()[0]}
-
-    def finite_sums(self) -> dict[str, float]:
-        """The sums since the last summary, read from the device."""
-        sums = {name: value.item() for name, value in self.sums.items()}
-        if not all(math.isfinite(value) for value in sums.values()):
-            raise UserError(
-                f"loss or gradient is not finite before step {self.step}: lower optim.lr or align.coeff; "
-                "the newest checkpoint is from before that"
-            )
-        return sums
+        """Means since the last summary over all ranks, each over the steps that had the term, and the learning rates."""
+        means = self.means.read(self.ranks.sum)
+        rates = dict(zip(("lr", "lr_heads"), self.lr_schedule.get_last_lr(), strict=False))
+        skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
+        return {"step": self.step, **means, **rates, **skipped}
 
     def save(self, run: RunFolder) -> None:
+        """Write a checkpoint, by the first rank; raises `UserError` when it cannot."""
         extra = {
-            "sums": self.finite_sums(),
-            "counts": self.counts,
+            "data": self.data,
+            "means": self.means.state_dict(self.ranks.sum),
+            "guard": self.guard.state_dict(),
             "coefficient": self.coefficient.state_dict(),
         }
-        save_checkpoint(
-            run.checkpoint_folder,
-            self.step,
-            parameters=self.parameters,
-            optimizer=self.optimizer,
-            lr_schedule=self.lr_schedule,
-            ema=self.ema,
-            extra=extra,
-            keep=self.keep,
+        train = self.config.train
+        self.ranks.on_main(
+            lambda: save_checkpoint(
+                run.checkpoint_folder,
+                self.step,
+                parameters=self.parameters,
+                optimizer=self.optimizer,
+                ema=self.ema,
+                extra=extra,
+                keep=train.keep_checkpoints,
+                keep_every=train.keep_every,
+            )
         )
 
     def resume(self, run: RunFolder) -> None:
-        """Continue from the run's newest checkpoint; a run without one starts at step 0."""
-        newest = run.newest_checkpoint()
+        """Continue from the run's newest whole checkpoint; a run without one starts at step 0.
+
+        Raises `UserError` where the run could not go on as it began: it is beyond the last step, a step took another number of
+        images, or the images are others.
+        """
+        newest = self.ranks.on_main(run.newest_whole_checkpoint)
         if newest is not None:
-            self.step, extra = restore_checkpoint(
-                newest,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                lr_schedule=self.lr_schedule,
-                ema=self.ema,
+            step, extra = restore_checkpoint(
+                newest, parameters=self.parameters, optimizer=self.optimizer, ema=self.ema
             )
-            device = next(iter(self.parameters.values())).device
-            self.sums = {name: torch.tensor(value, device=device) for name, value in extra["sums"].items()}
-            self.counts = extra["counts"]
+            run.insist_same_data(extra["data"], self.data, self.ranks.world)
+            run.insist_not_beyond(step, self.config.train.steps)
+            self.step = step
+            self.lr_schedule = self._lr_schedule_from(step)
+            self.masters.publish()
+            self.means.load_state_dict(extra["means"], self.device, zero=not self.ranks.main)
+            self.guard.load_state_dict(extra["guard"])
             self.coefficient.load_state_dict(extra["coefficient"])
-        run.forget_metrics_after(self.step)
+        self.ranks.on_main(lambda: run.forget_after(self.step))
+
+    def _lr_schedule_from(self, step: int) -> LRScheduler:
+        """Warm-up and cosine decay, standing at `step`; config and step decide it, so that no checkpoint holds it."""
+        steps = self.config.train.steps
+        warmup = round(self.config.optim.warmup_fraction * steps)
+        return get_cosine_schedule_with_warmup(self.optimizer, warmup, steps, last_epoch=step - 1)
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.data.batch_size * self.config.optim.accumulate * self.ranks.world
