@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from configs.schema import Config
 from dataset_sd15 import SD15AlignedDataset
-from device import pick_device
+from device import compute_dtype, pick_device
 from errors import UserError
 from loss_sd15 import SD15Loss
 from models.base_model import load_part, weights_digest
@@ -18,7 +18,9 @@ from models.online_teacher import OnlineTeacher, load_decoder
 from models.schedule import Coefficient, CoefficientSchedule, SimilarityCutoff
 from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 from training.batch_stream import Batch
-from training.checkpoint import EMA, TRAINED, load_weights
+from training.checkpoint import EMA, TRAINED, load_weights, trained_file_of
+from training.masters import Masters
+from training.ranks import Ranks
 from training.run_folder import RunFolder
 
 
@@ -27,7 +29,9 @@ class Parts:
     """Everything that a training is made of."""
 
     config: Config
+    ranks: Ranks
     model: SD15UNetAligned
+    masters: Masters
     loss: SD15Loss
     dataset: SD15AlignedDataset
     coefficient: Coefficient
@@ -39,14 +43,43 @@ class Parts:
         return batch.on(self.device, "dino_tokens") if self.online is None else self.online(latents)
 
 
-def build_parts(config: Config) -> Parts:
+def build_parts(config: Config, ranks: Ranks | None = None) -> Parts:
     """All parts, checked against each other; raises `UserError` where they do not fit."""
     device = pick_device(config.train.device)
+    dtype = compute_dtype(device, config.train.precision)
     dataset = open_cache(config)
     model = build_model(config).to(device).train()
     insist_fit(config, model.unet, dataset)
-    online = build_online_teacher(config, device, dataset.latent_channels)
-    return Parts(config, model, build_loss(config), dataset, build_coefficient(config), online, device)
+    if config.model.init_from is not None:
+        start_from(config, model)
+    last = config.train.channels_last
+    if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
+        model.unet.to(memory_format=torch.channels_last)
+    return Parts(
+        config=config,
+        ranks=Ranks(cpu=device.type == "cpu") if ranks is None else ranks,
+        model=model,
+        masters=Masters(model, dtype),
+        loss=build_loss(config),
+        dataset=dataset,
+        coefficient=build_coefficient(config),
+        online=build_online_teacher(config, device, dataset.latent_channels),
+        device=device,
+    )
+
+
+def start_from(config: Config, model: SD15UNetAligned) -> None:
+    """Give the model the weights that `model.init_from` names; raises `UserError` where they would mean something else here."""
+    file, weights = trained_file_of(config.model.init_from)
+    if config.model.train == "lora" and (file.parents[2] / "config.yaml").exists():
+        theirs = RunFolder(file.parents[2]).config.model
+        if theirs.train == "lora" and theirs.lora_alpha != config.model.lora_alpha:
+            raise UserError(
+                f"{file} was trained with model.lora_alpha={theirs.lora_alpha:g}, which scales it: choose the same, not "
+                f"{config.model.lora_alpha:g}"
+            )
+    model.load_trained(file, weights)
+    print(f"starts from {file}")
 
 
 def open_cache(config: Config) -> SD15AlignedDataset:
@@ -91,10 +124,11 @@ def build_online_teacher(config: Config, device: torch.device, channels: int = 4
     return OnlineTeacher(decoder, encoder).to(device)
 
 
-def build_model(config: Config) -> SD15UNetAligned:
-    """The base model's U-Net, what is trained of it, and (unless λ is 0) its alignment heads."""
+def build_model(config: Config, unet: UNet2DConditionModel | None = None) -> SD15UNetAligned:
+    """The base model's U-Net (or another), what is trained of it, and (unless λ is 0) its alignment heads."""
     settings = config.model
-    unet = load_part(settings.base, "unet", settings.revision)
+    if unet is None:
+        unet = load_part(settings.base, "unet", settings.revision)
     model = SD15UNetAligned(
         unet,
         config.align.taps if config.align.coeff > 0 else (),
@@ -174,6 +208,17 @@ def build_loss(config: Config) -> SD15Loss:
         upper_only=config.align.upper_only,
         gather=config.align.gather,
         alpha=config.align.spatial_norm,
+    )
+
+
+def sampling_scheduler(config: Config, parameterization: str) -> DDIMScheduler:
+    """DDIM on the base model's noise schedule, for a network that outputs `parameterization`."""
+    noise_schedule = load_part(config.model.base, "scheduler", config.model.revision).config
+    return DDIMScheduler.from_config(
+        noise_schedule,
+        clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
+        timestep_spacing="trailing",  # ends at the noisiest step, which few-step sampling needs
+        prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[parameterization],
     )
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-from configs.schema import Config
 from errors import UserError, run_script
 from files import write_json
 from training.run_folder import RunFolder, this_command
@@ -102,7 +101,7 @@ def align(args: argparse.Namespace) -> None:
     seed = run.config.eval.seed if args.seed is None else args.seed
     result, panels = measure_alignment(run.config, model, timestep=args.timestep, seed=seed, device=device)
     panels = {f"{run.name}: {source}": panel for source, panel in panels.items()}
-    plot_tsne(run.path / "eval" / "align_tsne.png", panels, class_names(run.config))
+    plot_tsne(run.path / "eval" / "align_tsne.png", panels, names_of(run))
     result |= {"step": step, "command": this_command()}
     write_json(run.path / "eval" / "align.json", result)
     cca, cknna = result["cca"], result["cknna"]
@@ -138,16 +137,14 @@ def compare(args: argparse.Namespace) -> None:
         last = max(distances[names[run]], key=lambda result: result["step"])
         facts[names[run]] = RunFacts(
             settings=run.settings(),
-            command=run.command(),
+            command="; ".join(run.commands()),
             metrics=run.metrics(),
             distances=distances[names[run]],
             alignment=results[names[run]][1],
             tsne=run.path / "eval" / "align_tsne.png",
             samples=load_images(last["samples"], min(100, last["num_samples"])),
         )
-    page = write_report(
-        args.out, facts, class_names=class_names(runs[0].config), times=times, command=this_command()
-    )
+    page = write_report(args.out, facts, class_names=names_of(runs[0]), times=times, command=this_command())
     print(page)
 
 
@@ -251,14 +248,11 @@ def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
     return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
 
 
-def class_names(config: Config) -> dict[int, str]:
-    """Names of the classes, out of the prompts that the text table records."""
-    from preprocessing.manifest import read_manifest
+def names_of(run: RunFolder) -> dict[int, str]:
+    """Names of the classes that a run learns from."""
+    from preprocessing.manifest import class_names, read_manifest
 
-    details = read_manifest(config.data.text, "text")["details"]
-    before, after = details["template"].split("{class_name}", 1)
-    prompts = details["prompts"][:-1]
-    return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}
+    return class_names(read_manifest(run.config.data.text, "text"))
 
 
 def results_of(run: RunFolder) -> tuple[list[dict], dict]:

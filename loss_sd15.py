@@ -6,6 +6,7 @@ from torch import Tensor
 from models.alignment import AlignmentLoss
 from models.diffusion import NoiseSchedule, add_noise, error_weight, velocity
 
+PER_IMAGE = ("errors", "timesteps")
 TERMS = ("loss", "loss_diff", "loss_token", "loss_manifold", "loss_align")
 
 
@@ -50,9 +51,10 @@ class SD15Loss:
         align_coeff: float | None = None,
         measure: bool = False,
     ) -> dict[str, Tensor]:
-        """Draw noise and timesteps from `generator` and return the terms of the loss, each a scalar.
+        """Draw noise and timesteps from `generator` and return the terms of the loss.
 
-        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap.
+        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap, all of them scalars; and of
+        each image, both `(B,)`, its `errors`, whose mean is loss_diff, and its `timesteps`.
 
         Args:
             unet: an `SD15UNetAligned`, or anything with its `forward`, `get_aligned_tokens` and `clear_hooks`.
@@ -71,16 +73,18 @@ class SD15Loss:
         noisy = add_noise(clean_latents, noise, alpha, sigma)  # (B, 4, h, w)
         output = unet(noisy, timesteps, encoder_hidden_states, capture=aligned)  # (B, 4, h, w)
 
-        loss_diff = self.diffusion_error(output, clean_latents, noise, timesteps).mean()
+        errors = self.diffusion_error(output, clean_latents, noise, timesteps)  # (B,)
+        loss_diff = errors.mean()
+        per_image = dict(zip(PER_IMAGE, (errors.detach(), timesteps), strict=True))
         if not aligned:
             zero = loss_diff.new_zeros(())
-            return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True))
+            return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True)) | per_image
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and coeff > 0):
             terms = self.alignment(unet.get_aligned_tokens(), dino_tokens)
         unet.clear_hooks()
         loss = loss_diff + coeff * terms["loss_align"] if coeff > 0 else loss_diff
-        return {"loss": loss, "loss_diff": loss_diff} | terms
+        return {"loss": loss, "loss_diff": loss_diff} | terms | per_image
 
     def diffusion_error(
         self, output: Tensor, clean_latents: Tensor, noise: Tensor, timesteps: Tensor

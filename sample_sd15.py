@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from diffusers import DDIMScheduler
 from tqdm import tqdm
 
-from build_sd15 import load_run_model
+from build_sd15 import load_run_model, sampling_scheduler
 from device import pick_device
 from evaluation.plots import plot_sample_grids
 from evaluation.sampling import (
@@ -44,13 +43,7 @@ def _generate(run: RunFolder, protocol: dict, missing: list[int], folder: Path, 
     config, device = run.config, pick_device(device_name)
     model, parameterization = load_run_model(run, protocol["step"], device, weights=protocol["weights"])
     vae = load_part(config.model.base, "vae", config.model.revision).to(device).eval()
-    noise_schedule = load_part(config.model.base, "scheduler", config.model.revision).config
-    scheduler = DDIMScheduler.from_config(
-        noise_schedule,
-        clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
-        timestep_spacing="trailing",  # ends at the noisiest step, which few-step sampling needs
-        prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[parameterization],
-    )
+    scheduler = sampling_scheduler(config, parameterization)
     table, text_manifest = read_table(config.data.text)
     text, null_text = (
         table[:-1].float().to(device),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from build_sd15 import Parts
 from dataset_sd15 import StepSampler
-from device import autocast
 from errors import UserError
 from models.diffusion import add_noise
 
@@ -158,16 +157,15 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     noisy = add_noise(latents, noise, *loss.schedule.at(timesteps, latents.ndim))
     text = parts.dataset.text[values["class"][:FED]].to(device, torch.float32)  # (b, 77, 768)
     weights = {name: p for name, p in model.trained_parameters().items() if name.startswith("unet.")}
-    with autocast(device, config.train.precision):
-        output = model(noisy, timesteps, text)  # raises TapError for a tap that is silent or detached
-        features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
-        tokens = model.get_aligned_tokens()  # {tap: (b, N, D)}
-        model.clear_hooks()
-        loss_diff = loss.diffusion_error(output, latents, noise, timesteps).mean()
-        if model.heads:
-            teacher = teacher_of(parts, values, latents)
-            insist_equal(tokens, teacher)
-            terms = loss.alignment(tokens, teacher)
+    output = model(noisy, timesteps, text)  # raises TapError for a tap that is silent or detached
+    features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
+    tokens = model.get_aligned_tokens()  # {tap: (b, N, D)}
+    model.clear_hooks()
+    loss_diff = loss.diffusion_error(output, latents, noise, timesteps).mean()
+    if model.heads:
+        teacher = teacher_of(parts, values, latents)
+        insist_equal(tokens, teacher)
+        terms = loss.alignment(tokens, teacher)
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
     network = f"{loss.parameterization}-network, loss in {loss.prediction}"
     weighted = "" if loss.snr_gamma is None else f", min-SNR γ = {loss.snr_gamma:g}"

@@ -65,7 +65,8 @@ class AlignHead(nn.Module):
         if feat.ndim == 5:
             frames = self(feat.transpose(1, 2).flatten(0, 1))  # (B·f, N, D)
             return frames.unflatten(0, (len(feat), -1)).flatten(1, 2)
-        x = self.proj(feat)  # (B, D, h, w)
+        # Some backbones hand out hidden states in another precision than they hold their weights.
+        x = self.proj(feat.to(next(self.proj.parameters()).dtype))  # (B, D, h, w)
         if (
             self.grid[0] < x.shape[2] or self.grid[1] < x.shape[3]
         ):  # down-sampling would skip cells, as a CLS vector does

@@ -1,6 +1,7 @@
 """Load the parts of a diffusers pipeline folder (or hub id), with errors that say what to do."""
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -44,6 +45,21 @@ def load_part(base: str, part: str, revision: str | None = None):
         where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
         raise UserError(f"cannot load {part} of {base}: {reason}{where}") from None
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def load_part_config(base: str, part: str, revision: str | None = None, *, local: bool = False) -> dict:
+    """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
+    insist_present(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # diffusers' own use of an old option of huggingface_hub
+            return PARTS[part]().load_config(base, subfolder=part, revision=revision, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the config of {part} of {base}: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def insist_present(name: str) -> None:

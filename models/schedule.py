@@ -116,6 +116,8 @@ class SimilarityCutoff:
         (value, copied), self._pending = self._pending, None
         if copied is not None:
             copied.synchronize()
+        if not math.isfinite(value.item()):
+            return  # of a step that is skipped
         self._sum = self.decay * self._sum + (1 - self.decay) * value.item()
         self._count += 1
         if self._count >= self.enough:
@@ -153,5 +155,5 @@ class Coefficient:
         return {} if self.cutoff is None else self.cutoff.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.cutoff is not None:
+        if self.cutoff is not None and state:  # empty where the run had no cutoff until now
             self.cutoff.load_state_dict(state)

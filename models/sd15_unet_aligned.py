@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -93,11 +95,21 @@ class SD15UNetAligned(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, *, capture: bool = True
     ) -> Tensor:
-        """The U-Net's own output `(B, 4, h, w)`, bit for bit; the taps listen meanwhile unless `capture` is False."""
+        """The U-Net's own output `(B, 4, h, w)`, bit for bit; the taps listen meanwhile unless `capture` is False.
+
+        Inputs are turned to the U-Net's own precision.
+        """
+        dtype = self.dtype
+        latents, encoder_hidden_states = latents.to(dtype), encoder_hidden_states.to(dtype)
         if not (self.heads and capture):
             return self.unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         with self.taps.recording():
             return self.unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's precision; its own property of that name walks through all modules, a millisecond each time."""
+        return self.unet.conv_in.weight.dtype
 
     def get_aligned_tokens(self) -> dict[str, Tensor]:
         """Tokens `(B, N, D)` of each head for the last forward; raises RuntimeError when nothing was captured."""
@@ -109,9 +121,46 @@ class SD15UNetAligned(nn.Module):
         """Forget the captured hidden states, and with them the graph they keep alive."""
         self.taps.clear()
 
+    def compile_unet(self, mode: str = "default") -> None:
+        """Compile the U-Net at its next call; taps stay, and sampling may still use it.
+
+        With gradient checkpointing each block is compiled by itself: a tap inside a checkpoint breaks a graph of the whole.
+        CUDA graphs are left out, which would hand out the same memory again while a tap holds it.
+        """
+        if mode == "max-autotune":
+            mode = "max-autotune-no-cudagraphs"
+        modules = [self.unet]
+        if self.unet.is_gradient_checkpointing:
+            kinds = (ResnetBlock2D, BasicTransformerBlock)  # what diffusers checkpoints
+            modules = [module for module in self.unet.modules() if isinstance(module, kinds)]
+        for module in modules:
+            module.compile(mode=mode)
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained by name, `unet.…` and `heads.…`: what checkpoints and EMA hold."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trained(self, source: Path, weights: dict[str, Tensor]) -> None:
+        """Start from what another run trained: all of the U-Net's trained weights, and those heads that both have.
+
+        Raises `UserError` unless the other run trained the same part of the same U-Net.
+        """
+        own = self.trained_parameters()
+        theirs = {name: value for name, value in weights.items() if name in own or name.startswith("unet.")}
+        missing = [name for name in own if name.startswith("unet.") and name not in theirs]
+        foreign = [name for name in theirs if name not in own]
+        if missing or foreign:
+            raise UserError(
+                f"{source} holds other weights than model.train={self.trained} trains (for instance {(missing + foreign)[0]}): "
+                "choose the same model.train and LoRA settings"
+            )
+        with torch.no_grad():
+            for name, value in theirs.items():
+                if value.shape != own[name].shape:
+                    raise UserError(
+                        f"{source}: {name} is {tuple(value.shape)}, here it is {tuple(own[name].shape)}: choose its settings"
+                    )
+                own[name].copy_(value)
 
     def export(self, folder: str | Path) -> Path:
         """Write the current weights as ordinary tools expect them and return where they are.
@@ -131,6 +180,17 @@ class SD15UNetAligned(nn.Module):
             unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),  # carries alpha
         )
         return folder / "pytorch_lora_weights.safetensors"
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """LoRA weights under PEFT's names, with the prefix `unet.` of a pipeline."""
+        return {f"unet.{name}": value for name, value in get_peft_model_state_dict(self.unet).items()}
+
+    def merged_unet(self) -> UNet2DConditionModel:
+        """The U-Net as an ordinary one, its LoRA merged into the weights for good."""
+        if self.trained == "lora":
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+        return self.unet
 
 
 def insist_sd15(unet: UNet2DConditionModel) -> None:

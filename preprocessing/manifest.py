@@ -159,3 +159,13 @@ def read_json(path: Path) -> dict:
             f"cannot read {path} ({error}): restore it, or delete {path.parent} and run the script that wrote it again"
         ) from None
     return content
+
+
+def class_names(text_manifest: dict) -> dict[int, str]:
+    """Names of the classes, out of the prompts that the text table records; empty where it records none."""
+    details = text_manifest["details"]
+    if "template" not in details:
+        return {}
+    before, after = details["template"].split("{class_name}", 1)
+    prompts = details["prompts"][:-1]  # the last is the null prompt
+    return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}
