@@ -40,6 +40,23 @@ def small_model(align_layers=("mid",), train="full", seed: int = 0, grid=TEACHER
     ).train()
 
 
+ALL_TAPS = ("enc_last", "mid", "dec_first")
+
+
+def thin_unet():
+    """One layer per block, to compile in seconds."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 8, 16, 16), layers_per_block=1, attention_head_dim=2,
+        cross_attention_dim=TEXT_WIDTH, norm_num_groups=4,
+    ).train()  # fmt: skip
+
+
+def thin_model(train):
+    lora = lora_config(4, 4)
+    return SD15UNetAligned(thin_unet(), ALL_TAPS, TEACHER_DIM, grid=4, train=train, lora_config=lora).train()
+
+
 @pytest.fixture
 def batch():
     """Latents (3, 4, 16, 16), timesteps (3,), text (3, 5, width), teacher tokens (3, 16, D)."""

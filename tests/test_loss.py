@@ -3,7 +3,7 @@ import torch
 from conftest import small_model
 from diffusers import DDPMScheduler
 
-from loss_sd15 import TERMS, SD15Loss, drop_captions
+from loss_sd15 import PER_IMAGE, TERMS, SD15Loss, drop_captions
 from models.alignment import manifold_gram_loss, token_loss
 from models.diffusion import NoiseSchedule
 
@@ -24,7 +24,7 @@ def evaluate(batch, model=None, *, coeff=None, **knobs):
 
 def test_terms_add_up_to_the_equation(batch):
     terms = evaluate(batch, align_coeff=0.8, manifold_coeff=3.0)
-    assert tuple(terms) == (*TERMS, "cosine/mid", "loss_manifold/mid")
+    assert tuple(terms) == (*TERMS, "cosine/mid", "loss_manifold/mid", *PER_IMAGE)
     torch.testing.assert_close(terms["loss_align"], terms["loss_token"] + 3.0 * terms["loss_manifold"])
     torch.testing.assert_close(terms["loss"], terms["loss_diff"] + 0.8 * terms["loss_align"])
 

@@ -105,9 +105,10 @@ def test_it_leaves_no_trace(miniature, tmp_path):
 def test_a_run_is_tested_before_its_first_step(miniature, tmp_path, monkeypatch):
     parts = parts_of(miniature, tmp_path)
     monkeypatch.setattr(train_sd15, "self_test", lambda *_, **__: (_ for _ in ()).throw(UserError("dead")))
-    monkeypatch.setattr(train_sd15, "open_stream", lambda *_, **__: pytest.fail("the loader was started"))
+    monkeypatch.setattr(train_sd15, "take_steps", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(UserError, match="dead"):
-        train_sd15.train(parts)
+        train_sd15.train(parts, [])
+    assert not (parts.config.run / "config.yaml").exists()
 
 
 def tapped_at(monkeypatch, tap, prepare=lambda unet: None):

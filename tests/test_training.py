@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from runs import CONFIG, FILES, ROOT, equal, stop_after, tensors, timeless, train
 from safetensors.torch import load_file, save_file
 
 import train_sd15
@@ -25,37 +25,19 @@ from evaluation.sampling import decode_latents, initial_noise, sample_latents
 from loss_sd15 import SD15Loss
 from models.base_model import load_part
 from training import checkpoint
+from training.masters import Masters
+from training.metric_log import MetricLog
+from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.state import TrainingState
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "demo.yaml"
 
-
-def train(miniature, run, *more):
-    train_sd15.main(["--config", str(CONFIG), *demo_overrides(miniature, run, *more)])
-    return RunFolder(run)
-
-
-def weights(run, file="trained.safetensors", step=6):
-    return load_file(run.checkpoint_folder / f"step-{step:07d}" / file)
+def weights(run, file=FILES[0], step=6):
+    return tensors(run, step, file)
 
 
 def assert_equal_weights(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stop_after(monkeypatch, step):
-    """Let training receive a stop request at the end of a step, as SIGTERM would make."""
-    update = train_sd15.TrainingState.update
-
-    def update_then_stop(state, *args):
-        update(state, *args)
-        if state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train_sd15.TrainingState, "update", update_then_stop)
+    assert equal(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +57,8 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
     resumed = train(miniature, tmp_path / "run")
     for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
         assert_equal_weights(weights(resumed, file), weights(unbroken, file))
-    timeless = [
-        [{k: v for k, v in line.items() if k != "it_per_s"} for line in run.metrics()]
-        for run in (resumed, unbroken)
-    ]
-    assert timeless[0] == timeless[1]
-    assert [line["step"] for line in timeless[0]] == [2, 4, 6]
+    assert timeless(resumed) == timeless(unbroken)
+    assert [line["step"] for line in timeless(resumed)] == [2, 4, 6]
 
 
 CUTOFF = [
@@ -110,11 +88,7 @@ def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
         resumed = train(miniature, run, *knobs)
         for file in ("trained.safetensors", "optimizer.safetensors"):
             assert_equal_weights(weights(resumed, file, 8), weights(whole, file, 8))
-        timeless = [
-            [{k: v for k, v in line.items() if k != "it_per_s"} for line in r.metrics()]
-            for r in (resumed, whole)
-        ]
-        assert timeless[0] == timeless[1]
+        assert timeless(resumed) == timeless(whole)
 
 
 def test_means_are_over_the_steps_that_had_the_term(miniature, tmp_path):
@@ -156,7 +130,8 @@ def test_a_run_on_moments_and_int8_tokens_draws_anew_and_resumes_exactly(
 def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train_sd15, "log", lambda run, board, bar, line: kill(line) or run.append_metrics(line))
+        write = MetricLog.line
+        patch.setattr(MetricLog, "line", lambda log, line: kill(line) or write(log, line))
 
         def kill(line):
             if line["step"] == 4:
@@ -180,9 +155,9 @@ def test_the_newest_checkpoints_are_kept_by_step_number(miniature, unbroken, tmp
 
 def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
     run = RunFolder(shutil.copytree(unbroken.path, tmp_path / "copy"))
-    run.forget_metrics_after(3)
+    run.forget_after(3)
     assert [line["step"] for line in run.metrics()] == [2]
-    run.append_metrics({"step": 4})
+    run.append({"step": 4})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5')  # a process killed while it wrote
     assert [line["step"] for line in run.metrics()] == [2, 4]
@@ -191,7 +166,8 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
 def test_heads_have_their_own_learning_rate(miniature, tmp_path):
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path, "optim.lr=0.01", "optim.head_lr=0.5"))
     model = build_model(config)
-    groups = TrainingState(config, model, None).optimizer.param_groups
+    state = TrainingState(config, Masters(model, torch.float32), None, Ranks(cpu=True), {})
+    groups = state.optimizer.param_groups
     rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
     assert rates == {
         id(p): 0.5 if name.startswith("heads.") else 0.01 for name, p in model.named_parameters()
@@ -399,8 +375,10 @@ def test_a_run_records_where_it_came_from(unbroken):
 
 def test_two_trainings_cannot_share_a_run_folder(miniature, tmp_path):
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path / "run"))
-    with RunFolder.claimed(config), pytest.raises(UserError, match="another process"):
-        train(miniature, tmp_path / "run", "align.coeff=0.5")
+    with RunFolder.claimed(config) as run:
+        run.adopt()
+        with pytest.raises(UserError, match="another process"):
+            train(miniature, tmp_path / "run", "align.coeff=0.5")
     assert RunFolder(tmp_path / "run").config == config
 
 
@@ -430,3 +408,21 @@ def test_evaluation_settings_may_change_after_the_training(miniature, tmp_path, 
     with pytest.raises(UserError, match="started with another config"):
         train(miniature, tmp_path / "run", "train.steps=2", "align.coeff=0.1")
     assert RunFolder(tmp_path / "run").config.align.coeff == 0.8
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), r"out of GPU memory: .*optim\.accumulate"),
+        (
+            torch._dynamo.exc.TorchDynamoException("no compiler\nat all"),
+            r"\(no compiler\): train\.compile=none",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_that_says_what_to_do(
+    miniature, tmp_path, monkeypatch, error, message
+):
+    monkeypatch.setattr(train_sd15, "loss_of", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=message):
+        train(miniature, tmp_path / "run")
