@@ -22,7 +22,8 @@ from files import write_json
 from preprocessing.options import new_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
 PACKAGES = ["torch", "numpy", "lmdb", "diffusers", "transformers", "mosaicml-streaming", "webdataset", "h5py"]
 
 
@@ -95,13 +96,16 @@ def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], *
     write_json(args.results / f"{name}.json", content)
     print(f"\n{args.results / f'{name}.json'}")
     if args.results == RESULTS:
-        PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def refreshed(page: str) -> str:
     """The page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json: nothing there is typed in."""
 
     def block(match: re.Match) -> str:
+        if not (RESULTS / f"{match[1]}.json").exists():
+            return match[0]
         result = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
         here = result["machine"]
         where = f"{here['cores']} cores ({here['cpu']}), {here['memory_gb']} GB, {here['gpu'] or 'no GPU'}"

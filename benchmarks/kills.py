@@ -1,0 +1,97 @@
+"""A training killed at random moments, resumed each time by the same command, against an undisturbed one: equal bit for bit?
+
+    OMP_NUM_THREADS=1 python benchmarks/kills.py             # 20 kills, a small network on a CPU, minutes
+
+Kills are SIGKILL, which no process can prepare for, at moments spread from the imports to beyond the next checkpoints.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.report import ROOT, Target, benchmark_parser, publish, temporary_folder
+from benchmarks.synthetic_run import make_synthetic
+from preprocessing.options import positive
+from training.meter import RATES
+from training.run_folder import RunFolder
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--kills", type=positive, default=20, help="(default 20)")
+    parser.add_argument("--steps", type=positive, default=400, help="of the training (default 400)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    args = parser.parse_args()
+    with temporary_folder(args.dir) as folder:
+        settings = [
+            *make_synthetic(folder, "small", images=64), "model.train=full", "data.batch_size=8", f"train.steps={args.steps}",
+            "train.log_every=7", "train.checkpoint_every=20", "train.preview_every=0", "align.warmup_steps=30",
+            "align.similarity_threshold=0.9", "optim.accumulate=2",
+        ]  # fmt: skip
+        train = [sys.executable, "train_sd15.py", "--config", "configs/A.yaml", *settings]
+        whole, killed = (folder / name for name in ("whole", "killed"))
+        subprocess.run([*train, f"run={whole}"], cwd=ROOT, check=True)
+        steps = list(kill_again_and_again([*train, f"run={killed}"], killed, args.kills, args.seed))
+        rows = differences(RunFolder(killed), RunFolder(whole))
+    rows.append({"what": "kills", "entries": len(steps)})
+    print("killed with the newest checkpoint at step", *steps)
+    differing = sum(row.get("differing", 0) for row in rows)
+    publish(args, rows, [Target("entries that differ", float(differing), at_most=0)], killed_at=steps)
+
+
+def kill_again_and_again(command: Sequence[str], run: Path, kills: int, seed: int) -> Iterator[int]:
+    """Start the command, kill it at a random moment, and so on; then let it end. Gives the newest checkpoint at each kill."""
+    moments = random.Random(seed)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for _ in range(kills):
+        before = newest(run)
+        process = subprocess.Popen(command, cwd=ROOT, **quiet)
+        started = time.monotonic()
+        if moments.random() < 0.35:  # while it imports, reads, or tests itself
+            time.sleep(moments.uniform(0, 6))
+        else:  # after it has gone on
+            while newest(run) == before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 0.3 * (time.monotonic() - started)))
+        process.kill()
+        process.wait()
+        yield newest(run)
+    subprocess.run(command, cwd=ROOT, check=True, **quiet)
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=0)
+
+
+def differences(a: RunFolder, b: RunFolder) -> list[dict]:
+    """For each kind of thing two finished runs leave, how many there are and how many differ."""
+    rows = []
+    for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(run.newest_checkpoint() / file) for run in (a, b))
+        names = ours.keys() | theirs.keys()
+        equal = [
+            name for name in names & ours.keys() & theirs.keys() if torch.equal(ours[name], theirs[name])
+        ]
+        rows.append(
+            {"what": f"tensors of {file}", "entries": len(names), "differing": len(names) - len(equal)}
+        )
+    ours, theirs = (
+        [{k: v for k, v in line.items() if k not in RATES} for line in run.metrics()] for run in (a, b)
+    )
+    same = sum(x == y for x, y in zip(ours, theirs, strict=False))
+    most = max(len(ours), len(theirs))
+    rows.append({"what": "lines of metrics.jsonl", "entries": most, "differing": most - same})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

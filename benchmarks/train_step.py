@@ -1,0 +1,214 @@
+"""How fast a training step is, measured in the real loop with random weights, against the device's own matmul.
+
+    python benchmarks/train_step.py                                          # full size: needs a GPU
+    python benchmarks/train_step.py --train lora --batch 48 --compile none default --coeff 0 0.8
+    python benchmarks/train_step.py --size small --batch 16 --compile none    # CPU: the loop against a bare one
+
+Everything of a training is in it: reading, decoding, noise, heads, losses, AdamW, EMA and the log. `matmul` is what a large
+matrix product (bf16 on a GPU) reaches in the same process, and `share` a step's counted operations against that. The bare loop
+does no more than forward, mean squared error, backward, clipping, AdamW and EMA on one batch that lies on the device.
+"""
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+
+import torch
+from diffusers.training_utils import EMAModel
+
+import train_sd15
+from benchmarks.report import ROOT, Target, benchmark_parser, publish, temporary_folder
+from benchmarks.synthetic_run import make_synthetic
+from build_sd15 import Parts, build_parts
+from configs.loading import load_config
+from plan_sd15 import step_flops
+from preprocessing.options import positive
+from training.meter import Meter
+from training.run_folder import RunFolder
+from training.state import TrainingState
+
+WINDOWS = 7  # of each loop, in turn
+CONFIG = ROOT / "configs" / "A.yaml"
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
+    parser.add_argument(
+        "--train", nargs="+", choices=("lora", "partial", "full"), default=["lora", "partial", "full"]
+    )
+    parser.add_argument("--batch", nargs="+", type=positive, default=[48], help="(default 48)")
+    parser.add_argument("--compile", nargs="+", default=["none", "default"], help="(default none default)")
+    parser.add_argument("--coeff", nargs="+", type=float, default=[0.0, 0.8], help="λ (default 0 0.8)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every arm"
+    )
+    parser.add_argument("--steps", type=positive, default=10, help="of each window (default 10)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.size == "full" and device.type == "cpu":
+        parser.error("full size needs a GPU; --size small runs on a CPU")
+    with temporary_folder(args.dir) as folder:
+        base = make_synthetic(folder, args.size, images=4 * max(args.batch))
+        matmul = matmul_rate(device)
+        print(f"matmul: {matmul / 1e12:.4g} TFLOP/s")
+        rows = []
+        for train, batch, compiled, coeff in product(args.train, args.batch, args.compile, args.coeff):
+            arm = {"train": train, "batch": batch, "compile": compiled, "λ": coeff}
+            settings = [*base, f"model.train={train}", f"data.batch_size={batch}", f"train.compile={compiled}",
+                        f"align.coeff={coeff}", "train.precision=auto", *args.set]  # fmt: skip
+            rows.append(arm | measure(settings, args.steps, matmul, folder / f"run{len(rows)}"))
+            print(rows[-1], flush=True)
+    publish(args, rows, targets_of(rows, device), matmul_tflop_per_s=matmul / 1e12)
+
+
+def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: bool = True) -> dict:
+    """One arm: windows of our loop and of the bare one in turn, so that both see the same machine; medians."""
+    config = load_config(
+        [CONFIG],
+        [*settings, f"run={run}", f"train.steps={(WINDOWS + 1) * steps}", f"train.log_every={steps}",
+         "train.checkpoint_every=100000000", "optim.warmup_fraction=0"],
+    )  # fmt: skip
+    theirs: list[float] = []
+    try:
+        parts = build_parts(config)
+        flops = step_flops(config)
+        step = bare_step(parts)
+        device = parts.device
+
+        class Interrupted(Meter):
+            """After each reading the bare loop has its turn, off the record."""
+
+            def read(self) -> dict[str, float]:
+                line = super().read() | {"memory_gb": memory_gb(device)}
+                if bare:
+                    theirs.append(seconds_of(step, device, calls=steps))
+                    reset_memory(device)
+                    super().read()
+                return line
+
+        with RunFolder.claimed(config) as folder, replaced(train_sd15, "Meter", Interrupted):
+            state = TrainingState(
+                config, parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
+            )
+            state.save = lambda run: None  # a checkpoint is no part of a step
+            train_sd15.take_steps(parts, folder, state, train_sd15.open_stream(parts, first_step=0))
+            lines = folder.metrics()[1:]  # the first window warms up and compiles
+    except torch.OutOfMemoryError:
+        return {"note": "out of memory"}
+    finally:
+        gc.collect()
+        torch.compiler.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    ours = [1 / line["it_per_s"] for line in lines]
+    seconds = statistics.median(ours)
+    ratio = {"ours / bare": min(ours) / min(theirs[1:])} if bare else {}  # other work only ever adds time
+    return {
+        "ms/step": 1e3 * seconds,
+        "ms/step best": 1e3 * min(ours),
+        "images/s": config.data.batch_size / seconds,
+        "TFLOP/s": flops / seconds / 1e12,
+        "share of matmul": flops / seconds / matmul,
+        "memory GB": statistics.median(line["memory_gb"] for line in lines),
+        "data wait": statistics.median(line["data_wait"] for line in lines),
+    } | ratio
+
+
+def bare_step(parts: Parts) -> Callable[[], None]:
+    """A step that does no more than it must, on the same network; it leaves no gradient behind and moves no weight of ours."""
+    batch, device = parts.config.data.batch_size, parts.device
+    dataset, unet = parts.dataset, parts.model.unet
+    shape = (batch, dataset.latent_channels, *dataset.latents.spec.shape[1:])
+    latents = torch.randn(shape, device=device).to(unet.dtype)
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(1000, (batch,), device=device)
+    text = torch.randn(batch, *dataset.text.shape[1:], device=device).to(unet.dtype)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-12, weight_decay=0.0, fused=True)
+    ema = EMAModel(trained, decay=0.9995, foreach=True)
+
+    def step() -> None:
+        out = unet(latents, timesteps, text, return_dict=False)[0]
+        torch.nn.functional.mse_loss(out.float(), noise.float()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(trained)
+
+    return step
+
+
+@contextmanager
+def replaced(module, name: str, value) -> Iterator[None]:
+    """Another value for a module's name, for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that was in use since the last reset."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+
+
+def reset_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Operations per second of a large matrix product, bf16 on a GPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return max(2 * n**3 / seconds_of(lambda: a @ b, device, calls=20) for _ in range(5))
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, *, calls: int) -> float:
+    """Seconds of a call, the mean of several after one that does not count."""
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _wait(device)
+    return (time.perf_counter() - started) / calls
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def targets_of(rows: list[dict], device: torch.device) -> list[Target]:
+    """Held against the bounds that docs/performance.md explains, where the arms that they need were run."""
+    measured = {(r["train"], r["batch"], r["compile"], r["λ"] > 0): r for r in rows if "ms/step" in r}
+    targets = []
+    for (train, batch, compiled, aligned), row in measured.items():
+        arm = f"{train}, batch {batch}, compile {compiled}"
+        if device.type == "cuda" and aligned and (without := measured.get((train, batch, compiled, False))):
+            more = row["ms/step best"] / without["ms/step best"] - 1
+            targets.append(Target(f"what alignment adds: {arm}", more, at_most=0.02))
+        if device.type == "cuda" and aligned and train == "lora" and batch == 48:
+            targets.append(Target(f"share of the matmul rate: {arm}", row["share of matmul"], at_least=0.5))
+            targets.append(Target(f"memory in GB: {arm}", row["memory GB"], at_most=70))
+        if device.type == "cuda":
+            targets.append(Target(f"waiting for data: {arm}, λ {row['λ']:g}", row["data wait"], at_most=0.01))
+        elif not aligned:
+            targets.append(Target(f"ours / bare loop: {arm}", row["ours / bare"], at_most=1.05))
+    return targets
+
+
+if __name__ == "__main__":
+    main()
