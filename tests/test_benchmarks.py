@@ -5,8 +5,8 @@ import shutil
 import sys
 
 import pytest
-from runs import tensors, train
 from safetensors.torch import save_file
+from small_runs import tensors, train
 
 from benchmarks import train_step, vs_diffusers
 from benchmarks.kills import differences

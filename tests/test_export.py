@@ -10,9 +10,9 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from runs import assert_same_run, stop_after, tensors, timeless, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_runs import assert_same_run, stop_after, tensors, timeless, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import export_sd15

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import demo_overrides, small_model
-from runs import CONFIG, FILES, assert_same_run, stop_after, tensors, train
+from small_runs import CONFIG, FILES, assert_same_run, stop_after, tensors, train
 
 import train_sd15
 from build_sd15 import build_parts

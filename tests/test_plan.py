@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import demo_overrides, small_model
-from runs import CONFIG, ROOT
+from small_runs import CONFIG, ROOT
 
 import train_sd15
 from configs.loading import load_config

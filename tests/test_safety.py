@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import demo_overrides
-from runs import CONFIG, FILES, assert_same_run, equal, stop_after, tensors, train
+from small_runs import CONFIG, FILES, assert_same_run, equal, stop_after, tensors, train
 
 import export_sd15
 import train_sd15

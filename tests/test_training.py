@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from runs import CONFIG, FILES, ROOT, equal, stop_after, tensors, timeless, train
 from safetensors.torch import load_file, save_file
+from small_runs import CONFIG, FILES, ROOT, equal, stop_after, tensors, timeless, train
 
 import train_sd15
 from build_sd15 import build_model, load_run_model
