@@ -48,8 +48,12 @@ def train_in_turn(rank, *jobs):
 
 
 def train_and_note(rank, argv, note, stop_at=None):
-    """Train; write down the weights that this rank ends with, and stop it when a step is done."""
-    states, update = [], TrainingState.update
+    """Train; write down the weights that this rank ends with and the seeds it drew from, and stop it when a step is done."""
+    states, seeds, update, loss_of = [], [], TrainingState.update, train_sd15.loss_of
+
+    def loss_of_and_note(parts, prompts, batch, generator, *args):
+        seeds.append(generator.initial_seed())
+        return loss_of(parts, prompts, batch, generator, *args)
 
     def update_and_keep(state):
         update(state)
@@ -57,12 +61,13 @@ def train_and_note(rank, argv, note, stop_at=None):
         if rank == 1 and state.step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    TrainingState.update = update_and_keep
+    TrainingState.update, train_sd15.loss_of = update_and_keep, loss_of_and_note
     train_sd15.AGREE_EVERY = 2
     try:
         train_sd15.main(argv)
     finally:
-        TrainingState.update = update
+        TrainingState.update, train_sd15.loss_of = update, loss_of
+    Path(f"{note}.{rank}.seeds").write_text(" ".join(map(str, seeds)))
     if states:
         torch.save({name: p.detach() for name, p in states[0].parameters.items()}, f"{note}.{rank}.pt")
 
@@ -93,6 +98,8 @@ def test_ranks_stay_equal_where_alignment_comes_and_goes_and_resume_exactly(mini
     whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
     assert equal(weights_of(tmp_path / "whole_weights", 0), weights_of(tmp_path / "whole_weights", 1))
     assert equal(weights_of(tmp_path / "whole_weights", 0), tensors(whole, 8))
+    seeds = [Path(f"{tmp_path}/whole_weights.{rank}.seeds").read_text().split() for rank in (0, 1)]
+    assert len(set(seeds[0] + seeds[1])) == 16  # no noise is drawn twice, nor by both
     coeffs = [line["coeff"] for line in whole.metrics()]
     assert 0 in coeffs and max(coeffs) > 0  # noqa: PT018
     assert 4 in run.checkpoint_steps()  # one rank was told to stop after step 3, both did after 4
