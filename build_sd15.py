@@ -12,7 +12,7 @@ from device import compute_dtype, pick_device
 from errors import UserError
 from loss_sd15 import SD15Loss
 from models.base_model import load_part, weights_digest
-from models.diffusion import PREDICTION_TYPES, NoiseSchedule
+from models.diffusion import PREDICTION_TYPES, SCHEDULER_TYPES, NoiseSchedule
 from models.dinov2_encoder import DINOv2Encoder
 from models.online_teacher import OnlineTeacher, load_decoder
 from models.schedule import Coefficient, CoefficientSchedule, SimilarityCutoff
@@ -43,7 +43,7 @@ class Parts:
         return batch.on(self.device, "dino_tokens") if self.online is None else self.online(latents)
 
 
-def build_parts(config: Config, ranks: Ranks | None = None) -> Parts:
+def build_parts(config: Config) -> Parts:
     """All parts, checked against each other; raises `UserError` where they do not fit."""
     device = pick_device(config.train.device)
     dtype = compute_dtype(device, config.train.precision)
@@ -57,7 +57,7 @@ def build_parts(config: Config, ranks: Ranks | None = None) -> Parts:
         model.unet.to(memory_format=torch.channels_last)
     return Parts(
         config=config,
-        ranks=Ranks(cpu=device.type == "cpu") if ranks is None else ranks,
+        ranks=Ranks(cpu=device.type == "cpu"),
         model=model,
         masters=Masters(model, dtype),
         loss=build_loss(config),
@@ -218,7 +218,7 @@ def sampling_scheduler(config: Config, parameterization: str) -> DDIMScheduler:
         noise_schedule,
         clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
         timestep_spacing="trailing",  # ends at the noisiest step, which few-step sampling needs
-        prediction_type={"v": "v_prediction", "epsilon": "epsilon"}[parameterization],
+        prediction_type=SCHEDULER_TYPES[parameterization],
     )
 
 

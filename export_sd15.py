@@ -23,6 +23,7 @@ from build_sd15 import build_model
 from configs.loading import resolved_yaml
 from errors import UserError, run_script
 from files import write_json, written_whole
+from models.diffusion import SCHEDULER_TYPES
 from training.checkpoint import EMA, TRAINED, checkpoints, contents_of, load_weights, step_of
 from training.meter import RATES
 from training.run_folder import RunFolder
@@ -117,17 +118,13 @@ def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     model = build_model(run.config)
     for kind, file in KINDS.items():
         load_weights(checkpoint / file, model.trained_parameters())
-        renamed = convert_state_dict_to_kohya(model.lora_state_dict())
-        # diffusers takes alpha to be the rank.
-        alpha = torch.tensor(run.config.model.lora_alpha)
+        alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
         weights = {
-            name: alpha if name.endswith(".alpha") else value.detach().half().contiguous()
-            for name, value in renamed.items()
+            name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
+            for name, value in convert_state_dict_to_kohya(model.lora_state_dict()).items()
         }
         metadata = {"ss_base_model_version": "sd_v1", "modelspec.title": run.name}
-        save_file(
-            {name: value.clone() for name, value in weights.items()}, folder / f"{kind}.safetensors", metadata
-        )
+        save_file(weights, folder / f"{kind}.safetensors", metadata)
 
 
 def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
@@ -138,9 +135,8 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
         settings.base, revision=settings.revision, unet=model.merged_unet(), safety_checker=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    if run.config.diffusion.parameterization != "auto":
-        kind = {"v": "v_prediction", "epsilon": "epsilon"}[run.config.diffusion.parameterization]
-        pipeline.scheduler.register_to_config(prediction_type=kind)
+    if (output := run.config.diffusion.parameterization) != "auto":
+        pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
     pipeline.save_pretrained(folder)
 
 

@@ -31,31 +31,15 @@ class Previews:
 
     def draw(self, folder: Path, state: TrainingState) -> Path:
         """Write `step-….png` of the moving average; returns its path. Weights, modes and random states are as before."""
-        parts, settings = self.parts, self.parts.config.eval
-        unet, dataset = parts.model.unet, parts.dataset
+        unet, settings, dataset = self.parts.model.unet, self.parts.config.eval, self.parts.dataset
         was_training = unet.training
-        text = dataset.text[self.labels].to(parts.device, torch.float32)  # (n, 77, 768)
-        null = dataset.null_text.to(parts.device, torch.float32)
         unet.eval()
-        images = []
-        # Compiled for another batch, the U-Net would be compiled again.
-        with self.masters.showing(state.ema.shadow_params), torch.compiler.set_stance("force_eager"):
-            for start in range(0, len(self.labels), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                latents = sample_latents(
-                    self._network,
-                    self.scheduler,
-                    text[part],
-                    null,
-                    list(range(len(self.labels)))[part],
-                    shape=(dataset.latent_channels, *dataset.latents.spec.shape[1:]),
-                    steps=settings.sampling_steps,
-                    cfg=settings.cfg,
-                    guidance_high=settings.guidance_high,
-                    guidance_space=settings.guidance_space,
-                )
-                images.append(decode_latents(self.vae, latents))
-        unet.train(was_training)
+        try:
+            # Compiled for another batch, the U-Net would be compiled again.
+            with self.masters.showing(state.ema.shadow_params), torch.compiler.set_stance("force_eager"):
+                images = self._images()
+        finally:
+            unet.train(was_training)
         path = folder / f"step-{state.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         title = (
@@ -63,8 +47,31 @@ class Previews:
         )
         names = class_names(dataset.text_manifest)
         columns = [names.get(label, f"class {label}") for label in self.labels[: self.columns]]
-        plot_sample_grids(path, {title: np.concatenate(images)}, self.columns, columns)
+        plot_sample_grids(path, {title: images}, self.columns, columns)
         return path
+
+    def _images(self) -> np.ndarray:
+        """The pictures `(n, H, W, 3)`, uint8, of the weights that the U-Net has."""
+        parts, settings, dataset = self.parts, self.parts.config.eval, self.parts.dataset
+        text = dataset.text[self.labels].to(parts.device, torch.float32)  # (n, 77, 768)
+        null = dataset.null_text.to(parts.device, torch.float32)
+        images = []
+        for start in range(0, len(self.labels), settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            latents = sample_latents(
+                self._network,
+                self.scheduler,
+                text[part],
+                null,
+                list(range(len(self.labels)))[part],
+                shape=(dataset.latent_channels, *dataset.latents.spec.shape[1:]),
+                steps=settings.sampling_steps,
+                cfg=settings.cfg,
+                guidance_high=settings.guidance_high,
+                guidance_space=settings.guidance_space,
+            )
+            images.append(decode_latents(self.vae, latents))
+        return np.concatenate(images)
 
     def _network(self, latents, timestep, *, encoder_hidden_states, return_dict):
         """The U-Net in its own precision, for a sampler that keeps its latents in fp32."""

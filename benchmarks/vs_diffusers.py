@@ -57,9 +57,9 @@ def main() -> None:
         example = load_example(args.example)
         for turn in range(args.runs):
             found["diffusers"].append(run_theirs(example, folder, args, device))
-            for name, knobs in ways.items():
+            for number, (name, knobs) in enumerate(ways.items()):
                 settings = [*base, f"data.batch_size={args.batch}", "train.precision=auto", *knobs, *args.set]
-                run = folder / f"run{turn}{len(name)}"
+                run = folder / f"run{turn}-{number}"
                 found[name].append(measure(settings, max(args.steps // 6, 1), matmul, run, bare=False))
             print({name: round(runs[-1]["ms/step"], 1) for name, runs in found.items()}, flush=True)
     rows = [

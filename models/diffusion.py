@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' names -> ours
+SCHEDULER_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
 
 
 class NoiseSchedule:

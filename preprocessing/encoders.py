@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from device import autocast, pick_device
+from device import autocast, compute_dtype, pick_device
 from errors import UserError
 from models.base_model import load_part, weights_digest
 from models.dinov2_encoder import DINOv2Encoder
@@ -117,9 +117,8 @@ def source_of(model: str, revision: str | None, module: torch.nn.Module, precisi
 
 
 def precision_of(device: torch.device, wanted: str) -> str:
-    """What `autocast(device, wanted)` will compute in."""
-    with autocast(device, wanted):
-        return "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+    """What `autocast(device, wanted)` will compute in, as the command line calls it."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(device, wanted)]
 
 
 def noise_of(key: str, shape: Sequence[int]) -> Tensor:

@@ -54,3 +54,10 @@ def stop_after(monkeypatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train_sd15.TrainingState, "update", update_then_stop)
+
+
+def stopped_at(step: int, miniature, run, monkeypatch, *more) -> RunFolder:
+    """A run that was told to stop after a step, and did."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        return train(miniature, run, *more)

@@ -12,11 +12,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_runs import assert_same_run, stop_after, tensors, timeless, train
+from small_runs import assert_same_run, stopped_at, tensors, timeless, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import export_sd15
 import preview_sd15
+import train_sd15
 from errors import UserError
 from evaluation.sampling import initial_noise
 
@@ -142,9 +143,7 @@ def test_previews_change_nothing_and_resume_exactly(miniature, tmp_path, monkeyp
     assert_same_run(seen, without)
     files = sorted(path.name for path in (seen.path / "previews").glob("*.png"))
     assert files == ["step-0000002.png", "step-0000004.png", "step-0000006.png"]
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(miniature, tmp_path / "run", *knobs, *PREVIEWS)
+    stopped_at(3, miniature, tmp_path / "run", monkeypatch, *knobs, *PREVIEWS)
     resumed = train(miniature, tmp_path / "run", *knobs, *PREVIEWS)
     assert_same_run(resumed, without)
     for name in files:
@@ -172,8 +171,15 @@ def test_a_preview_that_cannot_be_drawn_ends_no_training(miniature, tmp_path, mo
     def fail(*_):
         raise UserError("the decoder made no picture")
 
+    modes, loss_of = [], train_sd15.loss_of
     monkeypatch.setattr(preview_sd15, "decode_latents", fail)
+    monkeypatch.setattr(
+        train_sd15,
+        "loss_of",
+        lambda parts, *args: modes.append(parts.model.unet.training) or loss_of(parts, *args),
+    )
     run = train(miniature, tmp_path / "run", *PREVIEWS)
+    assert modes == [True] * 6
     assert run.checkpoint_steps()[-1] == 6
     assert "no preview of step 6: the decoder made no picture" in capsys.readouterr().out
     monkeypatch.undo()
@@ -182,9 +188,7 @@ def test_a_preview_that_cannot_be_drawn_ends_no_training(miniature, tmp_path, mo
 
 def test_a_resumed_run_leaves_no_gap_on_tensorboard(miniature, tmp_path, monkeypatch):
     knobs = ["train.log_every=1"]
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        run = train(miniature, tmp_path / "run", *knobs)
+    run = stopped_at(4, miniature, tmp_path / "run", monkeypatch, *knobs)
     shutil.rmtree(
         run.checkpoint_folder / "step-0000004"
     )  # as if killed after step 4, which goes back to step 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import demo_overrides, small_model
-from small_runs import CONFIG, FILES, assert_same_run, stop_after, tensors, train
+from small_runs import CONFIG, FILES, assert_same_run, stopped_at, tensors, train
 
 import train_sd15
 from build_sd15 import build_parts
@@ -16,6 +16,14 @@ from training.state import TrainingState
 
 def config(miniature, run, *more):
     return load_config(CONFIG, demo_overrides(miniature, run, *more))
+
+
+def resumes_exactly(miniature, tmp_path, monkeypatch, *knobs):
+    """Whether a run that was stopped equals an unbroken one, which is returned."""
+    whole = train(miniature, tmp_path / "whole", *knobs)
+    stopped_at(3, miniature, tmp_path / "run", monkeypatch, *knobs)
+    assert_same_run(train(miniature, tmp_path / "run", *knobs), whole)
+    return whole
 
 
 def test_in_fp32_masters_are_the_weights_themselves():
@@ -79,12 +87,7 @@ def test_bf16_gradients_point_where_fp32_ones_do(batch):
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_bf16_run_resumes_exactly_and_keeps_fp32_checkpoints(miniature, tmp_path, monkeypatch, mode):
     knobs = ["train.precision=bf16", f"model.train={mode}", "model.lora_rank=4"]
-    whole = train(miniature, tmp_path / "whole", *knobs)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(miniature, tmp_path / "run", *knobs)
-    resumed = train(miniature, tmp_path / "run", *knobs)
-    assert_same_run(resumed, whole)
+    whole = resumes_exactly(miniature, tmp_path, monkeypatch, *knobs)
     for file in FILES:
         assert {t.dtype for t in tensors(whole, 6, file).values()} == {torch.float32}
     exported = tensors(whole, 6, FILES[1])
@@ -101,13 +104,7 @@ def test_channels_last_changes_the_layout_and_not_the_mathematics(miniature, tmp
 
 
 def test_a_channels_last_run_resumes_exactly(miniature, tmp_path, monkeypatch):
-    knobs = ["train.channels_last=true"]
-    whole = train(miniature, tmp_path / "whole", *knobs)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(miniature, tmp_path / "run", *knobs)
-    resumed = train(miniature, tmp_path / "run", *knobs)
-    assert_same_run(resumed, whole)
+    resumes_exactly(miniature, tmp_path, monkeypatch, "train.channels_last=true")
 
 
 def state_of(miniature, tmp_path, *more):

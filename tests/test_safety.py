@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import demo_overrides
-from small_runs import CONFIG, FILES, assert_same_run, equal, stop_after, tensors, train
+from small_runs import CONFIG, FILES, assert_same_run, equal, stop_after, stopped_at, tensors, train
 
 import export_sd15
 import train_sd15
@@ -132,12 +132,6 @@ def unbroken(miniature, tmp_path_factory):
     return train(miniature, tmp_path_factory.mktemp("safety") / "unbroken")
 
 
-def stopped_at(step, miniature, path, monkeypatch, *more):
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        return train(miniature, path, *more)
-
-
 def flip_a_bit(file):
     """In the middle of a tensor, which every library would read."""
     data = bytearray(file.read_bytes())
@@ -182,9 +176,11 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(miniature, unbroke
     for step in run.checkpoint_steps():
         flip_a_bit(run.checkpoint_folder / f"step-{step:07d}" / "trained.safetensors")
     before = run.metrics()
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
-        train(miniature, run.path)
+    for _ in range(2):  # also when the command is repeated
+        with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+            train(miniature, run.path)
     assert run.metrics() == before
+    assert run.checkpoint_steps() == [2, 4, 6]
 
 
 def test_a_disk_that_cannot_be_read_for_now_is_no_damage(miniature, unbroken, tmp_path, monkeypatch):
@@ -207,6 +203,9 @@ def test_damaged_weights_are_not_used_elsewhere(miniature, unbroken, tmp_path):
     with pytest.raises(UserError, match=r"step-0000006 is damaged \(ema"):
         export_sd15.main([str(run.path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    (run.checkpoint_folder / "step-0000004" / "state.json").write_text("null")
+    with pytest.raises(UserError, match=r"step-0000004 is damaged \(state"):
+        export_sd15.main([str(run.path), "--checkpoint", "4"])
 
 
 def test_what_a_crash_left_in_the_log_does_not_stop_a_run(miniature, unbroken, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, FILES, ROOT, equal, stop_after, tensors, timeless, train
+from small_runs import CONFIG, ROOT, equal, stopped_at, tensors, timeless, train
 
 import train_sd15
 from build_sd15 import build_model, load_run_model
@@ -32,14 +32,6 @@ from training.run_folder import RunFolder
 from training.state import TrainingState
 
 
-def weights(run, file=FILES[0], step=6):
-    return tensors(run, step, file)
-
-
-def assert_equal_weights(a, b):
-    assert equal(a, b)
-
-
 @pytest.fixture(scope="module")
 def unbroken(miniature, tmp_path_factory):
     return train(miniature, tmp_path_factory.mktemp("runs") / "unbroken")
@@ -49,14 +41,12 @@ def unbroken(miniature, tmp_path_factory):
 def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
     miniature, unbroken, tmp_path, monkeypatch, stop_at, capsys
 ):
-    with monkeypatch.context() as patch:
-        stop_after(patch, stop_at)
-        stopped = train(miniature, tmp_path / "run")
+    stopped = stopped_at(stop_at, miniature, tmp_path / "run", monkeypatch)
     assert stopped.checkpoint_steps()[-1] == stop_at
     assert "go on with" in capsys.readouterr().out
     resumed = train(miniature, tmp_path / "run")
     for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        assert_equal_weights(weights(resumed, file), weights(unbroken, file))
+        assert equal(tensors(resumed, file=file), tensors(unbroken, file=file))
     assert timeless(resumed) == timeless(unbroken)
     assert [line["step"] for line in timeless(resumed)] == [2, 4, 6]
 
@@ -82,12 +72,10 @@ def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
     assert all(line["loss"] == line["loss_diff"] for line in lines[2:])
     for stop_at in (1, 2, 5):
         run = tmp_path / f"{mode}{stop_at}"
-        with monkeypatch.context() as patch:
-            stop_after(patch, stop_at)
-            train(miniature, run, *knobs)
+        stopped_at(stop_at, miniature, run, monkeypatch, *knobs)
         resumed = train(miniature, run, *knobs)
         for file in ("trained.safetensors", "optimizer.safetensors"):
-            assert_equal_weights(weights(resumed, file, 8), weights(whole, file, 8))
+            assert equal(tensors(resumed, 8, file), tensors(whole, 8, file))
         assert timeless(resumed) == timeless(whole)
 
 
@@ -115,11 +103,9 @@ def test_a_run_on_moments_and_int8_tokens_draws_anew_and_resumes_exactly(
     run_numbered("3_build_dino_cache", "--csv", csv, "--workers", 0, "--out", tmp_path / "tokens", *compact)
     cache = [f"data.latents={tmp_path}/latents", f"data.tokens={tmp_path}/tokens"]
     whole = train(miniature, tmp_path / "whole", *cache)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(miniature, tmp_path / "run", *cache)
+    stopped_at(3, miniature, tmp_path / "run", monkeypatch, *cache)
     resumed = train(miniature, tmp_path / "run", *cache)
-    assert_equal_weights(weights(resumed), weights(whole))
+    assert equal(tensors(resumed), tensors(whole))
     exact, drawn = (run.metrics()[-1] for run in (unbroken, whole))
     assert drawn["loss_diff"] != exact["loss_diff"]
     assert drawn["loss_token"] == pytest.approx(
@@ -143,7 +129,7 @@ def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint(miniature, unbrok
     (run / "checkpoints" / ".step-0000004.partial").mkdir()  # a checkpoint that was never finished
     (run / "checkpoints" / "step-0000004").mkdir()
     resumed = train(miniature, run)
-    assert_equal_weights(weights(resumed), weights(unbroken))
+    assert equal(tensors(resumed), tensors(unbroken))
     assert [line["step"] for line in resumed.metrics()] == [2, 4, 6]
 
 
@@ -200,23 +186,23 @@ def test_a_finished_run_does_nothing_more(miniature, unbroken, capsys):
 
 def test_zero_coefficient_equals_a_run_without_heads_bit_for_bit(miniature, tmp_path, monkeypatch):
     baseline = train(miniature, tmp_path / "baseline", "align.coeff=0")
-    assert not [name for name in weights(baseline) if name.startswith("heads.")]
+    assert not [name for name in tensors(baseline) if name.startswith("heads.")]
     # The same steps with heads built and λ silenced by the schedule: only the heads may differ.
     monkeypatch.setattr(train_sd15, "self_test", lambda *_, **__: None)  # refuses a λ that never acts
     silenced = train(
         miniature, tmp_path / "silenced", "align.coeff=0.8", "align.cutoff_step=1", "align.warmup_steps=1"
     )
-    with_heads = weights(silenced)
+    with_heads = tensors(silenced)
     assert [name for name in with_heads if name.startswith("heads.")]
-    assert_equal_weights(
-        weights(baseline), {name: value for name, value in with_heads.items() if name.startswith("unet.")}
+    assert equal(
+        tensors(baseline), {name: value for name, value in with_heads.items() if name.startswith("unet.")}
     )
 
 
 def test_alignment_changes_the_unet(miniature, unbroken, tmp_path):
     baseline = train(miniature, tmp_path / "baseline", "align.coeff=0")
     name = "unet.mid_block.resnets.1.conv2.weight"
-    assert not torch.equal(weights(baseline)[name], weights(unbroken)[name])
+    assert not torch.equal(tensors(baseline)[name], tensors(unbroken)[name])
     assert not any("loss_align" in line for line in baseline.metrics())
     assert all(line["loss_align"] > 0 for line in unbroken.metrics())
 
@@ -251,11 +237,11 @@ def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):
         miniature, tmp_path / "run", "train.steps=3", "train.checkpoint_every=1", "optim.ema_decay=0.15"
     )
     name = "unet.conv_in.weight"
-    ema = weights(run, "ema.safetensors", 1)[name]
+    ema = tensors(run, 1, "ema.safetensors")[name]
     for step in (2, 3):
         decay = min(0.15, (1 + step - 1) / (10 + step - 1))  # diffusers' warm-up of the decay
-        ema = decay * ema + (1 - decay) * weights(run, step=step)[name]
-        torch.testing.assert_close(weights(run, "ema.safetensors", step)[name], ema)
+        ema = decay * ema + (1 - decay) * tensors(run, step=step)[name]
+        torch.testing.assert_close(tensors(run, step, "ema.safetensors")[name], ema)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -269,7 +255,7 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
     if mode == "lora":
         pipe.load_lora_weights(run.path / "export" / "ema")
         loaded = {name for name, _ in pipe.unet.named_parameters() if "lora_" in name}
-        trained = {name for name in weights(run) if "lora_" in name}
+        trained = {name for name in tensors(run) if "lora_" in name}
         assert len(loaded) == len(trained) > 0  # a file of mixed key names would lose its attention half here
     else:
         pipe.unet = UNet2DConditionModel.from_pretrained(run.path / "export" / "ema" / "unet")
@@ -349,7 +335,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_keeps_the_one_before(
             train(miniature, run)
     assert RunFolder(run).checkpoint_steps() == [2]
     assert not list((run / "checkpoints").glob(".*"))
-    assert_equal_weights(weights(train(miniature, run)), weights(unbroken))
+    assert equal(tensors(train(miniature, run)), tensors(unbroken))
 
 
 def test_a_folder_that_is_no_sd15_is_one_line(miniature, tmp_path):
@@ -401,10 +387,10 @@ def test_the_script_reports_an_error_in_one_line_and_exits_2():
 def test_evaluation_settings_may_change_after_the_training(miniature, tmp_path, capsys):
     """The same command with other eval settings trains nothing, and is what evaluation then reads."""
     run = train(miniature, tmp_path / "run", "train.steps=2")
-    before = weights(run, step=2)
+    before = tensors(run, step=2)
     again = train(miniature, tmp_path / "run", "train.steps=2", "eval.cfg=3.0", "data.read_threads=0")
     assert again.config.eval.cfg == 3.0
-    assert_equal_weights(weights(again, step=2), before)
+    assert equal(tensors(again, step=2), before)
     with pytest.raises(UserError, match="started with another config"):
         train(miniature, tmp_path / "run", "train.steps=2", "align.coeff=0.1")
     assert RunFolder(tmp_path / "run").config.align.coeff == 0.8

@@ -91,27 +91,28 @@ def fingerprint(file: Path) -> dict[str, int]:
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint that is as it was written, None where there never was one.
 
-    Newer ones are reported and renamed to `damaged-…`. Raises `UserError` when one cannot be read for now, or when all are
-    damaged: a training of days must not start anew by itself.
+    Newer ones are reported and renamed to `damaged-…`. Raises `UserError`, and renames none, when one cannot be read for now,
+    or when all are damaged: a training of days must not start anew by itself, neither now nor when the command is repeated.
     """
-    found = sorted(filter(_is_named, folder.glob("step-*")), key=step_of)
-    for path in reversed(found):
+    damaged: list[tuple[Path, _DamagedError]] = []
+    for path in sorted(filter(_is_named, folder.glob("step-*")), key=step_of, reverse=True):
         try:
             _verify(path)
         except _DamagedError as damage:
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            print(
-                f"warning: {path} is damaged ({damage}): it is now {aside.name}, and the one before is used"
-            )
+            damaged.append((path, damage))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; nothing was changed") from None
         else:
+            for other, damage in damaged:
+                aside = other.with_name(f"damaged-{other.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                other.rename(aside)
+                print(f"warning: {other} is damaged ({damage}): it is now {aside.name}; {path.name} is used")
             return path
-    if found:
+    if damaged:
         raise UserError(
-            f"no checkpoint in {folder} is whole: choose another run=…, or remove it to start anew"
+            f"no checkpoint in {folder} is whole, not even {damaged[-1][0].name} ({damaged[-1][1]}): choose another run=…, or "
+            "remove the folder to start anew"
         )
     return None
 
@@ -120,7 +121,8 @@ class _DamagedError(Exception):
     """Something in a checkpoint is not as it was written."""
 
 
-def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> None:
+def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> dict:
+    """Compare files of a checkpoint with what its state says of them; returns the state."""
     try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state, dict) or state != _sealed(state) or state["step"] != step_of(path):
@@ -132,6 +134,7 @@ def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> N
         raise _DamagedError(f"{Path(error.filename).name} is missing") from None
     except ValueError:
         raise _DamagedError(f"{STATE} is not as it was written") from None
+    return state
 
 
 def _sealed(state: dict) -> dict:
@@ -141,8 +144,8 @@ def _sealed(state: dict) -> dict:
 
 
 def contents_of(path: Path) -> dict[str, dict[str, int]]:
-    """Sizes and CRC-32 of a checkpoint's files, as they were written."""
-    return json.loads((path / STATE).read_bytes())["files"]
+    """Sizes and CRC-32 of a checkpoint's files, as they were written; raises `UserError` where nobody can say."""
+    return _insist_whole(path, ())["files"]
 
 
 def step_of(path: Path) -> int:
@@ -184,19 +187,17 @@ def restore_checkpoint(
 def load_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
     """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into parameters of the same names; raises `UserError` for
     damage."""
-    insist_whole(file)
+    _insist_whole(file.parent, (file.name,))
     for name, value in _matching(file, parameters).items():
         parameters[name].copy_(value)
 
 
-def insist_whole(file: Path) -> None:
-    """Raise `UserError` where a file lies in a checkpoint and is not as it was written there."""
-    if not (file.parent / STATE).exists():
-        return
+def _insist_whole(path: Path, names: tuple[str, ...]) -> dict:
+    """`_verify`, whose complaint is the user's."""
     try:
-        _verify(file.parent, (file.name,))
+        return _verify(path, names)
     except (_DamagedError, OSError) as error:
-        raise UserError(f"{file.parent} is damaged ({error}): choose another checkpoint") from None
+        raise UserError(f"{path} is damaged ({error}): choose another checkpoint") from None
 
 
 def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -213,7 +214,8 @@ def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
         raise UserError(
             f"{source} is no run, no checkpoint and no trained.safetensors: a new run cannot start from it"
         )
-    insist_whole(file)
+    if (file.parent / STATE).exists():  # else somebody has taken the file elsewhere
+        _insist_whole(file.parent, (file.name,))
     return file, _load(file)
 
 
