@@ -1,9 +1,11 @@
 """From a config to the cache, the model and the loss: what training and evaluation build alike."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from configs.schema import Config
@@ -23,6 +25,9 @@ from training.masters import Masters
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 
+SAMPLERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
+SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -41,6 +46,19 @@ class Parts:
     def teacher_tokens(self, batch: Batch, latents: Tensor) -> Tensor:
         """The teacher's tokens `(B, N, D)` of a batch: from the cache, or made of its latents `(B, 4, h, w)`."""
         return batch.on(self.device, "dino_tokens") if self.online is None else self.online(latents)
+
+    @contextmanager
+    def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Let the U-Net have these trained weights, in eval mode; afterwards it is as it was."""
+        unet = self.model.unet
+        was_training = unet.training
+        unet.eval()
+        try:
+            # Compiled for another batch, the U-Net would be compiled again.
+            with self.masters.showing(values), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            unet.train(was_training)
 
 
 def build_parts(config: Config) -> Parts:
@@ -211,13 +229,13 @@ def build_loss(config: Config) -> SD15Loss:
     )
 
 
-def sampling_scheduler(config: Config, parameterization: str) -> DDIMScheduler:
-    """DDIM on the base model's noise schedule, for a network that outputs `parameterization`."""
+def sampling_scheduler(config: Config, parameterization: str, sampler: str = "ddim"):
+    """A sampler on the base model's noise schedule, for a network that outputs `parameterization`."""
     noise_schedule = load_part(config.model.base, "scheduler", config.model.revision).config
-    return DDIMScheduler.from_config(
+    return SAMPLERS[sampler].from_config(
         noise_schedule,
         clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
-        timestep_spacing="trailing",  # ends at the noisiest step, which few-step sampling needs
+        timestep_spacing=SPACING,
         prediction_type=SCHEDULER_TYPES[parameterization],
     )
 
@@ -245,8 +263,18 @@ def build_coefficient(config: Config) -> Coefficient:
 def load_run_model(
     run: RunFolder, step: int, device: torch.device, *, weights: str = "ema"
 ) -> tuple[SD15UNetAligned, str]:
-    """The run's model with the weights of a checkpoint, in eval mode, and what its network outputs."""
-    model = build_model(run.config)
-    file = {"ema": EMA, "raw": TRAINED}[weights]
-    load_weights(run.checkpoint_folder / f"step-{step:07d}" / file, model.trained_parameters())
+    """The run's model with the weights of a checkpoint ("ema", "raw") or its bare base model ("base"), in eval mode, and what
+    the network outputs."""
+    model = build_model(run.config) if weights != "base" else bare_model(run.config)
+    if weights != "base":
+        load_weights(run.checkpoint(step) / {"ema": EMA, "raw": TRAINED}[weights], model.trained_parameters())
     return model.to(device).eval().requires_grad_(False), build_loss(run.config).parameterization
+
+
+def bare_model(config: Config) -> SD15UNetAligned:
+    """The base model as it was before any training: no LoRA, no heads."""
+    plain = {
+        "model": config.model.model_copy(update={"train": "full"}),
+        "align": config.align.model_copy(update={"coeff": 0}),
+    }
+    return build_model(config.model_copy(update=plain))

@@ -1,35 +1,44 @@
-"""Evaluate runs of train_sd15.py: draw samples, compare them with real images, measure the alignment, compare runs.
+"""Evaluate runs of train_sd15.py, their checkpoints, or the bare base model.
 
-    python evaluate_sd15.py sample runs/A                       # images of fixed seeds and labels, EMA weights
-    python evaluate_sd15.py fid runs/A                          # Fréchet distance of those samples to the training images
-    python evaluate_sd15.py align runs/A                        # CCA, CKNNA, t-SNE on held-out images
-    python evaluate_sd15.py compare runs/A runs/A_baseline --out runs/compare   # figures and one page, index.html
+    python evaluate_sd15.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
+    python evaluate_sd15.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
+    python evaluate_sd15.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
+    python evaluate_sd15.py pictures runs/A runs/A_baseline -o pictures.png
+    python evaluate_sd15.py report runs/A runs/A_baseline configs/A.yaml -o report.html
+    accelerate launch --num_processes 4 evaluate_sd15.py curve runs/A      # sampling and features by several processes
 
-Everything is read from the run folder; options default to the run's own `eval` settings.
+A RUN is a run folder, one checkpoint's folder in it, or a config: the bare base model that it names, whose results go to the
+folder RUN_base. What was drawn or measured is not done again: the same command goes on where one was stopped.
 """
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
+from configs.loading import eval_settings, with_settings
+from curve_sd15 import FINAL, SWEEP, baseline_of, draw_curves, told
+from device import pick_device
 from errors import UserError, run_script
-from files import write_json
-from training.run_folder import RunFolder, this_command
-
-ALIKE = ("timestep", "seed", "num_images")  # what `align` results must share to be compared
+from evaluation.image_files import PICTURES, image_chunks, load_images
+from options_sd15 import add_measuring, add_runs, add_sampling, changes_of, chosen_of, label_of, targets
+from point_sd15 import evaluate_all, said
+from score_sd15 import make_references, measure_images
+from target_sd15 import open_run
+from training.ranks import Ranks
+from training.run_folder import this_command
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,fid,align,compare}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for name, (run, add_options) in COMMANDS.items():
-        doc = run.__doc__
         command = commands.add_parser(
             name,
-            help=doc.split("\n")[0],
-            description=doc,
+            help=run.__doc__.split("\n")[0],
+            description=run.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_options(command)
@@ -39,166 +48,201 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Draw images of fixed seeds and balanced labels from a run.
+    """Draw images of fixed seeds.
 
-    Image i has the seed --seed + i and the class i mod n_classes, whatever the batch size. Images go to
-    RUN/samples/SETTINGS/, one folder for each setting; the same command draws only what is missing.
+    Image i starts from the noise of seed + i and shows class i mod n, whatever the batch size, the number of images or of
+    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
+    what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
     """
+    from evaluation.npz_images import write_npz_images
     from sample_sd15 import draw_samples
 
-    run = RunFolder(args.folder)
-    for step in steps_of(run, args.checkpoint):
-        draw_samples(run, protocol_of(run, args, step), args.device)
+    device, ranks = open_device(args)
+    for target in chain(*targets(args)):
+        chosen = chosen_of(target.run.config, args)
+        indices = range(chosen.num_samples)
+        folder, _ = draw_samples(target, chosen, device, indices, ranks)
+        if args.npz and ranks.main:
+            file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
+            shape = load_images(folder, [0]).shape[1:]
+            write_npz_images(file, image_chunks(folder, indices, 128), len(indices), shape)
+            print(f"{file}: {len(indices):,} images as arr_0")
+        if ranks.main:
+            print(f"{folder}: {len(indices):,} images", flush=True)
 
 
-def fid(args: argparse.Namespace) -> None:
-    """Fréchet distance between a run's samples and the real training images.
+def metrics(args: argparse.Namespace) -> None:
+    """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
 
-    Features come from --extractor, and the metric carries its name: `fd_classifier` is no Inception FID. Draws the samples
-    first if they are missing. The distance between two halves of the real images is given for scale. The result goes to
-    RUN/eval/fid_SETTINGS.json.
+    Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
+    published samples: then --reference is needed. Metrics carry protocol and number of images in their names (adm_fid10k,
+    clean_fid10k, classifier_fd300); those of different names do not compare. Results go to RUN/eval/points.jsonl.
     """
-    from device import pick_device
-    from evaluation.features import load_extractor
-    from fid_sd15 import measure_distance, read_reference
-    from sample_sd15 import draw_samples, setting_name
+    device, ranks = open_device(args)
+    images = [path for path in args.runs if is_images(path)]
+    for path in images if ranks.main else ():
+        print(f"{path}: {said(measure_images(path, eval_settings(changes_of(args)), device))}")
+    args.runs = [path for path in args.runs if path not in images]
+    if args.runs:
+        groups = targets(args)
+        chosen = chosen_of(groups[0][0].run.config, args)
+        evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="metrics")
 
-    run = RunFolder(args.folder)
-    path = args.extractor or run.config.eval.extractor
-    if path is None:
-        raise UserError("no feature extractor: set eval.extractor in the config or give --extractor FOLDER")
-    extractor = load_extractor(path, pick_device(args.device))
-    protocols = [protocol_of(run, args, step) for step in steps_of(run, args.checkpoint)]
-    folders = [draw_samples(run, protocol, args.device) for protocol in protocols]
-    reference = read_reference(run.config, extractor)
-    for protocol, folder in zip(protocols, folders, strict=True):
-        result = measure_distance(folder, protocol, extractor, reference)
-        result["conditions"]["extractor"] = str(path)
-        result["command"] = this_command()
-        write_json(run.path / "eval" / f"fid_{Path(path).name}_{setting_name(protocol)}.json", result)
+
+def reference(args: argparse.Namespace) -> None:
+    """Statistics of real images, for samples to be held against.
+
+    For --reference and eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
+    other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
+    """
+    device, ranks = open_device(args)
+    chosen = eval_settings(changes_of(args))
+    for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
+        if ranks.main:
+            print(file)
+
+
+def curve(args: argparse.Namespace) -> None:
+    """Metrics of every checkpoint's moving average, against steps and images seen.
+
+    All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps, no
+    guidance): the same seeds and labels for every run and checkpoint. Points are lines of RUN/eval/points.jsonl; what training measured
+    (train.eval_every) is among them. Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the
+    baseline's final value.
+    """
+    device, ranks = open_device(args)
+    groups = targets(args)
+    runs = [group[0].run for group in groups]
+    labels = label_of(runs)
+    runs = dict(zip(labels, runs, strict=True))
+    baseline = baseline_of(runs, args.baseline)
+    chosen = chosen_of(groups[0][0].run.config, args)
+    points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
+    if ranks.main:
+        found = {label: [points.pop(0) for _ in group] for label, group in zip(labels, groups, strict=True)}
+        out = Path("runs/curve") if args.out is None else args.out
         print(
-            f"{run.name} step {result['step']}: {result['conditions']['metric']} {result['value']:.2f}, class accuracy "
-            f"{result['class_accuracy']:.1%} ({result['num_samples']} samples against {reference.real.count} real images)"
+            "\n".join(filter(None, [told(draw_curves(out, runs, found, baseline)), str(out / "curve.png")]))
         )
 
 
-def align(args: argparse.Namespace) -> None:
-    """Measure on held-out images how much of the teacher a run's mid-block holds.
+def final(args: argparse.Namespace) -> None:
+    """The plan's protocol for final numbers, and metrics over guidance scales.
 
-    At one timestep, with fixed noise, EMA weights and the null prompt: held-out CCA and CKNNA between the tapped features and
-    the teacher's tokens, each beside its shuffled-pair null; the cosine of the head's tokens; the held-out diffusion loss;
-    and a joint t-SNE. Writes RUN/eval/align.json and align_tsne.png.
+    250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
+    recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
+    Results go to RUN/eval/points.jsonl.
     """
-    from align_sd15 import measure_alignment
-    from build_sd15 import load_run_model
-    from device import pick_device
-    from evaluation.plots import plot_tsne
-
-    run = RunFolder(args.folder)
-    step = steps_of(run, args.checkpoint)[-1]
-    device = pick_device(args.device)
-    model, _ = load_run_model(run, step, device)
-    seed = run.config.eval.seed if args.seed is None else args.seed
-    result, panels = measure_alignment(run.config, model, timestep=args.timestep, seed=seed, device=device)
-    panels = {f"{run.name}: {source}": panel for source, panel in panels.items()}
-    plot_tsne(run.path / "eval" / "align_tsne.png", panels, names_of(run))
-    result |= {"step": step, "command": this_command()}
-    write_json(run.path / "eval" / "align.json", result)
-    cca, cknna = result["cca"], result["cknna"]
-    print(
-        f"{run.name} step {step}, timestep {args.timestep}, {result['num_images']} held-out images: "
-        f"CCA {cca['mean_rho']:.3f} (null {cca['null_mean_rho']:.3f}), "
-        f"CKNNA {cknna['cknna']:.3f} (null {cknna['null_cknna']:.3f}), held-out loss {result['heldout_loss_diff']:.4f}"
-    )
+    device, ranks = open_device(args)
+    chosen_targets = [*chain(*targets(args))]
+    config = chosen_targets[0].run.config
+    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
+    # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
+    sweep = [with_settings(config, changes_of(args) | {"eval.cfg": scale}).eval for scale in args.sweep]
+    if sweep:
+        evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Draw runs side by side and write one self-contained page, OUT/index.html.
+def pictures(args: argparse.Namespace) -> None:
+    """Pictures of the same seeds from several runs.
 
-    Needs what `fid` and `align` wrote of each run. --times adds the durations of a JSON list of stages.
+    Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Not chosen: each is
+    the first image of its class. Only what is shown is drawn, if it is missing.
     """
-    from evaluation.report import RunFacts, comparable, write_report
-    from evaluation.sampling import load_images
+    from pictures_sd15 import draw_pictures
 
-    runs = [RunFolder(folder) for folder in args.folders]
-    names = label_of(runs)
-    results = {names[run]: results_of(run) for run in runs}
-    distances = comparable({name: found for name, (found, _) in results.items()})
-    if len({json.dumps([alignment[key] for key in ALIKE]) for _, alignment in results.values()}) > 1:
-        raise UserError(
-            "`align` was run with other options on these runs: run it on each with the same --timestep and --seed"
-        )
+    device, _ = open_device(args)
+    groups = targets(args)
+    labels = label_of([group[0].run for group in groups])
+    print(draw_pictures(dict(zip(labels, groups, strict=True)), args, device))
+
+
+def report(args: argparse.Namespace) -> None:
+    """One self-contained page of all that was measured of these runs.
+
+    Made of what curve, final, metrics, align and training left in the run folders; measures nothing. The figures are left in
+    PAGE_figures/ too, each with the JSON that it was drawn from. --times adds the durations of a JSON list of stages.
+    """
+    from report_sd15 import make_report
+
+    if args.out.suffix != ".html":
+        raise UserError(f"-o {args.out}: the page's name must end in .html")
     try:
         times = json.loads(args.times.read_text()) if args.times else []
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read --times {args.times}: {error}") from None
-    facts = {}
-    for run in runs:
-        last = max(distances[names[run]], key=lambda result: result["step"])
-        facts[names[run]] = RunFacts(
-            settings=run.settings(),
-            command="; ".join(run.commands()),
-            metrics=run.metrics(),
-            distances=distances[names[run]],
-            alignment=results[names[run]][1],
-            tsne=run.path / "eval" / "align_tsne.png",
-            samples=load_images(last["samples"], min(100, last["num_samples"])),
-        )
-    page = write_report(args.out, facts, class_names=names_of(runs[0]), times=times, command=this_command())
-    print(page)
+    runs = [open_run(path)[0] for path in args.runs]
+    print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
 
 
-def label_of(runs: list[RunFolder]) -> dict[RunFolder, str]:
-    """What figures call each run: its folder's name, or the last two names where that would not tell them apart."""
-    for parts in (1, 2):
-        names = {run: "/".join(run.path.resolve().parts[-parts:]) for run in runs}
-        if len(set(names.values())) == len(runs):
-            return names
-    raise UserError(
-        "two of these run folders have the same name: rename one, so that figures can tell them apart"
+def open_device(args: argparse.Namespace):
+    """The device, and this process's place among several."""
+    device = pick_device(args.device)
+    return device, Ranks(cpu=device.type == "cpu")
+
+
+def is_images(path: Path) -> bool:
+    """Whether this is a set of images and no run."""
+    if path.is_dir() and not (path / "config.yaml").exists():
+        return any(file.suffix.lower() in PICTURES for file in path.iterdir())
+    return path.suffix == ".npz"
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "--npz", action="store_true", help="write the images as one .npz (arr_0) for ADM's evaluator too"
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder of train_sd15.py")
-    parser.add_argument("--checkpoint", default="newest", help="step, newest (default) or all")
-    parser.add_argument("--seed", type=int, help="first seed (default: eval.seed)")
+def add_metrics_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    add_sampling(parser)
+    add_measuring(parser)
+
+
+def add_reference_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, help="CSV of script 1, or a folder of images")
+    parser.add_argument(
+        "--size", type=int, default=512, help="side of the central square that is compared (512)"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="OUT.PROTOCOL.npz are written")
     parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
+    add_measuring(parser)
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    add_run_options(parser)
-    parser.add_argument("--num-samples", type=int, help="images (default: eval.num_samples)")
-    parser.add_argument("--sampling-steps", type=int, help="DDIM steps (default: eval.sampling_steps)")
-    parser.add_argument("--cfg", type=float, help="guidance scale, 1 = unguided (default: eval.cfg)")
+def add_curve_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, which="all")
+    parser.add_argument("--out", type=Path, help="folder of the figures (runs/curve)")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with it (the run whose λ is 0)")
+    add_sampling(parser)
+    add_measuring(parser)
+
+
+def add_final_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
     parser.add_argument(
-        "--guidance-high", type=float, help="guide only up to this noise level (default: eval.guidance_high)"
-    )
+        "--sweep", type=float, nargs="*", default=SWEEP, metavar="SCALE",
+        help=f"guidance scales (default: {' '.join(f'{s:g}' for s in SWEEP)})",
+    )  # fmt: skip
+    add_sampling(parser)
+    add_measuring(parser)
+
+
+def add_pictures_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="PNG file")
     parser.add_argument(
-        "--guidance-space",
-        choices=["snr", "index"],
-        help="a noise level is REPA's time of equal signal-to-noise ratio (snr), or the share of the DDPM index",
+        "--classes", type=int, nargs="+", help="classes to show (default: eight, evenly spread)"
     )
-    parser.add_argument("--raw", action="store_true", help="use the raw weights instead of their EMA")
+    add_sampling(parser)
 
 
-def add_fid_options(parser: argparse.ArgumentParser) -> None:
-    add_sampling_options(parser)
-    parser.add_argument("--extractor", help="image-classifier folder (default: eval.extractor)")
-
-
-def add_align_options(parser: argparse.ArgumentParser) -> None:
-    add_run_options(parser)
-    parser.add_argument(
-        "--timestep", type=int, default=250, help="noise level, 0 (clean) to 999 (default 250)"
-    )
-
-
-def add_compare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folders", type=Path, nargs="+", metavar="RUN", help="run folders; the first is drawn first"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the page and its figures")
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, which=None)
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the page, an .html file")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with it (the run whose λ is 0)")
     parser.add_argument(
         "--times",
         type=Path,
@@ -207,64 +251,14 @@ def add_compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMANDS = {
-    "sample": (sample, add_sampling_options),
-    "fid": (fid, add_fid_options),
-    "align": (align, add_align_options),
-    "compare": (compare, add_compare_options),
+    "sample": (sample, add_sample_options),
+    "metrics": (metrics, add_metrics_options),
+    "reference": (reference, add_reference_options),
+    "curve": (curve, add_curve_options),
+    "final": (final, add_final_options),
+    "pictures": (pictures, add_pictures_options),
+    "report": (report, add_report_options),
 }
-
-
-def steps_of(run: RunFolder, which: str) -> list[int]:
-    """The steps of the checkpoints that `--checkpoint` names."""
-    steps = run.checkpoint_steps()
-    if not steps:
-        raise UserError(
-            f"{run.path} has no checkpoint yet: train_sd15.py writes one every train.checkpoint_every steps"
-        )
-    if which in ("all", "newest"):
-        return steps if which == "all" else steps[-1:]
-    if which not in map(str, steps):
-        raise UserError(f"{run.path} has no checkpoint of step {which}; it has {', '.join(map(str, steps))}")
-    return [int(which)]
-
-
-def protocol_of(run: RunFolder, args: argparse.Namespace, step: int) -> dict:
-    """Everything that decides what the samples are; the options win over the run's own eval settings."""
-    chosen = {
-        name: getattr(run.config.eval, name) if getattr(args, name) is None else getattr(args, name)
-        for name in ("num_samples", "sampling_steps", "cfg", "guidance_high", "guidance_space", "seed")
-    }
-    if not 0 <= chosen["guidance_high"] <= 1:
-        raise UserError("--guidance-high is a noise level between 0 (clean) and 1 (noise)")
-    if (
-        chosen["num_samples"] < 2
-        or not 1 <= chosen["sampling_steps"] <= 1000
-        or chosen["cfg"] < 1
-        or chosen["seed"] < 0
-    ):
-        raise UserError(
-            "sampling needs --num-samples ≥ 2, --sampling-steps 1 to 1000, --cfg ≥ 1 and --seed ≥ 0"
-        )
-    return {"step": step, "weights": "raw" if args.raw else "ema", "sampler": "ddim", **chosen}
-
-
-def names_of(run: RunFolder) -> dict[int, str]:
-    """Names of the classes that a run learns from."""
-    from preprocessing.manifest import class_names, read_manifest
-
-    return class_names(read_manifest(run.config.data.text, "text"))
-
-
-def results_of(run: RunFolder) -> tuple[list[dict], dict]:
-    """What `fid` and `align` wrote of a run; raises `UserError` for what is missing."""
-    distances = [json.loads(path.read_text()) for path in sorted((run.path / "eval").glob("fid_*.json"))]
-    alignment = run.path / "eval" / "align.json"
-    for name, found in (("fid", distances), ("align", alignment.exists())):
-        if not found:
-            raise UserError(
-                f"{run.path} has not been evaluated: run `python evaluate_sd15.py {name} {run.path}` first"
-            )
-    return distances, json.loads(alignment.read_text())
 
 
 if __name__ == "__main__":

@@ -1,94 +1,232 @@
-"""Draw the images of a run: fixed seeds, balanced labels, one folder for each setting, only what is missing."""
+"""Draw the images of a target: fixed seeds, one folder for each setting, only what is missing, by one or several processes."""
 
+import hashlib
 import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
-from build_sd15 import load_run_model, sampling_scheduler
-from device import pick_device
-from evaluation.plots import plot_sample_grids
+from build_sd15 import SPACING, build_loss, load_run_model, sampling_scheduler
+from configs.schema import Config
+from configs.sections import Eval
+from device import compute_dtype
+from errors import UserError
+from evaluation.image_files import missing_images, save_images
 from evaluation.sampling import (
+    DECODED_ROWS,
     balanced_labels,
     decode_latents,
-    image_path,
-    load_images,
+    forwards_per_image,
+    guidance_plan,
+    in_dtype,
+    random_labels,
+    rows_of,
     sample_latents,
-    save_images,
 )
 from files import write_json
-from models.base_model import load_part
+from models.base_model import load_part, weights_digest
 from preprocessing.manifest import read_manifest, read_table
-from training.run_folder import RunFolder, this_command
+from target_sd15 import Target
+from training.ranks import Ranks
+from training.run_folder import this_command
 
-GRID_IMAGES = 100
+MANIFEST = "manifest.json"
 
 
-def draw_samples(run: RunFolder, protocol: dict, device_name: str) -> Path:
-    """Draw the images of a protocol that are missing, and the picture of the first of them; returns their folder."""
-    folder = run.path / "samples" / setting_name(protocol)
-    missing = [i for i in range(protocol["num_samples"]) if not image_path(folder, i).is_file()]
+def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
+    """Everything that decides what image i is. Two settings that could give other images differ here; what has no effect does
+    not."""
+    config = target.run.config
+    text = read_manifest(config.data.text, "text")
+    guided = chosen.cfg > 1
+    return {
+        "model": {
+            "base": config.model.base,
+            "revision": config.model.revision,
+            "step": target.step,
+            "weights": target.weights,
+            "weights_sha256": target.weights_sha256,
+            "parameterization": build_loss(config).parameterization,
+        },
+        "sampler": chosen.sampler,
+        "steps": chosen.sampling_steps,
+        "eta": chosen.eta if chosen.sampler == "ddim" else None,
+        "timestep_spacing": SPACING,
+        "cfg": chosen.cfg,
+        "guidance_interval": [chosen.guidance_low, chosen.guidance_high] if guided else None,
+        "guidance_space": chosen.guidance_space if guided else None,
+        "vae": {"base": config.model.base, "dtype": "float32", "rows": DECODED_ROWS},
+        "dtype": str(compute_dtype(device, chosen.precision)).removeprefix("torch."),
+        "device": device.type,
+        "rows": rows_of(device, chosen.batch_size),
+        "labels": chosen.labels,
+        "classes": text["details"]["n_classes"],
+        "text_sha256": text["sha256"],
+        "prompts": text["details"]["template"],
+        "seed": chosen.seed,
+        "latent_shape": read_manifest(config.data.latents, "latents")["shape"],
+    }
+
+
+def protocol_of(settings: dict) -> dict:
+    """What the images of two targets must share to be compared: all settings but those of the model itself."""
+    return {name: value for name, value in settings.items() if name != "model"} | {
+        "weights": "raw" if settings["model"]["weights"] == "raw" else "ema"
+    }
+
+
+def folder_of(target: Target, settings: dict) -> Path:
+    """Where the images of these settings lie: a name that can be read, and the digest of all settings."""
+    s = settings
+    interval = s["guidance_interval"]
+    only = "" if interval in (None, [0.0, 1.0]) else f"-{s['guidance_space']}{interval[0]:g},{interval[1]:g}"
+    digest = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"step{target.step:07d}_{target.weights}_{s['sampler']}{s['steps']}_cfg{s['cfg']:g}{only}_{digest}"
+    return target.run.path / "samples" / name
+
+
+def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
+    """The classes that these images show."""
+    if settings["labels"] == "random":
+        return random_labels(indices, settings["classes"], settings["seed"])
+    return balanced_labels(indices, settings["classes"])
+
+
+def draw_samples(
+    target: Target,
+    chosen: Eval,
+    device: torch.device,
+    indices: Sequence[int],
+    ranks: Ranks,
+    *,
+    painter: "Painter | None" = None,
+) -> tuple[Path, dict]:
+    """Draw those of the images `indices` that are missing; returns their folder and settings.
+
+    Several processes share the work by stripes. `painter` gives the weights where they are at hand; else they are loaded, when
+    an image is missing.
+    """
+    settings = settings_of(target, chosen, device)
+    folder = folder_of(target, settings)
+    missing = ranks.on_main(lambda: missing_images(folder, indices))
     if missing:
-        _generate(run, protocol, missing, folder, device_name)
-    if missing or not (folder / "grid.png").exists():
-        columns = min(manifest_of(folder)["n_classes"], 10)
-        shown = load_images(folder, min(GRID_IMAGES, protocol["num_samples"]))
-        plot_sample_grids(folder / "grid.png", {f"{run.name}, step {protocol['step']}": shown}, columns)
-    print(f"{folder}: {protocol['num_samples']} images")
-    return folder
+        painter = Painter.of(target, chosen, device) if painter is None else painter
+        ranks.on_main(lambda: claim(folder, settings, painter.made_with()))
+        mine = missing[ranks.rank :: ranks.world]
+        size = settings["rows"]
+        done = len(indices) - len(missing)
+        with tqdm(
+            desc=f"sample {target.name}",
+            initial=done,
+            total=len(indices),
+            unit="image",
+            disable=not ranks.main,
+        ) as bar:
+            for start in range(0, len(mine), size):
+                part = mine[start : start + size]
+                save_images(painter(part, settings), folder, part)
+                bar.update(min(ranks.world * len(part), bar.total - bar.n))
+        ranks.on_main(lambda: None)  # all have written theirs
+    return folder, settings
 
 
-def _generate(run: RunFolder, protocol: dict, missing: list[int], folder: Path, device_name: str) -> None:
-    """Sample and write the missing images, batch by batch."""
-    config, device = run.config, pick_device(device_name)
-    model, parameterization = load_run_model(run, protocol["step"], device, weights=protocol["weights"])
-    vae = load_part(config.model.base, "vae", config.model.revision).to(device).eval()
-    scheduler = sampling_scheduler(config, parameterization)
-    table, text_manifest = read_table(config.data.text)
-    text, null_text = (
-        table[:-1].float().to(device),
-        table[-1].float().to(device),
-    )  # (n_classes, 77, 768), (77, 768)
-    labels = balanced_labels(protocol["num_samples"], len(text))
-    shape = read_manifest(config.data.latents, "latents")["shape"]
+def claim(folder: Path, settings: dict, made_with: dict) -> None:
+    """Write the manifest of a folder, or raise `UserError` where other settings or weights made what is in it."""
+    file = folder / MANIFEST
+    if file.exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["settings"] != settings or known["made_with"] != made_with:
+            raise UserError(
+                f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): remove it, "
+                "or put back what was there"
+            )
+        return
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {package: version(package) for package in ("torch", "diffusers", "peft")}
     write_json(
-        folder / "manifest.json",
-        protocol
-        | {"n_classes": len(text), "prompts": text_manifest["details"]["prompts"], "base": config.model.base}
-        | {
-            "timestep_spacing": "trailing",
-            "eta": 0.0,
-            "parameterization": parameterization,
+        file,
+        {
+            "settings": settings,
+            "made_with": made_with,
             "command": this_command(),
+            "date": date,
+            "versions": versions,
         },
     )
-    size = config.eval.batch_size
-    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-    for indices in tqdm(batches, desc=f"sample {run.name}", unit="batch"):
+
+
+class Painter:
+    """Network, decoder, scheduler and prompts on their device: all that makes an image of a seed.
+
+    Args:
+        unet: diffusers' U-Net in eval mode, in the dtype that it computes in.
+        config: of the run, for its base model and its cache.
+        sampler, parameterization: see `sampling_scheduler`.
+    """
+
+    def __init__(
+        self, unet: torch.nn.Module, config: Config, *, sampler: str, parameterization: str, vae=None
+    ):
+        self.unet, weight = unet, next(unet.parameters())
+        self.network = in_dtype(unet, weight.dtype)
+        self.vae = load_vae(config, weight.device) if vae is None else vae
+        self.scheduler = sampling_scheduler(config, parameterization, sampler)
+        table, _ = read_table(config.data.text)
+        table = table.float().to(weight.device)
+        self.text, self.null_text = table[:-1], table[-1]  # (n_classes, 77, 768), (77, 768)
+
+    @classmethod
+    def of(cls, target: Target, chosen: Eval, device: torch.device) -> "Painter":
+        """Load a target's weights."""
+        config = target.run.config
+        model, parameterization = load_run_model(target.run, target.step, device, weights=target.weights)
+        dtype = compute_dtype(device, chosen.precision)
+        unet = model.unet.to(dtype)
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            unet.to(memory_format=torch.channels_last)
+        if chosen.compile:
+            unet.compile(dynamic=False)  # in place: its name and its digest stay
+        return cls(unet, config, sampler=chosen.sampler, parameterization=parameterization)
+
+    def __call__(self, indices: Sequence[int], settings: dict) -> np.ndarray:
+        """The images of these indices, uint8 `(n, H, W, 3)`."""
+        low, high = settings["guidance_interval"] or (0.0, 1.0)
         latents = sample_latents(
-            model.unet,
-            scheduler,
-            text[[labels[i] for i in indices]],
-            null_text,
-            [protocol["seed"] + i for i in indices],
-            shape=shape,
-            steps=protocol["sampling_steps"],
-            cfg=protocol["cfg"],
-            guidance_high=protocol["guidance_high"],
-            guidance_space=protocol["guidance_space"],
+            self.network,
+            self.scheduler,
+            self.text[labels_of(settings, indices)],
+            self.null_text,
+            [settings["seed"] + i for i in indices],
+            shape=settings["latent_shape"],
+            steps=settings["steps"],
+            cfg=settings["cfg"],
+            guidance_low=low,
+            guidance_high=high,
+            guidance_space=settings["guidance_space"] or "snr",
+            eta=settings["eta"] or 0.0,
+            rows=settings["rows"],
         )
-        save_images(decode_latents(vae, latents), folder, indices)
+        return decode_latents(self.vae, latents)
+
+    def made_with(self) -> dict:
+        """Digests of the weights as they compute."""
+        return {"unet_sha256": weights_digest(self.unet), "vae_sha256": weights_digest(self.vae)}
 
 
-def setting_name(protocol: dict) -> str:
-    p = protocol
-    only = "" if p["guidance_high"] == 1 else f"-{p['guidance_space']}{p['guidance_high']:g}"
-    return (
-        f"step{p['step']:07d}_{p['weights']}_{p['sampler']}{p['sampling_steps']}_cfg{p['cfg']:g}{only}"
-        f"_seed{p['seed']}_n{p['num_samples']}"
-    )
+def load_vae(config: Config, device: torch.device) -> torch.nn.Module:
+    """The base model's VAE, in fp32."""
+    return load_part(config.model.base, "vae", config.model.revision).to(device).eval().requires_grad_(False)
 
 
-def manifest_of(folder: Path) -> dict:
-    """What `draw_samples` recorded about a folder of samples."""
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+def forwards_of(config: Config, settings: dict) -> int:
+    """Forwards of the U-Net that one image costs under these settings."""
+    scheduler = sampling_scheduler(config, settings["model"]["parameterization"], settings["sampler"])
+    scheduler.set_timesteps(settings["steps"])
+    low, high = settings["guidance_interval"] or (0.0, 1.0)
+    plan = guidance_plan(scheduler, settings["cfg"], low, high, settings["guidance_space"] or "snr")
+    return forwards_per_image(plan)

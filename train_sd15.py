@@ -27,6 +27,7 @@ from errors import UserError, run_script
 from export_sd15 import export_run
 from loss_sd15 import PER_IMAGE, drop_captions
 from plan_sd15 import print_plan, step_flops
+from point_sd15 import PeriodicEvaluation
 from preview_sd15 import Previews
 from selftest_sd15 import self_test
 from signals import StopSignal
@@ -113,7 +114,8 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
     compile_unet(parts)
     prompts = Prompts(parts)
     meter = Meter(step_flops(config), state.images_per_step, parts.device, stream)
-    previews = Previews(parts, state.masters) if settings.preview_every and ranks.main else None
+    previews = Previews(parts) if settings.preview_every and ranks.main else None
+    evaluation = PeriodicEvaluation(parts) if settings.eval_every else None
     with (
         MetricLog(run, state.step, active=ranks.main) as log,
         tqdm(
@@ -138,7 +140,8 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
 
             done = state.step == settings.steps
             stopped = stop_agreed(parts, stop, state.step)
-            saves = done or stopped or state.step % settings.checkpoint_every == 0
+            measures = evaluation is not None and evaluation.due(state.step)
+            saves = done or stopped or measures or state.step % settings.checkpoint_every == 0
             logs = done or state.step % settings.log_every == 0
             if saves or logs:
                 report_skipped(parts, run, state)
@@ -152,6 +155,9 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
             if previews is not None and (done or state.step % settings.preview_every == 0):
                 with meter.paused():
                     draw_preview(previews, run, state, log)
+            if measures and not stopped:
+                with meter.paused():
+                    evaluation(run, state, log)
             if stopped:
                 break
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.aliases import own_name, rename_aliases
 from configs.schema import Config
+from configs.sections import Eval
 from errors import UserError
 
 # What the papers and other trainers call our knobs.
@@ -108,12 +109,34 @@ def parse_config(
             if not isinstance(node, dict):
                 raise UserError(f"'{override}': {section} is a value, not a section")
         node[name] = value
+    given = {own_name(text.partition("=")[0], None)[0] for text in overrides or []}
+    return _checked(data, given, where)
+
+
+def with_settings(config: Config, changes: dict[str, Any]) -> Config:
+    """A config with other values under these dotted keys, checked as a whole; raises `UserError` with one line."""
+    data = config.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        data[section][name] = value
+    return _checked(data, set(changes), "config")
+
+
+def eval_settings(changes: dict[str, Any]) -> Eval:
+    """The settings of `eval` where there is no run, by their dotted keys; raises `UserError` with one line."""
+    try:
+        return Eval.model_validate({key.removeprefix("eval."): value for key, value in changes.items()})
+    except ValidationError as error:
+        raise UserError(f"eval: {_first_problem(error)}") from None
+
+
+def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
+    """The config of these settings; a complaint names the file, unless it is about one of those `given` by hand."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"] if isinstance(part, str))
-        on_command_line = place in {own_name(text.partition("=")[0], None)[0] for text in overrides or []}
-        raise UserError(f"{'' if on_command_line else f'{where}: '}{_first_problem(error)}") from None
+        raise UserError(f"{'' if place in given else f'{where}: '}{_first_problem(error)}") from None
 
 
 def resolved_yaml(config: Config) -> str:

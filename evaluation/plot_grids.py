@@ -62,10 +62,54 @@ def plot_sample_grids(
                 va="bottom",
             )
     facts = {
-        label: {"shape": list(images.shape), "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
-        for label, images in grids.items()
+        label: {"shape": list(images.shape), "sha256": _digest(images)} for label, images in grids.items()
     }
     save_figure(figure, path, {"runs": facts, "columns": columns, "column_labels": list(column_labels or [])})
+
+
+def plot_rows(
+    path: str | Path, rows: Mapping[str, Sequence[np.ndarray | None]], columns: Sequence[str], note: str = ""
+) -> None:
+    """Draw {row label: images (H, W, 3) uint8} under column labels; a cell that is None stays white."""
+    plt = pyplot()
+    shapes = {image.shape for images in rows.values() for image in images if image is not None}
+    if len(shapes) != 1 or any(len(images) != len(columns) for images in rows.values()):
+        raise ValueError(
+            f"rows need images of one size, one for each of {len(columns)} columns; sizes: {shapes}"
+        )
+    (shape,) = shapes
+    blank = np.full(shape, 255, np.uint8)
+    largest = max(64, min(128, WIDEST // len(columns) - 2 * CELL_GAP))
+    canvases = [
+        _canvas(np.stack([blank if image is None else image for image in images]), len(columns), largest)
+        for images in rows.values()
+    ]
+    height, width = canvases[0].shape[:2]
+    longest = max(len(line) for label in rows for line in label.split("\n"))
+    left, top, bottom = 40 + 15 * longest, 70, 70 if note else 24
+    full_w, full_h = left + width + 24, top + height * len(rows) + bottom
+    figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
+    for i, (label, canvas) in enumerate(zip(rows, canvases, strict=True)):
+        y = top + i * height
+        axes = figure.add_axes((left / full_w, 1 - (y + height) / full_h, width / full_w, height / full_h))
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        middle = 1 - (y + (height - CELL_GAP) / 2) / full_h
+        figure.text((left - 16) / full_w, middle, label, fontsize=9, ha="right", va="center")
+    cell = width / len(columns)
+    for column, name in enumerate(columns):
+        x = (left + column * cell + (cell - CELL_GAP) / 2) / full_w
+        figure.text(x, 1 - (top - 12) / full_h, name, fontsize=8.5, ha="center", va="bottom")
+    figure.text(left / full_w, 22 / full_h, note, fontsize=8, color="#555555", va="bottom")
+    facts = {
+        label: [None if image is None else _digest(image) for image in images]
+        for label, images in rows.items()
+    }
+    save_figure(figure, path, {"rows": facts, "columns": list(columns), "note": note})
+
+
+def _digest(images: np.ndarray) -> str:
+    return hashlib.sha256(images.tobytes()).hexdigest()
 
 
 def _canvas(images: np.ndarray, columns: int, largest: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,17 @@ def save_figure(figure, path: str | Path, data: dict) -> None:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     write_atomically(path.with_suffix(".json"), text.encode())
     write_atomically(path, buffer.getvalue())
+
+
+def ordered(runs: Iterable[str], run_order: Sequence[str] | None) -> list[str]:
+    """All runs in the order that decides their colours."""
+    runs = list(runs)
+    if not runs:
+        raise ValueError("no runs to draw")
+    order = list(runs if run_order is None else run_order)
+    if set(runs) - set(order):
+        raise ValueError(f"run_order {order} lacks {sorted(set(runs) - set(order))}")
+    return order
 
 
 def plain(values):

@@ -148,6 +148,11 @@ def contents_of(path: Path) -> dict[str, dict[str, int]]:
     return _insist_whole(path, ())["files"]
 
 
+def images_per_step_of(path: Path) -> int:
+    """Images that each step up to a checkpoint took."""
+    return _insist_whole(path, ())["extra"]["data"]["images_per_step"]
+
+
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))

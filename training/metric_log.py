@@ -36,10 +36,16 @@ class MetricLog:
         if not self._active:
             return
         self.run.append(line)
-        for name, value in line.items():
-            self._board.add_scalar(name, value, line["step"])
+        self.scalars(line, line["step"])
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Values that are no line of the run's metrics."""
+        if not self._active:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(line, step=line["step"])
+            self._wandb.log(values, step=step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """A picture that lies at `path`."""

@@ -40,6 +40,7 @@ OPERATIONAL = (
     "train.max_skipped",
     "train.preview_every",
     "train.preview_images",
+    "train.eval_every",
     "train.wandb",
 )
 LOGS = ("metrics.jsonl", "skipped.jsonl")
@@ -86,6 +87,23 @@ class RunFolder:
                 )
             yield run
 
+    @classmethod
+    def of_base_model(cls, config: Config) -> "RunFolder":
+        """A folder for what is measured of the bare base model that a config names: RUN_base, without checkpoints."""
+        config = config.model_copy(update={"run": config.run.with_name(f"{config.run.name}_base")})
+        run = cls(config.run, config)
+        if not run.is_base_model:
+            if (run.path / "config.yaml").exists():
+                raise UserError(f"{run.path} is a run; the base model's results would go there: rename it")
+            write_json(run._record_file, _provenance() | {"base_model": config.model.base})
+        write_atomically(run.config_file, resolved_yaml(config).encode())
+        return run
+
+    @property
+    def is_base_model(self) -> bool:
+        """Whether nothing is trained here: see `of_base_model`."""
+        return self._record_file.exists() and "base_model" in json.loads(self._record_file.read_text())
+
     def adopt(self) -> None:
         """Write down the config, once it is clear that the run can go on with it, and what it changes."""
         changes = [*self.changed_settings().values(), *self._forced]
@@ -125,6 +143,10 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoint_folder / f"step-{step:07d}"
 
     def newest_checkpoint(self) -> Path | None:
         """The finished checkpoint with the highest step, or None."""

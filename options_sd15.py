@@ -1,0 +1,134 @@
+"""The options of evaluate_sd15.py: which runs, and which settings of `eval` are others than a run's own."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from configs.loading import knobs, with_settings
+from configs.schema import Config
+from configs.sections import Eval
+from errors import UserError
+from target_sd15 import Target, targets_of
+from training.run_folder import RunFolder
+
+# Option: the setting that it changes, and what argparse must know besides.
+SAMPLING = {
+    "--sampler": ("sampler", {"choices": ["ddim", "ddpm", "dpm++"]}),
+    "--steps": ("sampling_steps", {"type": int}),
+    "--eta": ("eta", {"type": float}),
+    "--cfg": ("cfg", {"type": float}),
+    "--guidance-space": ("guidance_space", {"choices": ["snr", "index"]}),
+    "--labels": ("labels", {"choices": ["balanced", "random"]}),
+    "--seed": ("seed", {"type": int}),
+    "--num-samples": ("num_samples", {"type": int}),
+    "--batch-size": ("batch_size", {"type": int}),
+    "--precision": ("precision", {"choices": ["auto", "bf16", "fp32"]}),
+}
+MEASURING = {
+    "--extractor": ("extractor", {}),
+    "--dinov2": ("dinov2", {}),
+    "--reference": ("reference", {"nargs": "+", "type": Path}),
+    "--bootstrap": ("bootstrap", {"type": int}),
+}
+INTERVAL = (
+    "guide only at noise levels in this interval, on REPA's scale from 0 (clean) to 1 (noise); the plan's is 0,0.7. In the space "
+    "snr (default) a level is REPA's time of equal signal-to-noise ratio, so that 0.7 is DDPM index 605; in the space index it is "
+    "the share of the index, so that 0.7 is index 700. Outside the interval the unconditional forward is not computed"
+)
+
+
+def add_runs(parser: argparse.ArgumentParser, which: str | None = "newest") -> None:
+    """RUN…, and unless `which` is None the checkpoint (`which` is the default) and the device."""
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="run folder of train_sd15.py, a checkpoint's folder in it, or a config (.yaml) for the base model it names",
+    )
+    if which is not None:
+        parser.add_argument(
+            "--checkpoint", default=which, metavar="STEP", help=f"a step, newest or all (default: {which})"
+        )
+        parser.add_argument(
+            "--raw", action="store_true", help="the raw weights instead of their moving average"
+        )
+        parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """What decides the images."""
+    group = parser.add_argument_group("sampling (default: the run's own eval settings)")
+    _add_settings(group, SAMPLING)
+    group.add_argument("--guidance-interval", type=_interval, metavar="LOW,HIGH", help=INTERVAL)
+    group.add_argument("--compile", action="store_true", help=_meaning("compile"))
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """What decides the metrics."""
+    group = parser.add_argument_group("metrics (default: the run's own eval settings)")
+    _add_settings(group, MEASURING)
+    group.add_argument(
+        "--discard-images", action="store_true", help="keep only the first 100 images of what was measured"
+    )
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, object]:
+    """The settings of `eval` that the command line gives, by their dotted keys."""
+    changes = {
+        f"eval.{setting}": value
+        for option, (setting, _) in (SAMPLING | MEASURING).items()
+        if (value := getattr(args, option[2:].replace("-", "_"), None)) is not None
+    }
+    if getattr(args, "guidance_interval", None) is not None:
+        changes |= dict(zip(("eval.guidance_low", "eval.guidance_high"), args.guidance_interval, strict=True))
+    if getattr(args, "compile", False):
+        changes["eval.compile"] = True
+    if getattr(args, "discard_images", False):
+        changes["eval.keep_images"] = False
+    return changes
+
+
+def chosen_of(config: Config, args: argparse.Namespace, base: Mapping[str, object] = ()) -> Eval:
+    """The run's settings, `base` laid over them, and the command line's over that."""
+    return with_settings(config, dict(base) | changes_of(args)).eval
+
+
+def targets(args: argparse.Namespace) -> list[list[Target]]:
+    """The targets of each RUN, in the order given; raises `UserError` where one is given twice."""
+    found = [targets_of(path, args.checkpoint, raw=args.raw) for path in args.runs]
+    seen = [target for group in found for target in group]
+    places = [(target.run.path.resolve(), target.step, target.weights) for target in seen]
+    if len(set(places)) != len(places):
+        raise UserError("a run is given twice")
+    return found
+
+
+def label_of(runs: Sequence[RunFolder]) -> list[str]:
+    """What figures call each run: its folder's name, or the last two names where that would not tell them apart."""
+    paths = [run.path.resolve() for run in runs]
+    for parts in (1, 2):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(
+        "two of these run folders have the same name: rename one, so that figures can tell them apart"
+    )
+
+
+def _add_settings(group, options: Mapping[str, tuple[str, dict]]) -> None:
+    for option, (setting, more) in options.items():
+        group.add_argument(option, help=_meaning(setting), **more)
+
+
+def _meaning(setting: str) -> str:
+    field = knobs()[f"eval.{setting}"]
+    return f"{field.description} (eval.{setting})".replace("%", "%%")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH, for instance 0,0.7") from None
+    return low, high
