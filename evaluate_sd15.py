@@ -59,7 +59,7 @@ def fid(args: argparse.Namespace) -> None:
     RUN/eval/fid_SETTINGS.json.
     """
     from device import pick_device
-    from evaluation.features import load_extractor
+    from evaluation.features import load_extractors
     from fid_sd15 import measure_distance, read_reference
     from sample_sd15 import draw_samples, setting_name
 
@@ -67,7 +67,7 @@ def fid(args: argparse.Namespace) -> None:
     path = args.extractor or run.config.eval.extractor
     if path is None:
         raise UserError("no feature extractor: set eval.extractor in the config or give --extractor FOLDER")
-    extractor = load_extractor(path, pick_device(args.device))
+    (extractor,) = load_extractors(path, pick_device(args.device))
     protocols = [protocol_of(run, args, step) for step in steps_of(run, args.checkpoint)]
     folders = [draw_samples(run, protocol, args.device) for protocol in protocols]
     reference = read_reference(run.config, extractor)

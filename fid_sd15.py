@@ -9,7 +9,8 @@ import numpy as np
 from configs.schema import Config
 from errors import UserError
 from evaluation.features import Extractor
-from evaluation.metrics import Moments, class_accuracy, frechet_distance
+from evaluation.metrics import class_accuracy
+from evaluation.moments import Moments, frechet_distance
 from evaluation.sampling import balanced_labels, load_images
 from preprocessing.images import UnreadableImage, read_view
 from preprocessing.manifest import read_manifest
@@ -32,7 +33,7 @@ def read_reference(config: Config, extractor: Extractor) -> Reference:
     """The moments of the training images, cut as the VAE saw them."""
     reference, coin = Reference(), np.random.default_rng(0)
     for images in _real_images(config):
-        features, _ = extractor.features(images)  # (n, D)
+        features = extractor.features(images).pool  # (n, D)
         reference.real.update(features)
         first = coin.random(len(features)) < 0.5  # not every other one: rows go round the classes
         for half, chosen in zip(reference.halves, (first, ~first), strict=True):
@@ -50,9 +51,9 @@ def measure_distance(folder: Path, protocol: dict, extractor: Extractor, referen
     n = protocol["num_samples"]
     drawn, predicted = Moments(), []
     for start in range(0, n, CHUNK):
-        features, labels = extractor.features(load_images(folder, min(CHUNK, n - start), start=start))
-        drawn.update(features)
-        predicted += labels.tolist()
+        features = extractor.features(load_images(folder, min(CHUNK, n - start), start=start))
+        drawn.update(features.pool)
+        predicted += features.labels.tolist()
     conditions = {name: value for name, value in protocol.items() if name != "step"}
     return {
         "step": protocol["step"],
@@ -61,7 +62,7 @@ def measure_distance(folder: Path, protocol: dict, extractor: Extractor, referen
         "class_accuracy": class_accuracy(predicted, balanced_labels(n, manifest_of(folder)["n_classes"])),
         "num_samples": n,
         "samples": str(folder),
-        "conditions": conditions | {"metric": f"fd_{extractor.name}", "num_real": reference.real.count},
+        "conditions": conditions | {"metric": f"fd_{extractor.protocol}", "num_real": reference.real.count},
     }
 
 

@@ -6,10 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` under a temporary name beside `path`, make it durable, then rename it.
+    """Write `data` to a file that is whole or absent; missing parent folders are made."""
+    with file_written_whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a file to write into, under a temporary name beside `path`, that is made durable and renamed when the block ends.
 
     An interruption leaves no half file, and two processes that write the same file do not tear each other's. Missing parent
     folders are made.
@@ -19,7 +27,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
