@@ -136,7 +136,13 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
     arrays = _read_arrays(path)
     if "metadata" not in arrays:
         return _read_adm(path, arrays, extractor, wanted or {})
-    metadata = json.loads(str(arrays["metadata"]))
+    try:
+        metadata = json.loads(str(arrays["metadata"]))
+        count = metadata["num_images"]
+        pool = Moments.of(arrays["mu"], arrays["sigma"], count)
+        spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
     conditions = {**extractor.identity, "code_version": CODE_VERSION, **(wanted or {})}
     for key, value in json.loads(json.dumps(conditions)).items():  # as JSON gives it back: no tuples
         if metadata.get(key) != value:
@@ -144,17 +150,10 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
                 f"{path} was made with {key} = {metadata.get(key)!r}, wanted is {value!r}: make the reference anew or choose "
                 "another file"
             )
-    count = metadata["num_images"]
     halves = arrays.get("distance_of_halves")
-    return Reference(
-        path.name,
-        extractor.protocol,
-        Moments.of(arrays["mu"], arrays["sigma"], count),
-        Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None,
-        arrays.get("features"),
-        None if halves is None else float(halves),
-        metadata,
-    )
+    halves = None if halves is None else float(halves)
+    features = arrays.get("features")
+    return Reference(path.name, extractor.protocol, pool, spatial, features, halves, metadata)
 
 
 def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> Reference:
@@ -191,9 +190,10 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
 def _read_arrays(path: Path) -> dict:
     """The arrays of a reference, but for images, whose place in the dict stays empty."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):
                 raise ValueError("not an .npz")
+        with np.load(path, allow_pickle=False) as file:
             arrays = {
                 key: file[key]
                 for key in ("mu", "sigma", "mu_s", "sigma_s", "features", "distance_of_halves", "metadata")

@@ -1,10 +1,7 @@
-"""Properties of evaluation/: sampling, features, Fréchet distance, alignment metrics, on small random networks."""
-
-import json
+"""Properties of evaluation/: sampling and alignment metrics, on small random networks."""
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -14,12 +11,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from errors import UserError
-from evaluation import alignment_metrics, metrics, sampling
-from evaluation.features import load_extractor
-from evaluation.metrics import Moments, frechet_distance
+from evaluation import alignment_metrics, sampling
 
 SHAPE = (4, 16, 16)
 
@@ -197,130 +191,6 @@ def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):
     sampling.save_images(images[:1, :4], tmp_path, names=[5])
     with pytest.raises(UserError, match="mixes image sizes"):
         sampling.load_images(tmp_path, 6)
-
-
-# Features
-
-
-@pytest.fixture(scope="module")
-def classifier_folder(tmp_path_factory):
-    torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("classifier")
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=10
-    )
-    ResNetForImageClassification(config).save_pretrained(folder)
-    facts = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(facts))
-    return folder
-
-
-def test_features_are_the_pooled_ones_and_labels_those_of_the_model(classifier_folder):
-    images = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    extractor = load_extractor(classifier_folder, "cpu")
-    features, labels = extractor.features(images, batch_size=2)
-    model = ResNetForImageClassification.from_pretrained(classifier_folder).eval()
-    pixels = (images / 255.0 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
-    with torch.no_grad():
-        x = torch.from_numpy(pixels).float().permute(0, 3, 1, 2)
-        expected = model.resnet(x).pooler_output.flatten(1)
-        logits = model(x).logits
-    assert (extractor.name, extractor.dim, features.dtype) == ("classifier", 12, np.float32)
-    np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
-    np.testing.assert_array_equal(labels, logits.argmax(-1).numpy())
-
-
-def test_features_of_a_smooth_picture_hardly_depend_on_its_size(classifier_folder):
-    """Aliasing would show here: a fine stripe pattern averages to grey when it is reduced properly."""
-    stripes = np.zeros((1, 128, 128, 3), np.uint8)
-    stripes[:, :, ::4] = stripes[:, :, 3::4] = 255  # each reduced pixel's centre falls between two black ones
-    grey = np.full((1, 32, 32, 3), 127, np.uint8)
-    extractor = load_extractor(classifier_folder, "cpu")
-    a, b, black = (extractor.features(x)[0] for x in (stripes, grey, 0 * grey))
-    assert np.abs(a - b)[0].max() < 0.2 * np.abs(black - b).max()
-
-
-def test_a_missing_or_foreign_folder_is_one_line_to_the_user(classifier_folder, tmp_path, vae):
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError):
-            load_extractor(path, "cpu")
-    vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="image classifier"):
-        load_extractor(tmp_path / "vae", "cpu")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_bytes((classifier_folder / "config.json").read_bytes())
-    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
-        load_extractor(tmp_path / "half", "cpu")
-    name = "preprocessor_config.json"
-    (tmp_path / "half" / name).write_bytes((classifier_folder / name).read_bytes())
-    with pytest.raises(UserError) as caught:
-        load_extractor(tmp_path / "half", "cpu")
-    assert "\n" not in str(caught.value)
-
-
-# Fréchet distance
-
-
-def moments(x, parts=1):
-    total = Moments(x.shape[1])
-    for part in np.array_split(x, parts):
-        total.update(part)
-    return total
-
-
-def test_streaming_moments_equal_numpy_on_the_whole():
-    """With a mean of 1e6, where sums of squares in float64 would be wrong in the third digit."""
-    x = np.random.default_rng(0).normal(size=(501, 7)) @ np.diag(np.arange(1, 8)) + 1e6
-    streamed = moments(x, parts=9)
-    assert streamed.count == 501
-    np.testing.assert_allclose(streamed.mean, x.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(streamed.cov, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
-
-
-def test_moments_refuse_foreign_and_infinite_features():
-    with pytest.raises(ValueError, match=r"\(N, 3\)"):
-        Moments(3).update(np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="not finite"):
-        Moments().update(np.array([[np.inf, 0.0]]))
-    with pytest.raises(ValueError, match="needs 2"):
-        _ = Moments().update(np.zeros((1, 4))).cov
-
-
-def with_moments(mean, covariance, n=64):
-    """Data with exactly this mean and covariance."""
-    d = len(mean)
-    x = np.random.default_rng(1).normal(size=(n, d))
-    x -= x.mean(axis=0)
-    x = x @ np.linalg.inv(scipy.linalg.cholesky(np.cov(x, rowvar=False)))
-    return moments(x @ scipy.linalg.cholesky(covariance) + mean)
-
-
-def test_frechet_distance_equals_the_closed_form_for_commuting_covariances():
-    s, t = np.array([1.0, 4.0, 9.0, 0.25]), np.array([4.0, 1.0, 16.0, 0.25])
-    a = with_moments(np.zeros(4), np.diag(s))
-    b = with_moments(np.array([1.0, 0.0, -2.0, 0.0]), np.diag(t))
-    expected = 5.0 + ((np.sqrt(s) - np.sqrt(t)) ** 2).sum()
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-10)
-    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-10)
-
-
-@pytest.mark.parametrize("n", [200, 20])
-def test_frechet_distance_equals_sqrtm_also_with_fewer_images_than_dimensions(n):
-    rng = np.random.default_rng(2)
-    x, y = rng.normal(size=(n, 30)), rng.normal(size=(n, 30)) @ rng.normal(size=(30, 30)) * 0.2 + 0.1
-    s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    offset = 1e-12 * np.eye(30)  # sqrtm itself is unreliable on singular products
-    root = scipy.linalg.sqrtm((s + offset) @ (t + offset)).real
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root)
-    assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-5)
-    assert frechet_distance(moments(x), moments(x)) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_class_accuracy_is_the_share_of_hits():
-    assert metrics.class_accuracy(np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])) == 0.75
-    with pytest.raises(ValueError, match="labels"):
-        metrics.class_accuracy(np.array([0, 1]), np.array([0]))
 
 
 # Alignment

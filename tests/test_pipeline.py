@@ -18,6 +18,7 @@ import evaluate_sd15
 import train_sd15
 from configs.loading import knobs, load_config
 from errors import UserError
+from evaluation.features import Features
 from evaluation.report import comparable
 from evaluation.sampling import initial_noise
 from fid_sd15 import read_reference
@@ -216,7 +217,7 @@ def test_halves_of_the_real_images_are_random(miniature, tmp_path):
     class ByRow:
         def features(self, images):
             odd = np.arange(len(images)) % 2
-            return np.stack([odd, 1 - odd], axis=1).astype(np.float32), odd
+            return Features(np.stack([odd, 1 - odd], axis=1).astype(np.float32), labels=odd)
 
     config = load_config(ROOT / "configs" / "demo.yaml", demo_overrides(miniature, tmp_path))
     reference = read_reference(config, ByRow())
