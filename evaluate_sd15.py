@@ -2,7 +2,7 @@
 
     python evaluate_sd15.py sample runs/A                       # images of fixed seeds and labels, EMA weights
     python evaluate_sd15.py fid runs/A                          # Fréchet distance of those samples to the training images
-    python evaluate_sd15.py align runs/A                        # CCA, CKNNA, t-SNE on held-out images
+    python evaluate_sd15.py align runs/A                        # hidden features beside the teacher's, held-out images
     python evaluate_sd15.py compare runs/A runs/A_baseline --out runs/compare   # figures and one page, index.html
 
 Everything is read from the run folder; options default to the run's own `eval` settings.
@@ -13,10 +13,11 @@ import json
 from pathlib import Path
 
 from errors import UserError, run_script
+from evaluation.alignment_rows import TIMESTEPS
 from files import write_json
 from training.run_folder import RunFolder, this_command
 
-ALIKE = ("timestep", "seed", "num_images")  # what `align` results must share to be compared
+ALIKE = ("timesteps", "seed", "num_images")  # what `align` results must share to be compared
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,33 +84,37 @@ def fid(args: argparse.Namespace) -> None:
 
 
 def align(args: argparse.Namespace) -> None:
-    """Measure on held-out images how much of the teacher a run's mid-block holds.
+    """Measure on held-out images how much of the teacher a run's hidden features hold, beside its bare base model's.
 
-    At one timestep, with fixed noise, EMA weights and the null prompt: held-out CCA and CKNNA between the tapped features and
-    the teacher's tokens, each beside its shuffled-pair null; the cosine of the head's tokens; the held-out diffusion loss;
-    and a joint t-SNE. Writes RUN/eval/align.json and align_tsne.png.
+    At all three taps and several timesteps, before and after the heads: held-out CCA, CKNNA, unbiased CKA, a ridge map's
+    cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
+    (evaluation/alignment_rows.py); and the held-out diffusion loss. EMA weights, the null prompt, and for each image the
+    same noise. Everything is fitted on one half of the images and reported on the other.
+    Writes to RUN/eval: align.json, align_timesteps.png, and align_tsne.png (a joint t-SNE at one timestep).
     """
-    from align_sd15 import measure_alignment
+    from align_sd15 import bare_base, checked_timesteps, draw_alignment, measure_alignment, summary
     from build_sd15 import load_run_model
     from device import pick_device
-    from evaluation.plots import plot_tsne
+    from evaluation.embedding import insist_installed
 
     run = RunFolder(args.folder)
     step = steps_of(run, args.checkpoint)[-1]
-    device = pick_device(args.device)
-    model, _ = load_run_model(run, step, device)
     seed = run.config.eval.seed if args.seed is None else args.seed
-    result, panels = measure_alignment(run.config, model, timestep=args.timestep, seed=seed, device=device)
-    panels = {f"{run.name}: {source}": panel for source, panel in panels.items()}
-    plot_tsne(run.path / "eval" / "align_tsne.png", panels, names_of(run))
-    result |= {"step": step, "command": this_command()}
-    write_json(run.path / "eval" / "align.json", result)
-    cca, cknna = result["cca"], result["cknna"]
-    print(
-        f"{run.name} step {step}, timestep {args.timestep}, {result['num_images']} held-out images: "
-        f"CCA {cca['mean_rho']:.3f} (null {cca['null_mean_rho']:.3f}), "
-        f"CKNNA {cknna['cknna']:.3f} (null {cknna['null_cknna']:.3f}), held-out loss {result['heldout_loss_diff']:.4f}"
+    if seed < 0:
+        raise UserError("--seed must not be negative")
+    checked_timesteps(args.timesteps)
+    insist_installed(args.embedding)
+    device = pick_device(args.device)
+    models = {"run": load_run_model(run, step, device)[0], "base": bare_base(run.config, device)}
+    measured, sources = measure_alignment(
+        run.config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
     )
+    result = {"step": step, "command": this_command()} | measured
+    folder = run.path / "eval"
+    write_json(folder / "align.json", result)
+    draw_alignment(folder, run.name, result, sources, class_names=names_of(run), embedding=args.embedding)
+    print(f"{run.name} step {step}, {result['num_images']} of {result['num_available']} held-out images")
+    print(summary(result))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -126,7 +131,7 @@ def compare(args: argparse.Namespace) -> None:
     distances = comparable({name: found for name, (found, _) in results.items()})
     if len({json.dumps([alignment[key] for key in ALIKE]) for _, alignment in results.values()}) > 1:
         raise UserError(
-            "`align` was run with other options on these runs: run it on each with the same --timestep and --seed"
+            "`align` was run with other options on these runs: run it on each with the same --timesteps, --num-images, --seed"
         )
     try:
         times = json.loads(args.times.read_text()) if args.times else []
@@ -190,7 +195,23 @@ def add_fid_options(parser: argparse.ArgumentParser) -> None:
 def add_align_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     parser.add_argument(
-        "--timestep", type=int, default=250, help="noise level, 0 (clean) to 999 (default 250)"
+        "--timesteps",
+        type=int,
+        nargs="+",
+        default=TIMESTEPS,
+        metavar="T",
+        help=f"noise levels, 0 (clean) to 999 (default {' '.join(map(str, TIMESTEPS))})",
+    )
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        help="held-out images, in eval.csv's order (default: 1000, or all there are)",
+    )
+    parser.add_argument(
+        "--embedding",
+        choices=["tsne", "umap"],
+        default="tsne",
+        help="umap also draws align_umap.png (pip install umap-learn)",
     )
 
 

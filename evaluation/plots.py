@@ -2,28 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 
 from evaluation.plot_grids import plot_sample_grids
-from evaluation.plot_style import CLASS_COLOURS, plain, pyplot, run_style, save_figure
+from evaluation.plot_style import plain, pyplot, run_style, save_figure
 
 LABEL_LINE = 0.058  # height of a line of labels in units of the axes
 
-__all__ = ["TsnePanel", "plot_bars", "plot_curves", "plot_sample_grids", "plot_tsne", "run_style"]
-
-
-@dataclass
-class TsnePanel:
-    """One run's panel: `projected` and `teacher` (M, 2) coordinates, `classes` (M,) and a `caption`."""
-
-    projected: np.ndarray
-    teacher: np.ndarray
-    classes: Sequence[int]
-    caption: str = ""
+__all__ = ["plot_bars", "plot_curves", "plot_sample_grids", "run_style"]
 
 
 def plot_curves(
@@ -83,82 +71,6 @@ def plot_curves(
             "log_y": log_y,
             "smooth": smooth,
             "series": drawn,
-        },
-    )
-
-
-def plot_tsne(
-    path: str | Path, panels: Mapping[str, TsnePanel], class_names: Mapping[int, str] | None = None
-) -> None:
-    """Draw one panel per run: marker shape = source (teacher or projected), colour = class (ten at most)."""
-    plt = pyplot()
-    classes = sorted({int(c) for panel in panels.values() for c in panel.classes})
-    if not panels or not 1 <= len(classes) <= len(CLASS_COLOURS):
-        raise ValueError(
-            f"{len(panels)} panels with {len(classes)} classes: 1 or more with 1 to 10 are wanted"
-        )
-    colour = dict(zip(classes, CLASS_COLOURS, strict=False))
-    per_row = min(len(panels), 3)
-    rows = math.ceil(len(panels) / per_row)
-    figure, grid = plt.subplots(
-        rows,
-        per_row,
-        figsize=(max(4.0 * per_row, 6.0), 4.6 * rows + 0.9),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (label, panel) in zip(grid.flat, panels.items(), strict=False):
-        shape = (len(panel.classes), 2)
-        if np.shape(panel.projected) != shape or np.shape(panel.teacher) != shape:
-            raise ValueError(
-                f"{label!r} needs projected and teacher of shape {shape}, got "
-                f"{np.shape(panel.projected)} and {np.shape(panel.teacher)}"
-            )
-        tones = [colour[int(c)] for c in panel.classes]
-        axes.scatter(
-            *np.transpose(panel.teacher),
-            s=20,
-            facecolors="none",
-            edgecolors=tones,
-            marker="o",
-            linewidths=0.9,
-        )
-        axes.scatter(*np.transpose(panel.projected), s=20, c=tones, marker="x", linewidths=1.1)
-        axes.set(title=label, xticks=[], yticks=[])
-        axes.spines[:].set(visible=True, color="#bbbbbb")
-        axes.set_xlabel(fill(panel.caption, 46), fontsize=9)
-    dot = {"linestyle": "", "markersize": 6}
-    handles = [
-        plt.Line2D([], [], marker="o", markerfacecolor="none", color="#333333", label="teacher", **dot),
-        plt.Line2D([], [], marker="x", color="#333333", label="U-Net, projected", **dot),
-    ]
-    handles += [
-        plt.Line2D([], [], marker="s", color=colour[c], label=(class_names or {}).get(c, str(c)), **dot)
-        for c in classes
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 2 + 2 * per_row),
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.2,
-    )
-    save_figure(
-        figure,
-        path,
-        {
-            "panels": {
-                label: {
-                    "projected": plain(panel.projected),
-                    "teacher": plain(panel.teacher),
-                    "classes": [int(c) for c in panel.classes],
-                    "caption": panel.caption,
-                }
-                for label, panel in panels.items()
-            }
         },
     )
 

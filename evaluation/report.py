@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from evaluation.alignment_rows import nearest_timestep, value_of
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from evaluation.plots import plot_bars, plot_curves, plot_sample_grids
 from files import write_json
@@ -101,13 +102,19 @@ def result_table(runs: Mapping[str, RunFacts]) -> dict[str, dict[str, float | No
         f"{metric} (Fréchet distance, lower is better)": lambda run: run.final["value"],
         "class accuracy of samples (higher is better)": lambda run: run.final["class_accuracy"],
         "held-out diffusion loss (lower is better)": lambda run: run.alignment["heldout_loss_diff"],
-        "mid-block CCA with the teacher": lambda run: run.alignment["cca"]["mean_rho"],
-        "CCA with images paired at random": lambda run: run.alignment["cca"]["null_mean_rho"],
-        "mid-block CKNNA with the teacher": lambda run: run.alignment["cknna"]["cknna"],
-        "CKNNA with images paired at random": lambda run: run.alignment["cknna"]["null_cknna"],
-        "cosine of the head's tokens with the teacher's": lambda run: run.alignment["head_cosine"],
+        "mid-block CCA with the teacher": lambda run: _at_mid(run, "cca"),
+        "CCA with images paired at random": lambda run: _at_mid(run, "cca", "null"),
+        "mid-block CKNNA with the teacher": lambda run: _at_mid(run, "cknna"),
+        "CKNNA with images paired at random": lambda run: _at_mid(run, "cknna", "null"),
+        "cosine of the head's tokens with the teacher's": lambda run: _at_mid(run, "cosine", features="head"),
     }
     return {quantity: {name: value(run) for name, run in runs.items()} for quantity, value in rows.items()}
+
+
+def _at_mid(run: RunFacts, metric: str, which: str = "value", *, features: str = "tap") -> float | None:
+    """A number of `align` of the run's mid-block, at the one timestep that the page shows."""
+    timestep = nearest_timestep(run.alignment["timesteps"])
+    return value_of(run.alignment, metric, which, timestep=timestep, features=features)
 
 
 def _results(out: Path, runs, table) -> list[Block]:
@@ -192,14 +199,14 @@ def _training(out: Path, runs) -> list[Block]:
 
 def _alignment(runs) -> list[Block]:
     first = next(iter(runs.values())).alignment
-    cca = first["cca"]
+    h, w = first["tap_grids"]["mid"]
     return [
         Heading("Alignment on held-out images"),
         Paragraph(
-            f"Read at timestep {first['timestep']} with fixed noise, EMA weights and the null prompt, on the mid-block's own "
-            f"{first['mid_block_grid'][0]} × {first['mid_block_grid'][1]} grid. CCA: {cca['k']} principal components a side, "
-            f"the layout that all images share removed, fitted on {cca['n_fit']} images and reported on the "
-            f"other {cca['n_test']}. CKNNA: one vector an image, {first['cknna']['k']} neighbours among {first['cknna']['n']}."
+            f"Read at timestep {nearest_timestep(first['timesteps'])} with fixed noise, EMA weights and the null prompt, on "
+            f"the mid-block's own {h} × {w} grid. CCA: {first['cca_k']} principal components a side, the layout that all "
+            f"images share removed, fitted on {first['n_fit']} images and reported on the other {first['n_test']}. CKNNA: one "
+            f"vector an image, {first['cknna_k']} neighbours among {first['num_images']}."
         ),
         Paragraph(
             "The ridge map is linear, from the mid-block's features to the teacher's tokens, fitted on half of the images and "

@@ -1,0 +1,100 @@
+"""How tokens of one image relate to where they lie: iREPA's LDS, CDS and RMSC on any grid (arXiv 2512.10794).
+
+They look at one side only, so they are read beside those of the teacher's tokens *on the same grid*: a step on a coarse grid
+crosses more of the image. iREPA's fourth, SRSS, compares tokens inside and outside a foreground mask; a cache of latents and
+tokens holds no masks, so it is left out.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SIDE, FAR, REACH = 16, 6, 8  # iREPA's grid, its far distance, its longest distance of the slope
+CHUNK = 32  # images at a time
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Manhattan distances, in cells: pairs at `far` or more are distant; the slope is fitted over 1 to `reach`.
+
+    None where a grid is too small for the quantity.
+    """
+
+    far: int | None
+    reach: int | None
+
+
+def distances_on(grid: tuple[int, int]) -> Distances:
+    """iREPA's distances, which it gives for 16 × 16, scaled by the shorter side: 3 and 4 on 8 × 8, 5 and 7 on 14 × 14.
+
+    round(6 · side / 16) and round(8 · side / 16), halves upwards. Distant must be farther than a neighbour and a slope needs
+    two points, so each must be 2 or more, or it is None: LDS begins at a side of 4, CDS at 3. (On 2 × 2 the only pairs that
+    are no neighbours are the two diagonals; they are half an image apart, not distant.)
+    """
+    far, reach = ((2 * distance * min(grid) + SIDE) // (2 * SIDE) for distance in (FAR, REACH))
+    return Distances(far if far >= 2 else None, reach if reach >= 2 else None)
+
+
+def spatial_metrics(
+    tokens: np.ndarray, grid: tuple[int, int], *, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """LDS, CDS and RMSC of tokens (N, h·w, D), row by row on `grid` (h, w): {name: {value, null}}, means over images.
+
+    With cosines of tokens, and d their Manhattan distance on the grid:
+    - lds: mean cosine of neighbours (d = 1) minus mean cosine of distant pairs (d ≥ far), in [-2, 2]; above 0 where
+      neighbours are more alike.
+    - cds: minus the slope of the mean cosine against d = 1 … reach, per cell.
+    - rmsc: root mean square distance of an image's L2-normalised tokens from their mean, in [0, 1]; 0 where all tokens are
+      equal.
+
+    The null shuffles the positions within each image. RMSC does not look at positions, so it has none.
+    """
+    h, w = grid
+    if tokens.ndim != 3 or tokens.shape[1] != h * w or h * w < 2:
+        raise ValueError(f"tokens must be (N, {h}*{w}, D) with two cells or more, got {tokens.shape}")
+    rng = np.random.default_rng([seed, 5])
+    mean_at = _mean_over_distance(h, w)  # (h+w-2, T·T)
+    by_distance, shuffled = np.zeros((2, len(mean_at)))
+    contrast = 0.0
+    for start in range(0, len(tokens), CHUNK):
+        x = tokens[start : start + CHUNK].astype(np.float64)  # (n, T, D)
+        x /= np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
+        order = rng.permuted(np.tile(np.arange(h * w), (len(x), 1)), axis=1)  # (n, T)
+        for total, places in ((by_distance, x), (shuffled, np.take_along_axis(x, order[..., None], axis=1))):
+            cosines = places @ places.transpose(0, 2, 1)  # (n, T, T)
+            total += mean_at @ cosines.sum(axis=0).ravel()
+        contrast += np.sqrt(((x - x.mean(axis=1, keepdims=True)) ** 2).sum(axis=-1).mean(axis=1)).sum()
+    pairs = np.bincount(_manhattan(h, w).ravel())[1:]  # (h+w-2,) ordered pairs at each distance
+    both = [side / len(tokens) for side in (by_distance, shuffled)]
+    lds, cds = (
+        dict(
+            zip(("value", "null"), (quantity(side, pairs, distances_on(grid)) for side in both), strict=True)
+        )
+        for quantity in (_local_minus_distant, _decay)
+    )
+    return {"lds": lds, "cds": cds, "rmsc": {"value": contrast / len(tokens), "null": None}}
+
+
+def _manhattan(h: int, w: int) -> np.ndarray:
+    """(T, T) distances between the cells of a grid, row by row."""
+    rows, columns = np.divmod(np.arange(h * w), w)
+    return np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)
+
+
+def _mean_over_distance(h: int, w: int) -> np.ndarray:
+    """(h+w-2, T·T) weights that average a matrix over the pairs at distance 1, 2, …"""
+    at = np.arange(1, h + w - 1)[:, None] == _manhattan(h, w).ravel()  # (h+w-2, T·T)
+    return at / at.sum(axis=1, keepdims=True)
+
+
+def _local_minus_distant(by_distance: np.ndarray, pairs: np.ndarray, distances: Distances) -> float | None:
+    if distances.far is None:
+        return None
+    distant = slice(distances.far - 1, None)
+    return float(by_distance[0] - np.average(by_distance[distant], weights=pairs[distant]))
+
+
+def _decay(by_distance: np.ndarray, _pairs: np.ndarray, distances: Distances) -> float | None:
+    if distances.reach is None:
+        return None
+    return float(-np.polyfit(np.arange(1, distances.reach + 1), by_distance[: distances.reach], 1)[0])
