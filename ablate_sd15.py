@@ -19,6 +19,7 @@ from configs.loading import load_config
 from configs.schema import Config
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
+from evaluation.alignment_rows import value_of
 from files import write_atomically, write_json
 from stages import Record, Stage, run_chains
 from training.run_folder import flat_settings, this_command
@@ -143,7 +144,7 @@ def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Conf
     run, name = config.run, f"{arm} seed {seed}"
     train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
     last = f"--checkpoint {config.train.steps}"
-    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timestep {TIMESTEP}"
+    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timesteps {TIMESTEP}"
     return [
         Stage(
             f"train {name}",
@@ -176,8 +177,8 @@ def measures_of(config: Config) -> dict[str, float | None]:
         and r["conditions"]["weights"] == "ema"
     ]
     align = json.loads((folder / "align.json").read_text())
-    here = {"step": last, "timestep": TIMESTEP, "seed": config.eval.seed}
-    if len(ours) != 1 or any(align[key] != value for key, value in here.items()):
+    here = {"step": last, "timesteps": [TIMESTEP], "seed": config.eval.seed}
+    if len(ours) != 1 or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
         )
@@ -185,9 +186,9 @@ def measures_of(config: Config) -> dict[str, float | None]:
         ours[0]["value"],
         ours[0]["class_accuracy"],
         align["heldout_loss_diff"],
-        align["cknna"]["cknna"],
-        align["cca"]["mean_rho"],
-        align["head_cosine"],
+        value_of(align, "cknna", timestep=TIMESTEP),
+        value_of(align, "cca", timestep=TIMESTEP),
+        value_of(align, "cosine", timestep=TIMESTEP, features="head"),
     )
     return dict(zip(MEASURES, values, strict=True))
 

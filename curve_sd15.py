@@ -5,7 +5,7 @@ from pathlib import Path
 
 from errors import UserError
 from evaluation.curves import headline, lower_is_better, series_of, speedup
-from evaluation.plot_curves import plot_metric_curves, plot_panels
+from evaluation.plots import plot_metric_curves, plot_panels
 from files import write_json
 from training.run_folder import RunFolder
 

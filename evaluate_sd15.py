@@ -20,6 +20,7 @@ from configs.loading import eval_settings, with_settings
 from curve_sd15 import FINAL, SWEEP, baseline_of, draw_curves, told
 from device import pick_device
 from errors import UserError, run_script
+from evaluation.alignment_rows import TIMESTEPS
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from options_sd15 import add_measuring, add_runs, add_sampling, changes_of, chosen_of, label_of, targets
 from point_sd15 import evaluate_all, said
@@ -143,6 +144,25 @@ def final(args: argparse.Namespace) -> None:
         evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
 
 
+def align(args: argparse.Namespace) -> None:
+    """How much of the teacher a run's hidden features hold, on held-out images.
+
+    Beside its bare base model's, at all three taps and several timesteps, before and after the heads: held-out CCA, CKNNA,
+    unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
+    (evaluation/alignment_rows.py); and the held-out diffusion loss. The null prompt, and for each image the same noise.
+    Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
+    align_tsne.png to RUN/eval.
+    """
+    from align_sd15 import align_target, checked_timesteps
+    from evaluation.embedding import insist_installed
+
+    checked_timesteps(args.timesteps)
+    insist_installed(args.embedding)
+    device, _ = open_device(args)
+    for group in targets(args):
+        align_target(group[-1], args, device)
+
+
 def pictures(args: argparse.Namespace) -> None:
     """Pictures of the same seeds from several runs.
 
@@ -230,6 +250,22 @@ def add_final_options(parser: argparse.ArgumentParser) -> None:
     add_measuring(parser)
 
 
+def add_align_options(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser)
+    parser.add_argument("--seed", type=int, help="of noise, halves and nulls (eval.seed)")
+    parser.add_argument(
+        "--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T",
+        help=f"noise levels, 0 (clean) to 999 (default: {' '.join(map(str, TIMESTEPS))})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-images", type=int, help="held-out images, in eval.csv's order (default: 1000, or all there are)"
+    )
+    parser.add_argument(
+        "--embedding", choices=["tsne", "umap"], default="tsne",
+        help="umap also draws align_umap.png (pip install umap-learn)",
+    )  # fmt: skip
+
+
 def add_pictures_options(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("-o", "--out", type=Path, required=True, help="PNG file")
@@ -256,6 +292,7 @@ COMMANDS = {
     "reference": (reference, add_reference_options),
     "curve": (curve, add_curve_options),
     "final": (final, add_final_options),
+    "align": (align, add_align_options),
     "pictures": (pictures, add_pictures_options),
     "report": (report, add_report_options),
 }

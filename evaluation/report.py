@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
-from evaluation.plot_curves import plot_curves
+from evaluation.plots import plot_curves
 from evaluation.plot_grids import plot_rows, plot_sample_grids
 from evaluation.report_alignment import alignment_sections
 from evaluation.report_metrics import (

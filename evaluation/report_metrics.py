@@ -9,7 +9,7 @@ import numpy as np
 
 from evaluation.curves import headline, kind_of, lower_is_better, protocols
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table
-from evaluation.plot_curves import plot_sweep
+from evaluation.plots import plot_sweep
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
 MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from

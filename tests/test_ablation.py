@@ -241,7 +241,7 @@ def test_what_cannot_be_compared_is_marked_and_has_no_difference(ablation):
 def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path):
     ablation({"baseline": {"align": {"coeff": 0}}})
     importlib.import_module("evaluate_sd15").main(
-        ["align", str(tmp_path / "out/baseline/seed0"), "--timestep", "900"]
+        ["align", str(tmp_path / "out/baseline/seed0"), "--timesteps", "900"]
     )
     with pytest.raises(UserError, match="changed by other commands"):
         ablation({"baseline": {"align": {"coeff": 0}}})

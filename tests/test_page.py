@@ -17,13 +17,10 @@ RUNS = {"baseline": ([0, 1, 2], [3.0, 2.0, 1.5]), "aligned": ([0, 1, 2], [3.0, f
 
 def test_every_figure_lies_beside_the_numbers_it_was_drawn_from(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    points = np.random.default_rng(1).normal(size=(2, 6, 2))
-    panel = plots.TsnePanel(points[0], points[1], [0, 1, 2, 0, 1, 2], "cosine 0.5")
     plots.plot_curves(tmp_path / "curves.png", RUNS, "step", "loss", "Loss", log_y=True, smooth=3)
     plots.plot_sample_grids(tmp_path / "grids.png", {"a": images, "b": images}, 2, ["x", "y"])
-    plots.plot_tsne(tmp_path / "tsne.png", {"a": panel}, {0: "zero"})
     plots.plot_bars(tmp_path / "bars.png", {"fd": {"baseline": 2.0, "aligned": None}})
-    for name in ("curves", "grids", "tsne", "bars"):
+    for name in ("curves", "grids", "bars"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 150
     curves = json.loads((tmp_path / "curves.json").read_text())
@@ -32,10 +29,7 @@ def test_every_figure_lies_beside_the_numbers_it_was_drawn_from(tmp_path):
         "baseline": 2.0,
         "aligned": None,
     }
-    np.testing.assert_allclose(
-        json.loads((tmp_path / "tsne.json").read_text())["panels"]["a"]["teacher"], points[1]
-    )
-    assert len(list(tmp_path.iterdir())) == 8  # no temporary file is left
+    assert len(list(tmp_path.iterdir())) == 6  # no temporary file is left
 
 
 def test_a_run_keeps_its_colour_in_a_figure_without_the_others(tmp_path):
@@ -67,10 +61,6 @@ def test_figures_refuse_data_that_does_not_fit(tmp_path):
     grids = {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((1, 4, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match="differ in shape"):
         plots.plot_sample_grids(tmp_path / "x.png", grids, 1)
-    with pytest.raises(ValueError, match="1 to 10"):
-        plots.plot_tsne(
-            tmp_path / "x.png", {"a": plots.TsnePanel(np.zeros((11, 2)), np.zeros((11, 2)), range(11))}
-        )
     assert not list(tmp_path.iterdir())
 
 
