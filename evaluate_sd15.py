@@ -106,10 +106,9 @@ def reference(args: argparse.Namespace) -> None:
 def curve(args: argparse.Namespace) -> None:
     """Metrics of every checkpoint's moving average, against steps and images seen.
 
-    All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps, no
-    guidance): the same seeds and labels for every run and checkpoint. Points are lines of RUN/eval/points.jsonl; what training measured
-    (train.eval_every) is among them. Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the
-    baseline's final value.
+    All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps), with the
+    same seeds and labels. Points are lines of RUN/eval/points.jsonl, also those that training measured (train.eval_every).
+    Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the baseline's final value.
     """
     device, ranks = open_device(args)
     groups = targets(args)
@@ -258,7 +257,9 @@ def add_align_options(parser: argparse.ArgumentParser) -> None:
         help=f"noise levels, 0 (clean) to 999 (default: {' '.join(map(str, TIMESTEPS))})",
     )  # fmt: skip
     parser.add_argument(
-        "--num-images", type=int, help="held-out images, in eval.csv's order (default: 1000, or all there are)"
+        "--num-images",
+        type=int,
+        help="held-out images, in eval.csv's order (default: 1000, or all there are)",
     )
     parser.add_argument(
         "--embedding", choices=["tsne", "umap"], default="tsne",

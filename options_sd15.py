@@ -31,9 +31,9 @@ MEASURING = {
     "--bootstrap": ("bootstrap", {"type": int}),
 }
 INTERVAL = (
-    "guide only at noise levels in this interval, on REPA's scale from 0 (clean) to 1 (noise); the plan's is 0,0.7. In the space "
-    "snr (default) a level is REPA's time of equal signal-to-noise ratio, so that 0.7 is DDPM index 605; in the space index it is "
-    "the share of the index, so that 0.7 is index 700. Outside the interval the unconditional forward is not computed"
+    "guide only at noise levels in this interval, on REPA's scale from 0 (clean) to 1 (noise); the plan's is 0,0.7. In the "
+    "space snr (default) a level is REPA's time of equal signal-to-noise ratio, so that 0.7 is DDPM index 605; in the space "
+    "index it is the share of the index, so that 0.7 is index 700. Outside the interval no unconditional forward is computed"
 )
 
 

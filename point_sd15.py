@@ -55,6 +55,8 @@ def evaluate_point(
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
+        if ranks.main:
+            announce(target, chosen, settings)
         known = _measured(target, chosen, protocol, judges, device, ranks, painter)
     point = known | {"kind": kind}
     ranks.on_main(lambda: append_point(target.run.path / POINTS, point))
@@ -115,8 +117,6 @@ def evaluate_all(
     points = []
     for target in targets:
         for chosen in protocols:
-            if ranks.main:
-                announce(target, chosen, device)
             point = evaluate_point(target, chosen, judges, device, ranks, kind=kind)
             if ranks.main:
                 print(f"{target.name}: {said(point['metrics'])}", flush=True)
@@ -124,9 +124,8 @@ def evaluate_all(
     return points
 
 
-def announce(target: Target, chosen: Eval, device: torch.device) -> None:
+def announce(target: Target, chosen: Eval, settings: dict) -> None:
     """What drawing the images of a point costs."""
-    settings = settings_of(target, chosen, device)
     each = forwards_of(target.run.config, settings)
     print(
         f"{target.name}: {chosen.num_samples:,} images, {settings['sampler']} {settings['steps']} steps, guidance "
@@ -178,8 +177,8 @@ class PeriodicEvaluation:
         return step > 0 and step % self.parts.config.train.eval_every == 0
 
     def __call__(self, run: RunFolder, state: TrainingState, log: MetricLog) -> None:
-        """Measure the moving average, unless that was done, and log it. Alone, what cannot be measured now is no reason to end a
-        training: `evaluate_sd15.py curve` will say why."""
+        """Measure the moving average, unless that was done, and log it. Alone, what cannot be measured now is no reason to
+        end a training: `evaluate_sd15.py curve` will say why."""
         parts, target = self.parts, Target(run, state.step, "ema")
         try:
             with parts.showing(state.ema.shadow_params):

@@ -34,7 +34,7 @@ class Previews:
             images = self._images()
         path = folder / f"step-{state.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"step {state.step:,} · EMA, {settings.sampling_steps} steps of {settings.sampler.upper()}, guidance {settings.cfg:g}"
+        title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
         names = class_names(dataset.text_manifest)
         columns = [names.get(label, f"class {label}") for label in self.labels[: self.columns]]
         plot_sample_grids(path, {title: images}, self.columns, columns)

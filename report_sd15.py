@@ -19,7 +19,8 @@ from preprocessing.manifest import class_names, read_manifest
 from sample_sd15 import labels_of
 from training.run_folder import RunFolder
 
-GRID_ROWS, GRID_COLUMNS, CLASSES = 6, 10, 8
+GRID_ROWS, GRID_COLUMNS = 6, 10
+CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at every checkpoint
 
 
 def make_report(
@@ -125,13 +126,20 @@ class Shown:
         steps = sorted({point["step"] for found in points.values() for point in found})
         if len(steps) < 2:
             return None
+        drawn = labels_of(protocol, range(protocol["num_samples"]))
+        few = list(dict.fromkeys(i * len(self.names) // GROWING for i in range(GROWING)))
         rows = {}
-        for label, found in points.items():
-            cells = {point["step"]: self._images(label, point, [0]) for point in found}
-            rows[label] = [None if cells.get(step) is None else cells[step][0] for step in steps]
-        if not any(cell is not None for cells in rows.values() for cell in cells):
+        for index in (drawn.index(label) for label in few if label in drawn):
+            for label, found in points.items():
+                cells = {point["step"]: self._images(label, point, [index]) for point in found}
+                if any(cell is not None for cell in cells.values()):
+                    name = self.names.get(drawn[index], f"class {drawn[index]}")
+                    rows[f"{label}\n{name}"] = [
+                        None if cells.get(step) is None else cells[step][0] for step in steps
+                    ]
+        if not rows:
             return None
-        caption = "The first image of each run at every checkpoint: the same noise and class, by the protocol of the results."
+        caption = "The same noise and class at every checkpoint of each run, by the protocol of the results."
         return Pictures(rows, [f"step {step:,}" for step in steps], caption)
 
     def _by_class(self, protocol: Mapping) -> Pictures | None:

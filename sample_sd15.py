@@ -142,8 +142,8 @@ def claim(folder: Path, settings: dict, made_with: dict) -> None:
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["settings"] != settings or known["made_with"] != made_with:
             raise UserError(
-                f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): remove it, "
-                "or put back what was there"
+                f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
+                "remove it, or put back what was there"
             )
         return
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -186,7 +186,8 @@ class Painter:
         config = target.run.config
         model, parameterization = load_run_model(target.run, target.step, device, weights=target.weights)
         dtype = compute_dtype(device, chosen.precision)
-        unet = model.unet.to(dtype)
+        model.to(dtype)
+        unet = model.unet
         if device.type == "cuda" and dtype == torch.bfloat16:
             unet.to(memory_format=torch.channels_last)
         if chosen.compile:

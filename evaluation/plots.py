@@ -1,6 +1,6 @@
 """Curves: training losses by step, metrics by step and images seen with their errors, and metrics against guidance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +99,13 @@ def plot_metric_curves(
 
 
 def plot_panels(
-    path: str | Path, metrics: Mapping[str, Mapping[str, Series]], *, run_order: Sequence[str] | None = None
+    path: str | Path,
+    metrics: Mapping[str, Mapping[str, Series]],
+    *,
+    xlabel: str = "optimiser steps",
+    run_order: Sequence[str] | None = None,
 ) -> None:
-    """Draw {metric: {run: {steps, values, errors}}}: a small panel for each metric against steps, one legend for all."""
+    """Draw {metric: {run: {steps, values, errors}}}: a small panel for each metric, one legend for all."""
     plt = pyplot()
     order = ordered(dict.fromkeys(run for runs in metrics.values() for run in runs), run_order)
     per_row = min(3, len(metrics))
@@ -116,9 +120,9 @@ def plot_panels(
             _with_errors(
                 axes, found["steps"], found["values"], found["errors"], run_style(order.index(label))
             )
-        axes.set(title=metric, xlabel="optimiser steps")
+        axes.set(title=metric, xlabel=xlabel)
         axes.locator_params(axis="both", nbins=5)
-    _legend(figure, plt, order)
+    _legend(figure, plt, order, order)
     save_figure(
         figure, path, {"metrics": {m: {r: dict(s) for r, s in runs.items()} for m, runs in metrics.items()}}
     )
@@ -156,7 +160,7 @@ def plot_sweep(
                 color=style["color"],
             )
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    _legend(figure, plt, order)
+    _legend(figure, plt, order, series)
     save_figure(
         figure, path, {"xlabel": xlabel, "ylabel": ylabel, "series": {k: dict(v) for k, v in series.items()}}
     )
@@ -178,13 +182,15 @@ def _with_errors(axes, xs, values, errors, style: dict) -> None:
     )
 
 
-def _legend(figure, plt, order: Sequence[str]) -> None:
+def _legend(figure, plt, order: Sequence[str], shown: Iterable[str]) -> None:
     handles = []
     for place, label in enumerate(order):
+        if label not in shown:
+            continue
         style = {k: v for k, v in run_style(place).items() if k != "hatch"}
         handles.append(plt.Line2D([], [], label=label, linewidth=1.8, markersize=5, **style))
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(4, len(order)), frameon=False, fontsize=9
+        handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9
     )
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
-from evaluation.plots import plot_curves
 from evaluation.plot_grids import plot_rows, plot_sample_grids
+from evaluation.plots import plot_curves
 from evaluation.report_alignment import alignment_sections
 from evaluation.report_metrics import (
     Material,
@@ -25,7 +25,7 @@ def write_report(page: Path, material: Material) -> Path:
         *curve_section(material),
         *final_section(material),
         *_pictures(material),
-        *alignment_sections(runs),
+        *alignment_sections(runs, material.folder),
         *_training(material),
         *_reading(material),
         *_making(material),
@@ -48,7 +48,7 @@ def _pictures(material: Material) -> list[Block]:
         plot_sample_grids(file, material.grids, len(material.grid_columns), material.grid_columns)
         count = len(next(iter(material.grids.values())))
         caption = (
-            f"The first {count} samples of each run by the protocol of the results, not chosen: the same noise and the same class "
+            f"The first {count} samples of each run by the protocol of the results, not chosen: the same noise and class "
             "at the same place."
         )
         blocks.append(Figure(file, caption))
@@ -119,9 +119,9 @@ def _reading(material: Material) -> list[Block]:
         Heading("What this shows, and what it does not"),
         Paragraph(" ".join(shows)),
         Paragraph(
-            "It does not show that a difference would survive another seed of training: the errors here are of sampling alone, and "
-            "two trainings differ by more. That takes several runs of each and their spread. The head's cosine mainly says that "
-            "its own loss was minimised; CCA, CKA and CKNNA look at the features before it, and a linear head cannot change them."
+            "It does not show that a difference would survive another seed of training: the errors here are of sampling alone, "
+            "and two trainings differ by more. That takes several runs of each and their spread. The head's cosine mainly says "
+            "that its own loss was minimised; CCA, CKA and CKNNA look at the features before it."
         ),
     ]
 

@@ -128,8 +128,8 @@ def _scale(points: Mapping[str, Mapping]) -> str:
         else ""
     )
     return (
-        "A metric's name says its protocol and the number of images: only equal names, against one reference, compare. Distances "
-        f"of fewer images read higher, by about 1 / N.{said}{warning}"
+        "A metric's name says its protocol and the number of images: only equal names, against one reference, compare. "
+        f"Distances of fewer images read higher, by about 1 / N.{said}{warning}"
     )
 
 
@@ -145,8 +145,8 @@ def curve_section(material: Material) -> list[Block]:
         Heading("Curves"),
         Figure(
             material.curve_figures[0],
-            f"{metric} (lower is better) of the moving average, against optimiser steps and against images seen; bars are ± one "
-            "bootstrap error. The same seeds and labels for every run and checkpoint, the protocol of the table above.",
+            f"{metric} (lower is better) of the moving average, against optimiser steps and against images seen; bars are "
+            "± one bootstrap error. The same seeds and labels for every run and checkpoint, the protocol of the table above.",
         ),
         *(Figure(path, "All metrics of the same samples.") for path in material.curve_figures[1:]),
     ]
