@@ -17,9 +17,12 @@ from tqdm import tqdm
 
 from configs.loading import load_config
 from configs.schema import Config
+from configs.sections import Eval
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
 from evaluation.alignment_rows import value_of
+from evaluation.curves import headline, kind_of, read_points
+from evaluation.features import load_extractors
 from files import write_atomically, write_json
 from stages import Record, Stage, run_chains
 from training.run_folder import flat_settings, this_command
@@ -41,15 +44,8 @@ PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
 IMAGES = ("eval.csv", "eval.latents")
 SAMPLES = tuple(
     f"eval.{name}"
-    for name in (
-        "num_samples",
-        "sampling_steps",
-        "cfg",
-        "guidance_high",
-        "guidance_space",
-        "seed",
-        "extractor",
-    )
+    for name in Eval.model_fields
+    if name not in ("csv", "latents", "tokens", "dinov2", "batch_size", "compile", "keep_images", "bootstrap")
 )
 CONDITIONS = {
     "Fréchet distance ↓": (*SAMPLES, "data.csv", "data.latents"),
@@ -130,13 +126,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def insist_measurable(arm: str, config: Config) -> None:
     """Raise `UserError` before the first training for what the evaluation would miss after the last."""
-    missing = [
-        name for name in ("extractor", "csv", "latents", "tokens") if getattr(config.eval, name) is None
-    ]
+    missing = [name for name in ("csv", "latents", "tokens") if getattr(config.eval, name) is None]
     if missing:
         raise UserError(
             f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
         )
+    load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 
 
 def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
@@ -151,7 +146,11 @@ def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Conf
             f"train_sd15.py {shlex.join(train)}",
             run / "checkpoints" / f"step-{config.train.steps:07d}",
         ),
-        Stage(f"fid {name}", f"evaluate_sd15.py fid {shlex.quote(str(run))} {last}", run / "eval"),
+        Stage(
+            f"metrics {name}",
+            f"evaluate_sd15.py metrics {shlex.quote(str(run))} {last}",
+            run / "eval" / "points.jsonl",
+        ),
         Stage(f"align {name}", align, run / "eval" / "align.json"),
     ]
 
@@ -167,24 +166,26 @@ def what_is_left(stages: list[Stage], record: Record, config: Config) -> list[St
 
 def measures_of(config: Config) -> dict[str, float | None]:
     """The measures of a finished run at its last step, with its own evaluation settings."""
-    folder, last = config.run / "eval", config.train.steps
-    wanted = config.eval.model_dump() | {"extractor": str(config.eval.extractor)}
-    found = [json.loads(path.read_text()) for path in folder.glob(f"fid_*step{last:07d}*.json")]
+    folder, last, drawn = config.run / "eval", config.train.steps, config.eval
+    same = {"sampler": drawn.sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
+    same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
     ours = [
-        r
-        for r in found
-        if all(wanted.get(k, v) == v for k, v in r["conditions"].items())
-        and r["conditions"]["weights"] == "ema"
+        point["metrics"]
+        for point in read_points(folder / "points.jsonl")
+        if (point["kind"], point["step"]) == ("metrics", last)
+        and all(point["protocol"][key] == value for key, value in same.items())
     ]
     align = json.loads((folder / "align.json").read_text())
-    here = {"step": last, "timesteps": [TIMESTEP], "seed": config.eval.seed}
-    if len(ours) != 1 or any(align.get(key) != value for key, value in here.items()):
+    here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
+    if not ours or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
         )
+    metrics = ours[-1]
+    accuracy = [name for name in metrics if kind_of(name) == "accuracy"]  # a classifier's alone
     values = (
-        ours[0]["value"],
-        ours[0]["class_accuracy"],
+        metrics[headline(metrics)]["value"],
+        metrics[accuracy[0]]["value"] if accuracy else None,
         align["heldout_loss_diff"],
         value_of(align, "cknna", timestep=TIMESTEP),
         value_of(align, "cca", timestep=TIMESTEP),
@@ -213,8 +214,8 @@ def write_results(
     note = (
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
-        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampling_steps} DDIM steps, guidance "
-        f"{drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
+        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
+        f"guidance {drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
     )
     if any(alien.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."

@@ -15,7 +15,8 @@ from errors import run_script
 from stages import ROOT, Record, Stage, last_line, log_of, run_chains
 
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
-LOGS, RECORD = RUNS / "logs", RUNS / "stages.json"
+LOGS, RECORD, PAGE = RUNS / "logs", RUNS / "stages.json", RUNS / "index.html"
+CONFIG = Path("configs/demo.yaml")
 BASE, TEACHER = DATA / "models/sd15-mini", DATA / "models/dinov2-mini"
 SPLITS = {"train": ("cache", 139), "val": ("cache_val", 35)}
 ARMS = {"urepa": "", "baseline": f" align.coeff=0 run={RUNS}/baseline"}
@@ -75,13 +76,23 @@ def stages() -> list[list[Stage]]:
             for split, (cache, _) in SPLITS.items()
         ],
         [
-            Stage(
-                f"train {arm}", f"train_sd15.py --config configs/demo.yaml{override}", RUNS / arm / "export"
-            )
+            Stage(f"train {arm}", f"train_sd15.py --config {CONFIG}{override}", RUNS / arm / "export")
             for arm, override in ARMS.items()
         ],
         [
-            Stage(f"fid {arm}", f"evaluate_sd15.py fid {RUNS}/{arm} --checkpoint all", RUNS / arm / "eval")
+            Stage(
+                "curve",
+                f"evaluate_sd15.py curve {' '.join(f'{RUNS}/{arm}' for arm in ARMS)} {CONFIG} --out {RUNS}/curve",
+                RUNS / "curve/curve.json",
+            )
+        ],
+        [
+            # The plan's 250 steps would take minutes here.
+            Stage(
+                f"final {arm}",
+                f"evaluate_sd15.py final {RUNS}/{arm} --steps 12 --sweep 1 1.5 3",
+                RUNS / arm / "eval/points.jsonl",
+            )
             for arm in ARMS
         ],
         [
@@ -91,8 +102,8 @@ def stages() -> list[list[Stage]]:
         [
             Stage(
                 "page",
-                f"evaluate_sd15.py compare {' '.join(f'{RUNS}/{arm}' for arm in ARMS)} --out {RUNS} --times {RECORD}",
-                RUNS / "index.html",
+                f"evaluate_sd15.py report {' '.join(f'{RUNS}/{arm}' for arm in ARMS)} {CONFIG} -o {PAGE} --times {RECORD}",
+                PAGE,
             )
         ],
     ]
@@ -103,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
     os.chdir(ROOT)
-    config = hashlib.sha256(Path("configs/demo.yaml").read_bytes()).hexdigest()
+    config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
     record = Record(RECORD)
     for number, group in enumerate(stages()):
         missing = [stage for stage in group if not is_done(stage, record, config)]
@@ -111,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{'· ' if stage in missing else '✓ '}{stage.name:24} {stage.pasted}", flush=True)
         if missing:
             # The page shows what came before it, so it is drawn again.
-            (RUNS / "index.html").unlink(missing_ok=True)
+            PAGE.unlink(missing_ok=True)
             run_group(missing, lambda stage, seconds: record.add(stage, seconds, group=number, config=config))  # noqa: B023
     longest: dict[int, float] = {}  # of a group's stages, which ran side by side
     for entry in record.entries.values():
@@ -123,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
 def is_done(stage: Stage, record: Record, config: str) -> bool:
     """Whether a stage ran to its end as it would run now: a changed demo.yaml is noticed, and the training says so."""
     entry = record.of(stage)
-    changed = entry is not None and "configs/demo.yaml" in stage.command and entry["config"] != config
+    changed = entry is not None and str(CONFIG) in stage.command and entry["config"] != config
     return entry is not None and not changed
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from errors import UserError
 from evaluation.features import Extractor, Features, batches, check_images, full_precision, sha256_of
@@ -149,6 +150,7 @@ def load_dinov2(path: Path, device: torch.device) -> Extractor:
 
 def _load(loader: type, path: Path, what: str) -> tuple[torch.nn.Module, str]:
     """The model, whole, and the checksum of its weights."""
+    logging.disable_progress_bar()
     try:
         model, report = loader.from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
