@@ -82,7 +82,7 @@ def bootstrap_fd(pool: np.ndarray, reference: Moments, resamples: int = BOOTSTRA
     """The standard error of a Fréchet distance that drawing other images would bring, from resampled images.
 
     `pool` (N, D) is drawn from with replacement. Only the spread of these distances means anything: their mean is too large,
-    since a resample holds but 63 % of the images. The reference counts as exact.
+    since a resample holds but 63 % of the images. The reference counts as exact. Holds three float64 copies of `pool`.
     """
     if resamples < 2:
         raise ValueError(f"a spread needs 2 resamples, got {resamples}")

@@ -1,4 +1,4 @@
-"""The benchmarks of training run, at the smallest size, and their comparisons can fail."""
+"""The benchmarks of training and of the Fréchet distance run, at the smallest size, and their comparisons can fail."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import save_file
 from small_runs import tensors, train
 
-from benchmarks import train_step, vs_diffusers
+from benchmarks import frechet, train_step, vs_diffusers
 from benchmarks.kills import differences
 
 # What vs_diffusers.py relies on in diffusers' example, and no more.
@@ -68,6 +68,15 @@ def test_train_step_measures_each_arm(tmp_path, monkeypatch):
         "ours / bare loop: lora, batch 2, compile none"
     ]
     assert not list(tmp_path.glob("benchmark-*"))
+
+
+def test_all_ways_to_a_frechet_distance_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(frechet, "IMAGES", 100)
+    run(monkeypatch, frechet, "--dim", 32, "--repeats", 1, "--results", tmp_path)
+    found = json.loads((tmp_path / "frechet.json").read_text())
+    values = {row["value"] for row in found["rows"] if "value" in row}
+    assert len(values) == 1
+    assert len(found["rows"]) == 5
 
 
 def test_full_size_without_a_gpu_is_refused(monkeypatch, capsys):

@@ -106,7 +106,17 @@ def test_features_do_not_depend_on_the_batch_and_leave_no_hook():
                 extractor.features(wrong)
 
 
-def test_precision_is_full_and_given_back():
+@pytest.fixture
+def tf32():
+    """TF32 everywhere, as a training may have set it."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    yield cudnn, matmul
+    cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_precision_is_full_and_given_back(tf32):
     seen = []
 
     class Spy(SmallInception):
@@ -119,11 +129,10 @@ def test_precision_is_full_and_given_back():
                 )
             )
 
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         AdmExtractor(Inception(Spy(), "0")).features(pictures(1, 0))
     assert seen == [(False, False, False)]
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    assert all(flags.allow_tf32 for flags in tf32)
 
 
 def test_weights_are_found_where_torch_hub_keeps_them(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_precision_and_recall_do_not_depend_on_blocks_or_on_an_offset(monkeypatc
     x, y = normal(53, 5, 0), normal(70, 5, 1, mean=1.0)
     whole = metrics.precision_recall(x, y)
     assert (
-        metrics.precision_recall(x + 500, y + 500) == whole
+        metrics.precision_recall(x + 5000, y + 5000) == whole
     )  # |x|² + |y|² - 2 x·y would have lost its digits
     monkeypatch.setattr(metrics, "ROWS", 7)
     assert metrics.precision_recall(x, y) == whole

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -239,9 +240,25 @@ def test_damaged_and_foreign_files_of_images_are_one_line(tmp_path):
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     np.savez(tmp_path / "float.npz", arr_0=IMAGES.astype(np.float32))
     np.savez(tmp_path / "grey.npz", arr_0=IMAGES[..., 0])
+    with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (20, 48, 48, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(IMAGES.tobytes())
     np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(IMAGES))
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{"a": 1}], object))
-    for name in ("bit", "torn", "deflated", "text", "other", "float", "grey", "fortran", "objects", "absent"):
+    for name in (
+        "bit",
+        "torn",
+        "long",
+        "deflated",
+        "text",
+        "other",
+        "float",
+        "grey",
+        "fortran",
+        "objects",
+        "absent",
+    ):
         with pytest.raises(UserError, match=f"{name}.npz") as error:
             list(iterate_npz_images(tmp_path / f"{name}.npz", 10))
         assert "\n" not in str(error.value)
