@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configs.evaluation import Eval
 from configs.loading import load_config
 from configs.schema import Config
-from configs.sections import Eval
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
 from evaluation.alignment_rows import value_of

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.evaluation import Eval
 from configs.loading import knobs, with_settings
 from configs.schema import Config
-from configs.sections import Eval
 from errors import UserError
 from target_sd15 import Target, targets_of
 from training.run_folder import RunFolder

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from build_sd15 import Parts
-from configs.sections import Eval
+from configs.evaluation import Eval
 from errors import UserError
 from evaluation.curves import append_point, read_points
 from evaluation.image_files import image_path

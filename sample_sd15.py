@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from build_sd15 import SPACING, build_loss, load_run_model, sampling_scheduler
+from configs.evaluation import Eval
 from configs.schema import Config
-from configs.sections import Eval
 from device import compute_dtype
 from errors import UserError
 from evaluation.image_files import missing_images, save_images

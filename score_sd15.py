@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from configs.evaluation import Eval
 from configs.schema import Config
-from configs.sections import Eval
 from errors import UserError
 from evaluation.features import Extractor, FeatureSet, load_extractors
 from evaluation.image_files import files_in_chunks, image_chunks, image_files

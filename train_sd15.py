@@ -124,6 +124,8 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
         closing(iter(stream)) as batches,
         StopSignal() as stop,
     ):
+        if evaluation is not None and evaluation.due(state.step):
+            evaluation(run, state, log)  # a run that was stopped before it was measured
         while state.step < settings.steps:
             # All randomness of a step derives from (seed, step, rank), so that a resumed run draws what an unbroken one does.
             seed = seed_of("noise", config.seed, state.step, ranks.rank)

@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.aliases import own_name, rename_aliases
+from configs.evaluation import Eval
 from configs.schema import Config
-from configs.sections import Eval
 from errors import UserError
 
 # What the papers and other trainers call our knobs.
@@ -136,7 +136,8 @@ def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
         return Config.model_validate(data)
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"] if isinstance(part, str))
-        raise UserError(f"{'' if place in given else f'{where}: '}{_first_problem(error)}") from None
+        by_hand = place in given or any(key.startswith(f"{place}.") for key in given)
+        raise UserError(f"{'' if by_hand else f'{where}: '}{_first_problem(error)}") from None
 
 
 def resolved_yaml(config: Config) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from configs.sections import Align, Data, Diffusion, Eval, Model, Optim, Section, Teacher, Train
+from configs.evaluation import Eval
+from configs.sections import Align, Data, Diffusion, Model, Optim, Section, Teacher, Train
 
 
 class Config(Section):

@@ -159,7 +159,7 @@ def demo_overrides(miniature, run, *more: str) -> list[str]:
             "train.checkpoint_every=2",
             "optim.warmup_fraction=0.0",
         ],
-        *["eval.num_samples=20", "eval.sampling_steps=2", "eval.batch_size=10"],
+        *["eval.num_samples=20", "eval.sampling_steps=2", "eval.bootstrap=5"],
         *more,
     ]
 

@@ -208,9 +208,9 @@ def ablation(miniature, tmp_path, monkeypatch):
 
 def test_other_evaluation_settings_are_measured_anew_without_training(ablation, capsys):
     ran, first = ablation({"baseline": {"align": {"coeff": 0}}})
-    assert ran == ["train baseline", "fid baseline", "align baseline"]
+    assert ran == ["train baseline", "metrics baseline", "align baseline"]
     ran, second = ablation({"baseline": {"align": {"coeff": 0}}}, "eval.num_samples=16")
-    assert ran == ["train baseline", "fid baseline", "align baseline"]
+    assert ran == ["train baseline", "metrics baseline", "align baseline"]
     assert "16 samples" in second["note"]
     assert (
         first["results"]["baseline"]["0"]["Fréchet distance ↓"]
@@ -247,9 +247,9 @@ def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path):
         ablation({"baseline": {"align": {"coeff": 0}}})
 
 
-@pytest.mark.parametrize("key", ["seed=3", "run=elsewhere", "eval.extractor=null", "eval.tokens=null"])
+@pytest.mark.parametrize("key", ["seed=3", "run=elsewhere", "eval.extractor=nowhere", "eval.tokens=null"])
 def test_settings_that_an_ablation_decides_or_needs(ablation, key):
-    with pytest.raises(UserError, match=r"--seeds and --out decide it|cannot be evaluated: set"):
+    with pytest.raises(UserError, match=r"--seeds and --out decide it|cannot be evaluated: set|at nowhere"):
         ablation({"baseline": {"align": {"coeff": 0}}}, key)
 
 

@@ -11,6 +11,8 @@ from PIL import Image
 from errors import UserError
 from evaluation import plots
 from evaluation.page import Command, Figure, Heading, Paragraph, Table, write_page
+from evaluation.plot_grids import plot_rows, plot_sample_grids
+from evaluation.plot_style import run_style
 
 RUNS = {"baseline": ([0, 1, 2], [3.0, 2.0, 1.5]), "aligned": ([0, 1, 2], [3.0, float("nan"), 1.0])}
 
@@ -18,18 +20,25 @@ RUNS = {"baseline": ([0, 1, 2], [3.0, 2.0, 1.5]), "aligned": ([0, 1, 2], [3.0, f
 def test_every_figure_lies_beside_the_numbers_it_was_drawn_from(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     plots.plot_curves(tmp_path / "curves.png", RUNS, "step", "loss", "Loss", log_y=True, smooth=3)
-    plots.plot_sample_grids(tmp_path / "grids.png", {"a": images, "b": images}, 2, ["x", "y"])
-    plots.plot_bars(tmp_path / "bars.png", {"fd": {"baseline": 2.0, "aligned": None}})
-    for name in ("curves", "grids", "bars"):
+    plot_sample_grids(tmp_path / "grids.png", {"a": images, "b": images}, 2, ["x", "y"])
+    plot_rows(tmp_path / "rows.png", {"a": [images[0], None], "b": list(images[:2])}, ["x", "y"], "note")
+    points = {"steps": [1, 2], "images": [4, 8], "values": [3.0, 2.0], "errors": [0.1, None]}
+    plots.plot_metric_curves(tmp_path / "metric.png", {"a": points}, "adm_fid10k", levels={"base": 9.0})
+    plots.plot_panels(tmp_path / "panels.png", {"adm_fid10k": {"a": points}, "adm_is10k": {"a": points}})
+    sweep = {"a": {"scales": [1.0, 2.0], "x": [3.0, 4.0], "y": [9.0, 8.0]}}
+    plots.plot_sweep(tmp_path / "sweep.png", sweep, "IS", "FID")
+    for name in ("curves", "grids", "rows", "metric", "panels", "sweep"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert min(image.size) > 150
     curves = json.loads((tmp_path / "curves.json").read_text())
     assert curves["series"]["aligned"] == {"x": [0.0, 1.0, 2.0], "y": [3.0, None, 1.0]}
-    assert json.loads((tmp_path / "bars.json").read_text())["metrics"]["fd"] == {
-        "baseline": 2.0,
-        "aligned": None,
-    }
-    assert len(list(tmp_path.iterdir())) == 6  # no temporary file is left
+    metric = json.loads((tmp_path / "metric.json").read_text())
+    assert (metric["series"]["a"], metric["levels"]) == (points, {"base": 9.0})
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows["a"][0] == rows["b"][0] != rows["b"][1]
+    assert rows["a"][1] is None
+    assert json.loads((tmp_path / "sweep.json").read_text())["series"] == sweep
+    assert len(list(tmp_path.iterdir())) == 12  # no temporary file is left
 
 
 def test_a_run_keeps_its_colour_in_a_figure_without_the_others(tmp_path):
@@ -37,7 +46,7 @@ def test_a_run_keeps_its_colour_in_a_figure_without_the_others(tmp_path):
         with Image.open(path) as image:
             return {tuple(pixel) for pixel in np.asarray(image.convert("RGB")).reshape(-1, 3)}
 
-    second = tuple(int(plots.run_style(1)["color"][i : i + 2], 16) for i in (1, 3, 5))
+    second = tuple(int(run_style(1)["color"][i : i + 2], 16) for i in (1, 3, 5))
     alone = {"aligned": RUNS["aligned"]}
     plots.plot_curves(tmp_path / "a.png", alone, "step", "loss", "t", run_order=["baseline", "aligned"])
     plots.plot_curves(tmp_path / "b.png", alone, "step", "loss", "t")
@@ -47,7 +56,7 @@ def test_a_run_keeps_its_colour_in_a_figure_without_the_others(tmp_path):
 
 def test_an_enlarged_sample_shows_its_own_pixels_and_no_others(tmp_path):
     image = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    plots.plot_sample_grids(tmp_path / "g.png", {"a": image}, 1)
+    plot_sample_grids(tmp_path / "g.png", {"a": image}, 1)
     with Image.open(tmp_path / "g.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     wanted = image[0].repeat(16, axis=0).repeat(16, axis=1)  # (128, 128, 3)
@@ -60,7 +69,10 @@ def test_figures_refuse_data_that_does_not_fit(tmp_path):
         plots.plot_curves(tmp_path / "x.png", {"a": ([1, 2], [1])}, "", "", "")
     grids = {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((1, 4, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match="differ in shape"):
-        plots.plot_sample_grids(tmp_path / "x.png", grids, 1)
+        plot_sample_grids(tmp_path / "x.png", grids, 1)
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="one for each of 1 columns"):
+        plot_rows(tmp_path / "x.png", {"a": [image, image]}, ["x"])
     assert not list(tmp_path.iterdir())
 
 

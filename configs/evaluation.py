@@ -1,0 +1,76 @@
+"""The knobs of evaluation: held-out images, what judges samples, and how they are drawn."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from configs.sections import Section
+
+
+class Eval(Section):
+    csv: Path | None = Field(None, description="held-out images (script 1 on val), for `align`")
+    latents: Path | None = Field(None, description="their latents")
+    tokens: Path | None = Field(None, description="their teacher tokens")
+    extractor: str = Field(
+        "inception",
+        description="what sees the images: inception (ADM's network, its weights in the standard cache), the path of its .pth, "
+        "or the folder of an image classifier, whose numbers compare with nothing published",
+    )
+    dinov2: str | None = Field(
+        None,
+        description="folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
+    )
+    reference: tuple[Path, ...] = Field(
+        (),
+        description="reference statistics, .npz: ADM's own file, or those of `reference`; empty = made of the training images, "
+        "once, and kept beside data.csv",
+    )
+    num_samples: int = Field(10_000, ge=2, description="images that are drawn and measured")
+    sampler: Literal["ddim", "ddpm", "dpm++"] = Field("ddim", description="diffusers' scheduler")
+    sampling_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
+    eta: float = Field(0.0, ge=0, le=1, description="noise that DDIM adds at each step, as a share of DDPM's")
+    cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
+    guidance_low: float = Field(0.0, ge=0, le=1, description="guide only at noise levels from this on")
+    guidance_high: float = Field(
+        1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
+    )
+    guidance_space: Literal["snr", "index"] = Field(
+        "snr",
+        description="what a noise level is: REPA's time of equal signal-to-noise ratio, or the share of the DDPM index",
+    )
+    labels: Literal["balanced", "random"] = Field(
+        "balanced", description="image i shows class i mod n, or one drawn at random, as DiT, ADM and REPA do"
+    )
+    seed: int = Field(0, ge=0, lt=2**62, description="image i starts from the noise of seed + i")
+    batch_size: int = Field(
+        16,
+        ge=1,
+        description="images in a forward while sampling; on a CPU, where that gains nothing, always 16",
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the U-Net while sampling; auto = bf16 on a GPU that has it, else fp32"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the U-Net before sampling; pays above some 1,000 images"
+    )
+    keep_images: bool = Field(
+        True,
+        description="false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)",
+    )
+    bootstrap: int = Field(
+        10, ge=0, description="resamplings behind the error of a Fréchet distance; 0 = none"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self):
+        if self.eta and self.sampler != "ddim":
+            raise ValueError("eval.eta is DDIM's: set eval.sampler=ddim, or eval.eta=0")
+        if self.bootstrap == 1:
+            raise ValueError("eval.bootstrap = 1 gives no spread: choose 2 or more, or 0 for none")
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(
+                f"the guidance interval is empty: eval.guidance_low = {self.guidance_low:g} is above eval.guidance_high = "
+                f"{self.guidance_high:g}"
+            )
+        return self
