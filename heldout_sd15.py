@@ -102,10 +102,6 @@ class Bench:
     def loss(self) -> SD15Loss:
         return build_loss(self.config)
 
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.held.latents) // self.config.eval.batch_size)
-
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(index of the first image, x_0, noise, text): (b, 4, h, w), (b, 4, h, w), (b, L, C)."""
         size = self.config.eval.batch_size
