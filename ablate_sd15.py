@@ -19,7 +19,7 @@ from configs.loading import load_config
 from configs.schema import Config
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
-from evaluation.alignment_rows import value_of
+from evaluation.alignment_rows import NUM_IMAGES, value_of
 from files import write_atomically, write_json
 from stages import Record, Stage, run_chains
 from training.run_folder import flat_settings, this_command
@@ -178,6 +178,7 @@ def measures_of(config: Config) -> dict[str, float | None]:
     ]
     align = json.loads((folder / "align.json").read_text())
     here = {"step": last, "timesteps": [TIMESTEP], "seed": config.eval.seed}
+    here["num_images"] = min(NUM_IMAGES, align.get("num_available", 0))
     if len(ours) != 1 or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"

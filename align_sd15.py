@@ -154,7 +154,7 @@ def draw_alignment(
     drawn = {called[key]: sources[key] for key in called if key in sources}
     for method in dict.fromkeys(("tsne", embedding)):
         title = (
-            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images; "
+            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images\n"
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)

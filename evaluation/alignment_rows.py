@@ -36,6 +36,7 @@ from evaluation.ridge_map import ridge_alignment
 from evaluation.spatial_metrics import spatial_metrics
 
 TIMESTEPS = (50, 250, 500, 750)
+NUM_IMAGES = 1000  # unless another number is asked for; at full size about 4 GB beside the models
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 

@@ -5,7 +5,7 @@ import numpy as np
 from evaluation.alignment_metrics import mispair, paired_cosine, split_by_image
 from evaluation.token_sums import mapped, parts, product_sum, token_pair
 
-PENALTIES = tuple(10.0**e for e in range(-3, 4))  # relative to the mean variance of the features
+PENALTIES = tuple(10.0**e for e in range(-5, 4))  # relative to the mean variance of the features
 
 
 def ridge_alignment(

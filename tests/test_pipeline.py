@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,8 @@ def test_the_whole_pipeline_ends_with_a_page(miniature, tmp_path, capsys):
     evaluate_sd15.main(["compare", *map(str, runs), "--out", str(tmp_path / "page")])
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count("data:image/png;base64,") >= 7
-    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    words = re.sub(r"base64,[^\"]+", "", page)  # megabytes of random letters hold any word
+    assert "http" not in words.replace("http-equiv", "")  # self-contained
     numbers = json.loads((tmp_path / "page" / "compare.json").read_text())
     assert all(set(values) == {"urepa", "baseline"} for values in numbers.values())
     first = next(iter(numbers.values()))
