@@ -20,7 +20,7 @@ from configs.loading import load_config
 from configs.schema import Config
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
-from evaluation.alignment_rows import value_of
+from evaluation.alignment_rows import NUM_IMAGES, value_of
 from evaluation.curves import headline, kind_of, read_points
 from evaluation.features import load_extractors
 from files import write_atomically, write_json
@@ -177,6 +177,7 @@ def measures_of(config: Config) -> dict[str, float | None]:
     ]
     align = json.loads((folder / "align.json").read_text())
     here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
+    here["num_images"] = min(NUM_IMAGES, align.get("num_available", 0))
     if not ours or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"

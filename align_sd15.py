@@ -101,10 +101,10 @@ def measure_alignment(
     held = heldout_images(config, num_images)
     n, heads = len(held.latents), {name: heads_of(name, model) for name, model in models.items()}
     rows, losses, sources, sides = [], {}, {}, {}
-    with tqdm(unit="step") as bar:
+    forwards = -(-n // config.eval.batch_size) * (1 + len(timesteps))  # batches of one model
+    steps = sum(forwards + len(timesteps) * (3 + len(found)) for found in heads.values())
+    with tqdm(total=steps, unit="step") as bar:
         bench = Bench(config, held, seed, device, bar.update)
-        per_model = bench.num_batches * (1 + len(timesteps))
-        bar.total = sum(per_model + len(timesteps) * (3 + len(found)) for found in heads.values())
         for name, model in models.items():
             bar.set_description(f"{name}: held-out loss")
             losses[name] = bench.heldout_loss(model)
@@ -179,7 +179,7 @@ def draw_alignment(
     drawn = {called[key]: sources[key] for key in called if key in sources}
     for method in dict.fromkeys(("tsne", embedding)):
         title = (
-            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images; "
+            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images\n"
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)

@@ -12,6 +12,7 @@ from build_sd15 import build_loss
 from configs.schema import Config
 from dataset_sd15 import latents_of
 from errors import UserError
+from evaluation.alignment_rows import NUM_IMAGES
 from evaluation.sampling import initial_noise
 from loss_sd15 import SD15Loss
 from models.diffusion import add_noise
@@ -20,7 +21,6 @@ from preprocessing.manifest import read_table
 from preprocessing.reader import FieldReader
 from preprocessing.samples import read_samples
 
-NUM_IMAGES = 1000  # at full size 6 GB of tokens and features beside the models
 MIN_IMAGES = 16
 LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss is averaged
 
@@ -101,10 +101,6 @@ class Bench:
     @cached_property
     def loss(self) -> SD15Loss:
         return build_loss(self.config)
-
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.held.latents) // self.config.eval.batch_size)
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """(index of the first image, x_0, noise, text): (b, 4, h, w), (b, 4, h, w), (b, L, C)."""

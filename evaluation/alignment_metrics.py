@@ -1,19 +1,16 @@
-"""How much of the teacher the U-Net holds: held-out CCA, CKNNA, unbiased CKA, paired cosine, held-out ridge maps.
+"""How much of the teacher the U-Net holds: held-out CCA, CKNNA, unbiased CKA, paired cosine.
 
 Alignment numbers lie easily. CCA reads 1.0 on independent data once there are as many dimensions as
 samples, and the tokens of one image are not independent samples; biased CKA reads 0.8 there. So everything
 fitted here is fitted on one half of the *images* and reported on the other, with the layout all images share
 removed where it would count, beside a null in which images are paired at random.
-
-Features stay in their own precision; sums are taken in float64, some images at a time.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 
+from evaluation.token_sums import flat, mapped, parts, product_sum, token_pair
+
 NULLS = 5  # random pairings of images that a null is the mean of
-CHUNK = 32  # images turned to float64 at a time: 21 MB of mid-block features at full size
 
 
 class RankError(ValueError):
@@ -50,7 +47,7 @@ def heldout_cca(
 
     A side that was already reduced to the same k, with the same seed, gives the same result.
     """
-    x, y = _token_pair(x, y)
+    x, y = token_pair(x, y)
     fit, test = split_by_image(len(x), seed)
     xs, ys = (reduce_tokens(side, k=k, seed=seed) for side in (x, y))  # (N, T, k) each
     rho = _canonical_correlations(xs, ys, fit, fit, test, test)  # (k,)
@@ -69,11 +66,13 @@ def reduce_tokens(tokens: np.ndarray, *, k: int, seed: int) -> np.ndarray:
     """
     fit, _ = split_by_image(len(tokens), seed)
     mean = tokens[fit].mean(axis=0, dtype=np.float64)  # (T, D)
-    values, vectors = np.linalg.eigh(_moment(tokens, fit, mean))  # ascending (D,), (D, D)
+    values, vectors = np.linalg.eigh(
+        product_sum(tokens, tokens, fit, fit, mean, mean)
+    )  # ascending (D,), (D, D)
     rank = int((values > values[-1] * 1e-10).sum())
     if not 1 <= k <= rank:
         raise RankError(f"k must be in [1, {rank}], the rank of the tokens {tokens.shape}; got {k}")
-    return _mapped(tokens, np.arange(len(tokens)), mean, vectors[:, ::-1][:, :k], np.float64)  # (N, T, k)
+    return mapped(tokens, np.arange(len(tokens)), mean, vectors[:, ::-1][:, :k], np.float64)  # (N, T, k)
 
 
 def cknna(x: np.ndarray, y: np.ndarray, *, k: int = 10, seed: int = 0) -> dict[str, float | int]:
@@ -105,7 +104,7 @@ def unbiased_cka(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> dict[str, fl
     # Unbiased HSIC ignores a common offset of the features; without it, it is not lost in rounding.
     kernel_x, kernel_y = (side @ side.T for side in (x - x.mean(axis=0), y - y.mean(axis=0)))  # (N, N) each
     value, null = _beside_null(_normalised_hsic, kernel_x, kernel_y, [seed, 3])
-    return {"cka": value, "null_cka": null, "n": len(x)}
+    return {"cka": float(value), "null_cka": null, "n": len(x)}
 
 
 def paired_cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -118,7 +117,7 @@ def paired_cosine(x: np.ndarray, y: np.ndarray) -> float:
         raise ValueError(f"x and y must share one shape (..., D), got {x.shape} and {y.shape}")
     total = sum(
         (_unit(x[part].astype(np.float64)) * _unit(y[part].astype(np.float64))).sum()
-        for part in _parts(len(x))
+        for part in parts(len(x))
     )
     return float(total / (x.size / x.shape[-1]))
 
@@ -136,64 +135,11 @@ def pool_tokens(tokens: np.ndarray, grid_from: tuple[int, int], grid_to: tuple[i
         raise ValueError(f"cannot pool grid {grid_from} to the finer grid {grid_to}; pool the other side")
     rows, columns = _overlaps(h, h_to), _overlaps(w, w_to)  # (h', h), (w', w)
     pooled = np.empty((len(tokens), h_to * w_to, tokens.shape[-1]), tokens.dtype)
-    for part in _parts(len(tokens)):
+    for part in parts(len(tokens)):
         grid = tokens[part].reshape(-1, h, w, tokens.shape[-1])  # (n, h, w, D)
         mean = np.einsum("ah,bw,nhwd->nabd", rows, columns, grid, optimize=True)  # (n, h', w', D)
         pooled[part] = mean.reshape(len(grid), h_to * w_to, -1)
     return pooled  # (N, h'*w', D)
-
-
-def ridge_alignment(
-    x: np.ndarray, y: np.ndarray, *, seed: int, ridge: float = 1e-2
-) -> tuple[dict[str, float | int], np.ndarray]:
-    """Map tokens x (N, T, Dx) to the space of y (N, T, Dy) by ridge regression, fitted on half of the images.
-
-    Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
-    seed. It gives a run without a head, or the base model, a view in the teacher's space.
-
-    - cosine: `paired_cosine` of the projection with y, in [-1, 1]; a map that only knows y's mean has the cosine of
-      the tokens with their mean, so look at `null_cosine` too.
-    - r2: the share of y's variance about the fit images' mean that the map explains, over all tokens and channels; at
-      most 1, and below 0 where the mean alone does better.
-    - null_cosine, null_r2: the same of a map fitted on images paired at random, and reported alike.
-
-    `ridge` is relative to the mean variance of x; 0 is plain least squares.
-    """
-    x, y = _token_pair(x, y)
-    if ridge < 0:
-        raise ValueError(f"ridge must not be negative, got {ridge}")
-    fit, test = split_by_image(len(x), seed)
-    x_mean, y_mean = (side[fit].mean(axis=(0, 1), dtype=np.float64) for side in (x, y))  # (Dx,), (Dy,)
-    values, vectors = np.linalg.eigh(_moment(x, fit, x_mean))  # (Dx,), (Dx, Dx)
-    damped = values + ridge * values.mean()
-    # With ridge 0 the features may be rank-deficient: what has no variance has no weight.
-    inverse = np.where(damped > damped.max() * 1e-12, 1 / np.where(damped > 0, damped, 1), 0)  # (Dx,)
-
-    def measure(fit_y: np.ndarray, test_y: np.ndarray) -> tuple[float, float, np.ndarray]:
-        weights = vectors @ (inverse[:, None] * (vectors.T @ _cross(x, y, fit, fit_y, x_mean, y_mean)))
-        projected = _mapped(x, test, x_mean, weights, y.dtype, y_mean)  # (n_test, T, Dy)
-        wrong = spread = 0.0
-        for part in _parts(len(test)):
-            truth = y[test_y[part]].astype(np.float64)
-            wrong += ((truth - projected[part]) ** 2).sum()
-            spread += ((truth - y_mean) ** 2).sum()
-        return paired_cosine(projected, y[test_y]), float(1 - wrong / spread), projected
-
-    rng = np.random.default_rng([seed, 4])
-    cosine, r2, projected = measure(fit, test)
-    null_cosine, null_r2, _ = measure(mispair(fit, rng), mispair(test, rng))
-    numbers = {"cosine": cosine, "r2": r2, "null_cosine": null_cosine, "null_r2": null_r2}
-    return numbers | {"n_fit": len(fit), "n_test": len(test)}, projected
-
-
-def _token_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if x.ndim != 3 or y.ndim != 3 or x.shape[:2] != y.shape[:2]:
-        raise ValueError(
-            f"x and y must be (N, T, Dx) and (N, T, Dy) on one grid, got {x.shape} and {y.shape}"
-        )
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise ValueError("tokens are not finite")
-    return x, y
 
 
 def _vector_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,41 +149,12 @@ def _vector_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _parts(n: int) -> Iterator[slice]:
-    return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
-
-
-def _moment(x: np.ndarray, images: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(D, D) mean of the products of the images' tokens x (N, T, D) about `mean`, (T, D) or (D,)."""
-    total = np.zeros((x.shape[-1],) * 2)
-    for part in _parts(len(images)):
-        a = _flat(x[images[part]] - mean)  # (M, D)
-        total += a.T @ a
-    return total / (len(images) * x.shape[1])
-
-
-def _cross(x, y, images_x, images_y, mean_x, mean_y) -> np.ndarray:
-    """(Dx, Dy) mean of the products of x's and y's tokens, of images paired as given."""
-    total = np.zeros((x.shape[-1], y.shape[-1]))
-    for part in _parts(len(images_x)):
-        total += _flat(x[images_x[part]] - mean_x).T @ _flat(y[images_y[part]] - mean_y)
-    return total / (len(images_x) * x.shape[1])
-
-
-def _mapped(x, images, mean, weights, dtype, offset=0.0) -> np.ndarray:
-    """(x - mean) @ weights + offset of these images' tokens: (n, T, D')."""
-    out = np.empty((len(images), x.shape[1], weights.shape[1]), dtype)
-    for part in _parts(len(images)):
-        out[part] = (x[images[part]] - mean) @ weights + offset
-    return out
-
-
 def _canonical_correlations(xs, ys, fit_x, fit_y, test_x, test_y) -> np.ndarray:
     """Fit directions on the image pairs (fit_x, fit_y), return (k,) correlations on (test_x, test_y)."""
-    a, b = _flat(xs[fit_x]), _flat(ys[fit_y])  # (M, k) each, mean 0; PCA has made their columns uncorrelated
+    a, b = flat(xs[fit_x]), flat(ys[fit_y])  # (M, k) each, mean 0; PCA has made their columns uncorrelated
     scale_a, scale_b = np.sqrt((a**2).mean(axis=0)), np.sqrt((b**2).mean(axis=0))  # (k,) each
     u, _, vt = np.linalg.svd((a / scale_a).T @ (b / scale_b))  # (k, k), (k,), (k, k)
-    p, q = _flat(xs[test_x]) / scale_a @ u, _flat(ys[test_y]) / scale_b @ vt.T  # (M', k) each
+    p, q = flat(xs[test_x]) / scale_a @ u, flat(ys[test_y]) / scale_b @ vt.T  # (M', k) each
     p, q = p - p.mean(axis=0), q - q.mean(axis=0)
     return (p * q).sum(axis=0) / np.sqrt((p**2).sum(axis=0) * (q**2).sum(axis=0))  # (k,)
 
@@ -292,7 +209,3 @@ def _overlaps(n_from: int, n_to: int) -> np.ndarray:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
-
-
-def _flat(tokens: np.ndarray) -> np.ndarray:
-    return tokens.reshape(-1, tokens.shape[-1])  # (N*T, D)

@@ -29,13 +29,14 @@ from evaluation.alignment_metrics import (
     heldout_cca,
     pool_tokens,
     reduce_tokens,
-    ridge_alignment,
     unbiased_cka,
 )
 from evaluation.linear_probe import probe_accuracy
+from evaluation.ridge_map import ridge_alignment
 from evaluation.spatial_metrics import spatial_metrics
 
 TIMESTEPS = (50, 250, 500, 750)
+NUM_IMAGES = 1000  # unless another number is asked for; at full size about 4 GB beside the models
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 
@@ -83,7 +84,7 @@ def tap_metrics(features: np.ndarray, teacher: TeacherSide) -> tuple[Metrics, np
     ridge, projected = ridge_alignment(features, teacher.tokens, seed=teacher.seed)
     return {
         "ridge_cosine": entry(ridge["cosine"], ridge["null_cosine"]),
-        "ridge_r2": entry(ridge["r2"], ridge["null_r2"]),
+        "ridge_r2": entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"]),
         **_both_sides(features, teacher),
     }, projected
 

@@ -71,7 +71,8 @@ def plot_embedding(
         fontsize=9,
         handletextpad=0.2,
     )
-    figure.suptitle(fill(title, 36 * max(len(sources), 2)) or None, fontsize=11)
+    lines = [fill(line, 42 * max(len(sources), 2)) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines) or None, fontsize=11)
     content = {
         name: {
             kind: {
@@ -90,9 +91,10 @@ def plot_embedding(
 
 def caption(numbers: Mapping[str, float | int]) -> str:
     """A panel's numbers in three short lines."""
+    said = {name: f"{round(value, 2) + 0.0:.2f}" for name, value in numbers.items()}  # no minus before 0.00
     return (
-        f"paired cosine {numbers['paired_cosine']:.2f} (random pairs {numbers['null_paired_cosine']:.2f})\n"
-        f"CKNNA {numbers['cknna']:.2f} (random pairs {numbers['null_cknna']:.2f}), {numbers['cknna_images']} images, "
+        f"paired cosine {said['paired_cosine']} (random pairs {said['null_paired_cosine']})\n"
+        f"CKNNA {said['cknna']} (random pairs {said['null_cknna']}), {numbers['cknna_images']} images, "
         f"k = {numbers['cknna_k']}\n"
         f"drawn: {numbers['tokens']} tokens a side of {numbers['images']} images"
     )

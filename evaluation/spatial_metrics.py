@@ -72,7 +72,7 @@ def spatial_metrics(
         )
         for quantity in (_local_minus_distant, _decay)
     )
-    return {"lds": lds, "cds": cds, "rmsc": {"value": contrast / len(tokens), "null": None}}
+    return {"lds": lds, "cds": cds, "rmsc": {"value": float(contrast / len(tokens)), "null": None}}
 
 
 def _manhattan(h: int, w: int) -> np.ndarray:

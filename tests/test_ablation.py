@@ -238,11 +238,11 @@ def test_what_cannot_be_compared_is_marked_and_has_no_difference(ablation):
     assert "†" in found["note"]
 
 
-def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path):
+@pytest.mark.parametrize("options", [["--timesteps", "900"], ["--timesteps", "250", "--num-images", "16"]])
+def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path, options):
     ablation({"baseline": {"align": {"coeff": 0}}})
-    importlib.import_module("evaluate_sd15").main(
-        ["align", str(tmp_path / "out/baseline/seed0"), "--timesteps", "900"]
-    )
+    run = str(tmp_path / "out/baseline/seed0")
+    importlib.import_module("evaluate_sd15").main(["align", run, *options])
     with pytest.raises(UserError, match="changed by other commands"):
         ablation({"baseline": {"align": {"coeff": 0}}})
 

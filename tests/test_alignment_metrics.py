@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from errors import UserError
-from evaluation import alignment_metrics, embedding
+from evaluation import alignment_metrics, embedding, ridge_map
 from evaluation.alignment_rows import entry, nearest_timestep, row_of, value_of
 from evaluation.embedding import Panel, Source, embed_sources, joint_embedding
 from evaluation.linear_probe import probe_accuracy
 from evaluation.plot_alignment import plot_embedding, plot_timesteps
+from evaluation.ridge_map import ridge_alignment
 from evaluation.spatial_metrics import Distances, distances_on, spatial_metrics
 
 # CCA, CKNNA, CKA, cosine, ridge
@@ -171,8 +172,8 @@ def test_float32_tokens_are_summed_in_float64():
     exact = [side.astype(np.float64) for side in low]
     ours = alignment_metrics.heldout_cca(*low, k=6, seed=0)["mean_rho"]
     assert ours == pytest.approx(alignment_metrics.heldout_cca(*exact, k=6, seed=0)["mean_rho"], abs=1e-7)
-    ridge, _ = alignment_metrics.ridge_alignment(*low, seed=0)
-    assert ridge["r2"] == pytest.approx(alignment_metrics.ridge_alignment(*exact, seed=0)[0]["r2"], abs=1e-5)
+    ridge, _ = ridge_alignment(*low, seed=0, ridge=0.1)
+    assert ridge["r2"] == pytest.approx(ridge_alignment(*exact, seed=0, ridge=0.1)[0]["r2"], abs=1e-5)
 
 
 def biased_cka(x, y):
@@ -220,16 +221,42 @@ def test_ridge_recovers_a_linear_map_on_images_it_was_not_fitted_on():
     x = tokens(rng, d=6)
     y = x @ rng.normal(size=(6, 9)) + rng.normal(size=9)
     index = alignment_metrics.split_by_image(len(x), 0)[1]
-    exact, projected = alignment_metrics.ridge_alignment(x, y, seed=0, ridge=0.0)
+    exact, projected = ridge_alignment(x, y, seed=0, ridge=0.0)
     np.testing.assert_allclose(projected, y[index], atol=1e-8)
     assert (exact["cosine"], exact["r2"]) == pytest.approx((1, 1))
-    found, loose = alignment_metrics.ridge_alignment(x, y, seed=0)
+    found, loose = ridge_alignment(x, y, seed=0)
     assert found["cosine"] > 0.99
     assert abs(found["null_r2"]) < 0.2
     assert found["null_cosine"] < found["cosine"] - 0.1
     y[index] = 0.0  # the test half's answers must not matter
-    _, blind = alignment_metrics.ridge_alignment(x, y, seed=0)
+    _, blind = ridge_alignment(x, y, seed=0)
     np.testing.assert_array_equal(blind, loose)
+
+
+def test_a_ridge_map_of_few_images_with_many_channels_is_null_where_a_small_penalty_overfits():
+    rng = np.random.default_rng(29)
+    x, y = tokens(rng, n=80, d=120), tokens(rng, n=80, d=20)
+    small, _ = ridge_alignment(x, y, seed=0, ridge=1e-2)
+    assert small["r2"] < -0.3  # the known bad
+    chosen, _ = ridge_alignment(x, y, seed=0)
+    assert chosen["r2"] == pytest.approx(0, abs=0.05)
+    assert chosen["null_r2"] == pytest.approx(0, abs=0.05)
+
+
+def test_the_penalty_is_the_best_of_the_ladder_on_images_held_back():
+    """The error that sums of products tell is that of predictions, for every penalty."""
+    rng = np.random.default_rng(30)
+    x = rng.normal(size=(40, 6))
+    y = x @ rng.normal(size=(6, 3)) + 4 * rng.normal(size=(40, 3))
+    a, b, c, d = x[:12], y[:12], x[12:], y[12:]
+    errors = {}
+    for penalty in ridge_map.PENALTIES:
+        strength = penalty * np.trace(a.T @ a) / 6
+        weights = np.linalg.solve(a.T @ a + strength * np.eye(6), a.T @ b)
+        errors[penalty] = ((c @ weights - d) ** 2).sum()
+    best = min(errors, key=errors.get)
+    assert 1e-3 < best < 1e3
+    assert ridge_map._best(np.linalg.eigh(a.T @ a), a.T @ b, c.T @ c, c.T @ d) == best
 
 
 def test_ridge_equals_scikit_learns():
@@ -243,7 +270,7 @@ def test_ridge_equals_scikit_learns():
     a, b, c, d = (z.reshape(-1, z.shape[-1]) for z in (x[fit], y[fit], x[test], y[test]))
     strength = 0.05 * len(a) * a.var(axis=0).mean()
     theirs = Ridge(alpha=strength).fit(a, b).predict(c)
-    found, projected = alignment_metrics.ridge_alignment(x, y, seed=2, ridge=0.05)
+    found, projected = ridge_alignment(x, y, seed=2, ridge=0.05)
     np.testing.assert_allclose(projected.reshape(theirs.shape), theirs, atol=1e-8)
     assert found["r2"] == pytest.approx(r2_score(d, theirs, multioutput="variance_weighted"), abs=0.02)
     assert found["cosine"] == pytest.approx(
@@ -254,13 +281,13 @@ def test_ridge_equals_scikit_learns():
 # Spatial metrics
 
 
-def spatial_by_loops(image, side, far, reach):
+def spatial_by_loops(image, width, far, reach):
     """One image's LDS, CDS and RMSC, pair by pair."""
     unit = [token / np.linalg.norm(token) for token in image]
     at = {}
     for p, u in enumerate(unit):
         for q, v in enumerate(unit):
-            distance = abs(p // side - q // side) + abs(p % side - q % side)
+            distance = abs(p // width - q // width) + abs(p % width - q % width)
             at.setdefault(distance, []).append(float(u @ v))
     distant = [cosine for distance, found in at.items() if distance >= far for cosine in found]
     means = [np.mean(at[d]) for d in range(1, reach + 1)]
@@ -316,12 +343,14 @@ def test_shuffled_positions_have_no_spatial_structure_and_rmsc_needs_none():
     assert spatial_metrics(same, (8, 8), seed=0)["rmsc"]["value"] == pytest.approx(0, abs=1e-7)
 
 
-def test_a_grid_that_is_not_square_is_read_row_by_row():
-    """Rows alike, columns not: at equal distance, cells of one row are the more alike."""
-    rng = np.random.default_rng(24)
-    by_row = np.repeat(rng.normal(size=(40, 4, 6)), 8, axis=1)  # (40, 32, 6): a grid of 4 × 8
-    assert spatial_metrics(by_row, (4, 8), seed=0)["lds"]["value"] > 0.3
-    assert abs(spatial_metrics(rng.normal(size=(40, 32, 6)), (4, 8), seed=0)["lds"]["value"]) < 0.05
+@pytest.mark.parametrize(("h", "w"), [(4, 8), (8, 4)])
+def test_a_grid_that_is_not_square_is_read_row_by_row_and_scaled_by_its_shorter_side(h, w):
+    rows, columns = np.divmod(np.arange(h * w), w)
+    wave = np.stack([np.cos(rows), np.sin(rows), columns / w], axis=1)  # (T, 3)
+    images = wave + 0.1 * np.random.default_rng(24).normal(size=(2, h * w, 3))
+    expected = np.mean([spatial_by_loops(image, w, 2, 2) for image in images], axis=0)
+    found = spatial_metrics(images, (h, w), seed=0)
+    assert [found[name]["value"] for name in ("lds", "cds", "rmsc")] == pytest.approx(list(expected))
 
 
 # Linear probe
