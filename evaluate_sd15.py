@@ -65,7 +65,7 @@ def sample(args: argparse.Namespace) -> None:
         folder, _ = draw_samples(target, chosen, device, indices, ranks)
         if args.npz and ranks.main:
             file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
-            shape = load_images(folder, [0]).shape[1:]
+            shape = load_images(folder, [0]).shape[1:3]
             write_npz_images(file, image_chunks(folder, indices, 128), len(indices), shape)
             print(f"{file}: {len(indices):,} images as arr_0")
         if ranks.main:
