@@ -139,7 +139,7 @@ def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Conf
     run, name = config.run, f"{arm} seed {seed}"
     train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
     last = f"--checkpoint {config.train.steps}"
-    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timesteps {TIMESTEP}"
+    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timesteps {TIMESTEP} --no-base"
     return [
         Stage(
             f"train {name}",

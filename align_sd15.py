@@ -5,21 +5,18 @@ metric with its null: `evaluation/alignment_rows.py` says what they are. Called 
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from build_sd15 import load_run_model
 from configs.loading import with_settings
 from configs.schema import Config
 from errors import UserError
-from evaluation.alignment_metrics import mispair, pool_tokens, split_by_image
+from evaluation.alignment_metrics import pool_tokens, split_by_image
 from evaluation.alignment_rows import (
     CKNNA_K,
     TIMESTEPS,
@@ -34,10 +31,8 @@ from evaluation.embedding import Source, embed_sources
 from evaluation.plot_alignment import plot_embedding, plot_timesteps
 from evaluation.spatial_metrics import distances_on
 from files import write_json
-from heldout_sd15 import Bench, heldout_images
-from models.alignment import spatial_norm
-from models.sd15_unet_aligned import SD15UNetAligned, sd15_taps
-from models.taps import Taps
+from heldout_sd15 import Bench, heldout_images, read_taps, target_of
+from models.sd15_unet_aligned import SD15UNetAligned
 from preprocessing.manifest import class_names, read_manifest
 from target_sd15 import Target
 from training.run_folder import this_command
@@ -46,27 +41,21 @@ EMBEDDED_TAP = "mid"
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
-@dataclass(frozen=True)
-class HeadTokens:
-    """A head's tokens averaged over the cells of its tap's grid (n, T, D), and the cosine of each image's tokens with the
-    teacher's, and with those of another image, on the teacher's grid (n,)."""
-
-    pooled: np.ndarray
-    cosine: np.ndarray
-    null_cosine: np.ndarray
-
-
 def align_target(target: Target, args: argparse.Namespace, device: torch.device) -> None:
     """Measure a target beside its base model and write RUN/eval/align.json and its pictures."""
     run, config = target.run, target.run.config
     seed = with_settings(config, {} if args.seed is None else {"eval.seed": args.seed}).eval.seed
-    models = {"base": load_run_model(run, 0, device, weights="base")[0]}
-    if target.weights != "base":
-        models = {"run": load_run_model(run, target.step, device, weights=target.weights)[0]} | models
-    measured, sources = measure_alignment(
+    measured = {"run": target.weights, "base": "base"}
+    if target.weights == "base" or args.no_base:
+        del measured["run" if target.weights == "base" else "base"]
+    models = {
+        name: load_run_model(run, target.step, device, weights=weights)[0]
+        for name, weights in measured.items()
+    }
+    found, sources = measure_alignment(
         config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
     )
-    result = {"step": target.step, "command": this_command()} | measured | {"weights": target.weights}
+    result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
     folder = run.path / "eval"
     write_json(folder / "align.json", result)
     names = class_names(read_manifest(config.data.text, "text"))
@@ -110,7 +99,7 @@ def measure_alignment(
             losses[name] = bench.heldout_loss(model)
             for timestep in timesteps:
                 bar.set_description(f"{name}, timestep {timestep}: features")
-                features, grids, tokens = _read_taps(bench, model, heads[name], timestep)
+                features, grids, tokens = read_taps(bench, model, heads[name], timestep)
                 if not sides:
                     sides, k = _teacher_sides(bench, features, grids)
                 for tap, side in sides.items():
@@ -187,9 +176,11 @@ def draw_alignment(
 
 
 def summary(result: Mapping) -> str:
-    """Two lines for the terminal: the run and its base at the timestep that figures show."""
+    """A line for the terminal of each model that was measured, at the timestep that figures show."""
     shown, lines = nearest_timestep(result["timesteps"]), []
     for model, loss in (("run", result["heldout_loss_diff"]), ("base", result["heldout_loss_diff_base"])):
+        if loss is None:
+            continue
         numbers = []
         for metric in ("cca", "cknna"):
             value, null = (
@@ -219,50 +210,6 @@ def heads_of(name: str, model: SD15UNetAligned) -> dict[str, torch.nn.Module]:
     return dict(model.heads) if name == "run" else {}
 
 
-def _read_taps(
-    bench: Bench, model: SD15UNetAligned, heads: Mapping[str, torch.nn.Module], timestep: int
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
-    """At all taps in one forward: features (n, T, C) and grid of each, and the tokens of those heads that there are.
-
-    Each batch goes to the CPU at once, and a head's tokens are averaged over the tap's cells there: on the teacher's own
-    grid they would be three times as many numbers, and up-sampled cells are no new samples.
-    """
-    teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
-    other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
-    features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
-    with _listening(model) as taps:
-        for start, x_0, noise, text in bench.batches():
-            rows = slice(start, start + len(x_0))
-            with taps.recording():
-                bench.predict(model, x_0, noise, text, torch.full((len(x_0),), timestep, device=x_0.device))
-            for tap, feature in taps.captured.items():  # (b, C, h, w)
-                grids[tap] = tuple(feature.shape[-2:])
-                _insist_coarser(tap, grids[tap], grid[0])
-                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
-                _insist_finite(cells, tap, timestep)
-                _put(features, tap, rows, cells, n)
-            for tap, head in heads.items():
-                tokens = head(taps.captured[tap])  # (b, N, D)
-                for place, images in enumerate((np.arange(n)[rows], other[rows])):
-                    target = _target(
-                        bench.config, torch.from_numpy(teacher[images]).to(x_0.device)
-                    )  # (b, N, D)
-                    cosine = torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean(1)  # (b,)
-                    cosines[tap][place, rows] = cosine.cpu().numpy()
-                _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
-    return features, grids, {tap: HeadTokens(pooled[tap], *cosines[tap]) for tap in heads}
-
-
-@contextmanager
-def _listening(model: SD15UNetAligned) -> Iterator[Taps]:
-    """Taps at all three places, also where the run itself taps fewer; they leave when the block ends."""
-    taps = Taps(model.unet, sd15_taps(model.unet))
-    try:
-        yield taps
-    finally:
-        taps.remove()
-
-
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
     """The teacher on each tap's grid, shared by taps of equal grids, and the number of CCA's components."""
     held, grid = bench.held, (bench.config.teacher.grid,) * 2
@@ -275,38 +222,11 @@ def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide
     return {tap: made[found] for tap, found in grids.items()}, k
 
 
-def _target(config: Config, teacher: Tensor) -> Tensor:
-    """What the heads are trained towards."""
-    alpha = config.align.spatial_norm
-    return teacher if alpha is None else spatial_norm(teacher, alpha)
-
-
 def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -> Source:
     """Of the ridge map (n_test, T, D), or of a head's tokens (n, T, D): the test half, beside what each is to be like."""
     test = split_by_image(len(side.tokens), side.seed)[1]
     if kind == "tap":
         return Source(projected, side.tokens[test], side.classes[test])
-    target = _target(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
+    target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
     target = pool_tokens(target, (bench.config.teacher.grid,) * 2, side.grid)  # (n_test, T, D)
     return Source(projected[test], target, side.classes[test])
-
-
-def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarray, n: int) -> None:
-    """Write a batch into the array of its tap, made at the first: joining batches at the end would need all of it twice."""
-    if tap not in arrays:
-        arrays[tap] = np.empty((n, *values.shape[1:]), values.dtype)
-    arrays[tap][rows] = values
-
-
-def _insist_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
-    if max(grid) > teacher_grid:
-        raise UserError(
-            f"the grid {grid[0]} × {grid[1]} of tap {tap} is finer than the teacher's {teacher_grid}: cache more tokens"
-        )
-
-
-def _insist_finite(features: np.ndarray, tap: str, timestep: int) -> None:
-    if not np.isfinite(features).all():
-        raise UserError(
-            f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier --checkpoint"
-        )

@@ -261,6 +261,7 @@ def add_align_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="held-out images, in eval.csv's order (default: 1000, or all there are)",
     )
+    parser.add_argument("--no-base", action="store_true", help="leave the bare base model out")
     parser.add_argument(
         "--embedding", choices=["tsne", "umap"], default="tsne",
         help="umap also draws align_umap.png (pip install umap-learn)",

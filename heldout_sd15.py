@@ -1,6 +1,8 @@
-"""The held-out images of a config, checked against the training cache; and forwards on them with noise that never changes."""
+"""The held-out images of a config, checked against the training cache; forwards on them with noise that never changes; and
+what taps and heads hold in those forwards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,11 +14,14 @@ from build_sd15 import build_loss
 from configs.schema import Config
 from dataset_sd15 import latents_of
 from errors import UserError
+from evaluation.alignment_metrics import mispair, pool_tokens
 from evaluation.alignment_rows import NUM_IMAGES
 from evaluation.sampling import initial_noise
 from loss_sd15 import SD15Loss
+from models.alignment import spatial_norm
 from models.diffusion import add_noise
-from models.sd15_unet_aligned import SD15UNetAligned
+from models.sd15_unet_aligned import SD15UNetAligned, sd15_taps
+from models.taps import Taps
 from preprocessing.manifest import read_table
 from preprocessing.reader import FieldReader
 from preprocessing.samples import read_samples
@@ -128,3 +133,84 @@ class Bench:
             output = self.predict(model, x_0, noise, text, t)
             losses.append(self.loss.diffusion_error(output, x_0, noise, t).cpu())
         return torch.cat(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class HeadTokens:
+    """A head's tokens averaged over the cells of its tap's grid (n, T, D), and the cosine of each image's tokens with the
+    teacher's, and with those of another image, on the teacher's grid (n,)."""
+
+    pooled: np.ndarray
+    cosine: np.ndarray
+    null_cosine: np.ndarray
+
+
+def read_taps(
+    bench: Bench, model: SD15UNetAligned, heads: Mapping[str, torch.nn.Module], timestep: int
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
+    """At all taps in one forward: features (n, T, C) and grid of each, and the tokens of those heads that there are.
+
+    Each batch goes to the CPU at once, and a head's tokens are averaged over the tap's cells there: on the teacher's own
+    grid they would be three times as many numbers, and up-sampled cells are no new samples.
+    """
+    teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
+    other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
+    features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
+    with _listening(model) as taps:
+        for start, x_0, noise, text in bench.batches():
+            rows = slice(start, start + len(x_0))
+            with taps.recording():
+                bench.predict(model, x_0, noise, text, torch.full((len(x_0),), timestep, device=x_0.device))
+            for tap, feature in taps.captured.items():  # (b, C, h, w)
+                grids[tap] = tuple(feature.shape[-2:])
+                _insist_coarser(tap, grids[tap], grid[0])
+                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
+                _insist_finite(cells, tap, timestep)
+                _put(features, tap, rows, cells, n)
+            for tap, head in heads.items():
+                tokens = head(taps.captured[tap])  # (b, N, D)
+                for place, images in enumerate((np.arange(n)[rows], other[rows])):
+                    target = target_of(
+                        bench.config, torch.from_numpy(teacher[images]).to(x_0.device)
+                    )  # (b, N, D)
+                    cosine = torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean(1)  # (b,)
+                    cosines[tap][place, rows] = cosine.cpu().numpy()
+                _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
+    return features, grids, {tap: HeadTokens(pooled[tap], *cosines[tap]) for tap in heads}
+
+
+@contextmanager
+def _listening(model: SD15UNetAligned) -> Iterator[Taps]:
+    """Taps at all three places, also where the run itself taps fewer; they leave when the block ends."""
+    taps = Taps(model.unet, sd15_taps(model.unet))
+    try:
+        yield taps
+    finally:
+        taps.remove()
+
+
+def target_of(config: Config, teacher: Tensor) -> Tensor:
+    """What the heads are trained towards."""
+    alpha = config.align.spatial_norm
+    return teacher if alpha is None else spatial_norm(teacher, alpha)
+
+
+def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarray, n: int) -> None:
+    """Write a batch into the array of its tap, made at the first: joining batches at the end would need all of it twice."""
+    if tap not in arrays:
+        arrays[tap] = np.empty((n, *values.shape[1:]), values.dtype)
+    arrays[tap][rows] = values
+
+
+def _insist_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
+    if max(grid) > teacher_grid:
+        raise UserError(
+            f"the grid {grid[0]} × {grid[1]} of tap {tap} is finer than the teacher's {teacher_grid}: cache more tokens"
+        )
+
+
+def _insist_finite(features: np.ndarray, tap: str, timestep: int) -> None:
+    if not np.isfinite(features).all():
+        raise UserError(
+            f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier --checkpoint"
+        )

@@ -7,14 +7,14 @@ from diffusers import DDPMScheduler
 from small_runs import train
 
 import evaluate_sd15
-from align_sd15 import _read_taps, bare_base, measure_alignment
-from build_sd15 import load_run_model
+from align_sd15 import measure_alignment
+from build_sd15 import build_model, load_run_model
 from errors import UserError
 from evaluation.alignment_metrics import cknna, mispair, pool_tokens, unbiased_cka
 from evaluation.alignment_rows import row_of, value_of
 from evaluation.ridge_map import ridge_alignment
 from evaluation.sampling import initial_noise
-from heldout_sd15 import Bench, HeldOut
+from heldout_sd15 import Bench, HeldOut, read_taps
 from models.alignment import spatial_norm, token_loss
 from preprocessing.manifest import read_table
 from preprocessing.reader import FieldReader
@@ -23,6 +23,11 @@ from preprocessing.samples import read_samples
 CPU = torch.device("cpu")
 TAPS = ("enc_last", "mid", "dec_first")
 TWO_TAPS = ("align.taps=[mid,dec_first]", "align.spatial_norm=0.5")
+
+
+def untrained(config, device):
+    """The model as its training finds it, heads and all."""
+    return build_model(config).to(device).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def runs(miniature, tmp_path_factory):
 def measured(run, *, step=6, timesteps=(250,), num_images=None, only=("run", "base"), **settings):
     config = run.config
     config = config.model_copy(update={"eval": config.eval.model_copy(update=settings)})
-    models = {"run": load_run_model(run, step, CPU)[0], "base": bare_base(config, CPU)}
+    models = {"run": load_run_model(run, step, CPU)[0], "base": untrained(config, CPU)}
     models = {name: models[name] for name in only}
     result, _ = measure_alignment(
         config, models, timesteps=timesteps, seed=5, device=CPU, num_images=num_images
@@ -87,7 +92,7 @@ def features_by_hand(model, config, timestep, seed):
 @pytest.mark.parametrize("which", ["run", "base"])
 def test_rows_equal_those_of_forwards_made_by_hand(runs, results, which):
     run = runs["urepa"]
-    model = load_run_model(run, 6, CPU)[0] if which == "run" else bare_base(run.config, CPU)
+    model = load_run_model(run, 6, CPU)[0] if which == "run" else untrained(run.config, CPU)
     features, teacher = features_by_hand(model, run.config, 250, seed=5)
     cells = pool_tokens(teacher.numpy(), (4, 4), (2, 2))
     for tap in TAPS:
@@ -132,7 +137,7 @@ def test_head_rows_are_only_where_a_head_is(results):
 
 def test_untrained_weights_read_as_the_base_model_and_trained_ones_do_not(runs, results):
     config = runs["urepa"].config
-    models = {"run": bare_base(config, CPU), "base": bare_base(config, CPU)}
+    models = {"run": untrained(config, CPU), "base": untrained(config, CPU)}
     result, _ = measure_alignment(config, models, timesteps=[250], seed=5, device=CPU)
     ours, theirs = (
         [row["metrics"] for row in rows_of(result, model=model, features="tap")] for model in models
@@ -196,7 +201,7 @@ def test_fewer_images_are_the_first_of_the_list_and_may_be_too_few_to_probe(runs
 
 def test_features_that_collapsed_have_no_cca_and_say_why(runs):
     config = runs["baseline"].config
-    model = bare_base(config, CPU)
+    model = untrained(config, CPU)
     last = model.unet.mid_block.resnets[-1]
     last.register_forward_hook(lambda module, args, output: torch.ones_like(output))
     result, _ = measure_alignment(config, {"base": model}, timesteps=[250], seed=0, device=CPU)
@@ -209,7 +214,7 @@ def test_features_that_collapsed_have_no_cca_and_say_why(runs):
 
 def test_a_run_that_diverged_is_said_to_have(runs):
     config = runs["baseline"].config
-    model = bare_base(config, CPU)
+    model = untrained(config, CPU)
     model.unet.conv_in.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite: the run has diverged"):
         measure_alignment(config, {"run": model}, timesteps=[250], seed=0, device=CPU)
@@ -222,7 +227,7 @@ def test_a_run_that_diverged_is_said_to_have(runs):
         (["--timesteps", "-1"], "got -1"),
         (["--num-images", "61"], "61 are more than the 60 held-out images"),
         (["--num-images", "15"], "16 or more are needed"),
-        (["--seed", "-1"], "--seed must not be negative"),
+        (["--seed", "-1"], "eval.seed = -1"),
     ],
 )
 def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):
@@ -238,4 +243,4 @@ def test_a_tap_finer_than_the_teachers_grid_is_refused(runs):
     text = read_table(config.data.text)[0][-1].float()
     held = HeldOut(np.zeros((1, 4, 64, 64), np.float32), np.zeros((1, 16, 64)), np.zeros(1), text, 1)
     with pytest.raises(UserError, match="grid 8 × 8 of tap enc_last is finer than the teacher's 4"):
-        _read_taps(Bench(config, held, 0, CPU, lambda: None), bare_base(config, CPU), {}, 250)
+        read_taps(Bench(config, held, 0, CPU, lambda: None), untrained(config, CPU), {}, 250)
