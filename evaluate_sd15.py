@@ -21,9 +21,10 @@ from curve_sd15 import FINAL, SWEEP, baseline_of, draw_curves, told
 from device import pick_device
 from errors import UserError, run_script
 from evaluation.alignment_rows import TIMESTEPS
+from evaluation.curves import points_under
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from options_sd15 import add_measuring, add_runs, add_sampling, changes_of, chosen_of, label_of, targets
-from point_sd15 import evaluate_all, said
+from point_sd15 import evaluate_all, points_of, said
 from score_sd15 import make_references, measure_images
 from target_sd15 import open_run
 from training.ranks import Ranks
@@ -119,7 +120,9 @@ def curve(args: argparse.Namespace) -> None:
     chosen = chosen_of(groups[0][0].run.config, args)
     points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
     if ranks.main:
-        found = {label: [points.pop(0) for _ in group] for label, group in zip(labels, groups, strict=True)}
+        # Also of checkpoints that are gone, which training measured.
+        protocol = points[0]["protocol"]
+        found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
         out = Path("runs/curve") if args.out is None else args.out
         print(
             "\n".join(filter(None, [told(draw_curves(out, runs, found, baseline)), str(out / "curve.png")]))

@@ -87,7 +87,7 @@ def _measured(
     started = time.monotonic()
     folder, settings = draw_samples(target, chosen, device, indices, ranks, painter=painter)
     drawn = time.monotonic()
-    metrics = measure(folder, indices, labels_of(settings, indices), judges, chosen, ranks)
+    metrics = measure(folder, indices, labels_of(settings, indices), judges, chosen, device, ranks)
     measured = time.monotonic()
     if not chosen.keep_images:
         ranks.on_main(lambda: [image_path(folder, i).unlink() for i in indices[KEPT:]])
@@ -113,7 +113,7 @@ def evaluate_all(
     that they can be compared."""
     first = targets[0].run.config
     judges = judges_of(first, protocols[0], device, ranks)
-    insist_same_data(targets)
+    insist_same_data(targets, protocols[0])
     points = []
     for target in targets:
         for chosen in protocols:
@@ -142,12 +142,12 @@ def said(metrics: Mapping[str, Mapping]) -> str:
     )
 
 
-def insist_same_data(targets: Sequence[Target]) -> None:
+def insist_same_data(targets: Sequence[Target], chosen: Eval) -> None:
     """Raise `UserError` where runs were trained on other images than the first: the reference would suit one of them only."""
     first = targets[0].run.config
     for target in targets:
         config = target.run.config
-        if config.data.csv != first.data.csv and not config.eval.reference:
+        if config.data.csv != first.data.csv and not chosen.reference:
             raise UserError(
                 f"{target.run.path} was trained on {config.data.csv}, {targets[0].run.path} on {first.data.csv}: give both one "
                 "--reference"

@@ -125,6 +125,7 @@ def draw_samples(
             initial=done,
             total=len(indices),
             unit="image",
+            leave=False,
             disable=not ranks.main,
         ) as bar:
             for start in range(0, len(mine), size):

@@ -47,11 +47,18 @@ def judges_of(config: Config, chosen: Eval, device: torch.device, ranks: Ranks) 
     if chosen.reference:
         return given_judges(extractors, chosen.reference)
     paths, facts = training_images(config)
-    files = {e.protocol: config.data.csv.with_suffix(f".{e.protocol}.npz") for e in extractors}
+    files = {e.protocol: reference_file(config, e) for e in extractors}
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
         for reference in build_references(missing, paths, facts, ranks):
             ranks.on_main(lambda: reference.save(files[reference.protocol]))  # noqa: B023 (called at once)
     return [Judge(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
+
+
+def reference_file(config: Config, extractor: Extractor) -> Path:
+    """Where the statistics of the training images in an extractor's features are kept: beside their list."""
+    return config.data.csv.with_suffix(
+        f".{extractor.protocol}-{extractor.identity['weights_sha256'][:8]}.npz"
+    )
 
 
 def given_judges(extractors: Sequence[Extractor], files: Sequence[Path]) -> list[Judge]:
@@ -79,6 +86,7 @@ def measure(
     labels: Sequence[int],
     judges: Sequence[Judge],
     chosen: Eval,
+    device: torch.device,
     ranks: Ranks,
 ) -> dict[str, dict]:
     """{metric: {value, error, …}} of the images `indices` of a folder, in that order; `labels` are the classes they show.
@@ -90,7 +98,7 @@ def measure(
     stripes = ranks.gather([found])
     return ranks.on_main(
         lambda: score_all(
-            [FeatureSet.of_stripes(s) for s in zip(*stripes, strict=True)], judges, chosen, labels
+            [FeatureSet.of_stripes(s) for s in zip(*stripes, strict=True)], judges, chosen, device, labels
         )
     )
 
@@ -100,7 +108,7 @@ def features_of(
 ) -> list[FeatureSet]:
     """What each judge sees in the images: one reading of them, of which this rank does its share."""
     found = [FeatureSet() for _ in judges]
-    with tqdm(desc="features", total=count, unit="image", disable=not ranks.main) as bar:
+    with tqdm(desc="features", total=count, unit="image", leave=False, disable=not ranks.main) as bar:
         for images in chunks:
             for judge, features in zip(judges, found, strict=True):
                 features.add(judge.extractor.features(images))
@@ -109,7 +117,11 @@ def features_of(
 
 
 def score_all(
-    found: Sequence[FeatureSet], judges: Sequence[Judge], chosen: Eval, labels: Sequence[int] | None = None
+    found: Sequence[FeatureSet],
+    judges: Sequence[Judge],
+    chosen: Eval,
+    device: torch.device,
+    labels: Sequence[int] | None = None,
 ) -> dict[str, dict]:
     """The metrics of all judges; `labels` (None where nobody knows) are the classes that the images were to show."""
     metrics: dict[str, dict] = {}
@@ -121,6 +133,7 @@ def score_all(
             bootstrap=chosen.bootstrap,
             seed=chosen.seed,
             intended=None if labels is None else np.asarray(labels),
+            device=device,
         )
     return metrics
 
@@ -135,7 +148,9 @@ def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict[str, 
     else:
         files = image_files(path)
         count, chunks = len(files), files_in_chunks(files, CHUNK)
-    return score_all(features_of(judges, chunks, count, Ranks(cpu=device.type == "cpu")), judges, chosen)
+    return score_all(
+        features_of(judges, chunks, count, Ranks(cpu=device.type == "cpu")), judges, chosen, device
+    )
 
 
 def make_references(
@@ -198,7 +213,7 @@ def build_references(
     """A reference for each extractor from one reading of the images, of which each rank does its stripe."""
     mine = np.arange(ranks.rank, len(paths), ranks.world)
     builders = [ReferenceBuilder(len(paths)) for _ in extractors]
-    with tqdm(desc="real images", total=len(paths), unit="image", disable=not ranks.main) as bar:
+    with tqdm(desc="real images", total=len(paths), unit="image", leave=False, disable=not ranks.main) as bar:
         for images in photographs([paths[i] for i in mine], facts["size"]):
             done, mine = mine[: len(images)], mine[len(images) :]
             for extractor, builder in zip(extractors, builders, strict=True):

@@ -33,6 +33,12 @@ def append_point(file: Path, point: Mapping) -> None:
         opened.write(json.dumps(point, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
+def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[str]) -> list[Mapping]:
+    """Those of a run's points that were made for these purposes under a protocol, by step; the last of each step."""
+    found = {p["step"]: p for p in points if p["protocol"] == protocol and p["kind"] in kinds}
+    return [found[step] for step in sorted(found)]
+
+
 def protocols(points: Sequence[Mapping]) -> list[Mapping]:
     """The protocols of points, each once, in the order in which they appear."""
     found: list[Mapping] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.curves import headline, kind_of, lower_is_better, protocols
+from evaluation.curves import headline, kind_of, lower_is_better, points_under, protocols
 from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table
 from evaluation.plots import plot_sweep
 
@@ -72,11 +72,8 @@ def points_at(
     runs: Mapping[str, RunFacts], protocol: Mapping, kinds: Sequence[str] = MADE_BY
 ) -> dict[str, list[Mapping]]:
     """The points of each run under a protocol by step, the last one of each step; runs without any are left out."""
-    found = {
-        name: {p["step"]: p for p in run.points if p["protocol"] == protocol and p["kind"] in kinds}
-        for name, run in runs.items()
-    }
-    return {name: [points[step] for step in sorted(points)] for name, points in found.items() if points}
+    found = {name: points_under(run.points, protocol, kinds) for name, run in runs.items()}
+    return {name: points for name, points in found.items() if points}
 
 
 def _table(points: Mapping[str, Mapping], runs: Mapping[str, RunFacts]) -> Table:

@@ -138,7 +138,7 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     revision = spec.source["revision"] if args.base is None else None
     vae = load_part(args.base or spec.source["model"], "vae", revision).to(device).eval()
     with torch.no_grad():
-        decoded = decode_latents(vae, latents[:n], batch_size=1)  # (n, S, S, 3)
+        decoded = decode_latents(vae, latents[:n], rows=1)  # (n, S, S, 3)
     errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(

@@ -65,6 +65,12 @@ def runs(trained, tmp_path):
     return tmp_path
 
 
+def auto_reference(miniature) -> Path:
+    """Where the statistics of the training images are kept."""
+    (extractor,) = score_sd15.load_extractors(miniature / "models" / "classifier", "cpu")
+    return miniature / f"train.classifier-{extractor.identity['weights_sha256'][:8]}.npz"
+
+
 def no_drawing(monkeypatch):
     """From here on, drawing or looking at an image fails the test."""
     monkeypatch.setattr("sample_sd15.Painter.of", lambda *_: pytest.fail("weights were loaded"))
@@ -221,7 +227,7 @@ class TestPoints:
         evaluate("metrics", runs / "urepa", "--discard-images")
 
     def test_the_reference_is_made_once_and_refused_when_the_data_changed(self, runs, miniature, monkeypatch):
-        file = miniature / "train.classifier.npz"
+        file = auto_reference(miniature)
         file.unlink(missing_ok=True)
         evaluate("metrics", runs / "urepa")
         (extractor,) = score_sd15.load_extractors(miniature / "models" / "classifier", "cpu")
@@ -264,7 +270,7 @@ class TestPoints:
         (file,) = (runs / "urepa" / "samples").glob("*.npz")
         (folder,) = (path for path in file.parent.iterdir() if path.is_dir())
         given = ["--extractor", miniature / "models" / "classifier", "--bootstrap", 5]
-        given += ["--reference", miniature / "train.classifier.npz"]
+        given += ["--reference", auto_reference(miniature)]
         for images in (file, folder):
             capsys.readouterr()
             evaluate("metrics", images, *given)
