@@ -105,7 +105,7 @@ def _reading(material: Material) -> list[Block]:
             shows.append(
                 f"`{best}` is {1 - low / high:.0%} below `{other}`"
                 + (f", {(high - low) / spread:.1f} times the error of their difference" if spread else "")
-                + ", on this one seed of training. Both were sampled from the same noise, so that error is an upper bound."
+                + ", on this one seed of training. Both were sampled from the same noise, which makes the true error smaller."
             )
     losses = {
         name: run.alignment["heldout_loss_diff"]

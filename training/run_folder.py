@@ -28,6 +28,7 @@ from errors import UserError
 from files import write_atomically, write_json
 from training.checkpoint import checkpoints, newest_whole, step_of
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 # What may differ between the start of a run and its continuation, because it cannot change the result.
 OPERATIONAL = (
@@ -213,8 +214,11 @@ class RunFolder:
 
 
 def this_command() -> str:
-    """The command line of this process, as one would paste it."""
-    return shlex.join(["python", *sys.argv])
+    """The command line of this process, as one would paste it in the repository."""
+    script, *arguments = sys.argv
+    path = Path(script).resolve()
+    own = path.relative_to(ROOT) if path.is_relative_to(ROOT) else script
+    return shlex.join(["python", str(own), *arguments])
 
 
 def _provenance() -> dict:
