@@ -6,8 +6,8 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from evaluation.image_files import save_images
 from evaluation.inception import AdmExtractor, CleanExtractor, Inception
-from evaluation.sampling import save_images
 
 DIM, CLASSES = 24, 10
 
@@ -86,5 +86,5 @@ def pictures(n, seed, *, side=48, tint=(0.0, 0.0, 0.0)):
 
 def picture_folder(folder, images):
     """The images as PNG files; returns the path as a string, for libraries that want one."""
-    save_images(images, folder)
+    save_images(images, folder, range(len(images)))
     return str(folder)

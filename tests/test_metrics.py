@@ -15,9 +15,9 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation import metrics
 from evaluation.features import Features, FeatureSet
+from evaluation.image_files import load_images
 from evaluation.moments import Moments, frechet_distance
 from evaluation.reference import Reference, ReferenceBuilder
-from evaluation.sampling import load_images
 
 N = 60
 
@@ -57,7 +57,7 @@ def theirs(folders):
 @pytest.fixture(scope="module")
 def ours(folders):
     """{protocol: (features of the samples, features of the real images)}."""
-    sets = [load_images(folder, n) for folder, n in zip(folders, (N, N + 10), strict=True)]
+    sets = [load_images(folder, range(n)) for folder, n in zip(folders, (N, N + 10), strict=True)]
     return {e.protocol: [e.features(images, batch_size=16) for images in sets] for e in small_extractors()}
 
 

@@ -7,8 +7,10 @@ DDP takes for an error. All ranks agree about λ, so that they agree about which
 
 import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class Ranks:
         if self.world == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError(
                 "accelerate launch was asked for several processes and started one, as it does where it sees no second GPU: "
-                "use torchrun --nproc_per_node N train_sd15.py …"
+                f"use torchrun --nproc_per_node N {Path(sys.argv[0]).name} …"
             )
 
     @property
