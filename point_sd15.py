@@ -51,7 +51,7 @@ def evaluate_point(
         "bootstrap": chosen.bootstrap,
         "judges": {judge.extractor.protocol: judge.identity for judge in judges},
     }
-    known = ranks.on_main(lambda: _known(target, protocol))
+    known = ranks.on_main(lambda: _known(target, protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
@@ -63,15 +63,15 @@ def evaluate_point(
     return point
 
 
-def _known(target: Target, protocol: dict) -> dict | None:
-    """The point that was measured of these weights under this protocol, whatever for."""
+def _known(target: Target, protocol: dict, kind: str) -> dict | None:
+    """The point that was measured of these weights under this protocol: for this purpose, or else for another."""
     found = [
         point
         for point in points_of(target.run)
         if point["protocol"] == protocol
         and (point["step"], point["weights_sha256"]) == (target.step, target.weights_sha256)
     ]
-    return found[-1] if found else None
+    return next((point for point in found if point["kind"] == kind), found[-1] if found else None)
 
 
 def _measured(
@@ -127,10 +127,9 @@ def evaluate_all(
 def announce(target: Target, chosen: Eval, settings: dict) -> None:
     """What drawing the images of a point costs."""
     each = forwards_of(target.run.config, settings)
-    print(
+    tqdm.write(
         f"{target.name}: {chosen.num_samples:,} images, {settings['sampler']} {settings['steps']} steps, guidance "
-        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * chosen.num_samples:,} in all",
-        flush=True,
+        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * chosen.num_samples:,} in all"
     )
 
 

@@ -45,7 +45,8 @@ def judges_of(config: Config, chosen: Eval, device: torch.device, ranks: Ranks) 
     and kept there."""
     extractors = load_extractors(chosen.extractor, device, dinov2=chosen.dinov2)
     if chosen.reference:
-        return given_judges(extractors, chosen.reference)
+        size = read_manifest(config.data.latents, "latents")["view"]["size"]
+        return given_judges(extractors, chosen.reference, size)
     paths, facts = training_images(config)
     files = {e.protocol: reference_file(config, e) for e in extractors}
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
@@ -61,15 +62,20 @@ def reference_file(config: Config, extractor: Extractor) -> Path:
     )
 
 
-def given_judges(extractors: Sequence[Extractor], files: Sequence[Path]) -> list[Judge]:
-    """Each extractor with that of the reference files which is of its protocol; one without is left out, and said so."""
+def given_judges(extractors: Sequence[Extractor], files: Sequence[Path], size: int) -> list[Judge]:
+    """Each extractor with that of the reference files which is of its protocol; one without is left out, and said so. Raises
+    `UserError` for references of images of another size than `size`."""
     known: dict[str, Path] = {}
     for file in files:
         protocol = protocol_of_file(file)
         if protocol in known:
             raise UserError(f"{known[protocol]} and {file} are both references for {protocol}: give one")
         known[protocol] = file
-    judges = [Judge(e, load_reference(known[e.protocol], e)) for e in extractors if e.protocol in known]
+    judges = [
+        Judge(e, load_reference(known[e.protocol], e, {"size": size}))
+        for e in extractors
+        if e.protocol in known
+    ]
     if not judges:
         raise UserError(
             f"none of the references is for {' or '.join(e.protocol for e in extractors)}: {', '.join(map(str, files))}"
@@ -142,12 +148,16 @@ def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict[str, 
     """The metrics of a folder of images of one size, in the order of their names, or of an .npz of them."""
     if not chosen.reference:
         raise UserError(f"{path} has no training images to compare with: give --reference FILE.npz")
-    judges = given_judges(load_extractors(chosen.extractor, device, dinov2=chosen.dinov2), chosen.reference)
     if path.suffix == ".npz":
-        count, chunks = npz_image_shape(path)[0], iterate_npz_images(path, CHUNK)
+        (count, height, width), chunks = npz_image_shape(path)[:3], iterate_npz_images(path, CHUNK)
     else:
         files = image_files(path)
         count, chunks = len(files), files_in_chunks(files, CHUNK)
+        height, width = next(files_in_chunks(files[:1], 1)).shape[1:3]
+    if height != width:
+        raise UserError(f"the images of {path} are {width} × {height}: squares are compared, cut them first")
+    extractors = load_extractors(chosen.extractor, device, dinov2=chosen.dinov2)
+    judges = given_judges(extractors, chosen.reference, height)
     return score_all(
         features_of(judges, chunks, count, Ranks(cpu=device.type == "cpu")), judges, chosen, device
     )

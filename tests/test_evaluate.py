@@ -264,6 +264,19 @@ class TestPoints:
         first, second = points(runs / "urepa")
         assert first["metrics"] == second["metrics"]
 
+    def test_a_reference_of_images_of_another_size_is_refused(self, runs, miniature):
+        classifier = miniature / "models" / "classifier"
+        made_of = [miniature / "train.csv", "--size", 16, "--out", runs / "small", "--extractor", classifier]
+        evaluate("reference", *made_of)
+        with pytest.raises(UserError, match="size = 16, wanted is 32"):
+            evaluate("metrics", runs / "urepa", "--reference", runs / "small.classifier.npz")
+
+    def test_a_point_is_noted_once_for_each_purpose(self, runs):
+        for command in ("metrics", "curve", "metrics", "curve"):
+            more = ["--checkpoint", 6, *(["--out", runs / "curve"] if command == "curve" else [])]
+            evaluate(command, runs / "urepa", *more)
+        assert [p["kind"] for p in points(runs / "urepa")] == ["metrics", "curve"]
+
     def test_images_without_a_run_are_measured_against_a_reference(self, runs, miniature, capsys):
         evaluate("sample", runs / "urepa", "--npz")
         evaluate("metrics", runs / "urepa")
