@@ -354,10 +354,11 @@ class TestCurves:
 
 class TestWhileTraining:
     def test_evaluation_changes_nothing_and_curve_finds_its_points(
-        self, trained, miniature, tmp_path, monkeypatch
+        self, miniature, capsys, tmp_path, monkeypatch
     ):
         knobs = ["train.eval_every=3", "eval.num_samples=10"]
         measured = train(miniature, tmp_path / "measured", *knobs)
+        assert "was not evaluated" not in capsys.readouterr().out
         plain = train(miniature, tmp_path / "plain", "eval.num_samples=10")
         assert_same_run(measured, plain)
         assert [p["step"] for p in points(measured.path)] == [3, 6]
