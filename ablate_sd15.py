@@ -21,7 +21,7 @@ from configs.schema import Config
 from errors import UserError, run_script
 from evaluation.ablation import markdown, plot_arms, summarise
 from evaluation.alignment_rows import NUM_IMAGES, value_of
-from evaluation.curves import headline, kind_of, read_points
+from evaluation.curves import headline, kind_of, protocols, read_points
 from evaluation.features import load_extractors
 from files import write_atomically, write_json
 from stages import Record, Stage, run_chains
@@ -170,7 +170,7 @@ def measures_of(config: Config) -> dict[str, float | None]:
     same = {"sampler": drawn.sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
     same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
     ours = [
-        point["metrics"]
+        point
         for point in read_points(folder / "points.jsonl")
         if (point["kind"], point["step"]) == ("metrics", last)
         and all(point["protocol"][key] == value for key, value in same.items())
@@ -178,11 +178,11 @@ def measures_of(config: Config) -> dict[str, float | None]:
     align = json.loads((folder / "align.json").read_text())
     here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
     here["num_images"] = min(NUM_IMAGES, align.get("num_available", 0))
-    if not ours or any(align.get(key) != value for key, value in here.items()):
+    if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
         )
-    metrics = ours[-1]
+    metrics = ours[-1]["metrics"]
     accuracy = [name for name in metrics if kind_of(name) == "accuracy"]  # a classifier's alone
     values = (
         metrics[headline(metrics)]["value"],

@@ -56,7 +56,9 @@ def align_target(target: Target, args: argparse.Namespace, device: torch.device)
         config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
     )
     result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
-    folder = run.path / "eval"
+    # Of a checkpoint that is not the newest: files of its own, so that it replaces nothing.
+    older = target.weights != "base" and target.step != run.checkpoint_steps()[-1]
+    folder = run.path / "eval" / (f"step-{target.step:07d}" if older else "")
     write_json(folder / "align.json", result)
     names = class_names(read_manifest(config.data.text, "text"))
     draw_alignment(folder, run.name, result, sources, class_names=names, embedding=args.embedding)
@@ -125,6 +127,8 @@ def measure_alignment(
     result = {
         "num_images": n,
         "num_available": held.available,
+        "images_sha256": held.images_sha256,
+        "teacher_sha256": held.teacher_sha256,
         "n_fit": len(fit),
         "n_test": len(test),
         "seed": seed,

@@ -17,13 +17,26 @@ from itertools import chain
 from pathlib import Path
 
 from configs.loading import eval_settings, with_settings
-from curve_sd15 import FINAL, SWEEP, baseline_of, draw_curves, told
+from curve_sd15 import FINAL, baseline_of, draw_curves, told
 from device import pick_device
 from errors import UserError, run_script
-from evaluation.alignment_rows import TIMESTEPS
 from evaluation.curves import points_under
 from evaluation.image_files import PICTURES, image_chunks, load_images
-from options_sd15 import add_measuring, add_runs, add_sampling, changes_of, chosen_of, label_of, targets
+from files import write_json
+from options_sd15 import (
+    add_align_options,
+    add_curve_options,
+    add_final_options,
+    add_metrics_options,
+    add_pictures_options,
+    add_reference_options,
+    add_report_options,
+    add_sample_options,
+    changes_of,
+    chosen_of,
+    label_of,
+    targets,
+)
 from point_sd15 import evaluate_all, points_of, said
 from score_sd15 import make_references, measure_images
 from target_sd15 import open_run
@@ -77,13 +90,17 @@ def metrics(args: argparse.Namespace) -> None:
     """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
 
     Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
-    published samples: then --reference is needed. Metrics carry protocol and number of images in their names (adm_fid10k,
-    clean_fid10k, classifier_fd300); those of different names do not compare. Results go to RUN/eval/points.jsonl.
+    published samples: then --reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number of
+    images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
+    runs go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
     for path in images if ranks.main else ():
-        print(f"{path}: {said(measure_images(path, eval_settings(changes_of(args)), device))}")
+        found = measure_images(path, eval_settings(changes_of(args)), device)
+        print(f"{path}: {said(found['metrics'])}")
+        if args.out is not None:
+            write_json(args.out, found | {"command": this_command()})
     args.runs = [path for path in args.runs if path not in images]
     if args.runs:
         groups = targets(args)
@@ -97,6 +114,8 @@ def reference(args: argparse.Namespace) -> None:
     For --reference and eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
     other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
     """
+    if args.size < 8:
+        raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
     device, ranks = open_device(args)
     chosen = eval_settings(changes_of(args))
     for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
@@ -134,14 +153,14 @@ def final(args: argparse.Namespace) -> None:
 
     250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
-    Results go to RUN/eval/points.jsonl.
+    The scale given by --cfg is of the final numbers alone; every other option is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     chosen_targets = [*chain(*targets(args))]
     config = chosen_targets[0].run.config
-    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
     sweep = [with_settings(config, changes_of(args) | {"eval.cfg": scale}).eval for scale in args.sweep]
+    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
     if sweep:
         evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
 
@@ -173,9 +192,11 @@ def pictures(args: argparse.Namespace) -> None:
     """
     from pictures_sd15 import draw_pictures
 
+    if args.out.suffix != ".png":
+        raise UserError(f"-o {args.out}: the picture's name must end in .png")
     device, _ = open_device(args)
     groups = targets(args)
-    labels = label_of([group[0].run for group in groups])
+    labels = label_of([group[0].run for group in groups], [group[-1].step for group in groups])
     print(draw_pictures(dict(zip(labels, groups, strict=True)), args, device))
 
 
@@ -206,89 +227,8 @@ def open_device(args: argparse.Namespace):
 def is_images(path: Path) -> bool:
     """Whether this is a set of images and no run."""
     if path.is_dir() and not (path / "config.yaml").exists():
-        return any(file.suffix.lower() in PICTURES for file in path.iterdir())
+        return any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
     return path.suffix == ".npz"
-
-
-def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    add_sampling(parser)
-    parser.add_argument(
-        "--npz", action="store_true", help="write the images as one .npz (arr_0) for ADM's evaluator too"
-    )
-
-
-def add_metrics_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    add_sampling(parser)
-    add_measuring(parser)
-
-
-def add_reference_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", type=Path, help="CSV of script 1, or a folder of images")
-    parser.add_argument(
-        "--size", type=int, default=512, help="side of the central square that is compared (512)"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="OUT.PROTOCOL.npz are written")
-    parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
-    add_measuring(parser)
-
-
-def add_curve_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser, which="all")
-    parser.add_argument("--out", type=Path, help="folder of the figures (runs/curve)")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with it (the run whose λ is 0)")
-    add_sampling(parser)
-    add_measuring(parser)
-
-
-def add_final_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    parser.add_argument(
-        "--sweep", type=float, nargs="*", default=SWEEP, metavar="SCALE",
-        help=f"guidance scales (default: {' '.join(f'{s:g}' for s in SWEEP)})",
-    )  # fmt: skip
-    add_sampling(parser)
-    add_measuring(parser)
-
-
-def add_align_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    parser.add_argument("--seed", type=int, help="of noise, halves and nulls (eval.seed)")
-    parser.add_argument(
-        "--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T",
-        help=f"noise levels, 0 (clean) to 999 (default: {' '.join(map(str, TIMESTEPS))})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--num-images",
-        type=int,
-        help="held-out images, in eval.csv's order (default: 1000, or all there are)",
-    )
-    parser.add_argument("--no-base", action="store_true", help="leave the bare base model out")
-    parser.add_argument(
-        "--embedding", choices=["tsne", "umap"], default="tsne",
-        help="umap also draws align_umap.png (pip install umap-learn)",
-    )  # fmt: skip
-
-
-def add_pictures_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="PNG file")
-    parser.add_argument(
-        "--classes", type=int, nargs="+", help="classes to show (default: eight, evenly spread)"
-    )
-    add_sampling(parser)
-
-
-def add_report_options(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser, which=None)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the page, an .html file")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with it (the run whose λ is 0)")
-    parser.add_argument(
-        "--times",
-        type=Path,
-        help="JSON list of {stage, seconds, command, group}; stages of one group ran side by side",
-    )
 
 
 COMMANDS = {

@@ -22,7 +22,7 @@ from models.alignment import spatial_norm
 from models.diffusion import add_noise
 from models.sd15_unet_aligned import SD15UNetAligned, sd15_taps
 from models.taps import Taps
-from preprocessing.manifest import read_table
+from preprocessing.manifest import ids_digest, read_table
 from preprocessing.reader import FieldReader
 from preprocessing.samples import read_samples
 
@@ -40,6 +40,8 @@ class HeldOut:
     classes: np.ndarray
     null_text: Tensor
     available: int
+    images_sha256: str
+    teacher_sha256: str
 
 
 def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
@@ -81,12 +83,18 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{len(chosen)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
         )
     ids = [sample.id for sample in chosen]
+    if trained_on := set(ids) & {sample.id for sample in read_samples(config.data.csv)}:
+        raise UserError(
+            f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
+        )
     return HeldOut(
         latents_of(latents.read(ids), latents.spec.details).numpy(),
         tokens.read(ids).float().numpy(),
         np.array([sample.class_id for sample in chosen]),
         read_table(config.data.text)[0][-1].float(),
         len(samples),
+        ids_digest(ids),
+        str(tokens.spec.source.get("weights_sha256")),
     )
 
 

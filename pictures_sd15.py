@@ -44,7 +44,7 @@ def draw_pictures(
         rows = {}
         for label, targets in groups.items():
             drawn = {target.step: images(target, indices) for target in targets}
-            for i, index in enumerate(indices if args.classes else indices[:1]):
+            for i, index in enumerate(indices if args.classes else indices[:3]):
                 name = names.get(classes[i], f"class {classes[i]}")
                 rows[f"{label}\n{name}, seed {settings['seed'] + index}"] = [
                     drawn[step][i] if step in drawn else None for step in steps

@@ -13,7 +13,7 @@ from configs.evaluation import Eval
 from errors import UserError
 from evaluation.curves import append_point, read_points
 from evaluation.image_files import image_path
-from sample_sd15 import Painter, draw_samples, forwards_of, labels_of, protocol_of, settings_of
+from sample_sd15 import Painter, draw_samples, labels_of, protocol_of, settings_of
 from score_sd15 import Judge, judges_of, measure
 from target_sd15 import Target
 from training.metric_log import MetricLog
@@ -46,30 +46,29 @@ def evaluate_point(
     two points must share to be compared), `metrics` {name: {value, error, …}}, and how it was made.
     """
     settings = settings_of(target, chosen, device)
-    protocol = protocol_of(settings) | {
+    protocol = protocol_of(target, settings) | {
         "num_samples": chosen.num_samples,
         "bootstrap": chosen.bootstrap,
         "judges": {judge.extractor.protocol: judge.identity for judge in judges},
     }
-    known = ranks.on_main(lambda: _known(target, protocol, kind))
+    known = ranks.on_main(lambda: _known(target, settings["model"], protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
-        if ranks.main:
-            announce(target, chosen, settings)
         known = _measured(target, chosen, protocol, judges, device, ranks, painter)
     point = known | {"kind": kind}
     ranks.on_main(lambda: append_point(target.run.path / POINTS, point))
+    if not chosen.keep_images:
+        folder = target.run.path / point["samples"]
+        kept = range(KEPT, chosen.num_samples)
+        ranks.on_main(lambda: [image_path(folder, i).unlink(missing_ok=True) for i in kept])
     return point
 
 
-def _known(target: Target, protocol: dict, kind: str) -> dict | None:
+def _known(target: Target, model: dict, protocol: dict, kind: str) -> dict | None:
     """The point that was measured of these weights under this protocol: for this purpose, or else for another."""
     found = [
-        point
-        for point in points_of(target.run)
-        if point["protocol"] == protocol
-        and (point["step"], point["weights_sha256"]) == (target.step, target.weights_sha256)
+        point for point in points_of(target.run) if point["protocol"] == protocol and point["model"] == model
     ]
     return next((point for point in found if point["kind"] == kind), found[-1] if found else None)
 
@@ -89,13 +88,11 @@ def _measured(
     drawn = time.monotonic()
     metrics = measure(folder, indices, labels_of(settings, indices), judges, chosen, device, ranks)
     measured = time.monotonic()
-    if not chosen.keep_images:
-        ranks.on_main(lambda: [image_path(folder, i).unlink() for i in indices[KEPT:]])
     return {
         "target": target.run.name,
         "step": target.step,
         "images_seen": target.images_seen,
-        "weights_sha256": target.weights_sha256,
+        "model": settings["model"],
         "protocol": protocol,
         "metrics": metrics,
         "distance_of_halves": {j.extractor.protocol: j.reference.distance_of_halves for j in judges},
@@ -111,9 +108,9 @@ def evaluate_all(
 ) -> list[dict]:
     """A point of each target under each protocol; all have the judges of the first protocol and of the first target's data, so
     that they can be compared."""
-    first = targets[0].run.config
-    judges = judges_of(first, protocols[0], device, ranks)
-    insist_same_data(targets, protocols[0])
+    for chosen in protocols:
+        insist_measurable(targets, chosen, device, ranks)
+    judges = judges_of(targets[0].run.config, protocols[0], device, ranks)
     points = []
     for target in targets:
         for chosen in protocols:
@@ -124,15 +121,6 @@ def evaluate_all(
     return points
 
 
-def announce(target: Target, chosen: Eval, settings: dict) -> None:
-    """What drawing the images of a point costs."""
-    each = forwards_of(target.run.config, settings)
-    tqdm.write(
-        f"{target.name}: {chosen.num_samples:,} images, {settings['sampler']} {settings['steps']} steps, guidance "
-        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * chosen.num_samples:,} in all"
-    )
-
-
 def said(metrics: Mapping[str, Mapping]) -> str:
     """The metrics in one line."""
     return ", ".join(
@@ -141,15 +129,25 @@ def said(metrics: Mapping[str, Mapping]) -> str:
     )
 
 
-def insist_same_data(targets: Sequence[Target], chosen: Eval) -> None:
-    """Raise `UserError` where runs were trained on other images than the first: the reference would suit one of them only."""
-    first = targets[0].run.config
-    for target in targets:
-        config = target.run.config
-        if config.data.csv != first.data.csv and not chosen.reference:
+def insist_measurable(targets: Sequence[Target], chosen: Eval, device: torch.device, ranks: Ranks) -> None:
+    """Raise `UserError`, before anything is drawn, where the points of these targets would not be of one protocol, or where
+    there are too few images."""
+    if chosen.num_samples < max(4, ranks.world):
+        raise UserError(
+            f"eval.num_samples = {chosen.num_samples} is too few for metrics on {ranks.world} process(es): choose more"
+        )
+    first, *others = targets
+    wanted = protocol_of(first, settings_of(first, chosen, device))
+    for other in others:
+        config, data = other.run.config, first.run.config.data
+        found = protocol_of(other, settings_of(other, chosen, device))
+        if differing := [key for key in wanted if found[key] != wanted[key]]:
             raise UserError(
-                f"{target.run.path} was trained on {config.data.csv}, {targets[0].run.path} on {first.data.csv}: give both one "
-                "--reference"
+                f"{other.run.path} and {first.run.path} cannot be compared: they differ in {', '.join(differing)}"
+            )
+        if config.data.csv != data.csv and not chosen.reference:
+            raise UserError(
+                f"{other.run.path} was trained on {config.data.csv}, {first.run.path} on {data.csv}: give both one --reference"
             )
 
 

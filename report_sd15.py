@@ -65,8 +65,10 @@ def facts_of(run: RunFolder) -> RunFacts:
     alignment = run.path / "eval" / "align.json"
     try:
         found = json.loads(alignment.read_text(encoding="utf-8")) if alignment.exists() else None
-    except ValueError as error:
-        raise UserError(f"{alignment} is damaged ({error}): run `align` again") from None
+    except ValueError:
+        found = {}
+    if found is not None and (not isinstance(found, dict) or "rows" not in found):
+        raise UserError(f"{alignment} is damaged: run `align {run.path}` again")
     return RunFacts(
         is_base=run.is_base_model,
         settings=run.settings(),
@@ -158,7 +160,7 @@ class Shown:
         return Pictures(
             rows,
             columns,
-            f"The first image of each class, by the protocol of the final numbers: {sentence(protocol)}",
+            f"The first image of {few} classes, by the protocol of the final numbers: {sentence(protocol)}",
         )
 
     def _at(self, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:

@@ -29,7 +29,7 @@ from evaluation.sampling import (
     sample_latents,
 )
 from files import write_json
-from models.base_model import load_part, weights_digest
+from models.base_model import files_digest, load_part, weights_digest
 from preprocessing.manifest import read_manifest, read_table
 from target_sd15 import Target
 from training.ranks import Ranks
@@ -48,6 +48,7 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
         "model": {
             "base": config.model.base,
             "revision": config.model.revision,
+            "base_files": files_digest(config.model.base, "unet", config.model.revision),
             "step": target.step,
             "weights": target.weights,
             "weights_sha256": target.weights_sha256,
@@ -60,10 +61,17 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
         "cfg": chosen.cfg,
         "guidance_interval": [chosen.guidance_low, chosen.guidance_high] if guided else None,
         "guidance_space": chosen.guidance_space if guided else None,
-        "vae": {"base": config.model.base, "dtype": "float32", "rows": DECODED_ROWS},
+        "vae": {
+            "base": config.model.base,
+            "files": files_digest(config.model.base, "vae", config.model.revision),
+            "dtype": "float32",
+            "rows": DECODED_ROWS,
+        },
         "dtype": str(compute_dtype(device, chosen.precision)).removeprefix("torch."),
         "device": device.type,
         "rows": rows_of(device, chosen.batch_size),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they share out sums
+        "compile": chosen.compile,
         "labels": chosen.labels,
         "classes": text["details"]["n_classes"],
         "text_sha256": text["sha256"],
@@ -73,11 +81,9 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
     }
 
 
-def protocol_of(settings: dict) -> dict:
+def protocol_of(target: Target, settings: dict) -> dict:
     """What the images of two targets must share to be compared: all settings but those of the model itself."""
-    return {name: value for name, value in settings.items() if name != "model"} | {
-        "weights": "raw" if settings["model"]["weights"] == "raw" else "ema"
-    }
+    return {name: value for name, value in settings.items() if name != "model"} | {"weights": target.asked}
 
 
 def folder_of(target: Target, settings: dict) -> Path:
@@ -115,6 +121,8 @@ def draw_samples(
     folder = folder_of(target, settings)
     missing = ranks.on_main(lambda: missing_images(folder, indices))
     if missing:
+        if ranks.main:
+            announce(target, settings, len(missing))
         painter = Painter.of(target, chosen, device) if painter is None else painter
         ranks.on_main(lambda: claim(folder, settings, painter.made_with()))
         mine = missing[ranks.rank :: ranks.world]
@@ -136,11 +144,25 @@ def draw_samples(
     return folder, settings
 
 
+def announce(target: Target, settings: dict, count: int) -> None:
+    """Say what drawing so many images costs."""
+    each = forwards_of(target.run.config, settings)
+    tqdm.write(
+        f"{target.name}: {count:,} images to draw, {settings['sampler']} {settings['steps']} steps, guidance "
+        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * count:,} in all"
+    )
+
+
 def claim(folder: Path, settings: dict, made_with: dict) -> None:
     """Write the manifest of a folder, or raise `UserError` where other settings or weights made what is in it."""
     file = folder / MANIFEST
     if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            known = {}
+        if known.keys() < {"settings", "made_with"}:
+            raise UserError(f"{file} is damaged: remove {folder}, it is drawn again")
         if known["settings"] != settings or known["made_with"] != made_with:
             raise UserError(
                 f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "

@@ -144,8 +144,8 @@ def score_all(
     return metrics
 
 
-def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict[str, dict]:
-    """The metrics of a folder of images of one size, in the order of their names, or of an .npz of them."""
+def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict:
+    """{images, protocol, metrics} of a folder of images of one size, in the order of their names, or of an .npz of them."""
     if not chosen.reference:
         raise UserError(f"{path} has no training images to compare with: give --reference FILE.npz")
     if path.suffix == ".npz":
@@ -154,13 +154,18 @@ def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict[str, 
         files = image_files(path)
         count, chunks = len(files), files_in_chunks(files, CHUNK)
         height, width = next(files_in_chunks(files[:1], 1)).shape[1:3]
+    if count < 4:
+        raise UserError(f"{path} holds {count} images: precision and recall need at least 4")
     if height != width:
         raise UserError(f"the images of {path} are {width} × {height}: squares are compared, cut them first")
     extractors = load_extractors(chosen.extractor, device, dinov2=chosen.dinov2)
     judges = given_judges(extractors, chosen.reference, height)
-    return score_all(
-        features_of(judges, chunks, count, Ranks(cpu=device.type == "cpu")), judges, chosen, device
-    )
+    found = features_of(judges, chunks, count, Ranks(cpu=device.type == "cpu"))
+    return {
+        "images": str(path),
+        "protocol": {"num_samples": count, "judges": {j.extractor.protocol: j.identity for j in judges}},
+        "metrics": score_all(found, judges, chosen, device),
+    }
 
 
 def make_references(

@@ -15,11 +15,13 @@ FILES = {"ema": EMA, "raw": TRAINED}
 
 @dataclass(frozen=True)
 class Target:
-    """The weights of one step of a run: "ema", "raw", or "base" at step 0 for the bare base model."""
+    """The weights of one step of a run: "ema", "raw", or "base" at step 0 for the bare base model, which has but one kind
+    and stands beside runs of whichever was `asked` for."""
 
     run: RunFolder
     step: int
     weights: str
+    asked: str = "ema"
 
     @cached_property
     def weights_sha256(self) -> str | None:
@@ -56,10 +58,10 @@ def open_run(path: Path) -> tuple[RunFolder, str | None]:
 def targets_of(path: Path, which: str = "newest", *, raw: bool = False) -> list[Target]:
     """The targets that RUN and `--checkpoint` mean; raises `UserError` where there are none."""
     run, step = open_run(path)
-    if run.is_base_model:
-        return [Target(run, 0, "base")]
     weights = "raw" if raw else "ema"
-    return [Target(run, step, weights) for step in _steps(run, step or which)]
+    if run.is_base_model:
+        return [Target(run, 0, "base", weights)]
+    return [Target(run, step, weights, weights) for step in _steps(run, step or which)]
 
 
 def _steps(run: RunFolder, which: str) -> list[int]:

@@ -66,6 +66,11 @@ class Eval(Section):
     def _nothing_ignored(self):
         if self.eta and self.sampler != "ddim":
             raise ValueError("eval.eta is DDIM's: set eval.sampler=ddim, or eval.eta=0")
+        if self.sampler == "ddim" and self.sampling_steps > 100 and 1000 % self.sampling_steps:
+            raise ValueError(
+                f"with {self.sampling_steps} steps diffusers' DDIM, which goes 1000 // steps indices at a time, drifts off its "
+                "noise levels: choose 125, 200, 250, 500 or 1000, or eval.sampler=dpm++"
+            )
         if self.bootstrap == 1:
             raise ValueError("eval.bootstrap = 1 gives no spread: choose 2 or more, or 0 for none")
         if self.guidance_low > self.guidance_high:

@@ -1,5 +1,6 @@
 """Metrics over a training: one JSON line a point, and how many steps it took to reach a value."""
 
+import fcntl
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ import numpy as np
 
 from errors import UserError
 
+NEEDED = {"step", "kind", "model", "protocol", "metrics"}  # of a point
 DISTANCES = ("fid", "sfid", "fd", "kid")
 
 
@@ -16,17 +18,24 @@ def read_points(file: Path) -> list[dict]:
     """The lines of a run's `points.jsonl`; what a crash left of a line is left out, other damage is a `UserError`."""
     if not file.exists():
         return []
-    *lines, _ = file.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise UserError(f"{file} has a line that is no JSON ({error}): remove that line") from None
+    *lines, _ = file.read_bytes().split(b"\n")
+    points = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            point = json.loads(line)
+        except ValueError:
+            point = None
+        if not isinstance(point, dict) or not point.keys() >= NEEDED:
+            raise UserError(f"line {number} of {file} is no point of an evaluation: remove that line")
+        points.append(point)
+    return points
 
 
 def append_point(file: Path, point: Mapping) -> None:
     """Add a line, after whatever a crash left of one is gone."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)  # another process may be measuring another checkpoint
         opened.seek(0)
         whole = opened.read().rfind(b"\n") + 1
         opened.truncate(whole)

@@ -10,6 +10,7 @@ from PIL import Image
 from errors import UserError
 from files import write_atomically
 
+PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -19,8 +20,17 @@ def image_path(folder: str | Path, index: int) -> Path:
 
 
 def missing_images(folder: str | Path, indices: Sequence[int]) -> list[int]:
-    """Those of `indices` that are not there."""
-    return [i for i in indices if not image_path(folder, i).is_file()]
+    """Those of `indices` that are not there, whole to the last byte."""
+    return [i for i in indices if not _is_whole(image_path(folder, i))]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), io.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # none, or too short
+        return False
 
 
 def save_images(images: np.ndarray, folder: str | Path, indices: Sequence[int]) -> None:
@@ -80,7 +90,7 @@ def files_in_chunks(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
 def _stacked(images: list[np.ndarray], folder: str | Path) -> np.ndarray:
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
-        raise UserError(f"{folder} mixes image sizes {sorted(sizes)}; sample into an empty folder")
+        raise UserError(f"{folder} mixes image sizes {sorted(sizes)}: all must have one")
     return np.stack(images)  # (n, H, W, 3)
 
 

@@ -123,6 +123,7 @@ def plot_panels(
         axes.set(title=metric, xlabel=xlabel)
         axes.locator_params(axis="both", nbins=5)
     _legend(figure, plt, order, order)
+    figure.get_layout_engine().set(h_pad=0.12)
     save_figure(
         figure, path, {"metrics": {m: {r: dict(s) for r, s in runs.items()} for m, runs in metrics.items()}}
     )

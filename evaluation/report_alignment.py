@@ -21,6 +21,16 @@ BEFORE_HEAD = {
 }
 AFTER_HEAD = {"cosine": "head's tokens: cosine", "cknna": "head's tokens: CKNNA"}
 ACROSS = {"cca": "CCA", "cka": "unbiased CKA", "cknna": "CKNNA"}  # drawn against the timestep for all runs
+ALIKE = (
+    "num_images",
+    "images_sha256",
+    "teacher_sha256",
+    "seed",
+    "timesteps",
+    "tap_grids",
+    "teacher_grid",
+    "prompt",
+)
 BASE = "bare base model"
 PICTURES = {
     "align_timesteps.png": "{name}: the same by timestep and tap; dashed: the bare base model; faint: pairs at random.",
@@ -50,19 +60,22 @@ def alignment_sections(runs: Mapping, folder: Path) -> list[Block]:
     blocks += [
         _table(alike, timestep),
         Paragraph(
-            f"Mid-block at timestep {timestep} on its own {h} × {w} grid, fixed noise, EMA weights, null prompt, "
+            f"Mid-block at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
             f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
             f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
             "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
             f"similarity) and CDS (its fall with distance) shuffled positions. CCA: {first['cca_k']} principal components a "
             f"side, each position's mean removed. CKNNA: one vector an image, {first['cknna_k']} neighbours among "
             f"{first['num_images']}; it depends on both numbers. RMSC is the contrast within an image. A dash: not defined on "
-            "so small a grid, or the run has no head."
+            "so small a grid, or the run has no head. The pictures of tokens below carry numbers of what they show, of the "
+            "test half and of mapped tokens."
         ),
         Command("\n".join(dict.fromkeys(found["command"] for found in alike.values()))),
         _across(alike, folder),
     ]
     for name, run in runs.items():
+        if name not in alike:
+            continue
         blocks += [
             Figure(path, PICTURES[path.name].format(name=name))
             for path in run.figures
@@ -95,9 +108,7 @@ def _across(measured: Mapping[str, Mapping], folder: Path) -> Figure:
 
 
 def _conditions(found: Mapping) -> tuple:
-    return tuple(
-        str(found[key]) for key in ("num_images", "seed", "timesteps", "tap_grids", "teacher_grid", "prompt")
-    )
+    return tuple(str(found.get(key)) for key in ALIKE)
 
 
 def _table(measured: Mapping[str, Mapping], timestep: int) -> Table:
@@ -120,7 +131,18 @@ def _table(measured: Mapping[str, Mapping], timestep: int) -> Table:
                 rows.append([title, *cells])
     losses = [found["heldout_loss_diff"] for found in trained.values()]
     losses += [base["heldout_loss_diff_base"]] if base else []
-    rows.append(["held-out diffusion loss ↓", *losses, None])
+    rows.append(["held-out diffusion loss ↓", *(f"{loss:.4f}" for loss in losses), None])
+    rows.append(
+        [
+            "optimiser steps",
+            *(f"{found['step']:,}" for found in trained.values()),
+            *(["0"] if base else []),
+            None,
+        ]
+    )
+    weights = {"ema": "EMA", "raw": "raw"}
+    kinds = [weights.get(found["weights"], found["weights"]) for found in trained.values()]
+    rows.append(["weights", *kinds, *(["base"] if base else []), None])
     shown = [i for i in range(len(columns)) if any(row[i + 1] is not None for row in rows)]
     return Table(
         ["mid-block", *(columns[i] for i in shown)], [[row[0], *(row[i + 1] for i in shown)] for row in rows]

@@ -12,6 +12,7 @@ from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table
 from evaluation.plots import plot_sweep
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
+GUIDANCE = ("cfg", "guidance_interval", "guidance_space")  # what differs within a sweep
 MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
 
 
@@ -145,7 +146,10 @@ def curve_section(material: Material) -> list[Block]:
             f"{metric} (lower is better) of the moving average, against optimiser steps and against images seen; bars are "
             "± one bootstrap error. The same seeds and labels for every run and checkpoint, the protocol of the table above.",
         ),
-        *(Figure(path, "All metrics of the same samples.") for path in material.curve_figures[1:]),
+        *(
+            Figure(path, "All metrics of the same samples, without the bare base model.")
+            for path in material.curve_figures[1:]
+        ),
     ]
     reached = material.curve.get("steps_to_baseline")
     if reached:
@@ -170,57 +174,81 @@ def _reached(found: Mapping) -> str:
 
 
 def final_section(material: Material) -> list[Block]:
+    """Tables of final numbers, a figure for each sweep of guidance scales, and tables of whatever else was measured."""
     runs, blocks = material.runs, []
-    for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):
-        last = {name: points[-1] for name, points in points_at(material.runs, protocol, ("final",)).items()}
+    for protocol in _protocols_of(runs, ("final",)):
+        last = {name: points[-1] for name, points in points_at(runs, protocol, ("final",)).items()}
         blocks += [_table(last, runs), _commands(last.values())]
-    sweep = sweep_series(runs)
-    for (x, y), series in sweep.items():
-        file = material.folder / f"sweep_{kind_of(y)}.png"
-        plot_sweep(file, series, f"{x} (higher is better)", f"{y} (lower is better)", run_order=list(runs))
-        blocks.append(
-            Figure(
-                file,
-                f"{y} against {x} over guidance scales (the numbers at the points). Strong guidance buys {kind_of(x).upper()} "
-                "with diversity: compare curves, not points.",
-            )
+    for number, sweep in enumerate(sweeps(runs)):
+        x, y = sweep["metrics"]
+        file = material.folder / f"sweep_{kind_of(y)}{f'_{number}' if number else ''}.png"
+        plot_sweep(
+            file, sweep["series"], f"{x} (higher is better)", f"{y} (lower is better)", run_order=list(runs)
         )
-    if not blocks:
-        return []
-    return [Heading("Final numbers and guidance"), *blocks]
+        said = (
+            f"{y} against {x} over guidance scales (the numbers at the points). Strong guidance buys {kind_of(x).upper()} with "
+            f"diversity: compare curves, not points. {sentence(sweep['protocol'], scale='these scales')}"
+        )
+        blocks += [Figure(file, said), _commands(sweep["points"])]
+    blocks = [Heading("Final numbers and guidance"), *blocks] if blocks else []
+    shown = None if material.curve is None else material.curve["protocol"]
+    others = [protocol for protocol in _protocols_of(runs, MADE_BY) if protocol != shown]
+    if others:
+        blocks.append(Heading("Other measurements"))
+    for protocol in others:
+        last = {name: points[-1] for name, points in points_at(runs, protocol).items()}
+        blocks += [_table(last, runs), _commands(last.values())]
+    return blocks
 
 
-def sweep_series(runs: Mapping[str, RunFacts]) -> dict[tuple[str, str], dict[str, dict[str, list]]]:
-    """{(IS, distance): {run: {scales, x, y}}} of the points of a sweep, where all but guidance is one protocol."""
-    found: dict[str, list[tuple[float, Mapping]]] = {}
+def _protocols_of(runs: Mapping[str, RunFacts], kinds: Sequence[str]) -> list[Mapping]:
+    return protocols([p for run in runs.values() for p in run.points if p["kind"] in kinds])
+
+
+def sweeps(runs: Mapping[str, RunFacts]) -> list[dict]:
+    """The sweeps of these runs, one for each protocol but for its guidance: `protocol` (of one point), `points`, `metrics`
+    (the IS and the distance that are drawn) and `series` {run: {scales, x, y}}, at each run's last step."""
+    groups: list[dict] = []
     for name, run in runs.items():
-        points = [p for p in run.points if p["kind"] == "sweep"]
-        if not points:
+        for point in run.points:
+            if point["kind"] != "sweep":
+                continue
+            rest = {key: value for key, value in point["protocol"].items() if key not in GUIDANCE}
+            interval = point["protocol"]["guidance_interval"]
+            found = next(
+                (g for g in groups if g["rest"] == rest and interval in (None, g["interval"] or interval)),
+                None,
+            )
+            if found is None:
+                groups.append(found := {"rest": rest, "interval": interval, "runs": {}})
+            found["interval"] = found["interval"] or interval
+            steps = found["runs"].setdefault(name, {})
+            steps.setdefault(point["step"], {})[point["protocol"]["cfg"]] = point
+    made = []
+    for group in groups:
+        last = {name: dict(sorted(steps[max(steps)].items())) for name, steps in group["runs"].items()}
+        points = [point for scales in last.values() for point in scales.values()]
+        names = list(points[0]["metrics"])
+        scores = [name for name in names if kind_of(name) == "is"]
+        if not scores:
             continue
-        last = max(p["step"] for p in points)
-        by_scale = {p["protocol"]["cfg"]: p["metrics"] for p in points if p["step"] == last}
-        found[name] = sorted(by_scale.items())
-    if not found:
-        return {}
-    names = next(iter(found.values()))[0][1]
-    scores = [name for name in names if kind_of(name) == "is"]
-    if not scores:
-        return {}
-    x, y = scores[0], headline(list(names))
-    return {
-        (x, y): {
-            run: {
-                "scales": [scale for scale, _ in rows],
-                "x": [metrics[x]["value"] for _, metrics in rows],
-                "y": [metrics[y]["value"] for _, metrics in rows],
+        x, y = scores[0], headline(names)
+        series = {
+            name: {
+                "scales": list(scales),
+                "x": [point["metrics"][x]["value"] for point in scales.values()],
+                "y": [point["metrics"][y]["value"] for point in scales.values()],
             }
-            for run, rows in found.items()
+            for name, scales in last.items()
         }
-    }
+        made.append(
+            {"protocol": points[-1]["protocol"], "points": points, "metrics": (x, y), "series": series}
+        )
+    return made
 
 
-def sentence(protocol: Mapping) -> str:
-    """How images were made and measured, in words."""
+def sentence(protocol: Mapping, scale: str | None = None) -> str:
+    """How images were made and measured, in words; `scale` stands for the guidance scale."""
     p = protocol
     guided = "unguided"
     if p["cfg"] > 1:
@@ -228,7 +256,7 @@ def sentence(protocol: Mapping) -> str:
         where = (
             "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g} ({p['guidance_space']})"
         )
-        guided = f"guidance {p['cfg']:g}{where}"
+        guided = f"guidance {scale or format(p['cfg'], 'g')}{where}"
     eta = f", η = {p['eta']:g}" if p["eta"] else ""
     judged = "; ".join(
         f"{name}: {judge['extractor']['network']} {judge['extractor']['weights_sha256'][:8]}, {judge['extractor']['resize']}, "

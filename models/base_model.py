@@ -1,5 +1,6 @@
 """Load the parts of a diffusers pipeline folder (or hub id), with errors that say what to do."""
 
+import functools
 import hashlib
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 
 from errors import UserError
 
@@ -66,6 +68,24 @@ def insist_present(name: str) -> None:
     """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
     if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
         raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")
+
+
+@functools.lru_cache
+def files_digest(base: str, part: str, revision: str | None = None) -> str:
+    """What says that a part's files are the same as before: sha256 of the weights of a local folder, a hub's commit.
+
+    Of a local folder the safetensors that `load_part` reads count, else the .bin files. Read once in a process.
+    """
+    folder = Path(base) / part
+    if not folder.is_dir():
+        found = try_to_load_from_cache(base, "scheduler/scheduler_config.json", revision=revision or "main")
+        return Path(found).parents[1].name if isinstance(found, str) else str(revision)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in (file for file in files if "." not in file.name.split(".", 1)[1]):  # no .fp16., no .non_ema.
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from errors import UserError
 
+PATIENCE = timedelta(hours=2)  # with a rank that works alone: it may be writing 40 GB
 BUCKET = 2**25  # entries of gradients that travel together: 128 MiB
 
 
@@ -27,7 +29,7 @@ class Ranks:
     """This process's place among `world` processes."""
 
     def __init__(self, cpu: bool = False):
-        self._state = PartialState(cpu=cpu)
+        self._state = PartialState(cpu=cpu, timeout=PATIENCE)
         self.rank: int = self._state.process_index
         self.world: int = self._state.num_processes
         # What `accelerate launch` leaves behind when it was asked for several processes and starts one, in silence.

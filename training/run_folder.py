@@ -44,7 +44,7 @@ OPERATIONAL = (
     "train.eval_every",
     "train.wandb",
 )
-LOGS = ("metrics.jsonl", "skipped.jsonl")
+LOGS = ("metrics.jsonl", "skipped.jsonl", "eval/points.jsonl")  # what is of a step
 
 
 class RunFolder:
@@ -103,7 +103,16 @@ class RunFolder:
     @property
     def is_base_model(self) -> bool:
         """Whether nothing is trained here: see `of_base_model`."""
-        return self._record_file.exists() and "base_model" in json.loads(self._record_file.read_text())
+        return self._record_file.exists() and "base_model" in self._record()
+
+    def _record(self) -> dict:
+        try:
+            record = json.loads(self._record_file.read_text())
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(f"{self._record_file} is damaged: remove it, the next training writes it again")
+        return record
 
     def adopt(self) -> None:
         """Write down the config, once it is clear that the run can go on with it, and what it changes."""
@@ -112,7 +121,7 @@ class RunFolder:
         if not self._record_file.exists() or (changes and newest is None):
             write_json(self._record_file, _provenance())
         elif changes:
-            record = json.loads(self._record_file.read_text())
+            record = self._record()
             note = {"from_step": step_of(newest), "command": this_command(), "changed": changes}
             write_json(self._record_file, record | {"changes": [*record.get("changes", ()), note]})
         # Also where only what cannot change the training differs, such as eval.*: the newest word is evaluated.
@@ -190,7 +199,7 @@ class RunFolder:
 
     def commands(self) -> list[str]:
         """The command lines that started the run and that changed it on the way."""
-        record = json.loads(self._record_file.read_text())
+        record = self._record()
         return [record["command"], *(change["command"] for change in record.get("changes", ()))]
 
     def metrics(self, log: str = "metrics.jsonl") -> list[dict]:
