@@ -40,7 +40,7 @@ from options_sd15 import (
 from point_sd15 import evaluate_all, points_of, said
 from score_sd15 import make_references, measure_images
 from target_sd15 import open_run
-from training.ranks import Ranks
+from training.ranks import Ranks, part
 from training.run_folder import this_command
 
 
@@ -245,3 +245,4 @@ COMMANDS = {
 
 if __name__ == "__main__":
     run_script(main)
+    part()

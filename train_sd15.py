@@ -35,7 +35,7 @@ from training.batch_stream import Batch, BatchStream
 from training.guard import Guard
 from training.meter import Meter
 from training.metric_log import MetricLog
-from training.ranks import Ranks
+from training.ranks import Ranks, part
 from training.run_folder import RunFolder, this_command
 from training.state import TrainingState
 
@@ -304,3 +304,4 @@ def claimed_run(config: Config, ranks: Ranks, allowed: list[str]) -> Iterator[Ru
 
 if __name__ == "__main__":
     run_script(main)
+    part()

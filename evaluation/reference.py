@@ -123,7 +123,12 @@ class ReferenceBuilder:
 def protocol_of_file(path: str | Path) -> str:
     """The protocol that a reference serves; raises `UserError` for a file that is none."""
     arrays = _read_arrays(Path(path))
-    return json.loads(str(arrays["metadata"]))["protocol"] if "metadata" in arrays else "adm"
+    if "metadata" not in arrays:
+        return "adm"
+    try:
+        return json.loads(str(arrays["metadata"]))["protocol"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
 
 
 def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None = None) -> Reference:
@@ -141,6 +146,15 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
         count = metadata["num_images"]
         pool = Moments.of(arrays["mu"], arrays["sigma"], count)
         spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
+        features = arrays.get("features")
+        if features is not None and (
+            features.ndim != 2 or features.shape[1] != pool.dim or len(features) < 4
+        ):
+            raise ValueError(f"features of shape {features.shape} beside moments of {pool.dim} dimensions")
+        if not all(np.isfinite(a).all() for a in arrays.values() if a is not None and a.dtype.kind == "f"):
+            raise ValueError("values that are not finite")
+        halves = arrays.get("distance_of_halves")
+        halves = None if halves is None else float(halves)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
     conditions = {**extractor.identity, "code_version": CODE_VERSION, **(wanted or {})}
@@ -150,9 +164,6 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
                 f"{path} was made with {key} = {metadata.get(key)!r}, wanted is {value!r}: make the reference anew or choose "
                 "another file"
             )
-    halves = arrays.get("distance_of_halves")
-    halves = None if halves is None else float(halves)
-    features = arrays.get("features")
     return Reference(path.name, extractor.protocol, pool, spatial, features, halves, metadata)
 
 

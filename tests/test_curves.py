@@ -1,6 +1,9 @@
 """Points as lines of a file, and how many steps it took to reach a value."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from evaluation.curves import (
     speedup,
     steps_to_reach,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_steps_to_reach_a_value_lie_where_the_line_between_two_checkpoints_crosses_it():
@@ -81,15 +86,26 @@ def test_names_say_what_is_measured_and_which_way_is_better():
 def test_lines_survive_a_crash_and_damage_is_named(tmp_path):
     file = tmp_path / "eval" / "points.jsonl"
     assert read_points(file) == []
-    append_point(file, {"a": 1})
-    with open(file, "a") as opened:
-        opened.write('{"b": ')
-    assert read_points(file) == [{"a": 1}]
-    append_point(file, {"c": 3})
-    assert read_points(file) == [{"a": 1}, {"c": 3}]
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"a": 1}, {"c": 3}]
-    file.write_text("oops\n" + file.read_text())
-    with pytest.raises(UserError, match="no JSON"):
-        read_points(file)
+    one, two = point(1, 2.0) | {"model": {}}, point(2, 1.0) | {"model": {}}
+    append_point(file, one)
+    with open(file, "ab") as opened:
+        opened.write('{"λ": "'.encode()[:3])
+    assert read_points(file) == [one]
+    append_point(file, two)
+    assert read_points(file) == [one, two]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [one, two]
+    for damage in (b"oops\n", b"null\n", b'{"step": 3}\n', b"\xce\n"):
+        file.write_bytes(json.dumps(one).encode() + b"\n" + damage)
+        with pytest.raises(UserError, match="line 2 of"):
+            read_points(file)
     with pytest.raises(ValueError, match="JSON compliant"):
         append_point(file, {"value": float("nan")})
+
+
+def test_two_processes_lose_no_line(tmp_path):
+    script = "import sys; from evaluation.curves import append_point; [append_point(sys.argv[1], {'n': i}) for i in range(200)]"
+    script = script.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
+    file = tmp_path / "points.jsonl"
+    both = [subprocess.Popen([sys.executable, "-c", script, file], cwd=ROOT) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(file.read_text().splitlines()) == 400

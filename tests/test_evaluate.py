@@ -25,6 +25,7 @@ from errors import UserError
 from evaluation.curves import read_points
 from evaluation.image_files import load_images
 from evaluation.reference import load_reference
+from models.base_model import files_digest
 from preprocessing.images import read_view
 from sample_sd15 import MANIFEST
 from target_sd15 import targets_of
@@ -133,7 +134,22 @@ class TestSampling:
         save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
         evaluate("sample", runs / "urepa", "--num-samples", 2)  # nothing to do
         with pytest.raises(UserError, match="drawn with other weights or settings"):
-            evaluate("sample", runs / "urepa", "--num-samples", 3)
+            evaluate("sample", runs / "urepa", "--num-samples", 3)  # changed while it was in use
+        before = drawn(runs / "urepa")
+        files_digest.cache_clear()
+        evaluate(
+            "sample", runs / "urepa", "--num-samples", 2
+        )  # as the next command does: it is another setting
+        assert len(drawn(runs / "urepa")) == 2 * len(before)
+        assert len(set(drawn(runs / "urepa").values())) == 4
+
+    def test_a_broken_image_is_drawn_again(self, runs):
+        evaluate("sample", runs / "urepa", "--num-samples", 3)
+        whole = drawn(runs / "urepa")
+        file = next((runs / "urepa" / "samples").rglob("000001.png"))
+        file.write_bytes(file.read_bytes()[:-5])
+        evaluate("sample", runs / "urepa", "--num-samples", 3)
+        assert drawn(runs / "urepa") == whole
 
     def test_a_killed_sampling_goes_on_and_leaves_the_same_files(self, runs):
         evaluate("sample", runs / "urepa", "--num-samples", 150)
@@ -209,6 +225,39 @@ class TestPoints:
         first, second = points(runs / "urepa")
         assert (first["protocol"], first["step"]) == (second["protocol"], second["step"])
         assert first["metrics"] != second["metrics"]
+
+    def test_points_of_a_training_that_began_anew_are_forgotten(self, runs, miniature):
+        evaluate("metrics", runs / "urepa", "--checkpoint", "all")
+        assert [p["step"] for p in points(runs / "urepa")] == [2, 4, 6]
+        shutil.rmtree(runs / "urepa" / "checkpoints" / "step-0000006")
+        train(miniature, runs / "urepa")
+        assert [p["step"] for p in points(runs / "urepa")] == [2, 4]
+        shutil.rmtree(runs / "urepa" / "checkpoints")
+        train(miniature, runs / "urepa", "seed=7")
+        assert points(runs / "urepa") == []
+
+    def test_runs_that_cannot_be_compared_are_refused_before_anything_is_drawn(
+        self, runs, miniature, monkeypatch
+    ):
+        shutil.copytree(miniature / "cache" / "text", runs / "text")
+        manifest = json.loads((runs / "text" / "manifest.json").read_text())
+        manifest["details"]["template"] = "a drawing of a {class_name}"
+        (runs / "text" / "manifest.json").write_text(json.dumps(manifest))
+        config = runs / "baseline" / "config.yaml"
+        settings = yaml.safe_load(config.read_text())
+        settings["data"]["text"] = str(runs / "text")
+        config.write_text(yaml.safe_dump(settings))
+        no_drawing(monkeypatch)
+        with pytest.raises(UserError, match="cannot be compared: they differ in prompts"):
+            evaluate("curve", runs / "urepa", runs / "baseline", "--out", runs / "curve")
+
+    def test_raw_weights_stand_beside_the_base_model_and_not_beside_their_average(self, runs):
+        evaluate(
+            "curve", runs / "urepa", runs / "plain.yaml", "--raw", "--checkpoint", 6, "--out", runs / "curve"
+        )
+        assert points(runs / "plain_base")[0]["protocol"]["weights"] == "raw"
+        evaluate("curve", runs / "urepa", "--checkpoint", 6, "--out", runs / "curve")
+        assert len(points(runs / "urepa")) == 2
 
     def test_half_a_line_of_a_crash_is_forgotten(self, runs):
         evaluate("metrics", runs / "urepa")
@@ -452,6 +501,43 @@ class TestReport:
         assert "Not measured by this protocol: baseline" in page
         assert "Not measured: urepa, baseline" in page
 
+    def test_two_sweeps_are_two_figures_and_other_protocols_other_tables(self, runs):
+        for steps, count in ((2, 20), (3, 12)):
+            evaluate("final", runs / "urepa", "--steps", steps, "--num-samples", count, "--sweep", 1, 3)
+        evaluate("metrics", runs / "urepa", "--seed", 5)
+        evaluate("curve", runs / "urepa", "--out", runs / "curve")
+        evaluate("report", runs / "urepa", "-o", runs / "report.html")
+        drawn = [
+            json.loads(path.read_text()) for path in sorted((runs / "report_figures").glob("sweep_*.json"))
+        ]
+        assert sorted(figure["xlabel"].split()[0] for figure in drawn) == [
+            "classifier_is12",
+            "classifier_is20",
+        ]
+        assert all(figure["series"]["urepa"]["scales"] == [1.0, 3.0] for figure in drawn)
+        text = (runs / "report.html").read_text()
+        assert "Other measurements" in text
+        assert "seeds from 5" in text
+
+    def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(self, runs):
+        for run in ("urepa", "baseline"):
+            evaluate("align", runs / run, "--timesteps", 100)
+        before = (runs / "urepa" / "eval" / "align.json").read_bytes()
+        evaluate("align", runs / "urepa", "--timesteps", 100, "--checkpoint", 2)
+        assert (runs / "urepa" / "eval" / "align.json").read_bytes() == before
+        assert json.loads((runs / "urepa" / "eval" / "step-0000002" / "align.json").read_text())["step"] == 2
+        evaluate("align", runs / "baseline", "--timesteps", 100, "--seed", 3)
+        evaluate("report", runs / "urepa", runs / "baseline", "-o", runs / "report.html")
+        assert "other conditions than urepa, so not shown: baseline" in (runs / "report.html").read_text()
+
+    def test_images_that_were_trained_on_are_not_held_out(self, runs, miniature):
+        config = runs / "urepa" / "config.yaml"
+        settings = yaml.safe_load(config.read_text())
+        settings["eval"] |= {name: settings["data"][name] for name in ("csv", "latents", "tokens")}
+        config.write_text(yaml.safe_dump(settings))
+        with pytest.raises(UserError, match="is not held out"):
+            evaluate("align", runs / "urepa", "--timesteps", 100)
+
     def test_two_protocols_are_never_mixed_in_a_table(self, runs):
         evaluate("curve", runs / "urepa", "--out", runs / "curve")
         evaluate("curve", runs / "baseline", "--out", runs / "curve", "--steps", 3)
@@ -479,6 +565,11 @@ class TestReport:
         (["sample", "{root}/urepa", "--sampler", "ddpm", "--eta", "1"], "eval.eta is DDIM's"),
         (["sample", "{root}/urepa", "--guidance-interval", "0.8,0.7"], "the guidance interval is empty"),
         (["sample", "{root}/urepa", "--device", "tpu"], "cannot be used"),
+        (["sample", "{root}/urepa", "--steps", "300"], "drifts off its noise levels"),
+        (["metrics", "{root}/urepa", "--num-samples", "3"], "too few for metrics"),
+        (["pictures", "{root}/urepa", "-o", "x.jpg"], "must end in .png"),
+        (["reference", "{root}", "--size", "0", "--out", "x"], "--size 0"),
+        (["final", "{root}/urepa", "--sweep", "0.5"], "eval.cfg = 0.5"),
         (["curve", "{root}/urepa", "--baseline", "{root}/baseline"], "is none of the runs"),
         (["pictures", "{root}/urepa", "-o", "x.png", "--classes", "10"], "classes are 0 to 9"),
         (["report", "{root}/urepa", "-o", "page"], "must end in .html"),

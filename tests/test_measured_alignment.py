@@ -241,6 +241,6 @@ def test_a_tap_finer_than_the_teachers_grid_is_refused(runs):
     """A training without alignment does not mind such a cache."""
     config = runs["baseline"].config
     text = read_table(config.data.text)[0][-1].float()
-    held = HeldOut(np.zeros((1, 4, 64, 64), np.float32), np.zeros((1, 16, 64)), np.zeros(1), text, 1)
+    held = HeldOut(np.zeros((1, 4, 64, 64), np.float32), np.zeros((1, 16, 64)), np.zeros(1), text, 1, "", "")
     with pytest.raises(UserError, match="grid 8 × 8 of tap enc_last is finer than the teacher's 4"):
         read_taps(Bench(config, held, 0, CPU, lambda: None), untrained(config, CPU), {}, 250)

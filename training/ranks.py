@@ -99,6 +99,13 @@ class Ranks:
             torch._foreach_div_(list(tensors), float(self.world))
 
 
+def part() -> None:
+    """Leave the group once all are done: a process that ends first can take the others' connections, and them, with it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     bucket: list[Tensor] = []
     for tensor in tensors:
