@@ -172,7 +172,7 @@ def align(args: argparse.Namespace) -> None:
     unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
     (evaluation/alignment_rows.py); and the held-out diffusion loss. The null prompt, and for each image the same noise.
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
-    align_tsne.png to RUN/eval.
+    align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
     from align_sd15 import align_target, checked_timesteps
     from evaluation.embedding import insist_installed

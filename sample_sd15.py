@@ -160,8 +160,8 @@ def claim(folder: Path, settings: dict, made_with: dict) -> None:
         try:
             known = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            known = {}
-        if known.keys() < {"settings", "made_with"}:
+            known = None
+        if not isinstance(known, dict) or not {"settings", "made_with"} <= known.keys():
             raise UserError(f"{file} is damaged: remove {folder}, it is drawn again")
         if known["settings"] != settings or known["made_with"] != made_with:
             raise UserError(

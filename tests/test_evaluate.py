@@ -143,6 +143,13 @@ class TestSampling:
         assert len(drawn(runs / "urepa")) == 2 * len(before)
         assert len(set(drawn(runs / "urepa").values())) == 4
 
+    @pytest.mark.parametrize("damage", ["{", "[]", '{"settings": {}}'])
+    def test_a_damaged_manifest_is_one_line(self, runs, damage):
+        evaluate("sample", runs / "urepa", "--num-samples", 2)
+        next((runs / "urepa").rglob(f"samples/*/{MANIFEST}")).write_text(damage)
+        with pytest.raises(UserError, match=rf"{MANIFEST} is damaged"):
+            evaluate("sample", runs / "urepa", "--num-samples", 3)
+
     def test_a_broken_image_is_drawn_again(self, runs):
         evaluate("sample", runs / "urepa", "--num-samples", 3)
         whole = drawn(runs / "urepa")
