@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,9 +104,22 @@ def test_lines_survive_a_crash_and_damage_is_named(tmp_path):
 
 
 def test_two_processes_lose_no_line(tmp_path):
-    script = "import sys; from evaluation.curves import append_point; [append_point(sys.argv[1], {'n': i}) for i in range(200)]"
-    script = script.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
-    file = tmp_path / "points.jsonl"
-    both = [subprocess.Popen([sys.executable, "-c", script, file], cwd=ROOT) for _ in range(2)]
+    script = """
+import sys, time
+from pathlib import Path
+from evaluation.curves import append_point
+go, ready, file = map(Path, sys.argv[1:])
+ready.touch()
+while not go.exists():
+    time.sleep(0.001)
+for i in range(300):
+    append_point(file, {"n": i})
+"""
+    go, file = tmp_path / "go", tmp_path / "points.jsonl"
+    ready = [tmp_path / "a", tmp_path / "b"]
+    both = [subprocess.Popen([sys.executable, "-c", script, go, mark, file], cwd=ROOT) for mark in ready]
+    while not all(mark.exists() for mark in ready):
+        time.sleep(0.01)
+    go.touch()
     assert [process.wait() for process in both] == [0, 0]
-    assert len(file.read_text().splitlines()) == 400
+    assert len(file.read_text().splitlines()) == 600
