@@ -292,7 +292,11 @@ def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):
     assert missing_images(tmp_path, range(3, 7)) == [5, 6]
     with pytest.raises(UserError, match="lacks 1 of the 6"):
         load_images(tmp_path, range(6))
-    (tmp_path / "000005.png").write_bytes((tmp_path / "000004.png").read_bytes()[:40])
+    whole = (tmp_path / "000004.png").read_bytes()
+    (tmp_path / "000005.png").write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="lacks 1 of the 6"):
+        load_images(tmp_path, range(6))
+    (tmp_path / "000005.png").write_bytes(whole[:40] + whole[-8:])
     with pytest.raises(UserError, match="cannot be read"):
         load_images(tmp_path, range(6))
     save_images(images[:1, :4], tmp_path, [5])
