@@ -87,7 +87,7 @@ def plot_rows(
     height, width = canvases[0].shape[:2]
     longest = max(len(line) for label in rows for line in label.split("\n"))
     left, top, bottom = 40 + 15 * longest, 70, 70 if note else 24
-    full_w, full_h = left + max(width, 9 * len(note)) + 24, top + height * len(rows) + bottom
+    full_w, full_h = left + max(width, 13 * len(note)) + 24, top + height * len(rows) + bottom
     figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
     for i, (label, canvas) in enumerate(zip(rows, canvases, strict=True)):
         y = top + i * height
