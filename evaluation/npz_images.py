@@ -25,11 +25,6 @@ def npz_image_shape(path: str | Path) -> tuple[int, int, int, int]:
         return shape
 
 
-def count_npz_images(path: str | Path) -> int:
-    """How many images a file holds, without reading them."""
-    return npz_image_shape(path)[0]
-
-
 def iterate_npz_images(path: str | Path, chunk: int = 500) -> Iterator[np.ndarray]:
     """Images in order, as (n, H, W, 3) uint8 with n <= chunk, n * H * W * 3 bytes in memory.
 
