@@ -20,7 +20,7 @@ from models.online_teacher import OnlineTeacher, load_decoder
 from models.schedule import Coefficient, CoefficientSchedule, SimilarityCutoff
 from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 from training.batch_stream import Batch
-from training.checkpoint import EMA, TRAINED, load_weights, trained_file_of
+from training.checkpoint import WEIGHTS, load_weights, trained_file_of
 from training.masters import Masters
 from training.ranks import Ranks
 from training.run_folder import RunFolder
@@ -267,7 +267,7 @@ def load_run_model(
     the network outputs."""
     model = build_model(run.config) if weights != "base" else bare_model(run.config)
     if weights != "base":
-        load_weights(run.checkpoint(step) / {"ema": EMA, "raw": TRAINED}[weights], model.trained_parameters())
+        load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
     return model.to(device).eval().requires_grad_(False), build_loss(run.config).parameterization
 
 

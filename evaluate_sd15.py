@@ -212,7 +212,9 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"-o {args.out}: the page's name must end in .html")
     try:
         times = json.loads(args.times.read_text()) if args.times else []
-    except (OSError, ValueError) as error:
+        if not all({"stage", "seconds", "command", "group"} <= dict(stage).keys() for stage in times):
+            raise ValueError("each stage needs stage, seconds, command and group")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read --times {args.times}: {error}") from None
     runs = [open_run(path)[0] for path in args.runs]
     print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from configs.loading import load_config
 from errors import UserError
-from training.checkpoint import EMA, TRAINED, images_per_step_of
+from training.checkpoint import WEIGHTS, images_per_step_of
 from training.run_folder import RunFolder
-
-FILES = {"ema": EMA, "raw": TRAINED}
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Target:
         if self.weights == "base":
             return None
         try:
-            with open(self.run.checkpoint(self.step) / FILES[self.weights], "rb") as file:
+            with open(self.run.checkpoint(self.step) / WEIGHTS[self.weights], "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from None

@@ -581,6 +581,10 @@ class TestReport:
         (["pictures", "{root}/urepa", "-o", "x.png", "--classes", "10"], "classes are 0 to 9"),
         (["report", "{root}/urepa", "-o", "page"], "must end in .html"),
         (
+            ["report", "{root}/urepa", "-o", "x.html", "--times", "{root}/urepa/run.json"],
+            "cannot read --times",
+        ),
+        (
             ["reference", "nowhere", "--out", "x", "--extractor", "{classifier}"],
             "nowhere is no folder of images",
         ),

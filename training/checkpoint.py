@@ -31,6 +31,7 @@ TRAINED, EMA, OPTIMIZER, STATE = (
     "optimizer.safetensors",
     "state.json",
 )
+WEIGHTS = {"ema": EMA, "raw": TRAINED}  # by the name that evaluation has for them
 
 
 def save_checkpoint(
