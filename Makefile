@@ -18,7 +18,7 @@ ARMS = baseline urepa token_only token_gram multi_layer cosine head_linear irepa
 OWN_ARMS = head_mlp early_stop selfdistilled selfdistilled_token_gram
 SELFDISTILLED = .venv/bin/python preprocessing/3_build_dino_cache.py --teacher data/demo/models/dinov2-selfdistilled --grid 4 --workers 0
 LARGER = .venv/bin/python preprocessing/2_encode_vae_latents.py --base data/demo/models/sd15-mini --image-size 64 --workers 0
-ABLATE = .venv/bin/python ablate_sd15.py --seeds 0 1 2 --jobs 2
+ABLATE = .venv/bin/python ablate.py --seeds 0 1 2 --jobs 2
 
 study: demo                    ## variants of the method on the miniature, 3 seeds each (docs/study.md): hours on a CPU; goes on where it stopped
 	.venv/bin/python preprocessing/0_make_demo.py --out data/demo --self-distilled

@@ -11,8 +11,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from errors import run_script
-from stages import ROOT, Record, Stage, last_line, log_of, run_chains
+from common.errors import run_script
+from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
 
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
 LOGS, RECORD, PAGE = RUNS / "logs", RUNS / "stages.json", RUNS / "index.html"

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from benchmarks.our_cache import FIELDS, VALUE_BYTES, Delivered, OursPerItem, Values, files_of, write_cache
-from training.batch_stream import BatchStream
+from cache.batch_stream import BatchStream
 
 # PyTorch warns of read-only memory; nobody writes into these tensors.
 warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")

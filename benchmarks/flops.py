@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.report import Target, benchmark_parser, publish
-from models.alignment import PROJECTIONS, AlignHead
-from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+from method.alignment import PROJECTIONS, AlignHead
+from models.aligned import SD15UNetAligned, lora_config
 
 BATCH = 2
 VAE = {

@@ -18,8 +18,8 @@ import numpy as np
 import scipy.linalg
 
 from benchmarks.report import Target, benchmark_parser, publish
-from evaluation.metrics import bootstrap_fd
-from evaluation.moments import Moments, frechet_distance
+from metrics.moments import Moments, frechet_distance
+from metrics.quality import bootstrap_fd
 
 DIM, IMAGES = 2048, 10_000
 

@@ -29,9 +29,9 @@ from benchmarks.our_cache import (
     write_cache,
 )
 from benchmarks.report import Target, benchmark_parser, family, publish, temporary_folder
-from dataset_sd15 import SD15AlignedDataset, StepSampler
+from cache.batch_stream import BatchStream
+from cache.dataset import SD15AlignedDataset, StepSampler
 from preprocessing.options import positive
-from training.batch_stream import BatchStream
 
 GROWTH_MB = 8  # that the allocators may add after the second epoch
 

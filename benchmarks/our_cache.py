@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset_sd15 import SD15AlignedDataset
-from preprocessing.manifest import FieldSpec, write_table
-from preprocessing.samples import Sample, write_samples
-from preprocessing.shards import FieldWriter
-from training.batch_stream import BatchStream
+from cache.batch_stream import BatchStream
+from cache.dataset import SD15AlignedDataset
+from cache.image_list import Sample, write_samples
+from cache.manifest import FieldSpec, write_table
+from cache.shards import FieldWriter
 
 FIELDS = {"latents": (4, 64, 64), "tokens": (196, 1024)}  # SD-1.5 at 512 px, DINOv2-L at 196 px
 VALUE_BYTES = {name: 2 * math.prod(shape) for name, shape in FIELDS.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from files import write_json
+from common.files import write_json
 from preprocessing.options import new_parser
 
 ROOT = Path(__file__).resolve().parents[1]

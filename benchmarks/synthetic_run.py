@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from preprocessing.manifest import FieldSpec, write_table
-from preprocessing.samples import Sample, write_samples
-from preprocessing.shards import FieldWriter
+from cache.image_list import Sample, write_samples
+from cache.manifest import FieldSpec, write_table
+from cache.shards import FieldWriter
 
 # Of Stable Diffusion 1.5 and DINOv2-L at 14×14 tokens, and of a network that a CPU trains in a tenth of a second a step.
 SIZES = {

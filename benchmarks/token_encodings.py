@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from benchmarks.report import Target, benchmark_parser, publish
-from preprocessing.encodings import ENCODINGS
+from cache.encodings import ENCODINGS
 from preprocessing.options import positive
 
 SHAPE = (196, 1024)

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 import torch
 from diffusers.training_utils import EMAModel
 
-import train_sd15
+import train as train_script
 from benchmarks.report import ROOT, Target, benchmark_parser, publish, temporary_folder
 from benchmarks.synthetic_run import make_synthetic
-from build_sd15 import Parts, build_parts
 from configs.loading import load_config
-from plan_sd15 import step_flops
 from preprocessing.options import positive
 from training.meter import Meter
+from training.parts import Parts, build_parts
+from training.plan import step_flops
 from training.run_folder import RunFolder
 from training.state import TrainingState
 
@@ -94,12 +94,12 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
                     super().read()
                 return line
 
-        with RunFolder.claimed(config) as folder, replaced(train_sd15, "Meter", Interrupted):
+        with RunFolder.claimed(config) as folder, replaced(train_script, "Meter", Interrupted):
             state = TrainingState(
                 config, parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
             )
             state.save = lambda run: None  # a checkpoint is no part of a step
-            train_sd15.take_steps(parts, folder, state, train_sd15.open_stream(parts, first_step=0))
+            train_script.take_steps(parts, folder, state, train_script.open_stream(parts, first_step=0))
             lines = folder.metrics()[1:]  # the first window warms up and compiles
     except torch.OutOfMemoryError:
         return {"note": "out of memory"}

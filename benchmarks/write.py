@@ -25,9 +25,10 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.report import Target, benchmark_parser, publish, temporary_folder
-from device import pick_device
+from cache.image_list import Sample
+from cache.views import read_view
+from common.device import pick_device
 from preprocessing.encoders import latent_job, token_job
-from preprocessing.images import read_view
 from preprocessing.options import (
     add_device_option,
     add_latent_options,
@@ -36,7 +37,6 @@ from preprocessing.options import (
     positive,
 )
 from preprocessing.pipeline import FieldJob, encode_fields
-from preprocessing.samples import Sample
 
 DINOV2 = {
     "dinov2-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},

@@ -7,7 +7,7 @@ refused with the name to use.
 from collections.abc import Callable
 from typing import Any
 
-from errors import UserError
+from common.errors import UserError
 
 PREFIX = "urepa_"
 RENAMED = {

@@ -14,10 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from common.errors import UserError
 from configs.aliases import own_name, rename_aliases
 from configs.evaluation import Eval
 from configs.schema import Config
-from errors import UserError
 
 # What the papers and other trainers call our knobs.
 FAMILIAR = {

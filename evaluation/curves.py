@@ -1,121 +1,68 @@
-"""Metrics over a training: one JSON line a point, and how many steps it took to reach a value."""
+"""Curves of several runs: their points under one protocol, drawn, and the steps to the baseline's final value."""
 
-import fcntl
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+from common.errors import UserError
+from common.files import write_json
+from report.curves import headline, lower_is_better, series_of, speedup
+from report.plots import plot_metric_curves, plot_panels
+from training.run_folder import RunFolder
 
-from errors import UserError
-
-NEEDED = {"step", "kind", "model", "protocol", "metrics"}  # of a point
-DISTANCES = ("fid", "sfid", "fd", "kid")
-
-
-def read_points(file: Path) -> list[dict]:
-    """The lines of a run's `points.jsonl`; what a crash left of a line is left out, other damage is a `UserError`."""
-    if not file.exists():
-        return []
-    *lines, _ = file.read_bytes().split(b"\n")
-    points = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            point = json.loads(line)
-        except ValueError:
-            point = None
-        if not isinstance(point, dict) or not point.keys() >= NEEDED:
-            raise UserError(f"line {number} of {file} is no point of an evaluation: remove that line")
-        points.append(point)
-    return points
+FINAL = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # the plan's
+SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)
 
 
-def append_point(file: Path, point: Mapping) -> None:
-    """Add a line, after whatever a crash left of one is gone."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)  # another process may be measuring another checkpoint
-        opened.seek(0)
-        whole = opened.read().rfind(b"\n") + 1
-        opened.truncate(whole)
-        opened.write(json.dumps(point, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-
-
-def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[str]) -> list[Mapping]:
-    """Those of a run's points that were made for these purposes under a protocol, by step; the last of each step."""
-    found = {p["step"]: p for p in points if p["protocol"] == protocol and p["kind"] in kinds}
-    return [found[step] for step in sorted(found)]
-
-
-def protocols(points: Sequence[Mapping]) -> list[Mapping]:
-    """The protocols of points, each once, in the order in which they appear."""
-    found: list[Mapping] = []
-    for point in points:
-        if point["protocol"] not in found:
-            found.append(point["protocol"])
-    return found
-
-
-def kind_of(metric: str) -> str:
-    """What a metric's name measures: "fid" of adm_fid10k."""
-    return re.sub(r"\d+k?$", "", metric.split("_", 1)[1])
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a distance."""
-    return kind_of(metric) in DISTANCES
-
-
-def headline(metrics: Sequence[str]) -> str:
-    """Of a point's metrics the Fréchet distance that is named first."""
-    return next(name for name in metrics if kind_of(name) in ("fid", "fd"))
-
-
-def steps_to_reach(steps: Sequence[float], values: Sequence[float], goal: float) -> float | None:
-    """The first step at which a metric, lower is better, is at most `goal`: linear between two measured steps.
-
-    None where it never is. Where the first measured value is there already, its step: it may have been earlier.
-    """
-    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
-    if steps.shape != values.shape or steps.ndim != 1 or len(steps) == 0 or (np.diff(steps) <= 0).any():
-        raise ValueError(f"steps must rise and be as many as values, got {steps} and {values}")
-    there = np.flatnonzero(values <= goal)
-    if not len(there):
-        return None
-    i = int(there[0])
-    if i == 0:
-        return float(steps[0])
-    share = (values[i - 1] - goal) / (values[i - 1] - values[i])
-    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
-
-
-def series_of(points: Sequence[Mapping], metric: str) -> dict[str, list]:
-    """{steps, images, values, errors} of one metric over a run's points, by step; of several of a step the last counts."""
-    rows = {
-        point["step"]: (
-            point["step"],
-            point["images_seen"],
-            point["metrics"][metric]["value"],
-            point["metrics"][metric]["error"],
-        )
-        for point in points
-        if metric in point["metrics"]
+def draw_curves(
+    out: Path, runs: Mapping[str, RunFolder], points: Mapping[str, Sequence[Mapping]], baseline: str | None
+) -> dict:
+    """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json, of
+    {label: points of one protocol}; returns what curve.json holds."""
+    order = list(runs)
+    first = next(iter(points.values()))[0]
+    curves = {label: found for label, found in points.items() if not runs[label].is_base_model}
+    bare = {label: found[-1] for label, found in points.items() if runs[label].is_base_model}
+    metrics = list(first["metrics"])
+    series = {
+        metric: {label: series_of(found, metric) for label, found in curves.items()} for metric in metrics
     }
-    columns = zip(*[rows[step] for step in sorted(rows)], strict=True)
-    return dict(zip(("steps", "images", "values", "errors"), map(list, columns), strict=False))
-
-
-def speedup(series: Mapping[str, Mapping], baseline: str) -> dict[str, dict[str, float | None]]:
-    """How soon each run of {run: `series_of`} had the baseline's final value of a metric, lower is better.
-
-    `goal`, that value; `reached`, the steps to it; `factor`, how many times fewer than the baseline's own steps to it these
-    are (above 1 = faster). None where it is never reached.
-    """
-    goal = float(series[baseline]["values"][-1])
-    reached = {run: steps_to_reach(found["steps"], found["values"], goal) for run, found in series.items()}
-    own = reached[baseline]
-    return {
-        run: {"goal": goal, "reached": steps, "factor": own / steps if steps else None}
-        for run, steps in reached.items()
+    main = headline(metrics)
+    result = {"metric": main, "protocol": first["protocol"], "series": series, "baseline": baseline}
+    result["levels"] = {
+        m: {label: point["metrics"][m]["value"] for label, point in bare.items()} for m in metrics
     }
+    if curves:
+        levels = result["levels"][main]
+        plot_metric_curves(out / "curve.png", series[main], main, levels=levels, run_order=order)
+        plot_panels(out / "curve_all.png", series, run_order=[label for label in order if label in curves])
+    if baseline in curves:
+        result["steps_to_baseline"] = {m: speedup(series[m], baseline) for m in metrics if lower_is_better(m)}
+    write_json(out / "curve.json", result)
+    return result
+
+
+def told(result: Mapping) -> str:
+    """How soon each run had the baseline's final value, in words."""
+    if "steps_to_baseline" not in result:
+        return ""
+    found = result["steps_to_baseline"][result["metric"]]
+    parts = [
+        f"{run} never had it"
+        if row["reached"] is None
+        else f"{run} after {row['reached']:.0f} steps ({row['factor']:.2f}×)"
+        for run, row in found.items()
+        if run != result["baseline"]
+    ]
+    goal = found[result["baseline"]]["goal"]
+    return f"{result['baseline']}'s final {result['metric']}, {goal:.4g}: {', '.join(parts)}"
+
+
+def baseline_of(runs: Mapping[str, RunFolder], named: Path | None) -> str | None:
+    """The label of the run that the others are compared with: the one named, else the only one without alignment, else none."""
+    if named is not None:
+        found = [label for label, run in runs.items() if run.path.resolve() == named.resolve()]
+        if not found:
+            raise UserError(f"--baseline {named} is none of the runs")
+        return found[0]
+    without = [label for label, run in runs.items() if run.config.align.coeff == 0 and not run.is_base_model]
+    return without[0] if len(without) == 1 and len(runs) > 1 else None

@@ -1,147 +1,172 @@
-"""The page about several runs: figures and text made of what was recorded of them, nothing measured anew."""
+"""Gather what run folders hold of their evaluation, for the page. Measures nothing and draws no sample."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluation.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
-from evaluation.plot_grids import plot_rows, plot_sample_grids
-from evaluation.plots import plot_curves
-from evaluation.report_alignment import alignment_sections
-from evaluation.report_metrics import (
-    Material,
-    curve_section,
-    final_section,
-    folded,
-    points_at,
-    results_section,
-)
+import numpy as np
+
+from cache.manifest import class_names, read_manifest
+from common.errors import UserError
+from evaluation.curves import baseline_of, draw_curves
+from evaluation.image_files import load_images, missing_images
+from evaluation.options import label_of
+from evaluation.points import points_of
+from evaluation.sample import labels_of
+from report.assemble import write_report
+from report.curves import protocols
+from report.section_alignment import alignment_figures
+from report.section_metrics import MADE_BY, Material, Pictures, RunFacts, points_at, sentence
+from training.run_folder import RunFolder
+
+GRID_ROWS, GRID_COLUMNS = 6, 10
+CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at every checkpoint
 
 
-def write_report(page: Path, material: Material) -> Path:
-    """Write the page; its figures go to `material.folder`. Returns the page's path."""
-    material.folder.mkdir(parents=True, exist_ok=True)
-    runs = material.runs
-    sections = [
-        *results_section(material),
-        *curve_section(material),
-        *final_section(material),
-        *_pictures(material),
-        *alignment_sections(runs, material.folder),
-        *_training(material),
-        *_reading(material),
-        *_making(material),
-    ]
-    said = [
-        f"`{name}` (bare base model)" if run.is_base else f"`{name}` (λ = {run.settings['align.coeff']:g})"
-        for name, run in runs.items()
-    ]
-    lead = (
-        f"{', '.join(said)}: what was measured on these very runs. Every number stands with its protocol; those of different "
-        "protocols do not compare."
-    )
-    return write_page(page, title=f"U-REPA: {', '.join(runs)}", lead=lead, sections=sections)
-
-
-def _pictures(material: Material) -> list[Block]:
-    blocks: list[Block] = []
-    if material.grids:
-        file = material.folder / "samples.png"
-        plot_sample_grids(file, material.grids, len(material.grid_columns), material.grid_columns)
-        count = len(next(iter(material.grids.values())))
-        caption = (
-            f"The first {count} samples of each run by the protocol of the results, not chosen: the same noise and class "
-            "at the same place."
+def make_report(
+    page: Path, runs: Sequence[RunFolder], *, baseline: Path | None, times: Sequence[Mapping], command: str
+) -> Path:
+    """Write the page about these runs, and its figures to PAGE_figures/; returns its path."""
+    labelled = dict(zip(label_of(runs), runs, strict=True))
+    facts = {label: facts_of(run) for label, run in labelled.items()}
+    if not any(run.points or run.alignment for run in facts.values()):
+        raise UserError(
+            f"nothing was measured of {', '.join(str(run.path) for run in runs)}: run `curve`, `final` or `align` first"
         )
-        blocks.append(Figure(file, caption))
-    for number, pictures in enumerate(material.pictures):
-        file = material.folder / f"pictures_{number}.png"
-        plot_rows(file, pictures.rows, pictures.columns)
-        blocks.append(Figure(file, pictures.caption))
-    return [Heading("Samples"), *blocks] if blocks else []
-
-
-def _training(material: Material) -> list[Block]:
-    runs = {name: run for name, run in material.runs.items() if run.log}
-    blocks: list[Block] = []
-    for key, title, ylabel in (
-        ("loss_diff", "Diffusion loss", "diffusion loss"),
-        ("loss_token", "Token loss", "1 − cosine to the teacher"),
-        ("loss_manifold", "Manifold loss", "Gram difference"),
-    ):
-        series = {
-            name: ([line["step"] for line in lines], [line[key] for line in lines])
-            for name, run in runs.items()
-            if (lines := [line for line in run.log if key in line])
-            and (key == "loss_diff" or any(line["coeff"] > 0 for line in lines))
-        }
-        if series:
-            file = material.folder / f"{key}.png"
-            plot_curves(
-                file, series, "step", ylabel, title, log_y=True, smooth=9, run_order=list(material.runs)
-            )
-            note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."
-            said = (
-                f"{title} on the training data: means between two logged steps, and their running mean.{note}"
-            )
-            blocks.append(Figure(file, said))
-    return [Heading("Training"), *blocks] if blocks else []
-
-
-def _reading(material: Material) -> list[Block]:
-    """What the figures show and what they do not, said by the figures themselves."""
-    runs = {name: run for name, run in material.runs.items() if not run.is_base}
-    shows = []
-    if material.curve is not None:
-        metric = material.curve["metric"]
-        last = {
-            name: points[-1]["metrics"][metric]
-            for name, points in points_at(material.runs, material.curve["protocol"]).items()
-        }
-        trained = sorted((last[name]["value"], name) for name in runs if name in last)
-        shows.append(f"{metric} in order: {', '.join(f'`{name}` {value:.3g}' for value, name in trained)}.")
-        if len(trained) == 2:
-            (low, best), (high, other) = trained
-            errors = [last[name]["error"] or 0.0 for name in (best, other)]
-            spread = sum(error**2 for error in errors) ** 0.5
-            shows.append(
-                f"`{best}` is {1 - low / high:.0%} below `{other}`"
-                + (f", {(high - low) / spread:.1f} times the error of their difference" if spread else "")
-                + ", on this one seed of training. Both were sampled from the same noise, which makes the true error smaller."
-            )
-    losses = {
-        name: run.alignment["heldout_loss_diff"]
-        for name, run in runs.items()
-        if run.alignment is not None and run.alignment["heldout_loss_diff"] is not None
-    }
-    if losses:
-        lowest = min(losses, key=losses.get)
-        shows.append(f"The lowest held-out diffusion loss is `{lowest}`'s, {losses[lowest]:.4f}.")
-    return [
-        Heading("What this shows, and what it does not"),
-        Paragraph(" ".join(shows)),
-        Paragraph(
-            "It does not show that a difference would survive another seed of training: the errors here are of sampling alone, "
-            "and two trainings differ by more. That takes several runs of each and their spread. The head's cosine mainly says "
-            "that its own loss was minimised; CCA, CKA and CKNNA look at the features before it."
+    folder = page.with_name(f"{page.stem}_figures")
+    compared = baseline_of(labelled, baseline)
+    protocol = shared_protocol(facts)
+    curve = figures = None
+    if protocol is not None:
+        curves = points_at(facts, protocol)
+        curve = draw_curves(folder, labelled, curves, compared)
+        figures = [folder / name for name in ("curve.png", "curve_all.png")]
+    names = class_names(read_manifest(runs[0].config.data.text, "text"))
+    shown = Shown(labelled, facts, names)
+    return write_report(
+        page,
+        Material(
+            runs=facts,
+            baseline=compared,
+            curve=curve,
+            curve_figures=[path for path in figures or () if path.exists()],
+            grids=shown.grids(protocol),
+            grid_columns=[names.get(i, f"class {i}") for i in range(min(GRID_COLUMNS, len(names)))],
+            pictures=shown.pictures(protocol),
+            times=times,
+            command=command,
+            folder=folder,
         ),
-    ]
+    )
 
 
-def _making(material: Material) -> list[Block]:
-    """Settings that differ, commands, and how long each stage took."""
-    runs = {name: run for name, run in material.runs.items() if not run.is_base}
-    keys = sorted({key for run in runs.values() for key in run.settings})
-    values = {key: [str(run.settings.get(key)) for run in runs.values()] for key in keys}
-    differing = [[key, *shown] for key, shown in values.items() if len(set(shown)) > 1]
-    blocks: list[Block] = [Heading("How this was made")]
-    if differing:
-        blocks.append(Table(["setting", *runs], differing, "All settings in which the runs differ."))
-    times = material.times
-    if times:
-        rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
-        groups = {stage["group"] for stage in times}
-        total = sum(max(stage["seconds"] for stage in times if stage["group"] == group) for group in groups)
-        caption = f"{total:.0f} s in all; of stages that ran side by side only the longest counts."
-        blocks.append(Table(["stage", "time"], rows, caption))
-    commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
-    blocks.append(Command("\n".join(folded(line) for line in [*commands, material.command])))
-    return blocks
+def facts_of(run: RunFolder) -> RunFacts:
+    """What a run folder holds."""
+    alignment = run.path / "eval" / "align.json"
+    try:
+        found = json.loads(alignment.read_text(encoding="utf-8")) if alignment.exists() else None
+    except ValueError:
+        found = {}
+    if found is not None and (not isinstance(found, dict) or "rows" not in found):
+        raise UserError(f"{alignment} is damaged: run `align {run.path}` again")
+    return RunFacts(
+        is_base=run.is_base_model,
+        settings=run.settings(),
+        commands=run.commands(),
+        log=run.metrics(),
+        points=points_of(run),
+        alignment=found,
+        figures=alignment_figures(run.path / "eval"),
+    )
+
+
+def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
+    """Of the protocols of curves the one that most runs share, then the one with most points, then with most images."""
+    points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
+    known = protocols(points)
+    if not known:
+        return None
+    return max(
+        known,
+        key=lambda p: (len(found := points_at(facts, p)), sum(map(len, found.values())), p["num_samples"]),
+    )
+
+
+class Shown:
+    """Images that were drawn before, as rows and columns."""
+
+    def __init__(
+        self, runs: Mapping[str, RunFolder], facts: Mapping[str, RunFacts], names: Mapping[int, str]
+    ):
+        self.runs, self.facts, self.names = runs, facts, names
+
+    def grids(self, protocol: Mapping | None) -> dict[str, np.ndarray]:
+        """The first images of each run at its last step by a protocol; nothing where classes are random."""
+        if protocol is None or protocol["labels"] != "balanced":
+            return {}
+        columns = min(GRID_COLUMNS, len(self.names))
+        count = min(GRID_ROWS * columns, protocol["num_samples"] // columns * columns)
+        if len(self.names) > columns:
+            count = min(count, columns)  # image i shows class i: a second row would be other classes
+        found = {
+            label: self._images(label, points[-1], range(count))
+            for label, points in self._at(protocol).items()
+        }
+        return {label: images for label, images in found.items() if images is not None and count}
+
+    def pictures(self, protocol: Mapping | None) -> list[Pictures]:
+        """How one image grows over the checkpoints, and classes by the protocols of final numbers."""
+        made = [] if protocol is None else [self._by_step(protocol)]
+        finals = [p for run in self.facts.values() for p in run.points if p["kind"] == "final"]
+        made += [self._by_class(protocol) for protocol in protocols(finals)]
+        return [pictures for pictures in made if pictures is not None]
+
+    def _by_step(self, protocol: Mapping) -> Pictures | None:
+        points = {
+            label: found for label, found in self._at(protocol).items() if not self.facts[label].is_base
+        }
+        steps = sorted({point["step"] for found in points.values() for point in found})
+        if len(steps) < 2:
+            return None
+        drawn = labels_of(protocol, range(protocol["num_samples"]))
+        few = list(dict.fromkeys(i * len(self.names) // GROWING for i in range(GROWING)))
+        rows = {}
+        for index in (drawn.index(label) for label in few if label in drawn):
+            for label, found in points.items():
+                cells = {point["step"]: self._images(label, point, [index]) for point in found}
+                if any(cell is not None for cell in cells.values()):
+                    name = self.names.get(drawn[index], f"class {drawn[index]}")
+                    rows[f"{label}\n{name}"] = [
+                        None if cells.get(step) is None else cells[step][0] for step in steps
+                    ]
+        if not rows:
+            return None
+        caption = "The same noise and class at every checkpoint of each run, by the protocol of the results."
+        return Pictures(rows, [f"step {step:,}" for step in steps], caption)
+
+    def _by_class(self, protocol: Mapping) -> Pictures | None:
+        few = min(CLASSES, len(self.names))
+        classes = [i * len(self.names) // few for i in range(few)]
+        drawn = labels_of(protocol, range(protocol["num_samples"]))
+        indices = [drawn.index(label) for label in classes if label in drawn]
+        rows = {
+            label: list(images)
+            for label, found in self._at(protocol, ("final",)).items()
+            if (images := self._images(label, found[-1], indices)) is not None
+        }
+        if not rows:
+            return None
+        columns = [self.names.get(drawn[i], f"class {drawn[i]}") for i in indices]
+        return Pictures(
+            rows,
+            columns,
+            f"The first image of {few} classes, by the protocol of the final numbers: {sentence(protocol)}",
+        )
+
+    def _at(self, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:
+        return points_at(self.facts, protocol, kinds)
+
+    def _images(self, label: str, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:
+        """Images of a point, None where they were deleted."""
+        folder = self.runs[label].path / point["samples"]
+        return None if missing_images(folder, indices) else load_images(folder, indices)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from common.errors import UserError
 
 
 def _the_tensor(output: Any, _args: tuple, _kwargs: dict) -> Tensor:

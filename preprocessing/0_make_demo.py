@@ -28,9 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import UserError, run_script
-from files import write_json
-from preprocessing import miniature
+from common.errors import UserError, run_script
+from common.files import write_json
+from miniature import make as miniature
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 from tqdm import tqdm
 
-from errors import UserError, run_script
+from cache.image_list import Sample, write_samples
+from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
 from preprocessing.options import new_parser, positive
-from preprocessing.samples import Sample, write_samples
 
 # Those of torchvision's ImageFolder.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}

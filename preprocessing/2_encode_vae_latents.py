@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
-from errors import UserError, run_script
+from common.errors import UserError, run_script
 from preprocessing.options import (
     add_encoding_options,
     add_latent_options,

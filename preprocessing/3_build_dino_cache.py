@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
-from errors import run_script
+from common.errors import run_script
 from preprocessing.options import add_encoding_options, add_teacher_options, new_parser, part_of
 
 

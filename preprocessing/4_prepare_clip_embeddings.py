@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
-from errors import UserError, run_script
+from common.errors import UserError, run_script
 from preprocessing.classes import read_classes
 from preprocessing.options import add_base_options, add_device_option, new_parser
 
@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from tqdm import tqdm
 
-    from device import pick_device
-    from models.base_model import load_part, weights_digest
-    from preprocessing.manifest import MANIFEST, FieldSpec, insist_same, read_table, write_table
+    from cache.manifest import MANIFEST, FieldSpec, insist_same, read_table, write_table
+    from common.device import pick_device
+    from models.pipeline_parts import load_part, weights_digest
 
     device = pick_device(args.device)
     tokenizer = load_part(args.base, "tokenizer", args.revision)

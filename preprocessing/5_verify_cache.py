@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
-from errors import run_script
+from common.errors import run_script
 from preprocessing.options import add_device_option, new_parser, positive
 
 SHEET_IMAGES = 8
@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from dataset_sd15 import latents_of
-    from preprocessing.manifest import read_table
-    from preprocessing.reader import FieldReader
-    from preprocessing.samples import read_samples
+    from cache.dataset import latents_of
+    from cache.image_list import read_samples
+    from cache.manifest import read_table
+    from cache.reader import FieldReader
 
     samples = read_samples(args.csv)
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
@@ -127,11 +127,11 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     import numpy as np
     import torch
 
-    from device import pick_device
-    from evaluation.sampling import decode_latents
-    from models.base_model import load_part
+    from cache.views import read_view
+    from common.device import pick_device
+    from method.sampler import decode_latents
+    from models.pipeline_parts import load_part
     from preprocessing.contact_sheet import draw_contact_sheet
-    from preprocessing.images import read_view
 
     n, device = len(samples), pick_device(args.device)
     images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)

@@ -12,7 +12,7 @@ Everywhere a class's number is the place of its synset in sorted order, as in to
 import json
 from pathlib import Path
 
-from errors import UserError
+from common.errors import UserError
 
 WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01440764", "tench"], ...})'
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from device import autocast, compute_dtype, pick_device
-from errors import UserError
-from models.base_model import load_part, weights_digest
-from models.dinov2_encoder import DINOv2Encoder
-from preprocessing.encodings import GROUP
-from preprocessing.manifest import FieldSpec
+from cache.encodings import GROUP
+from cache.manifest import FieldSpec
+from common.device import autocast, compute_dtype, pick_device
+from common.errors import UserError
+from models.pipeline_parts import load_part, weights_digest
+from models.teachers.dinov2 import DINOv2Encoder
 from preprocessing.pipeline import FieldJob
 
 MEANING = {

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from errors import UserError
+from common.errors import UserError
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:

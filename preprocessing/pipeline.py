@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import UserError
-from preprocessing.images import UnreadableImage, cut_view, read_image
-from preprocessing.manifest import UNREADABLE, FieldSpec
-from preprocessing.plan import shard_path
-from preprocessing.samples import Sample, read_samples
-from preprocessing.shards import FieldWriter
-from signals import StopSignal, leave_signals_to_the_parent
+from cache.image_list import Sample, read_samples
+from cache.manifest import UNREADABLE, FieldSpec
+from cache.shard_plan import shard_path
+from cache.shards import FieldWriter
+from cache.views import UnreadableImage, cut_view, read_image
+from common.errors import UserError
+from common.signals import StopSignal, leave_signals_to_the_parent
 
 IN_FLIGHT = 3  # batches encoded and not yet written: enough for the device not to wait for the disk
 

@@ -7,7 +7,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from evaluation.image_files import save_images
-from evaluation.inception import AdmExtractor, CleanExtractor, Inception
+from metrics.inception import AdmExtractor, CleanExtractor, Inception
 
 DIM, CLASSES = 24, 10
 

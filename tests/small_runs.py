@@ -8,7 +8,7 @@ import torch
 from conftest import demo_overrides
 from safetensors.torch import load_file
 
-import train_sd15
+import train as train_script
 from training.meter import RATES
 from training.run_folder import RunFolder
 
@@ -19,7 +19,7 @@ FILES = ("trained.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 def train(miniature, run, *more, flags=()) -> RunFolder:
     """Run the script in this process; settings of the smallest demo, and `more`."""
-    train_sd15.main(["--config", str(CONFIG), *flags, *demo_overrides(miniature, run, *more)])
+    train_script.main(["--config", str(CONFIG), *flags, *demo_overrides(miniature, run, *more)])
     return RunFolder(run)
 
 
@@ -46,14 +46,14 @@ def assert_same_run(a: RunFolder, b: RunFolder, step: int = 6) -> None:
 
 def stop_after(monkeypatch, step: int) -> None:
     """Let training receive a stop request at the end of a step, as SIGTERM would make."""
-    update = train_sd15.TrainingState.update
+    update = train_script.TrainingState.update
 
     def update_then_stop(state):
         update(state)
         if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_sd15.TrainingState, "update", update_then_stop)
+    monkeypatch.setattr(train_script.TrainingState, "update", update_then_stop)
 
 
 def stopped_at(step: int, miniature, run, monkeypatch, *more) -> RunFolder:

@@ -10,16 +10,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ablate_sd15 import DIFFERENCES, MEASURES
+from ablate import DIFFERENCES, MEASURES
 from benchmarks.report import PAGES as BENCHMARKED
 from benchmarks.report import refreshed
+from common.errors import UserError
 from configs.loading import knobs
-from errors import UserError
-from evaluation.ablation import markdown, summarise
+from report.ablation import markdown, summarise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("```")[1]
+TRACKED = [
+    path
+    for path in ROOT.rglob("*")
+    if path.is_file() and not {".venv", ".git", "runs", "data"} & set(path.relative_to(ROOT).parts)
+]
 PAGES = [ROOT / "preprocessing" / "README.md", ROOT / "docs" / "method.md"]
 COMMANDS = [
     line
@@ -30,26 +35,17 @@ COMMANDS = [
 ]
 
 
-def test_the_tree_names_every_file_and_no_other():
-    named = {
-        word
-        for line in TREE.splitlines()
-        for word in line[:40].split()
-        if re.search(r"\.(py|yaml|toml|txt)$", word)
+def test_the_tree_names_every_folder_and_every_file_beside_them_and_no_other():
+    words = {word for line in TREE.splitlines() for word in line[:64].split()}
+    folders = {
+        path.parent.relative_to(ROOT).as_posix() for path in TRACKED if path.suffix in (".py", ".yaml")
     }
-    folders = (
-        "configs",
-        "configs/study",
-        "preprocessing",
-        "models",
-        "training",
-        "evaluation",
-        "benchmarks",
-        ".",
-    )
-    files = {path.name for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()}
-    code = {name for name in files if re.search(r"\.(py|yaml|toml|txt)$", name)} - {"__init__.py"}
-    assert named == code
+    named = {word.rstrip("/") for word in words if word.endswith("/")}
+    innermost = {folder.rsplit("/", 1)[-1] for folder in folders if not folder.startswith("tests/")} - {""}
+    assert named - {"docs"} == innermost - {"."}
+    assert {word for word in words if re.search(r"\.(py|txt|toml)$", word)} == {
+        path.name for path in ROOT.iterdir() if path.suffix in (".py", ".txt", ".toml")
+    }
 
 
 def test_the_tables_of_the_benchmarks_are_those_of_their_results():

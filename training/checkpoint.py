@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from errors import UserError
-from files import write_json, written_whole
+from common.errors import UserError
+from common.files import write_json, written_whole
 
 TRAINED, EMA, OPTIMIZER, STATE = (
     "trained.safetensors",

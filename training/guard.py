@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 
 
 class Guard:

@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from common.errors import UserError
+from common.files import write_atomically
 from configs.loading import resolved_yaml
-from errors import UserError
-from files import write_atomically
 from training.run_folder import RunFolder
 
 

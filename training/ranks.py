@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from errors import UserError
+from common.errors import UserError
 
 PATIENCE = timedelta(hours=2)  # with a rank that works alone: it may be writing 40 GB
 BUCKET = 2**25  # entries of gradients that travel together: 128 MiB

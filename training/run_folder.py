@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.errors import UserError
+from common.files import write_atomically, write_json
 from configs.loading import load_config, resolved_yaml, yaml_value
 from configs.schema import Config
-from errors import UserError
-from files import write_atomically, write_json
 from training.checkpoint import checkpoints, newest_whole, step_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,245 @@
+"""Train a set of variants over several seeds, evaluate each, and write a table (mean ± standard error, n) and a figure.
+
+    python ablate.py configs/ablations/urepa.yaml configs/ablations/baseline.yaml configs/ablations/token_only.yaml \\
+        --base configs/A.yaml --seeds 0 1 2 --out runs/ablations --set eval.extractor=path/to/classifier
+
+A variant ("arm") is a small YAML file that is laid over the base config. Each run is trained and evaluated (its last
+checkpoint) by the commands that OUT/stages.json records, each of which can be pasted; the same command goes on where one
+was stopped, and draws the results anew: OUT/table.md, results.json and arms.png.
+"""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.errors import UserError, run_script
+from common.files import write_atomically, write_json
+from common.stages import Record, Stage, run_chains
+from configs.evaluation import Eval
+from configs.loading import load_config
+from configs.schema import Config
+from metrics.extractors import load_extractors
+from metrics.similarity_rows import NUM_IMAGES, value_of
+from report.ablation import markdown, plot_arms, summarise
+from report.curves import headline, kind_of, protocols, read_points
+from training.run_folder import flat_settings, this_command
+
+# What is compared, with its format in the table.
+MEASURES = {
+    "Fréchet distance ↓": ".2f",
+    "class accuracy ↑": ".1%",
+    "held-out loss ↓": ".4f",
+    "CKNNA ↑": ".3f",
+    "CCA ↑": ".3f",
+    "head cosine": ".3f",
+}
+DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓")
+PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
+
+
+# The settings, or whole sections, that two runs must share for a measure to be compared.
+IMAGES = ("eval.csv", "eval.latents")
+SAMPLES = tuple(
+    f"eval.{name}"
+    for name in Eval.model_fields
+    if name not in ("csv", "latents", "tokens", "dinov2", "batch_size", "compile", "keep_images", "bootstrap")
+)
+CONDITIONS = {
+    "Fréchet distance ↓": (*SAMPLES, "data.csv", "data.latents"),
+    "class accuracy ↑": SAMPLES,
+    "held-out loss ↓": (*IMAGES, "diffusion"),
+    "CKNNA ↑": (*IMAGES, "eval.tokens", "teacher"),
+    "CCA ↑": (*IMAGES, "eval.tokens", "teacher"),
+    "head cosine": (*IMAGES, "eval.tokens", "teacher", "align.spatial_norm"),
+}
+TIMESTEP = 250  # at which `align` reads the features
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    arms = {Path(file).stem: file for file in args.arms}
+    if len(arms) != len(args.arms):
+        raise UserError("two of these files have the same name: an arm is named after its file")
+    reference = args.reference or ("baseline" if "baseline" in arms else next(iter(arms)))
+    if reference not in arms:
+        raise UserError(f"--reference {reference} is none of the arms: {', '.join(arms)}")
+    runs = {
+        (arm, seed): load_config(
+            [args.base, file], [*args.set, f"run={args.out / arm / f'seed{seed}'}", f"seed={seed}"]
+        )
+        for seed in args.seeds
+        for arm, file in arms.items()
+    }
+    for (arm, _), config in runs.items():
+        insist_measurable(arm, config)
+    record = Record(args.out / "stages.json")
+    chains = {key: chain(args, arms[key[0]], *key, config) for key, config in runs.items()}
+    missing = [left for key, stages in chains.items() if (left := what_is_left(stages, record, runs[key]))]
+    total = sum(map(len, chains.values()))
+    with tqdm(total=total, initial=total - sum(map(len, missing)), desc="stages", unit="stage") as bar:
+
+        def ended(stage: Stage, seconds: float) -> None:
+            record.add(stage, seconds)
+            bar.write(f"{stage.name:40} {seconds:7.1f} s")
+            bar.update()
+
+        run_chains(missing, jobs=args.jobs, logs=args.out / "logs", ended=ended)
+    results = {arm: {seed: measures_of(runs[arm, seed]) for seed in args.seeds} for arm in arms}
+    conditions = {arm: conditions_of(runs[arm, args.seeds[0]]) for arm in arms}
+    alien = {
+        arm: {measure for measure in MEASURES if found[measure] != conditions[reference][measure]}
+        for arm, found in conditions.items()
+    }
+    write_results(args, results, reference, alien, runs[reference, args.seeds[0]])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arms", nargs="+", metavar="ARM.yaml", help="overlays, the first drawn first")
+    parser.add_argument("--base", required=True, help="config that the arms are laid over")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, OUT/ARM/seedN")
+    parser.add_argument(
+        "--reference", help="arm that the others are compared with (default: baseline, or the first)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1; for CPUs)")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings that win over base and arms in every run; give the arms before it",
+    )
+    args = parser.parse_args(argv)
+    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0 or args.jobs < 1:
+        parser.error("--seeds must be distinct and not negative, and --jobs at least 1")
+    for setting in args.set:
+        if (key := setting.partition("=")[0]) in ("seed", "run"):
+            raise UserError(f"--set {key}=… is not for an ablation: --seeds and --out decide it")
+    return args
+
+
+def insist_measurable(arm: str, config: Config) -> None:
+    """Raise `UserError` before the first training for what the evaluation would miss after the last."""
+    missing = [name for name in ("csv", "latents", "tokens") if getattr(config.eval, name) is None]
+    if missing:
+        raise UserError(
+            f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
+        )
+    load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
+
+
+def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
+    """The commands of one run: train, then measure its last checkpoint."""
+    run, name = config.run, f"{arm} seed {seed}"
+    train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
+    last = f"--checkpoint {config.train.steps}"
+    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timesteps {TIMESTEP} --no-base"
+    return [
+        Stage(
+            f"train {name}",
+            f"train_sd15.py {shlex.join(train)}",
+            run / "checkpoints" / f"step-{config.train.steps:07d}",
+        ),
+        Stage(
+            f"metrics {name}",
+            f"evaluate_sd15.py metrics {shlex.quote(str(run))} {last}",
+            run / "eval" / "points.jsonl",
+        ),
+        Stage(f"align {name}", align, run / "eval" / "align.json"),
+    ]
+
+
+def what_is_left(stages: list[Stage], record: Record, config: Config) -> list[Stage]:
+    """From the first stage that was not done with this very config; what comes after a stage depends on it."""
+    file = config.run / "config.yaml"
+    if not file.exists() or load_config(file) != config:
+        return stages  # the training notices what it cannot go on from, and does nothing where it is complete
+    done = [record.of(stage) is not None for stage in stages]
+    return [] if all(done) else stages[done.index(False) :]
+
+
+def measures_of(config: Config) -> dict[str, float | None]:
+    """The measures of a finished run at its last step, with its own evaluation settings."""
+    folder, last, drawn = config.run / "eval", config.train.steps, config.eval
+    same = {"sampler": drawn.sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
+    same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
+    ours = [
+        point
+        for point in read_points(folder / "points.jsonl")
+        if (point["kind"], point["step"]) == ("metrics", last)
+        and all(point["protocol"][key] == value for key, value in same.items())
+    ]
+    align = json.loads((folder / "align.json").read_text())
+    here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
+    here["num_images"] = min(NUM_IMAGES, align.get("num_available", 0))
+    if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
+        raise UserError(
+            f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
+        )
+    metrics = ours[-1]["metrics"]
+    accuracy = [name for name in metrics if kind_of(name) == "accuracy"]  # a classifier's alone
+    values = (
+        metrics[headline(metrics)]["value"],
+        metrics[accuracy[0]]["value"] if accuracy else None,
+        align["heldout_loss_diff"],
+        value_of(align, "cknna", timestep=TIMESTEP),
+        value_of(align, "cca", timestep=TIMESTEP),
+        value_of(align, "cosine", timestep=TIMESTEP, features="head"),
+    )
+    return dict(zip(MEASURES, values, strict=True))
+
+
+def conditions_of(config: Config) -> dict[str, dict]:
+    """For each measure the settings that decide whether it can be compared."""
+    flat = flat_settings(config)
+    return {
+        measure: {
+            key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{k}.") for k in keys)
+        }
+        for measure, keys in CONDITIONS.items()
+    }
+
+
+def write_results(
+    args: argparse.Namespace, results: dict, reference: str, alien: dict, config: Config
+) -> None:
+    table = summarise(results, reference, alien)
+    text = markdown(table, MEASURES, DIFFERENCES)
+    drawn = config.eval
+    note = (
+        f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
+        f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
+        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
+        f"guidance {drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
+    )
+    if any(alien.values()):
+        note += f" †: measured under other settings than {reference}'s, not comparable with it."
+    write_atomically(args.out / "table.md", f"{text}\n\n{note}\n\n`{this_command()}`\n".encode())
+    content = {
+        "command": this_command(),
+        "note": note,
+        "reference": reference,
+        "not_comparable": {arm: sorted(measures) for arm, measures in alien.items() if measures},
+        "results": results,
+        "summary": table,
+    }
+    write_json(args.out / "results.json", content)
+    plot_arms(
+        args.out / "arms.png",
+        results,
+        reference,
+        {name: name for name in PLOTTED},
+        f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}",
+        alien,
+    )
+    print(f"{text}\n\n{note}\n{args.out / 'arms.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,213 @@
+"""Read cached values: byte ranges of shards, straight into memory that the caller owns.
+
+A shard is an LMDB file, and is read as what it is on disk: values at known offsets (`cache/lmdb_pages.py`). Nothing is
+mapped, locked or shared, so a reader may be forked, pickled, opened twice, and used on read-only and network file systems.
+"""
+
+import csv
+import errno
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.lmdb_pages import DamagedFile, value_ranges
+from cache.manifest import MANIFEST, UNREADABLE, FieldSpec, ids_digest, read_manifest
+from common.errors import UserError
+
+
+class FieldReader:
+    """Values of one finished field, by id or by row.
+
+        reader = FieldReader(folder, "tokens")
+        tokens = reader.read(["n01440764/n01440764_10026"])       # (1, N, D)
+
+        rows = reader.rows(ids)                                   # once
+        reader.read_rows(rows[batch], raw.numpy())                # many times, into uint8 (B, value_bytes)
+        tokens = reader.spec.decode(raw)                          # (B, N, D), on whatever device `raw` is
+
+    Raises `UserError` for a folder that is unfinished, damaged, of another format, or whose files differ from its manifest.
+    """
+
+    def __init__(self, folder: str | Path, field: str):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder, field)
+        self.spec = FieldSpec.from_json(self.manifest)
+        self._paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
+        for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
+            if not path.exists():
+                raise UserError(
+                    f"{path} is missing: run the script that wrote it again; only this shard is made anew"
+                )
+            size = path.stat().st_size
+            if size != shard["bytes"]:
+                raise _damaged(path, f"has {size} bytes, its manifest says {shard['bytes']}")
+        self._index: _Index | None = None
+        self._open: dict[int, object] = {}
+
+    def __len__(self) -> int:
+        return self.manifest["num_samples"]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}  # open files do not travel to another process
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Ids of images that are known to be unreadable, and so have no value."""
+        path = self.folder / UNREADABLE
+        if not path.exists():
+            return []
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                return [row["id"] for row in csv.DictReader(file)]
+        except (KeyError, UnicodeDecodeError, csv.Error):
+            raise UserError(
+                f"{path} is damaged: delete it and {MANIFEST}, and run the script again"
+            ) from None
+
+    @property
+    def ids(self) -> list[str]:
+        """Every stored id; its place is its row."""
+        return self._indexed().ids
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """The rows `(len(ids),)` of these ids; raises `UserError` for one that the field lacks."""
+        row_of = self._indexed().row_of
+        if lacking := next((key for key in ids if key not in row_of), None):
+            raise UserError(
+                f"{self.folder} holds no {lacking}; run the script that wrote it for the CSV you train on"
+            )
+        return np.fromiter((row_of[key] for key in ids), np.int64, len(ids))
+
+    def read(self, ids: Sequence[str]) -> Tensor:
+        """Values `(len(ids), *shape)` in the order of `ids`."""
+        raw = torch.empty(len(ids), self.spec.value_bytes, dtype=torch.uint8)
+        self.read_rows(self.rows(ids), raw.numpy())
+        return self.spec.decode(raw)
+
+    def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
+        """Fill a buffer `(value_bytes,)`, uint8, for each of the rows; an array `(len(rows), value_bytes)` is that many."""
+        index = self._indexed()
+        shards, offsets = index.shards[rows], index.offsets[rows]
+        order = np.lexsort((offsets, shards))
+        missing = []
+        for place, shard, offset in zip(
+            order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True
+        ):
+            file, buffer = self._file(shard), buffers[place]
+            read = _read_from_memory(file, buffer, offset)
+            if read < len(buffer):
+                _will_need(file, offset + read, len(buffer) - read)
+                missing.append((file, buffer[read:], offset + read))
+        # All that was not in memory has been asked of the disk before the first of it is waited for.
+        for file, buffer, offset in missing:
+            self._fill(file, offset, buffer)
+
+    def damaged_shards(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
+        """Compare every checksum; returns the files whose content is not what was written. Reads everything.
+
+        `progress` is called with 1 after each value.
+        """
+        index, bad = self._indexed(), []
+        value = np.empty(self.spec.value_bytes, np.uint8)
+        for number, shard in enumerate(self.manifest["shards"]):
+            checksum = 0
+            for row in np.flatnonzero(index.shards == number):
+                self._fill(self._file(number), int(index.offsets[row]), value)
+                checksum += row_checksum(index.ids[row].encode(), value)
+                progress(1)
+            if checksum != shard["checksum"]:
+                bad.append(shard["file"])
+        return bad
+
+    def _file(self, shard: int) -> int:
+        if shard not in self._open:
+            file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
+            if hasattr(os, "posix_fadvise"):  # read what is asked for, not what lies behind it
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            return self._open.setdefault(shard, file).fileno()  # another thread may have been faster
+        return self._open[shard].fileno()
+
+    def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
+        read = 0
+        while read < len(buffer):
+            more = os.preadv(file, [buffer[read:]], offset + read)
+            if not more:
+                raise UserError(f"{self.folder}: a shard became shorter while it was read; check the disk")
+            read += more
+
+    def _indexed(self) -> "_Index":
+        if self._index is None:
+            self._index = _Index(self)
+        return self._index
+
+
+class _Index:
+    """Ids, shard numbers `(n,)` and byte offsets `(n,)` of all values of a field."""
+
+    def __init__(self, reader: FieldReader):
+        self.ids, shards, offsets = [], [], []
+        for number, path in enumerate(reader._paths):
+            try:
+                found = list(value_ranges(reader._file(number)))
+            except DamagedFile as error:
+                raise _damaged(path, f"is damaged ({error})") from None
+            if any(size != reader.spec.value_bytes for _, _, size in found):
+                raise _damaged(path, f"holds values that are not of {reader.spec.value_bytes} bytes")
+            starts = np.sort([offset for _, offset, _ in found])
+            if (np.diff(starts) < reader.spec.value_bytes).any():
+                raise _damaged(path, "is damaged (its values overlap)")
+            self.ids += [key.decode(errors="replace") for key, _, _ in found]
+            shards.append(np.full(len(found), number, np.int32))
+            offsets.append(np.fromiter((offset for _, offset, _ in found), np.int64, len(found)))
+        self.shards, self.offsets = (
+            np.concatenate(parts) if parts else np.empty(0, np.int64) for parts in (shards, offsets)
+        )
+        if ids_digest(sorted(self.ids)) != reader.manifest["ids_sha256"]:
+            raise UserError(
+                f"the shards of {reader.folder} hold other images than its manifest says: a file of another cache was put "
+                "there; delete the folder and run the script that wrote it again"
+            )
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.ids)}
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "row_of"}
+
+
+def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
+    """Bytes that the page cache had, without waiting for the disk; 0 where the system cannot say."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return 0
+    try:
+        return os.preadv(file, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return 0
+
+
+def _will_need(file: int, offset: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def row_checksum(key: bytes, value) -> int:
+    """A checksum of an id and its bytes. A shard's is the sum over its rows, whatever their order.
+
+    A product, because the CRC of both together is linear: the sum would miss some values given to each other's ids.
+    """
+    return (zlib.crc32(key) + 1) * (zlib.crc32(value) + 1)
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} {what}: delete that file and run the script that wrote it again; only this shard is made anew"
+    )

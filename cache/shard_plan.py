@@ -1,0 +1,68 @@
+"""Which image goes to which shard: decided before the first one is written, added to when images are added, never changed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.manifest import MANIFEST, SETTINGS, insist_same, read_json
+from common.errors import UserError
+from common.files import write_json
+
+PLAN = "plan.json"
+SHARD_SIZE = 10_000
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """The file of a complete shard."""
+    return folder / f"shard-{shard:05d}.lmdb"
+
+
+def insist_on_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
+    """Record what a new folder is for; raise `UserError` where it is for something else. Returns its settings."""
+    path = folder / SETTINGS
+    if path.exists():
+        known = read_json(path)
+        insist_same(folder, known, settings)
+        if shard_size not in (None, known.get("shard_size")):
+            raise UserError(
+                f"{folder} has shards of {known.get('shard_size')} images: leave --shard-size out"
+            )
+        return known
+    if (folder / PLAN).exists() or (folder / MANIFEST).exists():
+        raise UserError(f"{folder} has lost its {SETTINGS}: restore it, or delete the folder")
+    settings = settings | {"shard_size": SHARD_SIZE if shard_size is None else shard_size}
+    write_json(path, settings)
+    return settings
+
+
+def read_plan(folder: Path) -> list[list[str]]:
+    """The ids of every shard, in order; none for a new folder."""
+    path = folder / PLAN
+    plan = read_json(path).get("shards") if path.exists() else []
+    if not isinstance(plan, list) or not all(isinstance(ids, list) for ids in plan):
+        raise UserError(f"{path} is damaged: restore it, or delete the folder {folder}")
+    return plan
+
+
+def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:
+    """The plan after these ids were added to it; ids that it holds keep their places.
+
+    Raises `UserError` unless the ids contain all of the plan's, or the plan all of them and no other shard is unfinished:
+    images of some other list given to a wrong folder must not be mixed in.
+    """
+    plan = read_plan(folder)
+    wanted, planned = set(ids), {key for shard in plan for key in shard}
+    if wanted <= planned:
+        lacking = {
+            key for n, shard in enumerate(plan) if not shard_path(folder, n).exists() for key in shard
+        } - wanted
+    else:
+        lacking = planned - wanted
+    if lacking:
+        raise UserError(
+            f"{folder} was begun for other images too ({min(lacking)}, for one): give the list that it was begun with or one "
+            "that contains it, or choose another --out"
+        )
+    if new := [key for key in ids if key not in planned]:
+        plan += [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
+        write_json(folder / PLAN, {"shards": plan})
+    return plan

@@ -1,0 +1,305 @@
+"""The on-disk format of the cache, and its writer. The only file that uses the LMDB library.
+
+A *field* is one cached quantity: `latents` or `tokens`, one value of fixed size per image. Its folder holds
+
+    settings.json        written first: what this folder is for, so that no other settings are mixed in
+    plan.json            which ids go to which shard; grows when images are added, and never changes otherwise
+    shard-00000.lmdb     up to 10,000 values, key = image id, value = raw bytes (`cache/encodings.py`); no pickle
+    shard-00000.json     count, bytes and checksum of that shard, and the images that could not be read
+    unreadable.csv       those images, of all shards, if there are any
+    manifest.json        written last: what the values are, from which model, shape, dtype, counts, digest of ids, shards
+
+A shard is written as `shard-00000.lmdb.partial` in synchronous transactions and renamed when it is complete, so a file named
+`.lmdb` is always whole; until then `shard-00000.unreadable` notes its unreadable images, and `.lock` holds who writes. A folder
+without `manifest.json` is not a cache yet. Several processes may write one field, each its own shards (`part`); whoever seals
+the last one writes the manifest. `cache/reader.py` reads all this without LMDB.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+import torch
+from torch import Tensor
+
+from cache.locks import NumberedLocks
+from cache.manifest import (
+    MANIFEST,
+    SHARD_ENTRY,
+    UNREADABLE,
+    FieldSpec,
+    ids_digest,
+    read_json,
+    read_manifest,
+)
+from cache.reader import row_checksum
+from cache.shard_plan import extend_plan, insist_on_settings, read_plan, shard_path
+from common.errors import UserError
+from common.files import sync_folder, write_atomically, write_json
+
+MAX_KEY_BYTES = 511
+PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
+PLANNING = 0  # the lock of the folder's own files; lock n + 1 is that of shard n
+
+
+class FieldWriter:
+    """Write one field for a list of ids, shard by shard; a second writer with the same settings goes on where one stopped.
+
+        writer = FieldWriter(folder, spec, ids)
+        for shard, batch in writer.pending(batch_size):      # fixed batches, so a resumed run encodes the same ones
+            writer.put(shard, batch, spec.encode(values))    # durable on return
+        writer.finish()                                      # seals what is open, writes the manifest
+
+    A list that holds all images of a finished field and more adds shards and rewrites none. `shard_size` is 10,000 unless it is
+    given or the folder has another. With `part = (i, n)` only the shards i, i + n, i + 2n, … are this writer's. Raises
+    `UserError` when the folder holds a cache of other settings or images, or another process writes one of its shards.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: FieldSpec,
+        ids: Sequence[str],
+        *,
+        shard_size: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ):
+        self.folder, self.spec = Path(folder), spec
+        self._open: tuple[int, lmdb.Environment] | None = None
+        self._checksum: int | None = None  # of the open shard, while every row of it was put by this process
+        if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
+            raise UserError(
+                f"the id {long} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
+            )
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._locks = NumberedLocks(self.folder)
+            with self._locks.held(PLANNING):
+                settings = insist_on_settings(self.folder, spec.as_json(), shard_size)
+                self.plan = extend_plan(self.folder, ids, settings["shard_size"])
+        self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
+        self.complete = self._is_complete()
+
+    def pending(self, batch_size: int) -> list[tuple[int, list[str]]]:
+        """The batches `(shard, ids)` of this writer that are not durable yet, in order; claims their shards until `close`."""
+        batches = []
+        for number in self.mine:
+            if self.complete or self._path(number).exists():
+                continue
+            self._claim(number)
+            if self._path(number).exists():  # another process has just sealed it
+                continue
+            ids, durable = self.plan[number], self._durable(number)
+            chunks = (ids[i : i + batch_size] for i in range(0, len(ids), batch_size))
+            batches += [(number, chunk) for chunk in chunks if not durable.issuperset(chunk)]
+        return batches
+
+    def put(
+        self, shard: int, ids: Sequence[str], raw: Tensor, unreadable: Mapping[str, str] | None = None
+    ) -> None:
+        """Store `raw (len(ids), value_bytes)` (`spec.encode`, on the CPU) in one synchronous transaction.
+
+        `unreadable` maps the other ids of the batch to what is wrong with their images; they are left out for good.
+        """
+        if raw.shape != (len(ids), self.spec.value_bytes):
+            raise ValueError(
+                f"{self.spec.field}: expected ({len(ids)}, {self.spec.value_bytes}), got {tuple(raw.shape)}"
+            )
+        # The extremes carry any NaN or infinity, and cost far less than isfinite() on fp16.
+        if len(ids) and not torch.stack(torch.aminmax(self.spec.decode(raw))).isfinite().all():
+            raise UserError(
+                f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers in {self.spec.dtype}: run "
+                "again with --precision fp32, or store them with another --dtype in another folder"
+            )
+        rows = raw.numpy()
+        with self._writing():
+            if unreadable:
+                known = self._unreadable(shard)
+                write_json(self._path(shard).with_suffix(".unreadable"), known | dict(unreadable))
+            with self._environment(shard).begin(write=True) as transaction:
+                for key, value in zip(ids, rows, strict=True):
+                    transaction.put(key.encode(), value.data)
+        if self._checksum is not None:
+            self._checksum += sum(row_checksum(key.encode(), row) for key, row in zip(ids, rows, strict=True))
+
+    def finish(self) -> dict | None:
+        """Seal this writer's shards; returns the manifest, or None while shards of other writers are missing."""
+        with self._writing():
+            for number in self.mine:
+                if not self._path(number).exists():
+                    self._seal(number)
+            with self._locks.held(PLANNING):
+                self.plan = read_plan(self.folder)  # another process may have added images
+                self.complete = self._is_complete()
+                if not self.complete and self._all_sealed():
+                    self._write_manifest()
+                    self.complete = True
+        self.close()
+        return read_manifest(self.folder, self.spec.field) if self.complete else None
+
+    def close(self) -> None:
+        """Let go of the folder; what was put is durable."""
+        self._close_shard()
+        self._locks.close()
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Disk that all unfinished shards of the field still need, of this writer and of others."""
+        unsealed = [n for n in range(len(self.plan)) if not self._path(n).exists()]
+        written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._partial(n)).exists())
+        return max(0, sum(self._stored_bytes(len(self.plan[n])) for n in unsealed) - written)
+
+    def _all_sealed(self) -> bool:
+        return all(self._path(number).exists() for number in range(len(self.plan)))
+
+    def _is_complete(self) -> bool:
+        """Whether the manifest describes the shards that are there, and all of the plan."""
+        manifest = self.folder / MANIFEST
+        return (
+            self._all_sealed()
+            and manifest.exists()
+            and read_json(manifest).get("shards") == [shard for shard, _ in self._sealed()]
+        )
+
+    def _sealed(self) -> list[tuple[dict, dict[str, str]]]:
+        """What every shard says of itself, and which of its images could not be read."""
+        shards = []
+        for number in range(len(self.plan)):
+            path = self._path(number).with_suffix(".json")
+            shard = read_json(path)
+            unreadable = shard.pop("unreadable", None)
+            if not isinstance(unreadable, dict) or shard.keys() != SHARD_ENTRY:
+                raise UserError(f"{path} is damaged: delete {self._path(number)} and run the same command")
+            if (size := self._path(number).stat().st_size) != shard["bytes"]:
+                raise UserError(
+                    f"{self._path(number)} has {size} bytes, {shard['bytes']} were written: delete that file and run the same "
+                    "command; only this shard is made anew"
+                )
+            shards.append((shard, unreadable))
+        return shards
+
+    def _path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard)
+
+    def _partial(self, shard: int) -> Path:
+        return self._path(shard).with_suffix(".lmdb.partial")
+
+    def _stored_bytes(self, count: int) -> int:
+        """What LMDB needs for so many values: whole pages for each, and about 64 bytes in its tree."""
+        pages = -(-(PAGE_HEADER + self.spec.value_bytes) // PAGE)
+        return count * (pages * PAGE + 2 * 64) + 16 * PAGE
+
+    def _environment(self, shard: int) -> lmdb.Environment:
+        """The open partial shard; the one that was open before is sealed if it is complete."""
+        if self._open and self._open[0] != shard:
+            self._seal(self._open[0], only_if_complete=True)
+        if not self._open:
+            path = self._partial(shard)
+            # Shorter where the disk was full before its first pages were whole.
+            if path.exists() and path.stat().st_size < 2 * PAGE:
+                path.unlink()
+            # LMDB wants its room ahead; on disk it is sparse.
+            room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
+            self._checksum = None if path.exists() else 0
+            try:
+                environment = lmdb.open(str(path), subdir=False, map_size=room, lock=False, lib_version=0)
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+                raise UserError(f"{path} is damaged: delete it and run the same command") from None
+            self._open = (shard, environment)
+        return self._open[1]
+
+    def _close_shard(self) -> None:
+        if self._open:
+            self._open[1].close()
+            self._open = None
+
+    def _unreadable(self, shard: int) -> dict[str, str]:
+        path = self._path(shard).with_suffix(".unreadable")
+        return read_json(path) if path.exists() else {}
+
+    def _durable(self, shard: int) -> set[str]:
+        """The ids of a partial shard that need no more work."""
+        if not self._partial(shard).exists():
+            # What is noted of a shard that was deleted since says nothing of the new one.
+            self._path(shard).with_suffix(".unreadable").unlink(missing_ok=True)
+            return set()
+        with self._writing():
+            with self._environment(shard).begin() as transaction:
+                keys = _keys(transaction)
+            self._close_shard()
+        return keys | self._unreadable(shard).keys()
+
+    def _seal(self, shard: int, *, only_if_complete: bool = False) -> None:
+        planned = set(self.plan[shard])
+        with self._environment(shard).begin() as transaction:
+            stored = _keys(transaction)
+            # An image may have been mended, or damaged, between two runs: what is stored counts.
+            unreadable = {key: why for key, why in self._unreadable(shard).items() if key not in stored}
+            if stored | unreadable.keys() != planned:
+                if not only_if_complete:
+                    raise ValueError(
+                        f"shard {shard} has {len(stored)} of {len(planned)} values: sealed too early"
+                    )
+                transaction.abort()
+                return self._close_shard()
+            checksum = self._checksum
+            if checksum is None:
+                checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
+        self._close_shard()
+        path, partial = self._path(shard), self._partial(shard)
+        # The description goes first: a shard that carries its final name always has one.
+        write_json(
+            path.with_suffix(".json"),
+            {"file": path.name, "count": len(stored), "bytes": partial.stat().st_size, "checksum": checksum}
+            | {"unreadable": unreadable},
+        )
+        os.replace(partial, path)
+        path.with_suffix(".unreadable").unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+    def _write_manifest(self) -> None:
+        sealed = self._sealed()
+        unreadable = {key: (shard["file"], why) for shard, bad in sealed for key, why in bad.items()}
+        stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
+        if unreadable:  # before the manifest, so that a finished field always says what it lacks
+            text = io.StringIO()
+            rows = [("id", "shard", "problem"), *((key, *where) for key, where in unreadable.items())]
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
+        else:
+            (self.folder / UNREADABLE).unlink(missing_ok=True)
+        counts = {
+            "num_samples": len(stored),
+            "num_unreadable": len(unreadable),
+            "ids_sha256": ids_digest(stored),
+        }
+        write_json(
+            self.folder / MANIFEST, self.spec.as_json() | counts | {"shards": [shard for shard, _ in sealed]}
+        )
+
+    def _claim(self, shard: int) -> None:
+        """LMDB's own lock is off, as readers on shared file systems need it."""
+        if not self._locks.take(shard + 1):
+            raise UserError(
+                f"another process is writing {self._path(shard)}: wait for it, or give each process its own --shard i/n"
+            )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell of a full disk or a read-only folder in one line."""
+        try:
+            yield
+        except (lmdb.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot write to {self.folder}: {reason}; nothing finished is lost: mend that (free some disk, allow writing) "
+                "and run the same command"
+            ) from None
+
+
+def _keys(transaction: lmdb.Transaction) -> set[str]:
+    return {key.decode() for key in transaction.cursor().iternext(values=False)}

@@ -1,0 +1,250 @@
+"""Evaluate runs of train_sd15.py, their checkpoints, or the bare base model.
+
+    python evaluate_sd15.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
+    python evaluate_sd15.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
+    python evaluate_sd15.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
+    python evaluate_sd15.py pictures runs/A runs/A_baseline -o pictures.png
+    python evaluate_sd15.py report runs/A runs/A_baseline configs/A.yaml -o report.html
+    accelerate launch --num_processes 4 evaluate_sd15.py curve runs/A      # sampling and features by several processes
+
+A RUN is a run folder, one checkpoint's folder in it, or a config: the bare base model that it names, whose results go to the
+folder RUN_base. What was drawn or measured is not done again: the same command goes on where one was stopped.
+"""
+
+import argparse
+import json
+from itertools import chain
+from pathlib import Path
+
+from common.device import pick_device
+from common.errors import UserError, run_script
+from common.files import write_json
+from configs.loading import eval_settings, with_settings
+from evaluation.curves import FINAL, baseline_of, draw_curves, told
+from evaluation.image_files import PICTURES, image_chunks, load_images
+from evaluation.options import (
+    add_align_options,
+    add_curve_options,
+    add_final_options,
+    add_metrics_options,
+    add_pictures_options,
+    add_reference_options,
+    add_report_options,
+    add_sample_options,
+    changes_of,
+    chosen_of,
+    label_of,
+    targets,
+)
+from evaluation.points import evaluate_all, points_of, said
+from evaluation.score import make_references, measure_images
+from evaluation.targets import open_run
+from report.curves import points_under
+from training.ranks import Ranks, part
+from training.run_folder import this_command
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
+    for name, (run, add_options) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=run.__doc__.split("\n")[0],
+            description=run.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_options(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw images of fixed seeds.
+
+    Image i starts from the noise of seed + i and shows class i mod n, whatever the batch size, the number of images or of
+    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
+    what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
+    """
+    from evaluation.sample import draw_samples
+    from metrics.npz_images import write_npz_images
+
+    device, ranks = open_device(args)
+    for target in chain(*targets(args)):
+        chosen = chosen_of(target.run.config, args)
+        indices = range(chosen.num_samples)
+        folder, _ = draw_samples(target, chosen, device, indices, ranks)
+        if args.npz and ranks.main:
+            file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
+            shape = load_images(folder, [0]).shape[1:3]
+            write_npz_images(file, image_chunks(folder, indices, 128), len(indices), shape)
+            print(f"{file}: {len(indices):,} images as arr_0")
+        if ranks.main:
+            print(f"{folder}: {len(indices):,} images", flush=True)
+
+
+def metrics(args: argparse.Namespace) -> None:
+    """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
+
+    Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
+    published samples: then --reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number of
+    images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
+    runs go to RUN/eval/points.jsonl.
+    """
+    device, ranks = open_device(args)
+    images = [path for path in args.runs if is_images(path)]
+    for path in images if ranks.main else ():
+        found = measure_images(path, eval_settings(changes_of(args)), device)
+        print(f"{path}: {said(found['metrics'])}")
+        if args.out is not None:
+            write_json(args.out, found | {"command": this_command()})
+    args.runs = [path for path in args.runs if path not in images]
+    if args.runs:
+        groups = targets(args)
+        chosen = chosen_of(groups[0][0].run.config, args)
+        evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="metrics")
+
+
+def reference(args: argparse.Namespace) -> None:
+    """Statistics of real images, for samples to be held against.
+
+    For --reference and eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
+    other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
+    """
+    if args.size < 8:
+        raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
+    device, ranks = open_device(args)
+    chosen = eval_settings(changes_of(args))
+    for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
+        if ranks.main:
+            print(file)
+
+
+def curve(args: argparse.Namespace) -> None:
+    """Metrics of every checkpoint's moving average, against steps and images seen.
+
+    All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps), with the
+    same seeds and labels. Points are lines of RUN/eval/points.jsonl, also those that training measured (train.eval_every).
+    Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the baseline's final value.
+    """
+    device, ranks = open_device(args)
+    groups = targets(args)
+    runs = [group[0].run for group in groups]
+    labels = label_of(runs)
+    runs = dict(zip(labels, runs, strict=True))
+    baseline = baseline_of(runs, args.baseline)
+    chosen = chosen_of(groups[0][0].run.config, args)
+    points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
+    if ranks.main:
+        # Also of checkpoints that are gone, which training measured.
+        protocol = points[0]["protocol"]
+        found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
+        out = Path("runs/curve") if args.out is None else args.out
+        print(
+            "\n".join(filter(None, [told(draw_curves(out, runs, found, baseline)), str(out / "curve.png")]))
+        )
+
+
+def final(args: argparse.Namespace) -> None:
+    """The plan's protocol for final numbers, and metrics over guidance scales.
+
+    250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
+    recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
+    The scale given by --cfg is of the final numbers alone; every other option is of both. Results go to RUN/eval/points.jsonl.
+    """
+    device, ranks = open_device(args)
+    chosen_targets = [*chain(*targets(args))]
+    config = chosen_targets[0].run.config
+    # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
+    sweep = [with_settings(config, changes_of(args) | {"eval.cfg": scale}).eval for scale in args.sweep]
+    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
+    if sweep:
+        evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
+
+
+def align(args: argparse.Namespace) -> None:
+    """How much of the teacher a run's hidden features hold, on held-out images.
+
+    Beside its bare base model's, at all three taps and several timesteps, before and after the heads: held-out CCA, CKNNA,
+    unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
+    (metrics/similarity_rows.py); and the held-out diffusion loss. The null prompt, and for each image the same noise.
+    Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
+    align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
+    """
+    from evaluation.align import align_target, checked_timesteps
+    from metrics.embedding import insist_installed
+
+    checked_timesteps(args.timesteps)
+    insist_installed(args.embedding)
+    device, _ = open_device(args)
+    for group in targets(args):
+        align_target(group[-1], args, device)
+
+
+def pictures(args: argparse.Namespace) -> None:
+    """Pictures of the same seeds from several runs.
+
+    Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Not chosen: each is
+    the first image of its class. Only what is shown is drawn, if it is missing.
+    """
+    from evaluation.pictures import draw_pictures
+
+    if args.out.suffix != ".png":
+        raise UserError(f"-o {args.out}: the picture's name must end in .png")
+    device, _ = open_device(args)
+    groups = targets(args)
+    labels = label_of([group[0].run for group in groups], [group[-1].step for group in groups])
+    print(draw_pictures(dict(zip(labels, groups, strict=True)), args, device))
+
+
+def report(args: argparse.Namespace) -> None:
+    """One self-contained page of all that was measured of these runs.
+
+    Made of what curve, final, metrics, align and training left in the run folders; measures nothing. The figures are left in
+    PAGE_figures/ too, each with the JSON that it was drawn from. --times adds the durations of a JSON list of stages.
+    """
+    from evaluation.report import make_report
+
+    if args.out.suffix != ".html":
+        raise UserError(f"-o {args.out}: the page's name must end in .html")
+    try:
+        times = json.loads(args.times.read_text()) if args.times else []
+        if not all({"stage", "seconds", "command", "group"} <= dict(stage).keys() for stage in times):
+            raise ValueError("each stage needs stage, seconds, command and group")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read --times {args.times}: {error}") from None
+    runs = [open_run(path)[0] for path in args.runs]
+    print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
+
+
+def open_device(args: argparse.Namespace):
+    """The device, and this process's place among several."""
+    device = pick_device(args.device)
+    return device, Ranks(cpu=device.type == "cpu")
+
+
+def is_images(path: Path) -> bool:
+    """Whether this is a set of images and no run."""
+    if path.is_dir() and not (path / "config.yaml").exists():
+        return any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
+    return path.suffix == ".npz"
+
+
+COMMANDS = {
+    "sample": (sample, add_sample_options),
+    "metrics": (metrics, add_metrics_options),
+    "reference": (reference, add_reference_options),
+    "curve": (curve, add_curve_options),
+    "final": (final, add_final_options),
+    "align": (align, add_align_options),
+    "pictures": (pictures, add_pictures_options),
+    "report": (report, add_report_options),
+}
+
+
+if __name__ == "__main__":
+    run_script(main)
+    part()

@@ -1,0 +1,236 @@
+"""Measure on held-out images how much of the teacher's geometry a U-Net's hidden features hold.
+
+A run is measured beside its bare base model, at all three taps and at several timesteps, before and after its heads, each
+metric with its null: `metrics/similarity_rows.py` says what they are. Called by `evaluate_sd15.py align`.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cache.manifest import class_names, read_manifest
+from common.errors import UserError
+from common.files import write_json
+from configs.loading import with_settings
+from configs.schema import Config
+from evaluation.heldout import Bench, heldout_images, read_taps, target_of
+from evaluation.targets import Target
+from metrics.embedding import Source, embed_sources
+from metrics.similarity import pool_tokens, split_by_image
+from metrics.similarity_rows import (
+    CKNNA_K,
+    TIMESTEPS,
+    TeacherSide,
+    cca_components,
+    head_metrics,
+    nearest_timestep,
+    tap_metrics,
+    value_of,
+)
+from metrics.spatial import distances_on
+from models.aligned import SD15UNetAligned
+from report.plot_alignment import plot_embedding, plot_timesteps
+from training.parts import load_run_model
+from training.run_folder import this_command
+
+EMBEDDED_TAP = "mid"
+EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
+
+
+def align_target(target: Target, args: argparse.Namespace, device: torch.device) -> None:
+    """Measure a target beside its base model and write RUN/eval/align.json and its pictures."""
+    run, config = target.run, target.run.config
+    seed = with_settings(config, {} if args.seed is None else {"eval.seed": args.seed}).eval.seed
+    measured = {"run": target.weights, "base": "base"}
+    if target.weights == "base" or args.no_base:
+        del measured["run" if target.weights == "base" else "base"]
+    models = {
+        name: load_run_model(run, target.step, device, weights=weights)[0]
+        for name, weights in measured.items()
+    }
+    found, sources = measure_alignment(
+        config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
+    )
+    result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
+    # Of a checkpoint that is not the newest: files of its own, so that it replaces nothing.
+    older = target.weights != "base" and target.step != run.checkpoint_steps()[-1]
+    folder = run.path / "eval" / (f"step-{target.step:07d}" if older else "")
+    write_json(folder / "align.json", result)
+    names = class_names(read_manifest(config.data.text, "text"))
+    draw_alignment(folder, run.name, result, sources, class_names=names, embedding=args.embedding)
+    print(f"{target.name}, {result['num_images']} of {result['num_available']} held-out images")
+    print(summary(result))
+
+
+@torch.no_grad()
+def measure_alignment(
+    config: Config,
+    models: Mapping[str, SD15UNetAligned],
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    seed: int,
+    device: torch.device,
+    num_images: int | None = None,
+) -> tuple[dict, dict[tuple[str, str], Source]]:
+    """What `align.json` holds but for step and command, and the sources of the embedding at one timestep of the mid tap.
+
+    Args:
+        config: of the run: its held-out images, teacher, noise schedule and batch size.
+        models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are looked at.
+        timesteps: noise levels, 0 (clean) to 999.
+        seed: image i of the list has the noise of seed + i at every timestep; also of the split into halves and of all nulls.
+        num_images: the first so many held-out images of the list; None takes 1000, or all where there are fewer.
+
+    The sources' keys are (model, "head" | "tap"): the head's tokens where the run has a head, and each model's ridge map.
+    Raises `UserError` for settings and caches that do not fit.
+    """
+    timesteps = checked_timesteps(timesteps)
+    held = heldout_images(config, num_images)
+    n, heads = len(held.latents), {name: heads_of(name, model) for name, model in models.items()}
+    rows, losses, sources, sides = [], {}, {}, {}
+    forwards = -(-n // config.eval.batch_size) * (1 + len(timesteps))  # batches of one model
+    steps = sum(forwards + len(timesteps) * (3 + len(found)) for found in heads.values())
+    with tqdm(total=steps, unit="step") as bar:
+        bench = Bench(config, held, seed, device, bar.update)
+        for name, model in models.items():
+            bar.set_description(f"{name}: held-out loss")
+            losses[name] = bench.heldout_loss(model)
+            for timestep in timesteps:
+                bar.set_description(f"{name}, timestep {timestep}: features")
+                features, grids, tokens = read_taps(bench, model, heads[name], timestep)
+                if not sides:
+                    sides, k = _teacher_sides(bench, features, grids)
+                for tap, side in sides.items():
+                    bar.set_description(f"{name}, timestep {timestep}: {tap}")
+                    metrics, projected = tap_metrics(features.pop(tap), side)  # popped: memory given back
+                    found = {"tap": (metrics, projected)}
+                    if tap in tokens:
+                        bar.update()
+                        head = tokens.pop(tap)
+                        metrics = head_metrics(
+                            head.pooled, head.cosine.mean().item(), head.null_cosine.mean().item(), side
+                        )
+                        found["head"] = (metrics, head.pooled)
+                    bar.update()
+                    for kind, (metrics, _) in found.items():
+                        where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}
+                        rows.append({**where, "metrics": metrics})
+                    if tap == EMBEDDED_TAP and timestep == nearest_timestep(timesteps):
+                        sources |= {
+                            (name, kind): _source(bench, side, kind, x) for kind, (_, x) in found.items()
+                        }
+    fit, test = split_by_image(n, seed)
+    result = {
+        "num_images": n,
+        "num_available": held.available,
+        "images_sha256": held.images_sha256,
+        "teacher_sha256": held.teacher_sha256,
+        "n_fit": len(fit),
+        "n_test": len(test),
+        "seed": seed,
+        "noise": "image i of the list has the noise of seed + i, at every timestep",
+        "timesteps": list(timesteps),
+        "taps": list(grids),
+        "tap_grids": {tap: list(found) for tap, found in grids.items()},
+        "teacher_grid": [config.teacher.grid] * 2,
+        "prompt": "null",
+        "weights": "ema",
+        "cca_k": k,
+        "cknna_k": CKNNA_K,
+        "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
+        "heldout_loss_diff": losses.get("run"),
+        "heldout_loss_diff_base": losses.get("base"),
+        "rows": rows,
+        "teacher": {tap: side.metrics() for tap, side in sides.items()},
+    }
+    return result, sources
+
+
+def draw_alignment(
+    folder: Path,
+    name: str,
+    result: Mapping,
+    sources: Mapping[tuple[str, str], Source],
+    *,
+    class_names: Mapping[int, str],
+    embedding: str = "tsne",
+) -> None:
+    """Write `align_timesteps.png` and `align_tsne.png`, and the picture of the other embedding, if it is asked for."""
+    said = f"{result['num_images']} held-out images, EMA weights, null prompt"
+    plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {said}")
+    h, w = result["tap_grids"][EMBEDDED_TAP]
+    shown = nearest_timestep(result["timesteps"])
+    called = {
+        ("run", "head"): f"{name}: head's tokens",
+        ("run", "tap"): f"{name}: ridge map of mid-block",
+        ("base", "tap"): "bare base model: ridge map of mid-block",
+    }
+    drawn = {called[key]: sources[key] for key in called if key in sources}
+    for method in dict.fromkeys(("tsne", embedding)):
+        title = (
+            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images\n"
+            "distances between clusters mean nothing"
+        )
+        panels = embed_sources(drawn, seed=result["seed"], method=method)
+        plot_embedding(folder / f"align_{method}.png", panels, class_names, title)
+
+
+def summary(result: Mapping) -> str:
+    """A line for the terminal of each model that was measured, at the timestep that figures show."""
+    shown, lines = nearest_timestep(result["timesteps"]), []
+    for model, loss in (("run", result["heldout_loss_diff"]), ("base", result["heldout_loss_diff_base"])):
+        if loss is None:
+            continue
+        numbers = []
+        for metric in ("cca", "cknna"):
+            value, null = (
+                value_of(result, metric, which, model=model, timestep=shown) for which in ("value", "null")
+            )
+            found = "undefined" if value is None else f"{value:.3f} (null {null:.3f})"
+            numbers.append(f"{metric.upper()} {found}")
+        lines.append(
+            f"  {model:4} at timestep {shown}: mid-block {', '.join(numbers)}, held-out loss {loss:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def checked_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[int, ...]:
+    """Timesteps in order, once each; raises `UserError` for none, or for one outside of the schedule."""
+    wrong = [t for t in timesteps if not 0 <= t < num_steps]
+    if wrong or not timesteps:
+        raise UserError(
+            f"--timesteps are noise levels from 0 (clean) to {num_steps - 1} (noise), got "
+            f"{', '.join(map(str, wrong)) or 'none'}"
+        )
+    return tuple(sorted(set(timesteps)))
+
+
+def heads_of(name: str, model: SD15UNetAligned) -> dict[str, torch.nn.Module]:
+    """The trained heads; those of a base model, if it has any, were never trained."""
+    return dict(model.heads) if name == "run" else {}
+
+
+def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
+    """The teacher on each tap's grid, shared by taps of equal grids, and the number of CCA's components."""
+    held, grid = bench.held, (bench.config.teacher.grid,) * 2
+    widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
+    k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
+    made = {
+        found: TeacherSide.on(found, held.teacher, grid, held.classes, k=k, seed=bench.seed)
+        for found in set(grids.values())
+    }
+    return {tap: made[found] for tap, found in grids.items()}, k
+
+
+def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -> Source:
+    """Of the ridge map (n_test, T, D), or of a head's tokens (n, T, D): the test half, beside what each is to be like."""
+    test = split_by_image(len(side.tokens), side.seed)[1]
+    if kind == "tap":
+        return Source(projected, side.tokens[test], side.classes[test])
+    target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
+    target = pool_tokens(target, (bench.config.teacher.grid,) * 2, side.grid)  # (n_test, T, D)
+    return Source(projected[test], target, side.classes[test])

@@ -1,0 +1,224 @@
+"""The held-out images of a config, checked against the training cache; forwards on them with noise that never changes; and
+what taps and heads hold in those forwards."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.dataset import latents_of
+from cache.image_list import read_samples
+from cache.manifest import ids_digest, read_table
+from cache.reader import FieldReader
+from common.errors import UserError
+from configs.schema import Config
+from method.alignment import spatial_norm
+from method.objective import SD15Loss
+from method.paths import add_noise
+from method.sampler import initial_noise
+from metrics.similarity import mispair, pool_tokens
+from metrics.similarity_rows import NUM_IMAGES
+from models.aligned import SD15UNetAligned, sd15_taps
+from models.taps import Taps
+from training.parts import build_loss
+
+MIN_IMAGES = 16
+LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss is averaged
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that nothing was trained on: latents (n, 4, h, w), teacher tokens (n, N, D), classes (n,), the null prompt (L, C),
+    and how many images there were to choose from."""
+
+    latents: np.ndarray
+    teacher: np.ndarray
+    classes: np.ndarray
+    null_text: Tensor
+    available: int
+    images_sha256: str
+    teacher_sha256: str
+
+
+def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
+    """The first held-out images of `eval.csv` that both caches hold, in its order, which goes round the classes."""
+    where = config.eval
+    if None in (where.csv, where.latents, where.tokens):
+        raise UserError(
+            "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
+        )
+    latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
+    online = config.teacher.source == "online"
+    if online and (made_by := tokens.spec.source.get("model")) != config.teacher.model:
+        raise UserError(
+            f"{where.tokens} was made by {made_by}, the run's teacher is {config.teacher.model}: run script 3 on the held-out "
+            "images with that --teacher"
+        )
+    for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
+        if online and held_out is tokens:
+            continue
+        if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
+            raise UserError(
+                f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
+                "held-out images with the options of the training images"
+            )
+    wanted = (config.teacher.grid**2, config.teacher.dim)
+    if tokens.spec.shape != wanted:
+        raise UserError(
+            f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
+        )
+    cached = set(latents.ids) & set(tokens.ids)
+    samples = [sample for sample in read_samples(where.csv) if sample.id in cached]
+    if num_images is not None and num_images > len(samples):
+        raise UserError(
+            f"--num-images {num_images} are more than the {len(samples)} held-out images of {where.csv} that are cached"
+        )
+    chosen = samples[: NUM_IMAGES if num_images is None else max(num_images, 0)]
+    if len(chosen) < MIN_IMAGES:
+        raise UserError(
+            f"{len(chosen)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
+        )
+    ids = [sample.id for sample in chosen]
+    if trained_on := set(ids) & {sample.id for sample in read_samples(config.data.csv)}:
+        raise UserError(
+            f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
+        )
+    return HeldOut(
+        latents_of(latents.read(ids), latents.spec.details).numpy(),
+        tokens.read(ids).float().numpy(),
+        np.array([sample.class_id for sample in chosen]),
+        read_table(config.data.text)[0][-1].float(),
+        len(samples),
+        ids_digest(ids),
+        str(tokens.spec.source.get("weights_sha256")),
+    )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every model meets alike: held-out images, each with noise that never changes, and the null prompt.
+
+    Image i of the list has the noise of seed + i, at every timestep and in any batch. `progress` counts batches.
+    """
+
+    config: Config
+    held: HeldOut
+    seed: int
+    device: torch.device
+    progress: Callable[[], object]
+
+    @cached_property
+    def loss(self) -> SD15Loss:
+        return build_loss(self.config)
+
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """(index of the first image, x_0, noise, text): (b, 4, h, w), (b, 4, h, w), (b, L, C)."""
+        size = self.config.eval.batch_size
+        for start in range(0, len(self.held.latents), size):
+            x_0 = torch.from_numpy(self.held.latents[start : start + size]).to(self.device)
+            noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
+            text = self.held.null_text.to(self.device).expand(len(x_0), -1, -1)
+            yield start, x_0, noise.to(self.device), text
+            self.progress()
+
+    def predict(
+        self, model: SD15UNetAligned, x_0: Tensor, noise: Tensor, text: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """The network's output (b, 4, h, w) at timesteps (b,)."""
+        noisy = add_noise(x_0, noise, *self.loss.schedule.at(timesteps))
+        return model(noisy, timesteps, text, capture=False)
+
+    def heldout_loss(self, model: SD15UNetAligned) -> float:
+        """The diffusion loss, each image at one of `LOSS_TIMESTEPS` noise levels, the same one for every model."""
+        levels = torch.linspace(0, self.loss.schedule.num_steps - 1, LOSS_TIMESTEPS + 2)[1:-1].long()
+        losses = []
+        for start, x_0, noise, text in self.batches():
+            t = levels[(start + torch.arange(len(x_0))) % LOSS_TIMESTEPS].to(self.device)  # (b,)
+            output = self.predict(model, x_0, noise, text, t)
+            losses.append(self.loss.diffusion_error(output, x_0, noise, t).cpu())
+        return torch.cat(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class HeadTokens:
+    """A head's tokens averaged over the cells of its tap's grid (n, T, D), and the cosine of each image's tokens with the
+    teacher's, and with those of another image, on the teacher's grid (n,)."""
+
+    pooled: np.ndarray
+    cosine: np.ndarray
+    null_cosine: np.ndarray
+
+
+def read_taps(
+    bench: Bench, model: SD15UNetAligned, heads: Mapping[str, torch.nn.Module], timestep: int
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
+    """At all taps in one forward: features (n, T, C) and grid of each, and the tokens of those heads that there are.
+
+    Each batch goes to the CPU at once, and a head's tokens are averaged over the tap's cells there: on the teacher's own
+    grid they would be three times as many numbers, and up-sampled cells are no new samples.
+    """
+    teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
+    other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
+    features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
+    with _listening(model) as taps:
+        for start, x_0, noise, text in bench.batches():
+            rows = slice(start, start + len(x_0))
+            with taps.recording():
+                bench.predict(model, x_0, noise, text, torch.full((len(x_0),), timestep, device=x_0.device))
+            for tap, feature in taps.captured.items():  # (b, C, h, w)
+                grids[tap] = tuple(feature.shape[-2:])
+                _insist_coarser(tap, grids[tap], grid[0])
+                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
+                _insist_finite(cells, tap, timestep)
+                _put(features, tap, rows, cells, n)
+            for tap, head in heads.items():
+                tokens = head(taps.captured[tap])  # (b, N, D)
+                for place, images in enumerate((np.arange(n)[rows], other[rows])):
+                    target = target_of(
+                        bench.config, torch.from_numpy(teacher[images]).to(x_0.device)
+                    )  # (b, N, D)
+                    cosine = torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean(1)  # (b,)
+                    cosines[tap][place, rows] = cosine.cpu().numpy()
+                _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
+    return features, grids, {tap: HeadTokens(pooled[tap], *cosines[tap]) for tap in heads}
+
+
+@contextmanager
+def _listening(model: SD15UNetAligned) -> Iterator[Taps]:
+    """Taps at all three places, also where the run itself taps fewer; they leave when the block ends."""
+    taps = Taps(model.unet, sd15_taps(model.unet))
+    try:
+        yield taps
+    finally:
+        taps.remove()
+
+
+def target_of(config: Config, teacher: Tensor) -> Tensor:
+    """What the heads are trained towards."""
+    alpha = config.align.spatial_norm
+    return teacher if alpha is None else spatial_norm(teacher, alpha)
+
+
+def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarray, n: int) -> None:
+    """Write a batch into the array of its tap, made at the first: joining batches at the end would need all of it twice."""
+    if tap not in arrays:
+        arrays[tap] = np.empty((n, *values.shape[1:]), values.dtype)
+    arrays[tap][rows] = values
+
+
+def _insist_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
+    if max(grid) > teacher_grid:
+        raise UserError(
+            f"the grid {grid[0]} × {grid[1]} of tap {tap} is finer than the teacher's {teacher_grid}: cache more tokens"
+        )
+
+
+def _insist_finite(features: np.ndarray, tap: str, timestep: int) -> None:
+    if not np.isfinite(features).all():
+        raise UserError(
+            f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier --checkpoint"
+        )

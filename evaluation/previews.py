@@ -1,0 +1,62 @@
+"""Sample grids of the moving average while a training goes on, from fixed seeds and without touching its random state."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache.manifest import class_names
+from evaluation.sample import load_vae
+from method.sampler import decode_latents, in_dtype, rows_of, sample_latents
+from report.plot_grids import plot_sample_grids
+from training.parts import Parts, sampling_scheduler
+from training.state import TrainingState
+
+COLUMNS = 8
+
+
+class Previews:
+    """Draws `train.preview_images` images with the settings of `eval`, in rows of eight classes, evenly spread; image i starts
+    from the noise of seed i at every step, so that the grids of a run show the same pictures growing."""
+
+    def __init__(self, parts: Parts):
+        self.parts, config = parts, parts.config
+        self.vae = load_vae(config, parts.device)
+        self.scheduler = sampling_scheduler(config, parts.loss.parameterization, config.eval.sampler)
+        count, classes = config.train.preview_images, len(parts.dataset.text)
+        self.columns = min(COLUMNS, count, classes)
+        self.labels = [i % self.columns * classes // self.columns for i in range(count)]
+
+    def draw(self, folder: Path, state: TrainingState) -> Path:
+        """Write `step-….png` of the moving average; returns its path. Weights, modes and random states are as before."""
+        settings, dataset = self.parts.config.eval, self.parts.dataset
+        with self.parts.showing(state.ema.shadow_params):
+            images = self._images()
+        path = folder / f"step-{state.step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
+        names = class_names(dataset.text_manifest)
+        columns = [names.get(label, f"class {label}") for label in self.labels[: self.columns]]
+        plot_sample_grids(path, {title: images}, self.columns, columns)
+        return path
+
+    def _images(self) -> np.ndarray:
+        """The pictures `(n, H, W, 3)`, uint8, of the weights that the U-Net has."""
+        parts, settings, dataset = self.parts, self.parts.config.eval, self.parts.dataset
+        text = dataset.text[self.labels].to(parts.device, torch.float32)  # (n, 77, 768)
+        latents = sample_latents(
+            in_dtype(parts.model.unet, parts.model.dtype),
+            self.scheduler,
+            text,
+            dataset.null_text.to(parts.device, torch.float32),
+            list(range(len(self.labels))),
+            shape=(dataset.latent_channels, *dataset.latents.spec.shape[1:]),
+            steps=settings.sampling_steps,
+            cfg=settings.cfg,
+            guidance_low=settings.guidance_low,
+            guidance_high=settings.guidance_high,
+            guidance_space=settings.guidance_space,
+            eta=settings.eta,
+            rows=rows_of(parts.device, settings.batch_size),
+        )
+        return decode_latents(self.vae, latents)

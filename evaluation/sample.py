@@ -1,0 +1,256 @@
+"""Draw the images of a target: fixed seeds, one folder for each setting, only what is missing, by one or several processes."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cache.manifest import read_manifest, read_table
+from common.device import compute_dtype
+from common.errors import UserError
+from common.files import write_json
+from configs.evaluation import Eval
+from configs.schema import Config
+from evaluation.image_files import missing_images, save_images
+from evaluation.targets import Target
+from method.sampler import (
+    DECODED_ROWS,
+    balanced_labels,
+    decode_latents,
+    forwards_per_image,
+    guidance_plan,
+    in_dtype,
+    random_labels,
+    rows_of,
+    sample_latents,
+)
+from models.pipeline_parts import files_digest, load_part, weights_digest
+from training.parts import SPACING, build_loss, load_run_model, sampling_scheduler
+from training.ranks import Ranks
+from training.run_folder import this_command
+
+MANIFEST = "manifest.json"
+
+
+def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
+    """Everything that decides what image i is. Two settings that could give other images differ here; what has no effect does
+    not."""
+    config = target.run.config
+    text = read_manifest(config.data.text, "text")
+    guided = chosen.cfg > 1
+    return {
+        "model": {
+            "base": config.model.base,
+            "revision": config.model.revision,
+            "base_files": files_digest(config.model.base, "unet", config.model.revision),
+            "step": target.step,
+            "weights": target.weights,
+            "weights_sha256": target.weights_sha256,
+            "parameterization": build_loss(config).parameterization,
+        },
+        "sampler": chosen.sampler,
+        "steps": chosen.sampling_steps,
+        "eta": chosen.eta if chosen.sampler == "ddim" else None,
+        "timestep_spacing": SPACING,
+        "cfg": chosen.cfg,
+        "guidance_interval": [chosen.guidance_low, chosen.guidance_high] if guided else None,
+        "guidance_space": chosen.guidance_space if guided else None,
+        "vae": {
+            "base": config.model.base,
+            "files": files_digest(config.model.base, "vae", config.model.revision),
+            "dtype": "float32",
+            "rows": DECODED_ROWS,
+        },
+        "dtype": str(compute_dtype(device, chosen.precision)).removeprefix("torch."),
+        "device": device.type,
+        "rows": rows_of(device, chosen.batch_size),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they share out sums
+        "compile": chosen.compile,
+        "labels": chosen.labels,
+        "classes": text["details"]["n_classes"],
+        "text_sha256": text["sha256"],
+        "prompts": text["details"]["template"],
+        "seed": chosen.seed,
+        "latent_shape": read_manifest(config.data.latents, "latents")["shape"],
+    }
+
+
+def protocol_of(target: Target, settings: dict) -> dict:
+    """What the images of two targets must share to be compared: all settings but those of the model itself."""
+    return {name: value for name, value in settings.items() if name != "model"} | {"weights": target.asked}
+
+
+def folder_of(target: Target, settings: dict) -> Path:
+    """Where the images of these settings lie: a name that can be read, and the digest of all settings."""
+    s = settings
+    interval = s["guidance_interval"]
+    only = "" if interval in (None, [0.0, 1.0]) else f"-{s['guidance_space']}{interval[0]:g},{interval[1]:g}"
+    digest = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"step{target.step:07d}_{target.weights}_{s['sampler']}{s['steps']}_cfg{s['cfg']:g}{only}_{digest}"
+    return target.run.path / "samples" / name
+
+
+def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
+    """The classes that these images show."""
+    if settings["labels"] == "random":
+        return random_labels(indices, settings["classes"], settings["seed"])
+    return balanced_labels(indices, settings["classes"])
+
+
+def draw_samples(
+    target: Target,
+    chosen: Eval,
+    device: torch.device,
+    indices: Sequence[int],
+    ranks: Ranks,
+    *,
+    painter: "Painter | None" = None,
+) -> tuple[Path, dict]:
+    """Draw those of the images `indices` that are missing; returns their folder and settings.
+
+    Several processes share the work by stripes. `painter` gives the weights where they are at hand; else they are loaded, when
+    an image is missing.
+    """
+    settings = settings_of(target, chosen, device)
+    folder = folder_of(target, settings)
+    missing = ranks.on_main(lambda: missing_images(folder, indices))
+    if missing:
+        if ranks.main:
+            announce(target, settings, len(missing))
+        painter = Painter.of(target, chosen, device) if painter is None else painter
+        ranks.on_main(lambda: claim(folder, settings, painter.made_with()))
+        mine = missing[ranks.rank :: ranks.world]
+        size = settings["rows"]
+        done = len(indices) - len(missing)
+        with tqdm(
+            desc=f"sample {target.name}",
+            initial=done,
+            total=len(indices),
+            unit="image",
+            leave=False,
+            disable=not ranks.main,
+        ) as bar:
+            for start in range(0, len(mine), size):
+                part = mine[start : start + size]
+                save_images(painter(part, settings), folder, part)
+                bar.update(min(ranks.world * len(part), bar.total - bar.n))
+        ranks.on_main(lambda: None)  # all have written theirs
+    return folder, settings
+
+
+def announce(target: Target, settings: dict, count: int) -> None:
+    """Say what drawing so many images costs."""
+    each = forwards_of(target.run.config, settings)
+    tqdm.write(
+        f"{target.name}: {count:,} images to draw, {settings['sampler']} {settings['steps']} steps, guidance "
+        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * count:,} in all"
+    )
+
+
+def claim(folder: Path, settings: dict, made_with: dict) -> None:
+    """Write the manifest of a folder, or raise `UserError` where other settings or weights made what is in it."""
+    file = folder / MANIFEST
+    if file.exists():
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            known = None
+        if not isinstance(known, dict) or not {"settings", "made_with"} <= known.keys():
+            raise UserError(f"{file} is damaged: remove {folder}, it is drawn again")
+        if known["settings"] != settings or known["made_with"] != made_with:
+            raise UserError(
+                f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
+                "remove it, or put back what was there"
+            )
+        return
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {package: version(package) for package in ("torch", "diffusers", "peft")}
+    write_json(
+        file,
+        {
+            "settings": settings,
+            "made_with": made_with,
+            "command": this_command(),
+            "date": date,
+            "versions": versions,
+        },
+    )
+
+
+class Painter:
+    """Network, decoder, scheduler and prompts on their device: all that makes an image of a seed.
+
+    Args:
+        unet: diffusers' U-Net in eval mode, in the dtype that it computes in.
+        config: of the run, for its base model and its cache.
+        sampler, parameterization: see `sampling_scheduler`.
+    """
+
+    def __init__(
+        self, unet: torch.nn.Module, config: Config, *, sampler: str, parameterization: str, vae=None
+    ):
+        self.unet, weight = unet, next(unet.parameters())
+        self.network = in_dtype(unet, weight.dtype)
+        self.vae = load_vae(config, weight.device) if vae is None else vae
+        self.scheduler = sampling_scheduler(config, parameterization, sampler)
+        table, _ = read_table(config.data.text)
+        table = table.float().to(weight.device)
+        self.text, self.null_text = table[:-1], table[-1]  # (n_classes, 77, 768), (77, 768)
+
+    @classmethod
+    def of(cls, target: Target, chosen: Eval, device: torch.device) -> "Painter":
+        """Load a target's weights."""
+        config = target.run.config
+        model, parameterization = load_run_model(target.run, target.step, device, weights=target.weights)
+        dtype = compute_dtype(device, chosen.precision)
+        model.to(dtype)
+        unet = model.unet
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            unet.to(memory_format=torch.channels_last)
+        if chosen.compile:
+            unet.compile(dynamic=False)  # in place: its name and its digest stay
+        return cls(unet, config, sampler=chosen.sampler, parameterization=parameterization)
+
+    def __call__(self, indices: Sequence[int], settings: dict) -> np.ndarray:
+        """The images of these indices, uint8 `(n, H, W, 3)`."""
+        low, high = settings["guidance_interval"] or (0.0, 1.0)
+        latents = sample_latents(
+            self.network,
+            self.scheduler,
+            self.text[labels_of(settings, indices)],
+            self.null_text,
+            [settings["seed"] + i for i in indices],
+            shape=settings["latent_shape"],
+            steps=settings["steps"],
+            cfg=settings["cfg"],
+            guidance_low=low,
+            guidance_high=high,
+            guidance_space=settings["guidance_space"] or "snr",
+            eta=settings["eta"] or 0.0,
+            rows=settings["rows"],
+        )
+        return decode_latents(self.vae, latents)
+
+    def made_with(self) -> dict:
+        """Digests of the weights as they compute."""
+        return {"unet_sha256": weights_digest(self.unet), "vae_sha256": weights_digest(self.vae)}
+
+
+def load_vae(config: Config, device: torch.device) -> torch.nn.Module:
+    """The base model's VAE, in fp32."""
+    return load_part(config.model.base, "vae", config.model.revision).to(device).eval().requires_grad_(False)
+
+
+def forwards_of(config: Config, settings: dict) -> int:
+    """Forwards of the U-Net that one image costs under these settings."""
+    scheduler = sampling_scheduler(config, settings["model"]["parameterization"], settings["sampler"])
+    scheduler.set_timesteps(settings["steps"])
+    low, high = settings["guidance_interval"] or (0.0, 1.0)
+    plan = guidance_plan(scheduler, settings["cfg"], low, high, settings["guidance_space"] or "snr")
+    return forwards_per_image(plan)

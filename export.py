@@ -1,0 +1,207 @@
+"""Write a run's weights as other tools read them: diffusers, ComfyUI, AUTOMATIC1111.
+
+    python export.py runs/A                         # what a training writes at its end: EMA and raw, with a model card
+    python export.py runs/A --checkpoint 30000 --out A_30k
+    python export.py runs/A --kohya                 # LoRA under kohya's names, for ComfyUI and AUTOMATIC1111
+    python export.py runs/A --pipeline              # a whole pipeline folder with the EMA weights in it
+
+LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, anything else a diffusers `unet/` folder.
+Heads are never exported.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from common.errors import UserError, run_script
+from common.files import write_json, written_whole
+from configs.loading import resolved_yaml
+from method.paths import SCHEDULER_TYPES
+from training.checkpoint import EMA, TRAINED, checkpoints, contents_of, load_weights, step_of
+from training.meter import RATES
+from training.parts import build_model
+from training.run_folder import RunFolder
+
+KINDS = {"ema": EMA, "raw": TRAINED}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_sd15.py")
+    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/export, or RUN/export-STEP)")
+    parser.add_argument("--kohya", action="store_true", help="add LoRA files under kohya's names")
+    parser.add_argument("--pipeline", action="store_true", help="add a pipeline folder with the EMA weights")
+    args = parser.parse_args(argv)
+    run = RunFolder(args.run)
+    if args.kohya and run.config.model.train != "lora":
+        raise UserError(f"{args.run} trained model.train={run.config.model.train}: --kohya is for LoRA")
+    checkpoint = checkpoint_of(run, args.checkpoint)
+    out, own = args.out, args.out is None
+    if own:
+        out = run.path / ("export" if args.checkpoint is None else f"export-{args.checkpoint}")
+    export_checkpoint(run, checkpoint, out, replace=own)
+    if args.kohya:
+        write_once(out / "kohya", checkpoint, lambda aside: export_kohya(run, checkpoint, aside))
+    if args.pipeline:
+        write_once(out / "pipeline", checkpoint, lambda aside: export_pipeline(run, checkpoint, aside))
+
+
+def checkpoint_of(run: RunFolder, step: int | None) -> Path:
+    found = {step_of(path): path for path in checkpoints(run.checkpoint_folder)}
+    if not found:
+        raise UserError(f"{run.path} has no checkpoint yet")
+    if step is not None and step not in found:
+        raise UserError(f"{run.path} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return found[max(found) if step is None else step]
+
+
+def export_run(run: RunFolder) -> None:
+    """Write the raw and EMA weights of a finished run, unless they are there, and say how to load them."""
+    export_checkpoint(run, checkpoint_of(run, None), run.path / "export")
+    print(f"{run.path} is complete")
+
+
+def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace: bool = True) -> None:
+    def write(aside: Path) -> None:
+        model = build_model(run.config)
+        for kind, file in KINDS.items():
+            load_weights(checkpoint / file, model.trained_parameters())
+            model.export(aside / kind)
+        (aside / "README.md").write_text(model_card(run, step_of(checkpoint)), encoding="utf-8")
+
+    write_once(folder, checkpoint, write, replace=replace)
+    how = (
+        f'pipe.load_lora_weights("{folder}/ema")'
+        if run.config.model.train == "lora"
+        else f"U-Net folder {folder}/ema/unet"
+    )
+    print(f"EMA weights for diffusers: {how}")
+
+
+def write_once(
+    folder: Path, checkpoint: Path, write: Callable[[Path], None], *, replace: bool = True
+) -> None:
+    """Let `write` fill a folder from a checkpoint; it appears whole or not at all.
+
+    One that was made of the same checkpoint is left alone. One made of another, such as an earlier one of a run that went on,
+    is replaced, or else refused by `UserError`.
+    """
+    made_from = {"checkpoint": checkpoint.name, "files": contents_of(checkpoint)}
+    note = folder / "made_from.json"
+    if note.exists() and json.loads(note.read_text()) == made_from:
+        print(f"{folder} is there already")
+        return
+    if folder.exists() and not replace:
+        raise UserError(
+            f"{folder} is there already and holds something else: remove it, or choose another --out"
+        )
+    with written_whole(folder) as aside:
+        write(aside)
+        write_json(aside / note.name, made_from)
+        shutil.rmtree(folder, ignore_errors=True)
+    print(folder)
+
+
+def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
+    """`ema.safetensors` and `raw.safetensors` under the names of kohya's sd-scripts, fp16 as is usual there."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    model = build_model(run.config)
+    for kind, file in KINDS.items():
+        load_weights(checkpoint / file, model.trained_parameters())
+        alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
+        weights = {
+            name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
+            for name, value in convert_state_dict_to_kohya(model.lora_state_dict()).items()
+        }
+        metadata = {"ss_base_model_version": "sd_v1", "modelspec.title": run.name}
+        save_file(weights, folder / f"{kind}.safetensors", metadata)
+
+
+def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
+    """The base model's pipeline with the EMA weights' U-Net, LoRA merged into it."""
+    settings, model = run.config.model, build_model(run.config)
+    load_weights(checkpoint / EMA, model.trained_parameters())
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        settings.base, revision=settings.revision, unet=model.merged_unet(), safety_checker=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    if (output := run.config.diffusion.parameterization) != "auto":
+        pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
+    pipeline.save_pretrained(folder)
+
+
+def model_card(run: RunFolder, step: int) -> str:
+    """What the weights are, how to load them, what they were trained on and how far."""
+    config, lora = run.config, run.config.model.train == "lora"
+    base = config.model.base
+    where = str(Path(base).resolve()) if Path(base).is_dir() else base  # the card may be read from anywhere
+    load = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f'pipe = StableDiffusionPipeline.from_pretrained("{where}")\n'
+        'pipe.load_lora_weights("ema")  # or "raw"; from the folder of this card'
+        if lora
+        else "from diffusers import StableDiffusionPipeline, UNet2DConditionModel\n\n"
+        'unet = UNet2DConditionModel.from_pretrained("ema", subfolder="unet")  # or "raw"; from the folder of this card\n'
+        f'pipe = StableDiffusionPipeline.from_pretrained("{where}", unet=unet)'
+    )
+    commands = "\n".join(f"    {command}" for command in run.commands())
+    reached = [line for line in run.metrics() if line["step"] <= step]
+    rows = "".join(
+        f"| {name} | {value:.6g} |\n" for name, value in (reached or [{}])[-1].items() if name not in RATES
+    )
+    measured = "".join(
+        f"- `{path.name}`: {json.loads(path.read_text())['value']:.4g}\n"
+        for path in sorted((run.path / "eval").glob(f"fid_*step{step:07d}*.json"))
+    )
+    names = {"lora": "LoRA", "partial": "the blocks around the bottleneck of a U-Net", "full": "U-Net"}
+    how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"
+    tags = "\n".join(
+        f"- {tag}" for tag in ("stable-diffusion", "u-repa", "representation-alignment", *["lora"] * lora)
+    )
+    return f"""---
+base_model: {base}
+library_name: diffusers
+tags:
+{tags}
+---
+
+# {run.name}
+
+{names[config.model.train]} of Stable Diffusion 1.5 trained with U-REPA ({how}), step {step:,} of {config.train.steps:,}.
+`ema/` holds the moving average, which is what evaluation uses, and `raw/` the last weights.
+
+```python
+{load}
+```
+
+Trained on the images of `{config.data.csv}`, captioned by their class, by
+
+{commands}
+
+## Metrics of the training at step {step:,}
+
+| | |
+|---|---|
+{rows}
+{"Evaluated since:" if measured else "No evaluation was made before this was written."}
+
+{measured}
+## Config
+
+```yaml
+{resolved_yaml(config)}```
+"""
+
+
+if __name__ == "__main__":
+    run_script(main)

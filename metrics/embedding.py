@@ -1,0 +1,122 @@
+"""Joint embeddings of the U-Net's projected tokens and the teacher's in the plane, by t-SNE or UMAP.
+
+An offset or a scale alone separates two clouds, and distances between clusters mean nothing: so both sides are
+L2-normalised, each source is drawn as it is and again with each side centred by itself, and the numbers that
+count stand below.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import UserError
+from metrics.similarity import cknna, mispair, paired_cosine
+
+TOKENS = 400  # drawn, a side
+MAX_CLASSES = 10
+COMPONENTS = 50
+
+
+@dataclass(frozen=True)
+class Source:
+    """Held-out images' tokens in the teacher's space, `projected` beside the `teacher`'s, (n, T, D) each; `classes` (n,)."""
+
+    projected: np.ndarray
+    teacher: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One scatter plot: `projected` and `teacher` (M, 2), `classes` (M,), and the `numbers` that its caption says."""
+
+    projected: np.ndarray
+    teacher: np.ndarray
+    classes: np.ndarray
+    numbers: Mapping[str, float | int]
+
+
+def embed_sources(
+    sources: Mapping[str, Source], *, seed: int, method: str = "tsne"
+) -> dict[str, dict[str, Panel]]:
+    """{source: {"raw": Panel, "centred": Panel}}: the same few tokens of each, of ten classes at most."""
+    return {
+        name: {
+            kind: _panel(source, centre=kind == "centred", seed=seed, method=method)
+            for kind in ("raw", "centred")
+        }
+        for name, source in sources.items()
+    }
+
+
+def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
+    few = np.unique(source.classes)[:MAX_CLASSES]
+    cells = source.projected.shape[1]
+    images, places = np.nonzero(np.isin(source.classes, few)[:, None] & np.ones(cells, bool))
+    rng = np.random.default_rng([seed, 7])
+    chosen = rng.permutation(len(images))[:TOKENS]
+    images, places = images[chosen], places[chosen]
+    x, y = (_prepared(side[images, places], centre) for side in (source.projected, source.teacher))  # (M, D)
+    means = (_prepared(side.mean(axis=1), centre) for side in (source.projected, source.teacher))  # (n, D)
+    shared = cknna(*means, k=min(10, len(source.classes) - 4), seed=seed)
+    plane = joint_embedding(x, y, seed, method=method)  # (2, M, 2)
+    numbers = {
+        "paired_cosine": paired_cosine(x, y),
+        "null_paired_cosine": paired_cosine(x, y[mispair(np.arange(len(y)), rng)]),
+        "cknna": shared["cknna"],
+        "null_cknna": shared["null_cknna"],
+        "cknna_images": shared["n"],
+        "cknna_k": shared["k"],
+        "tokens": len(x),
+        "images": len(np.unique(images)),
+    }
+    return Panel(*plane, source.classes[images], numbers)
+
+
+def joint_embedding(x: np.ndarray, y: np.ndarray, seed: int, *, method: str = "tsne") -> np.ndarray:
+    """Embed tokens x (M, D) and y (M, D) jointly in the plane; returns (2, M, 2): x's points, then y's.
+
+    Both sides are L2-normalised, then reduced to 50 principal components or fewer. The seed is fixed.
+    """
+    if x.ndim != 2 or x.shape != y.shape or len(x) < 4:
+        raise ValueError(f"x and y must share one shape (M, D) with M >= 4, got {x.shape} and {y.shape}")
+    points = np.concatenate([_unit(x), _unit(y)])  # (2M, D)
+    points = points - points.mean(axis=0)
+    _, _, directions = np.linalg.svd(points, full_matrices=False)
+    points = points @ directions[:COMPONENTS].T  # (2M, min(50, D, 2M))
+    return METHODS[method](points, seed).reshape(2, len(x), 2)
+
+
+def insist_installed(method: str) -> None:
+    """Raise `UserError` for UMAP where its package, which nothing else needs, is not installed."""
+    if method == "umap" and importlib.util.find_spec("umap") is None:
+        raise UserError("--embedding umap needs a package of its own: pip install umap-learn")
+
+
+def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)  # (2M, 2)
+
+
+def _umap(points: np.ndarray, seed: int) -> np.ndarray:
+    from umap import UMAP
+
+    neighbours = min(15, len(points) - 1)
+    return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(points)  # (2M, 2)
+
+
+METHODS = {"tsne": _tsne, "umap": _umap}
+
+
+def _prepared(x: np.ndarray, centre: bool) -> np.ndarray:
+    """L2-normalised (M, D) in float64; with `centre`, about their mean."""
+    x = _unit(x.astype(np.float64))
+    return _unit(x - x.mean(axis=0)) if centre else x
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)

@@ -1,0 +1,144 @@
+"""Feature extractors: frozen networks that turn images into the vectors that sets of images are compared by.
+
+A number is worth only as much as its network and its resizing, so the protocol is part of every metric's name
+(`adm_fid10k`, `classifier_fd300`), and two results are compared only if their extractors' `identity` is equal. The
+network must be independent of the teacher: a run aligned with DINOv2 may be favoured by DINOv2's own features.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from metrics.moments import Moments
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor says of N images; None where its protocol has no such thing."""
+
+    pool: np.ndarray  # (N, D) float32: what Fréchet distances, KID, precision and recall are taken of
+    logits: np.ndarray | None = None  # (N, K) float32: for the Inception Score
+    spatial: np.ndarray | None = None  # (N, 2023) float32: for sFID
+    labels: np.ndarray | None = None  # (N,) int64: the predicted class
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+
+class Extractor(Protocol):
+    """What every extractor offers: the `protocol` for metric names, an `identity`, and `features`.
+
+    `identity` holds all that two results must share: protocol, network, weights_sha256, resize, layout, ...; JSON values only.
+    """
+
+    protocol: str
+    identity: dict
+
+    def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
+        """(N, H, W, 3) uint8, N >= 1 -> features, in full fp32."""
+        ...
+
+
+class FeatureSet:
+    """The features of a set of images that arrive chunk by chunk, in the order of their files.
+
+    Pool features and logits are kept (82 + 40 MB for 10k images of Inception); spatial features become moments at once.
+    """
+
+    def __init__(self):
+        self._chunks: list[Features] = []
+        self.spatial: Moments | None = None
+
+    def add(self, features: Features) -> "FeatureSet":
+        """Add the next images' features; returns itself."""
+        self._chunks.append(Features(features.pool, features.logits, None, features.labels))
+        if features.spatial is not None:
+            self.spatial = (self.spatial or Moments()).update(features.spatial)
+        return self
+
+    @classmethod
+    def of_stripes(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
+        """The set whose image i is image i // n of part i mod n: what n processes made of their stripes, as one would have."""
+        whole = cls()
+        places = [np.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)]
+        order = np.argsort(np.concatenate(places))
+
+        def joined(name: str) -> np.ndarray | None:
+            arrays = [getattr(part, name) for part in parts]
+            return None if arrays[0] is None else np.concatenate(arrays)[order]
+
+        whole._chunks = [Features(joined("pool"), joined("logits"), None, joined("labels"))]
+        for part in parts:
+            if part.spatial is not None:
+                whole.spatial = (whole.spatial or Moments()).merge(part.spatial)
+        return whole
+
+    def __len__(self) -> int:
+        return sum(map(len, self._chunks))
+
+    @property
+    def pool(self) -> np.ndarray:
+        """(N, D)."""
+        return np.concatenate([chunk.pool for chunk in self._chunks])
+
+    @property
+    def logits(self) -> np.ndarray | None:
+        """(N, K), or None."""
+        return self._joined("logits")
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,), or None."""
+        return self._joined("labels")
+
+    def _joined(self, name: str) -> np.ndarray | None:
+        parts = [getattr(chunk, name) for chunk in self._chunks]
+        return None if any(part is None for part in parts) else np.concatenate(parts)
+
+
+def check_images(images: np.ndarray) -> None:
+    """Insist on (N, H, W, 3) uint8 with N >= 1."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
+
+
+def batches(images: np.ndarray, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """The images as (b, 3, H, W) uint8 on the device, batch by batch."""
+    check_images(images)
+    for start in range(0, len(images), batch_size):
+        chunk = np.ascontiguousarray(images[start : start + batch_size])
+        chunk = chunk if chunk.flags.writeable else chunk.copy()  # PyTorch warns of arrays it might write to
+        yield torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2)
+
+
+def sha256_of(*paths: Path) -> str:
+    """The checksum of files, read one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Plain fp32 without gradients: no autocast, no TF32 (cuDNN's default), all restored afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -1,0 +1,155 @@
+"""Inception v3 as the ADM suite and clean-fid see it: one network, two ways to bring an image to 299 × 299.
+
+The network and its weights are those of TensorFlow's classify_image_graph_def of 2015, as torch-fidelity converted them.
+
+- `adm` (Dhariwal & Nichol 2021, evaluations/evaluator.py): TensorFlow 1's bilinear resize without antialiasing; `pool_3` for
+  FID, logits without their bias for the Inception Score, the first 7 channels of `mixed_6/conv` for sFID, flattened from NHWC.
+- `clean` (Parmar et al. 2022): PIL's antialiased bicubic resize in floats, not rounded to bytes; `pool_3` alone.
+"""
+
+import io
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from metrics.features import Extractor, Features, batches, full_precision, sha256_of
+
+SIDE = 299  # pixels
+HASH = "6726825d"  # how the sha256 of the weights begins; the file's name says so, by torch.hub's convention
+FILES = (f"weights-inception-2015-12-05-{HASH}.pth", f"pt_inception-2015-12-05-{HASH}.pth")
+SPATIAL_CHANNELS = 7  # of 192: 17 · 17 · 7 = 2023, near the 2048 of the pool
+
+
+class Inception:
+    """The network's layers in order, the layer that sFID reads, and the classifier's weights."""
+
+    def __init__(self, network: nn.Module, weights_sha256: str):
+        """`network` is torch-fidelity's, or one with its names: children in order of use, the last of them `fc`."""
+        self.layers = nn.Sequential(*list(network.children())[:-1])
+        self.spatial = network.Mixed_6d.branch1x1
+        self.classifier = network.fc.weight  # (K, D)
+        self.identity = {"network": type(network).__name__, "weights_sha256": weights_sha256}
+
+    @property
+    def device(self) -> torch.device:
+        return self.classifier.device
+
+    def pool(self, images: torch.Tensor) -> torch.Tensor:
+        """(b, 3, 299, 299) in 0..255 -> (b, D)."""
+        return self.layers((images - 128) / 128).flatten(1)
+
+
+class AdmExtractor:
+    """Features by the definitions of ADM's evaluator: FID, sFID, IS, precision and recall."""
+
+    protocol = "adm"
+
+    def __init__(self, inception: Inception):
+        self.inception = inception
+        self.identity = {
+            "protocol": self.protocol,
+            **inception.identity,
+            "resize": f"TensorFlow 1 bilinear to {SIDE}",
+            "layout": "NHWC",
+        }
+
+    def features(self, images, batch_size: int = 64) -> Features:
+        """(N, H, W, 3) uint8 -> pool (N, 2048), logits without bias (N, 1008), spatial (N, 2023)."""
+        net, seen = self.inception, []
+        pools, logits, spatials = [], [], []
+        handle = net.spatial.register_forward_hook(lambda _module, _args, output: seen.append(output))
+        try:
+            with full_precision(net.device):
+                for batch in batches(images, batch_size, net.device):
+                    pool = net.pool(resize_adm(batch))  # (b, D)
+                    pools.append(pool.cpu())
+                    logits.append((pool @ net.classifier.T).cpu())  # (b, K)
+                    maps = seen.pop()[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
+                    # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
+                    spatials.append(maps.permute(0, 2, 3, 1).flatten(1).cpu())  # (b, 2023)
+        finally:
+            handle.remove()
+        return Features(*(torch.cat(parts).numpy() for parts in (pools, logits, spatials)))
+
+
+class CleanExtractor:
+    """Features by clean-fid's protocol, mode "clean"."""
+
+    protocol = "clean"
+
+    def __init__(self, inception: Inception):
+        self.inception = inception
+        self.identity = {
+            "protocol": self.protocol,
+            **inception.identity,
+            "resize": f"bicubic antialiased to {SIDE} in float64",
+            "layout": "NHWC",
+        }
+
+    def features(self, images, batch_size: int = 64) -> Features:
+        """(N, H, W, 3) uint8 -> pool (N, 2048)."""
+        net = self.inception
+        with full_precision(net.device):
+            pools = [net.pool(resize_clean(batch)).cpu() for batch in batches(images, batch_size, net.device)]
+        return Features(torch.cat(pools).numpy())
+
+
+def resize_adm(images: torch.Tensor) -> torch.Tensor:
+    """(b, 3, H, W) uint8 -> (b, 3, 299, 299) float32 in 0..255, as TensorFlow 1: no half-pixel centres, no antialiasing."""
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    return interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIDE, SIDE), align_corners=False)
+
+
+def resize_clean(images: torch.Tensor) -> torch.Tensor:
+    """(b, 3, H, W) uint8 -> (b, 3, 299, 299) float32 in 0..255, as PIL resizes floats.
+
+    float64 because PIL computes in double: within 1.5e-5 of it then, and only within 3e-3 in float32.
+    """
+    resized = F.interpolate(
+        images.double(), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized.clamp(0, 255).float()
+
+
+def find_weights(setting: str | Path) -> Path:
+    """The weights' file: the one that is named, or for "inception" the first in torch.hub's folder."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [folder / name for name in FILES] if str(setting) == "inception" else [Path(setting)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(
+        f"Inception's weights are missing: put {URL_INCEPTION_V3} at {places[0]}; nothing is downloaded here"
+    )
+
+
+def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> list[Extractor]:
+    """The protocols `adm` and `clean` over one network, from weights whose checksum begins with `sha256`.
+
+    Nothing is unpickled: torch-fidelity's constructor would, so it is handed a copy of tensors that were read safely before.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+    found = sha256_of(path)
+    if not found.startswith(sha256):
+        raise UserError(
+            f"{path} is not Inception's weights (its sha256 begins {found[:8]}, not {sha256}): replace it by {URL_INCEPTION_V3}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        copy = io.BytesIO()
+        torch.save(state, copy)
+        copy.seek(0)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=copy)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be loaded as Inception's weights: {reason}") from None
+    inception = Inception(network.to(device), found)
+    return [AdmExtractor(inception), CleanExtractor(inception)]

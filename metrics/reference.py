@@ -1,0 +1,216 @@
+"""The real images that samples are held against: moments, some features, and how all that was made, in one file.
+
+The file has the keys of ADM's reference files (mu, sigma, mu_s, sigma_s) beside its own, and ADM's own files can stand in
+its place.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import file_written_whole
+from metrics.features import Extractor, Features, FeatureSet
+from metrics.moments import Moments, frechet_distance
+from metrics.npz_images import iterate_npz_images, npz_image_shape
+
+KEPT = 10_000  # features kept for precision, recall and KID: what ADM's files hold
+CODE_VERSION = 1  # to be raised when a change here or in an extractor would change numbers
+CHUNK = 500  # images in memory at a time
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as an extractor sees them; None where a file does not say."""
+
+    name: str  # the file's
+    protocol: str
+    pool: Moments  # over all images
+    spatial: Moments | None
+    features: np.ndarray | None  # (M, D) float32, M <= KEPT, spread at random over the set
+    distance_of_halves: float | None  # Fréchet distance of two random halves of the real images, for scale
+    metadata: dict
+
+    @property
+    def identity(self) -> dict:
+        """What two results must share to be compared: the file's name, the checksum of its moments, its metadata."""
+        digest = hashlib.sha256()
+        for moments in filter(None, (self.pool, self.spatial)):
+            digest.update(moments.mean.tobytes() + moments.cov.tobytes())
+        return {"name": self.name, "sha256": digest.hexdigest(), **self.metadata}
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz, whole or not at all."""
+        arrays = {"mu": self.pool.mean, "sigma": self.pool.cov}
+        if self.spatial is not None:
+            arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.cov}
+        if self.features is not None:
+            arrays["features"] = self.features
+        if self.distance_of_halves is not None:
+            arrays["distance_of_halves"] = np.float64(self.distance_of_halves)
+        with file_written_whole(path) as file:
+            np.savez(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
+
+
+class ReferenceBuilder:
+    """Collects a set of `count` images that arrive in any order, from any number of processes.
+
+    Which features are kept, and which half an image belongs to, follows from its index alone.
+    """
+
+    def __init__(self, count: int, *, kept: int = KEPT, seed: int = 0):
+        if count < 4:
+            raise UserError(f"a reference needs at least 4 images, there are {count}")
+        rng = np.random.default_rng(seed)
+        self._chosen = rng.permutation(count) < kept  # (count,)
+        self._first = (
+            rng.permutation(count) < count // 2
+        )  # (count,); at random: files are often sorted by class
+        self._seen = np.zeros(count, bool)
+        self._halves = (Moments(), Moments())
+        self._spatial: Moments | None = None
+        self._features: list[tuple[np.ndarray, np.ndarray]] = []  # (indices, features)
+
+    def add(self, features: Features, indices: np.ndarray) -> "ReferenceBuilder":
+        """Add images; `indices` (N,) are their places in the set, 0 .. count - 1. Returns itself."""
+        indices = np.asarray(indices)
+        if len(indices) != len(features) or self._seen[indices].any() or len(set(indices)) != len(indices):
+            raise ValueError("each image of the set must be added once, with its index")
+        self._seen[indices] = True
+        first, chosen = self._first[indices], self._chosen[indices]  # (N,)
+        for half, mine in zip(self._halves, (first, ~first), strict=True):
+            if mine.any():
+                half.update(features.pool[mine])
+        if features.spatial is not None:
+            self._spatial = (self._spatial or Moments()).update(features.spatial)
+        self._features.append((indices[chosen], features.pool[chosen]))
+        return self
+
+    def merge(self, other: "ReferenceBuilder") -> "ReferenceBuilder":
+        """Add what another process collected of the same set; returns itself."""
+        if (self._seen & other._seen).any():
+            raise ValueError("each image of the set must be added once")
+        self._seen |= other._seen
+        for mine, theirs in zip(self._halves, other._halves, strict=True):
+            mine.merge(theirs)
+        if other._spatial is not None:
+            self._spatial = (self._spatial or Moments()).merge(other._spatial)
+        self._features += other._features
+        return self
+
+    def finish(self, extractor: Extractor, metadata: dict, name: str = "reference.npz") -> Reference:
+        """The reference of the whole set. `metadata` says what the images are: source, split, crop, size, ...; JSON values."""
+        if not self._seen.all():
+            raise ValueError(f"{(~self._seen).sum()} of {len(self._seen)} images were not added")
+        indices = np.concatenate([i for i, _ in self._features])  # (M,)
+        kept = np.concatenate([f for _, f in self._features])[np.argsort(indices)]  # (M, D)
+        halves = frechet_distance(*self._halves)
+        pool = Moments().merge(self._halves[0]).merge(self._halves[1])
+        metadata = {
+            **extractor.identity,
+            "num_images": len(self._seen),
+            "code_version": CODE_VERSION,
+            **metadata,
+        }
+        return Reference(name, extractor.protocol, pool, self._spatial, kept, halves, metadata)
+
+
+def protocol_of_file(path: str | Path) -> str:
+    """The protocol that a reference serves; raises `UserError` for a file that is none."""
+    arrays = _read_arrays(Path(path))
+    if "metadata" not in arrays:
+        return "adm"
+    try:
+        return json.loads(str(arrays["metadata"]))["protocol"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
+
+
+def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None = None) -> Reference:
+    """The reference in a file, for this extractor; `wanted` are further metadata it must have.
+
+    A file of ADM's (it has no metadata) serves the protocol `adm` alone: moments as it has them, or those of its images
+    where it has none, as ADM does; features of its images are computed here. Anything that differs is a `UserError`.
+    """
+    path = Path(path)
+    arrays = _read_arrays(path)
+    if "metadata" not in arrays:
+        return _read_adm(path, arrays, extractor, wanted or {})
+    try:
+        metadata = json.loads(str(arrays["metadata"]))
+        count = metadata["num_images"]
+        pool = Moments.of(arrays["mu"], arrays["sigma"], count)
+        spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
+        features = arrays.get("features")
+        if features is not None and (
+            features.ndim != 2 or features.shape[1] != pool.dim or len(features) < 4
+        ):
+            raise ValueError(f"features of shape {features.shape} beside moments of {pool.dim} dimensions")
+        if not all(np.isfinite(a).all() for a in arrays.values() if a is not None and a.dtype.kind == "f"):
+            raise ValueError("values that are not finite")
+        halves = arrays.get("distance_of_halves")
+        halves = None if halves is None else float(halves)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
+    conditions = {**extractor.identity, "code_version": CODE_VERSION, **(wanted or {})}
+    for key, value in json.loads(json.dumps(conditions)).items():  # as JSON gives it back: no tuples
+        if metadata.get(key) != value:
+            raise UserError(
+                f"{path} was made with {key} = {metadata.get(key)!r}, wanted is {value!r}: make the reference anew or choose "
+                "another file"
+            )
+    return Reference(path.name, extractor.protocol, pool, spatial, features, halves, metadata)
+
+
+def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> Reference:
+    """A reference file of ADM's suite, or one of its sample files."""
+    images = "arr_0" in arrays
+    if not images and "mu_s" not in arrays:
+        raise UserError(f"{path} does not say how it was made and is no reference file of ADM's suite")
+    if extractor.protocol != "adm":
+        raise UserError(
+            f"{path} is a file of ADM's suite: it serves the protocol adm, not {extractor.protocol}; make a reference of images"
+        )
+    metadata = {"source": "ADM's suite"}
+    drawn = FeatureSet()
+    if images:
+        count, height, *_ = npz_image_shape(path)
+        if wanted.get("size", height) != height:
+            raise UserError(
+                f"{path} holds images of size = {height}, wanted is {wanted['size']}: choose another file"
+            )
+        metadata |= {"num_arr_0": count, "size": height}
+        for chunk in iterate_npz_images(path, CHUNK):
+            drawn.add(extractor.features(chunk))
+    if "mu" in arrays:
+        pool = Moments.of(arrays["mu"], arrays["sigma"], None)
+        spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], None) if "mu_s" in arrays else None
+    else:
+        pool, spatial = Moments().update(drawn.pool), drawn.spatial
+    metadata["moments"] = "of the file" if "mu" in arrays else "of its images"
+    return Reference(
+        path.name, extractor.protocol, pool, spatial, drawn.pool if images else None, None, metadata
+    )
+
+
+def _read_arrays(path: Path) -> dict:
+    """The arrays of a reference, but for images, whose place in the dict stays empty."""
+    try:
+        with open(path, "rb") as raw:
+            if not zipfile.is_zipfile(raw):
+                raise ValueError("not an .npz")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                key: file[key]
+                for key in ("mu", "sigma", "mu_s", "sigma_s", "features", "distance_of_halves", "metadata")
+                if key in file
+            }
+            return arrays | ({"arr_0": None} if "arr_0" in file else {})
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a reference: {reason}") from None

@@ -1,0 +1,79 @@
+"""A linear map from the U-Net's features to the teacher's tokens: what the features hold, whether or not a run has a head."""
+
+import numpy as np
+
+from metrics.similarity import mispair, paired_cosine, split_by_image
+from metrics.token_sums import mapped, parts, product_sum, token_pair
+
+PENALTIES = tuple(10.0**e for e in range(-5, 4))  # relative to the mean variance of the features
+
+
+def ridge_alignment(
+    x: np.ndarray, y: np.ndarray, *, seed: int, ridge: float | None = None
+) -> tuple[dict[str, float | int], np.ndarray]:
+    """Map tokens x (N, T, Dx) to the space of y (N, T, Dy) by ridge regression, fitted on half of the images.
+
+    Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
+    seed. It gives a run without a head, or the base model, a view in the teacher's space.
+
+    - cosine: `paired_cosine` of the projection with y, in [-1, 1]; a map that only knows y's mean has the cosine of
+      the tokens with their mean, so look at `null_cosine` too.
+    - r2: the share of y's variance about the fit images' mean that the map explains, over all tokens and channels; at
+      most 1, and below 0 where the mean alone does better.
+    - null_cosine, null_r2: the same of a map fitted on images paired at random, and reported alike.
+
+    `ridge` is the penalty relative to the mean variance of x; 0 is plain least squares. None chooses one of `PENALTIES`
+    for each map by images of the fit half alone, a quarter of them held back: with fewer fit images than channels, as
+    there are at full size, a fixed small penalty overfits so that the map does worse than the mean.
+    """
+    x, y = token_pair(x, y)
+    if ridge is not None and ridge < 0:
+        raise ValueError(f"ridge must not be negative, got {ridge}")
+    fit, test = split_by_image(len(x), seed)
+    means = [side[fit].mean(axis=(0, 1), dtype=np.float64) for side in (x, y)]  # (Dx,), (Dy,)
+    rng = np.random.default_rng([seed, 4])
+    back = np.isin(np.arange(len(fit)), rng.permutation(len(fit))[: max(len(fit) // 4, 1)])  # (n_fit,)
+    own = [product_sum(x, x, fit[half], fit[half], means[0], means[0]) for half in (~back, back)]
+    whole, first = (np.linalg.eigh(gram) for gram in (own[0] + own[1], own[0]))
+
+    def measure(fit_y: np.ndarray, test_y: np.ndarray) -> tuple[float, float, float, np.ndarray]:
+        cross = [product_sum(x, y, fit[half], fit_y[half], *means) for half in (~back, back)]
+        penalty = _best(first, cross[0], own[1], cross[1]) if ridge is None else ridge
+        projected = mapped(
+            x, test, means[0], _weights(whole, cross[0] + cross[1], penalty), y.dtype, means[1]
+        )
+        wrong = spread = 0.0
+        for part in parts(len(test)):
+            truth = y[test_y[part]].astype(np.float64)
+            wrong += ((truth - projected[part]) ** 2).sum()
+            spread += ((truth - means[1]) ** 2).sum()
+        return paired_cosine(projected, y[test_y]), float(1 - wrong / spread), penalty, projected
+
+    cosine, r2, penalty, projected = measure(fit, test)
+    null_cosine, null_r2, _, _ = measure(mispair(fit, rng), mispair(test, rng))
+    numbers = {"cosine": cosine, "r2": r2, "null_cosine": null_cosine, "null_r2": null_r2}
+    return numbers | {"ridge": penalty, "n_fit": len(fit), "n_test": len(test)}, projected
+
+
+def _weights(gram: tuple[np.ndarray, np.ndarray], cross: np.ndarray, ridge: float) -> np.ndarray:
+    """(Dx, Dy) of the normal equations, given the eigenvalues (Dx,) and -vectors (Dx, Dx) of their matrix."""
+    return gram[1] @ (_inverse(gram[0], ridge)[:, None] * (gram[1].T @ cross))
+
+
+def _best(gram, cross: np.ndarray, own_back: np.ndarray, cross_back: np.ndarray) -> float:
+    """The penalty with the least squared error on the images held back, which their sums of products tell."""
+    values, vectors = gram
+    cross, cross_back = vectors.T @ cross, vectors.T @ cross_back  # (Dx, Dy) each
+    own_back = vectors.T @ own_back @ vectors  # (Dx, Dx)
+
+    def error(ridge: float) -> float:
+        weights = _inverse(values, ridge)[:, None] * cross  # (Dx, Dy)
+        return (weights * (own_back @ weights)).sum() - 2 * (weights * cross_back).sum()
+
+    return min(PENALTIES, key=error)
+
+
+def _inverse(values: np.ndarray, ridge: float) -> np.ndarray:
+    """(Dx,) 1 / (value + penalty); with ridge 0 the features may be rank-deficient: no variance, no weight."""
+    damped = values + ridge * values.mean()
+    return np.where(damped > damped.max() * 1e-12, 1 / np.where(damped > 0, damped, 1), 0)

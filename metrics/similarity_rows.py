@@ -1,0 +1,151 @@
+"""Rows of `align.json`: all metrics of one model's features at one tap and timestep, each as {value, null}; and their reader.
+
+A row has `model` (run or base), `tap`, `timestep`, `features` (tap: the U-Net's own, before the head; head: the head's
+tokens, after it) and `metrics`. Every metric compares with the teacher's tokens averaged over the cells of the tap's grid, and
+the head's tokens are averaged alike, except `cosine`, which is the token loss's own, on the teacher's grid.
+
+| metric | of | what it is | its null |
+|---|---|---|---|
+| cosine | head | mean cosine of the head's tokens with the teacher's | tokens of other images |
+| ridge_cosine, ridge_r2 | tap | of a linear map to the teacher's tokens, on images not fitted on | fitted on mispaired images |
+| cca | both | mean held-out canonical correlation | fitted on mispaired images |
+| cknna, cka | both | shared neighbours, and unbiased linear CKA, of one mean vector an image | mispaired images |
+| lds, cds, rmsc | both | spatial structure, of this side alone; `teacher` has its own on this grid | shuffled positions |
+| probe | both | accuracy of a linear probe on one mean vector an image | shuffled labels |
+
+A value is None where it is not defined: a grid too small for it, fewer directions than CCA is to use, too few images of a
+class. rmsc does not look at positions, so it has no null.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metrics.linear_probe import probe_accuracy
+from metrics.ridge_map import ridge_alignment
+from metrics.similarity import (
+    RankError,
+    cknna,
+    heldout_cca,
+    pool_tokens,
+    reduce_tokens,
+    unbiased_cka,
+)
+from metrics.spatial import spatial_metrics
+
+TIMESTEPS = (50, 250, 500, 750)
+NUM_IMAGES = 1000  # unless another number is asked for; at full size about 4 GB beside the models
+CKNNA_K = 10  # neighbours, as in REPA
+CCA_K = 64  # principal components a side, at most
+
+Metrics = dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """What the rows of one grid are measured against: `tokens` (n, T, D) on `grid` (h, w), their `components` (n, T, k) for
+    CCA, the images' `classes` (n,), and the seed of the split and of all nulls."""
+
+    tokens: np.ndarray
+    components: np.ndarray
+    classes: np.ndarray
+    grid: tuple[int, int]
+    seed: int
+
+    @classmethod
+    def on(
+        cls,
+        grid: tuple[int, int],
+        teacher: np.ndarray,
+        teacher_grid: tuple[int, int],
+        classes: np.ndarray,
+        *,
+        k: int,
+        seed: int,
+    ) -> "TeacherSide":
+        """Average the teacher's tokens (n, N, D) over the cells of `grid`."""
+        tokens = pool_tokens(teacher, teacher_grid, grid)  # (n, T, D)
+        return cls(tokens, reduce_tokens(tokens, k=k, seed=seed), classes, grid, seed)
+
+    def metrics(self) -> Metrics:
+        """The metrics that look at one side only, of the teacher itself."""
+        return _one_side(self.tokens, self)
+
+
+def cca_components(n: int, cells: int, *widths: int) -> int:
+    """How many principal components CCA keeps: well below the widths and the number of tokens it is fitted on."""
+    return max(1, min(CCA_K, *(width // 2 for width in widths), n * cells // 8))
+
+
+def tap_metrics(features: np.ndarray, teacher: TeacherSide) -> tuple[Metrics, np.ndarray]:
+    """All metrics of a tap's features (n, T, C), and their ridge map to the teacher's space (n_test, T, D)."""
+    ridge, projected = ridge_alignment(features, teacher.tokens, seed=teacher.seed)
+    return {
+        "ridge_cosine": entry(ridge["cosine"], ridge["null_cosine"]),
+        "ridge_r2": entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"]),
+        **_both_sides(features, teacher),
+    }, projected
+
+
+def head_metrics(tokens: np.ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
+    """All metrics of a head's tokens (n, T, D) on the tap's grid, beside their cosine on the teacher's."""
+    return {"cosine": entry(cosine, null_cosine), **_both_sides(tokens, teacher)}
+
+
+def entry(value: float | None, null: float | None, **more) -> dict[str, float | None]:
+    """{value, null, …} with None for what is not finite."""
+    found = {"value": value, "null": null} | more
+    return {
+        name: None if isinstance(number, float) and not math.isfinite(number) else number
+        for name, number in found.items()
+    }
+
+
+def row_of(
+    result: Mapping, *, model: str = "run", tap: str = "mid", timestep: int = 250, features: str = "tap"
+) -> Metrics | None:
+    """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep)."""
+    wanted = {"model": model, "tap": tap, "timestep": timestep, "features": features}
+    found = [row for row in result["rows"] if all(row[name] == value for name, value in wanted.items())]
+    return found[0]["metrics"] if found else None
+
+
+def value_of(result: Mapping, metric: str, which: str = "value", **row) -> float | None:
+    """One number of `align.json`, `which` = value or null, of the row that `row_of` finds; None where there is none."""
+    found = row_of(result, **row)
+    return None if found is None or metric not in found else found[metric][which]
+
+
+def nearest_timestep(timesteps: Sequence[int], wanted: int = 250) -> int:
+    """The one that figures and tables of a single timestep show."""
+    return min(timesteps, key=lambda timestep: (abs(timestep - wanted), timestep))
+
+
+def _both_sides(tokens: np.ndarray, teacher: TeacherSide) -> Metrics:
+    x, y, seed = tokens.mean(axis=1), teacher.tokens.mean(axis=1), teacher.seed  # (n, D) each
+    neighbours, kernels = cknna(x, y, k=CKNNA_K, seed=seed), unbiased_cka(x, y, seed=seed)
+    try:
+        found = heldout_cca(tokens, teacher.components, k=teacher.components.shape[-1], seed=seed)
+        cca = entry(found["mean_rho"], found["null_mean_rho"], top=found["top_rho"])
+    except RankError as error:  # features that collapsed
+        cca = entry(None, None, reason=str(error))
+    return {
+        "cknna": entry(neighbours["cknna"], neighbours["null_cknna"]),
+        "cka": entry(kernels["cka"], kernels["null_cka"]),
+        "cca": cca,
+        **_one_side(tokens, teacher),
+    }
+
+
+def _one_side(tokens: np.ndarray, teacher: TeacherSide) -> Metrics:
+    spatial = {
+        name: entry(**found)
+        for name, found in spatial_metrics(tokens, teacher.grid, seed=teacher.seed).items()
+    }
+    probe = probe_accuracy(tokens.mean(axis=1), teacher.classes, seed=teacher.seed)
+    if probe is None:
+        return spatial | {"probe": entry(None, None)}
+    more = {name: probe[name] for name in ("chance", "num_classes")}
+    return spatial | {"probe": entry(probe["accuracy"], probe["null_accuracy"], **more)}

@@ -1,0 +1,239 @@
+"""The embedded miniature: what the demo's folder holds, and how each part of it is built once and whole.
+
+Nothing heavy is imported at the top, so that a finished demo is recognised at once. The models and their trainings
+are in `miniature_models.py`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import UserError
+from common.files import write_json, written_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Dinov2Model
+
+CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # shaped like WordNet ids; they sort in class order
+HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the real scripts has something to cut
+IMAGES = "ILSVRC"
+CLASSES = "imagenet_classes.json"
+SETTINGS = "demo.json"
+QUALITY = "models/quality.json"
+
+# What a measure must reach, higher being better. Measures without a floor are only reported.
+FLOORS = {
+    "vae_psnr_db": 30.0,
+    "prompt_separation": 0.5,  # 1 - the largest cosine between two classes' prompts
+    "teacher_linear_probe": 0.95,
+    "classifier_accuracy": 0.97,
+}
+# The same for one model alone, where its floors differ.
+OWN_FLOORS = {
+    "dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0},
+}
+
+# Training steps, full and quick; the full ones were chosen by measuring.
+STEPS = {
+    False: {"vae": 300, "text": 150, "teacher": 800, "classifier": 200, "selfdistilled": 1500},
+    True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3, "selfdistilled": 3},
+}
+
+
+def make_images(out: Path, quick: bool, seed: int) -> None:
+    """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
+
+    The split is stratified and seeded. `quick` keeps twelve images per class and split.
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, val = train_test_split(
+        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=seed
+    )
+    with written_whole(out / IMAGES) as folder:
+        for split, indices in (("train", train), ("val", val)):
+            for label, synset in enumerate(SYNSETS):
+                target = folder / "Data" / "CLS-LOC" / split / synset
+                target.mkdir(parents=True)
+                of_class = sorted(int(i) for i in indices if digits.target[i] == label)
+                for index in of_class[:12] if quick else of_class:
+                    pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
+                    digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+                    canvas = Image.new("RGB", (WIDTH, HEIGHT))
+                    canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))
+                    canvas.save(target / f"{synset}_{index}.JPEG", quality=95)
+
+
+def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:
+    """Return a split's centre-cropped images (N, 3, 32, 32) in [0, 1] and labels (N,), read from the JPEG files."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    files = sorted((out / IMAGES / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
+    left = (WIDTH - HEIGHT) // 2
+    pixels = np.stack(
+        [np.asarray(Image.open(file))[:, left : left + HEIGHT] for file in files]
+    )  # (N, 32, 32, 3)
+    labels = torch.tensor([SYNSETS.index(file.parent.name) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
+
+
+def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save a Stable Diffusion folder: trained autoencoder and text encoder, untrained U-Net."""
+    from diffusers import StableDiffusionPipeline
+
+    from miniature import models as small
+
+    images, _ = load_images(out, "train")
+    held_out, _ = load_images(out, "val")
+    vae = small.train_vae(images, steps["vae"])
+    tokenizer = small.build_tokenizer(CLASS_NAMES)
+    text_encoder = small.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=small.build_unet(text_encoder.config.hidden_size),
+        scheduler=small.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(
+        str(folder / "tokenizer")
+    )  # vocab.json, merges.txt for other tools
+    return {
+        "vae_psnr_db": small.measure_psnr(vae, held_out),
+        "scaled_latent_std": (small.encode(vae, held_out) * vae.config.scaling_factor).std().item(),
+        "prompt_separation": 1 - small.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
+    }
+
+
+def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the teacher, a DINOv2 that gives 4x4 patch tokens for 32 px."""
+    from miniature import models as small
+
+    teacher = small.train_teacher(*load_images(out, "train"), steps["teacher"])
+    return _save_teacher(teacher, out, folder)
+
+
+def make_self_distilled(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the second teacher: the first one's architecture, trained without labels. They only judge it."""
+    from miniature import selfdistilled as distilled
+
+    images, _ = load_images(out, "train")
+    return _save_teacher(distilled.train_self_distilled(images, steps["selfdistilled"]), out, folder)
+
+
+def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, float]:
+    from miniature import models as small
+    from miniature import selfdistilled as distilled
+
+    teacher.save_pretrained(folder)
+    _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
+    (images, labels), (held_out, held_out_labels) = load_images(out, "train"), load_images(out, "val")
+    known, tokens = small.teacher_tokens(teacher, images), small.teacher_tokens(teacher, held_out)
+    return {
+        "teacher_linear_probe": small.measure_linear_probe((known, labels), (tokens, held_out_labels)),
+        "teacher_token_cosine": small.measure_token_cosine(tokens),
+        **distilled.measure_detail((known, images), (tokens, held_out)),
+    }
+
+
+def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the judge of generated images, a ResNet that shares neither architecture nor seed with the teacher."""
+    from miniature import models as small
+
+    images, labels = load_images(out, "train")
+    classifier = small.train_classifier(images, labels, CLASS_NAMES, steps["classifier"])
+    classifier.save_pretrained(folder)
+    _write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
+    return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
+
+
+# In the order of their cost, so that two processes finish together.
+MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
+    "dinov2-mini": make_teacher,
+    "sd15-mini": make_stable_diffusion,
+    "classifier": make_classifier,
+    "dinov2-selfdistilled": make_self_distilled,  # last, so that the seeds of the others stay what they were
+}
+OPTIONAL = ("dinov2-selfdistilled",)  # made on request only
+
+
+def wanted(out: Path, self_distilled: bool) -> list[str]:
+    """Return the MODELS that `out` is to hold: the optional ones if asked for now, or already there."""
+    return [n for n in MODELS if n not in OPTIONAL or self_distilled or (out / "models" / n).is_dir()]
+
+
+def floors_of(name: str) -> dict[str, float]:
+    """Return the floors that a model's measures must reach."""
+    return {**FLOORS, **OWN_FLOORS.get(name, {})}
+
+
+def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:
+    """Build one of MODELS into `out/models/name`, with its `quality.json`, and return its measures and seconds.
+
+    Raises UserError, and leaves nothing, when a measure misses its floor (not under `quick`).
+    """
+    from miniature.models import reproducible
+
+    started = time.perf_counter()
+    # Each model gets its own stream of random numbers: the teacher and the judge must not share a seed.
+    random = reproducible(100 * seed + list(MODELS).index(name))
+    with _quiet(), random, written_whole(out / "models" / name) as folder:
+        measures = MODELS[name](out, folder, STEPS[quick])
+        floors = floors_of(name)
+        missed = {key: value for key, value in measures.items() if value < floors.get(key, value)}
+        if missed and not quick:
+            listed = ", ".join(f"{key} is {value:.3f}, floor {floors[key]}" for key, value in missed.items())
+            raise UserError(f"models/{name}: {listed}; try another --seed (in another --out)")
+        measures["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(folder / "quality.json", measures)
+    return measures
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars for writing files of 200 kB."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Write `preprocessor_config.json`, from which users of the model read its input size, mean and std."""
+    square = {"height": HEIGHT, "width": HEIGHT}
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "BitImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": HEIGHT},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": square,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(mean),
+            "image_std": list(std),
+        },
+    )

@@ -1,0 +1,104 @@
+"""Load the parts of a diffusers pipeline folder (or hub id), with errors that say what to do."""
+
+import functools
+import hashlib
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+
+from common.errors import UserError
+
+REMOVED, MAINTAINED = "runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+# Both libraries import a class when it is first asked for, which takes seconds: ask only for the part that is loaded.
+PARTS = {
+    "unet": lambda: diffusers.UNet2DConditionModel,
+    "vae": lambda: diffusers.AutoencoderKL,
+    "text_encoder": lambda: transformers.CLIPTextModel,
+    "tokenizer": lambda: transformers.CLIPTokenizer,
+    "scheduler": lambda: (
+        diffusers.DDPMScheduler
+    ),  # reads the config of any scheduler of the same noise schedule
+}
+
+
+def load_part(base: str, part: str, revision: str | None = None):
+    """Load one part of a pipeline in the layout that `save_pretrained` writes, in fp32.
+
+    `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
+    """
+    folder = Path(base)
+    if base == REMOVED:
+        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
+    if folder.exists() and not (folder / part).is_dir():
+        raise UserError(
+            f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
+        )
+    insist_present(base)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded = PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
+        raise UserError(f"cannot load {part} of {base}: {reason}{where}") from None
+    return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def load_part_config(base: str, part: str, revision: str | None = None, *, local: bool = False) -> dict:
+    """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
+    insist_present(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # diffusers' own use of an old option of huggingface_hub
+            return PARTS[part]().load_config(base, subfolder=part, revision=revision, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read the config of {part} of {base}: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def insist_present(name: str) -> None:
+    """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
+    if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
+        raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")
+
+
+@functools.lru_cache
+def files_digest(base: str, part: str, revision: str | None = None) -> str:
+    """What says that a part's files are the same as before: sha256 of the weights of a local folder, a hub's commit.
+
+    Of a local folder the safetensors that `load_part` reads count, else the .bin files. Read once in a process.
+    """
+    folder = Path(base) / part
+    if not folder.is_dir():
+        found = try_to_load_from_cache(base, "scheduler/scheduler_config.json", revision=revision or "main")
+        return Path(found).parents[1].name if isinstance(found, str) else str(revision)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in (file for file in files if "." not in file.name.split(".", 1)[1]):  # no .fp16., no .non_ema.
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """sha256 over shapes and bytes of all weights: the model's identity, however it was stored.
+
+    Without their names and in no order, because a class's names in memory change with the version of its library
+    (transformers 5.17 and 5.23 differ in DINOv2's attention).
+    """
+    weights = (tensor.detach().cpu().contiguous() for tensor in module.state_dict().values())
+    digests = sorted(
+        hashlib.sha256(
+            f"{tuple(w.shape)}".encode() + w.reshape(-1).view(torch.uint8).numpy().tobytes()
+        ).digest()
+        for w in weights
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

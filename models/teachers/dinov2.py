@@ -1,0 +1,110 @@
+"""The teacher: DINOv2 as a function from images to patch tokens `(B, N, D)`."""
+
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from common.errors import UserError
+from models.pipeline_parts import insist_present
+from models.teachers.dinov2_checkpoint import SUFFIXES, load_checkpoint
+
+# The pixel statistics DINOv2 was trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+
+
+class DINOv2Encoder(nn.Module):
+    """A frozen DINOv2 that returns patch tokens, never the CLS token.
+
+        teacher = DINOv2Encoder.from_pretrained("facebook/dinov2-large", grid=14)  # or "dinov2_vitl14_pretrain.pth"
+        tokens = teacher(images)   # (B, 3, 196, 196) in [0, 1] -> (B, 196, 1024)
+
+    `grid` is the number of tokens per side; the image size follows from it as patch · grid. The tokens are the last hidden
+    states after the final LayerNorm (`x_norm_patchtokens` in the original code), not L2-normalised. `format` says
+    how the weights were stored: "huggingface" or "facebookresearch".
+    """
+
+    def __init__(self, model: nn.Module, grid: int, format: str = "huggingface"):
+        super().__init__()
+        self.format = format
+        self.model = model.eval().requires_grad_(False)
+        self.grid = grid
+        self.dim = model.config.hidden_size
+        self.size = model.config.patch_size * grid
+        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # CLS and registers come first
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, name: str, grid: int, revision: str | None = None) -> "DINOv2Encoder":
+        """Load a Hugging Face folder or hub id, such as `facebook/dinov2-large`, or a file in the original repository's format.
+
+        Raises `UserError` for anything else.
+        """
+        transformers.utils.logging.disable_progress_bar()
+        if Path(name).is_file():
+            if revision is not None:
+                raise UserError(f"teacher {name} is a file and has no revision: leave out the revision")
+            return cls(load_checkpoint(name), grid, format="facebookresearch")
+        if name.endswith(SUFFIXES) and not Path(name).exists():  # weights/dinov2.pth also looks like a hub id
+            raise UserError(f"teacher {name} does not exist: check the path")
+        insist_present(name)
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+            if config.model_type not in MODEL_TYPES:
+                raise UserError(f"teacher {name} is a {config.model_type} model; DINOv2 was expected")
+            model = transformers.AutoModel.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
+            where = "" if Path(name).exists() else " (check the name and the network, or give a local folder)"
+            raise UserError(
+                f"cannot load teacher {name}: {str(error).strip().splitlines()[0]}{where}"
+            ) from None
+        return cls(model.float(), grid)
+
+    @property
+    def implementation(self) -> str:
+        """Whose code computes the tokens. Without its version, so that a cache can grow after an upgrade."""
+        return f"transformers.{type(self.model).__name__}"
+
+    @property
+    @torch.no_grad()
+    def resampling(self) -> str:
+        """How position embeddings get from the pretraining grid to this one.
+
+        Measured, not looked up: `Dinov2Model` and `Dinov2WithRegistersModel` differ, and so may versions of transformers.
+        """
+        positions = self.model.embeddings.position_embeddings  # (1, 1 + n, D)
+        like = positions.new_empty(1, 1 + self.grid**2, self.dim)
+        used = self.model.embeddings.interpolate_pos_encoding(like, self.size, self.size)  # (1, 1 + N, D)
+        if used.equal(positions):
+            return "none (native grid)"
+        side = math.isqrt(positions.shape[1] - 1)
+        native = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        for antialias in (False, True):
+            resized = nn.functional.interpolate(
+                native, (self.grid, self.grid), mode="bicubic", antialias=antialias
+            )
+            if used[:, 1:].allclose(resized.flatten(2).mT, atol=1e-5):
+                return f"bicubic, antialias={antialias}"
+        return "unrecognised"
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode `images (B, 3, S, S)` in [0, 1] with S = patch · grid; returns `(B, grid², D)`."""
+        if images.shape[1:] != (3, self.size, self.size):
+            raise ValueError(f"expected images (B, 3, {self.size}, {self.size}), got {tuple(images.shape)}")
+        hidden = self.model((images - self.mean) / self.std).last_hidden_state  # (B, prefix + N, D)
+        return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
+
+    def check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Insist on `(B, grid², D)` with more than one token: a lone CLS token makes the manifold loss vanish."""
+        expected = (self.grid**2, self.dim)
+        if tokens.ndim != 3 or tokens.shape[1:] != expected or tokens.shape[1] == 1:
+            raise ValueError(
+                f"the teacher must return (B, {expected[0]}, {expected[1]}) patch tokens, got {tuple(tokens.shape)}"
+            )
+        return tokens

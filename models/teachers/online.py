@@ -1,0 +1,53 @@
+"""Teacher tokens made while training, for people without a token cache: decode the latents, resize, encode."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+
+from common.errors import UserError
+from models.pipeline_parts import insist_present, load_part
+from models.teachers.dinov2 import DINOv2Encoder
+
+
+class OnlineTeacher(nn.Module):
+    """Clean latents `(B, 4, h, w)`, scaled as the U-Net reads them, to L2-normalised teacher tokens `(B, N, D)`.
+
+        teacher = OnlineTeacher(load_decoder(base, "madebyollin/taesd"), DINOv2Encoder.from_pretrained(name, grid=14))
+
+    The teacher sees the decoder's picture of the whole square, never the photograph: what the VAE loses, the tokens lack. Any
+    decoder of diffusers will do that has `decode` and a `scaling_factor`: the VAE, or an `AutoencoderTiny`.
+    """
+
+    def __init__(self, decoder: nn.Module, encoder: DINOv2Encoder):
+        super().__init__()
+        self.decoder, self.encoder = decoder.eval().requires_grad_(False), encoder
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor) -> Tensor:
+        images = self.decoder.decode(latents / self.decoder.config.scaling_factor).sample  # (B, 3, S, S)
+        images = (images.float() / 2 + 0.5).clamp(0, 1)
+        if images.shape[-1] != self.encoder.size:
+            size = (self.encoder.size,) * 2
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)  # bicubic overshoots
+        return F.normalize(self.encoder(images).float(), dim=-1)  # (B, N, D)
+
+
+def load_decoder(base: str, tiny: str | None, revision: str | None = None) -> nn.Module:
+    """The base model's VAE, or the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
+    if tiny is None:
+        return load_part(base, "vae", revision)
+    insist_present(tiny)
+    try:
+        found = AutoencoderTiny.load_config(tiny).get("_class_name")
+        if found != "AutoencoderTiny":
+            raise UserError(f"teacher.decoder {tiny} is a {found}; an AutoencoderTiny was expected")
+        return AutoencoderTiny.from_pretrained(tiny).float()
+    except (OSError, ValueError) as error:
+        where = "" if Path(tiny).exists() else " (check the name and the network, or give a local folder)"
+        raise UserError(
+            f"cannot load teacher.decoder {tiny}: {str(error).strip().splitlines()[0]}{where}"
+        ) from None

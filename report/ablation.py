@@ -1,0 +1,139 @@
+"""A set of runs, several seeds of each arm, as a table (mean ± standard error, n), differences from one arm, and a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from report.plot_style import plain, pyplot, run_style, save_figure
+
+Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]  # {arm: {seed: {measure: value}}}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, s / √n with s of n − 1; the error of a single value is NaN."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return float(values.mean()), float(error)
+
+
+def summarise(
+    results: Results, reference: str, alien: Mapping[str, set[str]] | None = None
+) -> dict[str, dict[str, dict]]:
+    """{arm: {measure: {mean, error, n, comparable, difference, difference_error}}}.
+
+    The difference from the reference arm is taken seed by seed: two arms of one seed share their first weights, batches and
+    noise, so that much of what is due to chance goes out. Its error is that of the mean of these differences. `alien` names
+    the measures of an arm that cannot be compared with the reference's: they have no difference.
+    """
+    table = {}
+    for arm, seeds in results.items():
+        table[arm] = {}
+        for measure in _measures(results):
+            values = {s: r[measure] for s, r in seeds.items() if r.get(measure) is not None}
+            if not values:
+                continue
+            mean, error = mean_and_error(list(values.values()))
+            comparable = measure not in (alien or {}).get(arm, ())
+            row = {"mean": mean, "error": error, "n": len(values), "comparable": comparable}
+            others = results[reference]
+            pairs = [
+                v - others[s][measure]
+                for s, v in values.items()
+                if others.get(s, {}).get(measure) is not None
+            ]
+            if arm != reference and pairs and comparable:
+                row["difference"], row["difference_error"] = mean_and_error(pairs)
+            table[arm][measure] = row
+    return table
+
+
+def markdown(
+    table: Mapping[str, Mapping[str, Mapping]], measures: Mapping[str, str], differences: Sequence[str] = ()
+) -> str:
+    """A table with one row an arm: each measure of {name: format} as mean ± error, n, and for some the difference beside it.
+
+    A dagger marks what cannot be compared.
+    """
+    heads = ["arm", "n"]
+    for name in measures:
+        heads += [name] + (["Δ"] if name in differences else [])
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, rows in table.items():
+        cells = [arm, str(max(row["n"] for row in rows.values()))]
+        for name, form in measures.items():
+            row = rows.get(name, {})
+            mark = "" if row.get("comparable", True) else " †"
+            cells.append(_plus_minus(row["mean"], row["error"], form) + mark if row else "—")
+            if name in differences:
+                found = "difference" in row
+                cells.append(
+                    _plus_minus(row["difference"], row["difference_error"], f"+{form}") if found else "—"
+                )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_arms(
+    path: str | Path,
+    results: Results,
+    reference: str,
+    measures: Mapping[str, str],
+    title: str,
+    alien: Mapping[str, set[str]] | None = None,
+) -> None:
+    """One panel a measure of {name: label}: each arm's seeds as dots, its mean ± standard error, and the reference's mean.
+
+    What cannot be compared with the reference (`alien`, as in `summarise`) is left out.
+    """
+    plt = pyplot()
+    arms = list(results)
+    figure, axes = plt.subplots(
+        1,
+        len(measures),
+        figsize=(2.0 + 2.9 * len(measures), 1.3 + 0.34 * len(arms)),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for panel, (measure, label) in zip(axes[0], measures.items(), strict=True):
+        for row, arm in enumerate(arms):
+            values = [r[measure] for r in results[arm].values() if r.get(measure) is not None]
+            if not values or measure in (alien or {}).get(arm, ()):
+                continue
+            mean, error = mean_and_error(values)
+            colour = "#555555" if arm == reference else run_style(0)["color"]
+            panel.plot(
+                values, [row + 0.16] * len(values), "o", color=colour, alpha=0.4, markersize=4, zorder=2
+            )
+            panel.errorbar(
+                mean, row, xerr=None if np.isnan(error) else error, fmt="D", color=colour, markersize=5, capsize=3
+            )  # fmt: skip
+            if arm == reference:
+                panel.axvline(mean, color="#777777", linewidth=1, linestyle="--", zorder=1)
+        panel.set_xlabel(label)
+        panel.grid(axis="y", visible=False)
+        panel.locator_params(axis="x", nbins=4)
+    axes[0, 0].set_yticks(range(len(arms)), arms)
+    axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=11)
+    data = {
+        measure: {
+            arm: plain([_number(r.get(measure)) for r in seeds.values()]) for arm, seeds in results.items()
+        }
+        for measure in measures
+    }
+    save_figure(figure, path, {"title": title, "reference": reference, "measures": data})
+
+
+def _measures(results: Results) -> list[str]:
+    return list(dict.fromkeys(m for seeds in results.values() for r in seeds.values() for m in r))
+
+
+def _plus_minus(mean: float, error: float, form: str) -> str:
+    shown = format(mean, form)
+    return shown if np.isnan(error) else f"{shown} ± {format(error, form.removeprefix('+'))}"
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value

@@ -1,0 +1,121 @@
+"""Metrics over a training: one JSON line a point, and how many steps it took to reach a value."""
+
+import fcntl
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+NEEDED = {"step", "kind", "model", "protocol", "metrics"}  # of a point
+DISTANCES = ("fid", "sfid", "fd", "kid")
+
+
+def read_points(file: Path) -> list[dict]:
+    """The lines of a run's `points.jsonl`; what a crash left of a line is left out, other damage is a `UserError`."""
+    if not file.exists():
+        return []
+    *lines, _ = file.read_bytes().split(b"\n")
+    points = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            point = json.loads(line)
+        except ValueError:
+            point = None
+        if not isinstance(point, dict) or not point.keys() >= NEEDED:
+            raise UserError(f"line {number} of {file} is no point of an evaluation: remove that line")
+        points.append(point)
+    return points
+
+
+def append_point(file: Path, point: Mapping) -> None:
+    """Add a line, after whatever a crash left of one is gone."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)  # another process may be measuring another checkpoint
+        opened.seek(0)
+        whole = opened.read().rfind(b"\n") + 1
+        opened.truncate(whole)
+        opened.write(json.dumps(point, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[str]) -> list[Mapping]:
+    """Those of a run's points that were made for these purposes under a protocol, by step; the last of each step."""
+    found = {p["step"]: p for p in points if p["protocol"] == protocol and p["kind"] in kinds}
+    return [found[step] for step in sorted(found)]
+
+
+def protocols(points: Sequence[Mapping]) -> list[Mapping]:
+    """The protocols of points, each once, in the order in which they appear."""
+    found: list[Mapping] = []
+    for point in points:
+        if point["protocol"] not in found:
+            found.append(point["protocol"])
+    return found
+
+
+def kind_of(metric: str) -> str:
+    """What a metric's name measures: "fid" of adm_fid10k."""
+    return re.sub(r"\d+k?$", "", metric.split("_", 1)[1])
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a distance."""
+    return kind_of(metric) in DISTANCES
+
+
+def headline(metrics: Sequence[str]) -> str:
+    """Of a point's metrics the Fréchet distance that is named first."""
+    return next(name for name in metrics if kind_of(name) in ("fid", "fd"))
+
+
+def steps_to_reach(steps: Sequence[float], values: Sequence[float], goal: float) -> float | None:
+    """The first step at which a metric, lower is better, is at most `goal`: linear between two measured steps.
+
+    None where it never is. Where the first measured value is there already, its step: it may have been earlier.
+    """
+    steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
+    if steps.shape != values.shape or steps.ndim != 1 or len(steps) == 0 or (np.diff(steps) <= 0).any():
+        raise ValueError(f"steps must rise and be as many as values, got {steps} and {values}")
+    there = np.flatnonzero(values <= goal)
+    if not len(there):
+        return None
+    i = int(there[0])
+    if i == 0:
+        return float(steps[0])
+    share = (values[i - 1] - goal) / (values[i - 1] - values[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+
+
+def series_of(points: Sequence[Mapping], metric: str) -> dict[str, list]:
+    """{steps, images, values, errors} of one metric over a run's points, by step; of several of a step the last counts."""
+    rows = {
+        point["step"]: (
+            point["step"],
+            point["images_seen"],
+            point["metrics"][metric]["value"],
+            point["metrics"][metric]["error"],
+        )
+        for point in points
+        if metric in point["metrics"]
+    }
+    columns = zip(*[rows[step] for step in sorted(rows)], strict=True)
+    return dict(zip(("steps", "images", "values", "errors"), map(list, columns), strict=False))
+
+
+def speedup(series: Mapping[str, Mapping], baseline: str) -> dict[str, dict[str, float | None]]:
+    """How soon each run of {run: `series_of`} had the baseline's final value of a metric, lower is better.
+
+    `goal`, that value; `reached`, the steps to it; `factor`, how many times fewer than the baseline's own steps to it these
+    are (above 1 = faster). None where it is never reached.
+    """
+    goal = float(series[baseline]["values"][-1])
+    reached = {run: steps_to_reach(found["steps"], found["values"], goal) for run, found in series.items()}
+    own = reached[baseline]
+    return {
+        run: {"goal": goal, "reached": steps, "factor": own / steps if steps else None}
+        for run, steps in reached.items()
+    }

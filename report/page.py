@@ -1,0 +1,199 @@
+"""A page of results as ONE HTML file: pictures inside, no scripts, no request leaves the reader's machine."""
+
+import base64
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from common.errors import UserError
+from common.files import write_atomically
+
+
+@dataclass
+class Heading:
+    """A section starts here."""
+
+    text: str
+
+
+@dataclass
+class Paragraph:
+    """Running text; `words between backticks` are set as code, everything else is literal."""
+
+    text: str
+
+
+@dataclass
+class Figure:
+    """A PNG file, embedded, with its caption."""
+
+    path: str | Path
+    caption: str = ""
+
+
+@dataclass
+class Table:
+    """A table; numbers are set to four significant digits, None as a dash."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | int | float | None]]
+    caption: str = ""
+
+
+@dataclass
+class Command:
+    """Preformatted text, such as the command that made the page."""
+
+    text: str
+
+
+Block = Heading | Paragraph | Figure | Table | Command
+
+# No script, no request: the reader's browser enforces what this file promises.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+CSS = """
+:root { color-scheme: light dark; --ink: #1c2126; --soft: #5a646e; --paper: #fbfbfa; --card: #ffffff;
+        --line: #dcdfe3; --code: #f0f2f4; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8ea; --soft: #a3adb7; --paper: #15181b; --card: #1d2125; --line: #343a40;
+          --code: #23282d; --accent: #6cb6e8; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+       font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.2rem 1.1rem 4rem; overflow-wrap: break-word; }
+h1 { font-size: clamp(1.5rem, 4.5vw, 2.1rem); line-height: 1.2; margin: 0 0 .8rem; }
+h2 { font-size: 1.28rem; line-height: 1.3; margin: 2.8rem 0 .6rem; padding-top: .8rem;
+     border-top: 1px solid var(--line); }
+p { margin: 0 0 1rem; max-width: 46rem; }
+.lead { font-size: 1.1rem; color: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; font-size: .92rem; margin: 1.2rem 0 0; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+figure { margin: 1.3rem 0 1.6rem; }
+.card { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
+        overflow-x: auto; width: fit-content; max-width: 100%; }
+.card img { display: block; height: auto; max-width: 100%; }
+figcaption { color: var(--soft); font-size: .92rem; margin: .55rem 0 0; max-width: 46rem; }
+.scroll { overflow-x: auto; max-width: 100%; width: fit-content; background: var(--card);
+          border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .85rem; text-align: left; border-bottom: 1px solid var(--line);
+         white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; white-space: normal;
+     vertical-align: bottom; } tbody tr:last-child td { border-bottom: 0; }
+.number { text-align: right; }
+pre { background: var(--code); border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1.2rem;
+      white-space: pre-wrap; overflow-wrap: anywhere; font-size: .87rem; line-height: 1.5; }
+code { font-family: ui-monospace, SFMono-Regular, Menlo, "Liberation Mono", monospace; font-size: .92em; }
+p code, figcaption code { background: var(--code); border-radius: 4px; padding: .08em .3em; }
+@media (max-width: 40rem) { .card img.wide { width: 34rem; max-width: none; } }
+"""
+
+
+def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Block]) -> Path:
+    """Write the page: title, lead paragraph, then the blocks in order; returns the path.
+
+    All text is escaped. Wide tables, commands and (on a phone) wide pictures scroll in their own box.
+    Written under a temporary name and renamed. A missing or foreign picture is a `UserError`, a ragged
+    table a `ValueError`.
+    """
+    body, headings = [], []
+    for block in sections:
+        if type(block) not in RENDER:
+            raise ValueError(f"not a block of a page: {block!r}")
+        if isinstance(block, Heading):
+            body.append(f'<a id="s{len(headings)}"></a>')
+            headings.append(block.text)
+        body.append(RENDER[type(block)](block))
+    links = "".join(f'<a href="#s{i}">{_text(heading)}</a>' for i, heading in enumerate(headings))
+    nav = f"<nav>{links}</nav>" if len(headings) > 2 else ""
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<h1>{_text(title)}</h1>
+<p class="lead">{_text(lead)}</p>
+{nav}
+{chr(10).join(body)}
+</main>
+</body>
+</html>
+"""
+    write_atomically(path, page.encode())
+    return Path(path)
+
+
+def _figure(block: Figure) -> str:
+    try:
+        data = Path(block.path).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            kind, (width, height) = image.format, image.size
+    except OSError as error:
+        raise UserError(f"{block.path} cannot be read as a picture ({error})") from None
+    if kind != "PNG":
+        raise UserError(f"{block.path} is a {kind} file, a PNG is wanted")
+    # Our figures are drawn at twice the density of a page's pixel, to stay sharp when enlarged.
+    width, height = math.ceil(width / 2), math.ceil(height / 2)
+    encoded = base64.b64encode(data).decode()
+    wide = ' class="wide"' if width > 760 else ""
+    caption = f"<figcaption>{_text(block.caption)}</figcaption>" if block.caption else ""
+    return (
+        f'<figure><div class="card"><img{wide} alt="{html.escape(block.caption or Path(block.path).stem)}" '
+        f'width="{width}" height="{height}" src="data:image/png;base64,{encoded}"></div>'
+        f"{caption}</figure>"
+    )
+
+
+def _table(block: Table) -> str:
+    for row in block.rows:
+        if len(row) != len(block.header):
+            raise ValueError(f"row {list(row)} has {len(row)} cells, the header {len(block.header)}")
+    numeric = [any(isinstance(row[i], int | float) for row in block.rows) for i in range(len(block.header))]
+    side = [' class="number"' if is_number else "" for is_number in numeric]
+    # A lone arrow at the end of a name ("fd ↓") does not go on a line of its own.
+    names = [re.sub(r" (?=\S$)", "\u00a0", name) for name in block.header]
+    head = "".join(f"<th{c}>{_text(name)}</th>" for c, name in zip(side, names, strict=True))
+    rows = "\n".join(
+        "<tr>"
+        + "".join(f"<td{c}>{_text(_cell(cell))}</td>" for c, cell in zip(side, row, strict=True))
+        + "</tr>"
+        for row in block.rows
+    )
+    caption = f"<figcaption>{_text(block.caption)}</figcaption>" if block.caption else ""
+    return (
+        f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+        f"{caption}</figure>"
+    )
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _text(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+RENDER: dict[type, Callable[..., str]] = {
+    Heading: lambda block: f"<h2>{_text(block.text)}</h2>",
+    Paragraph: lambda block: f"<p>{_text(block.text)}</p>",
+    Figure: _figure,
+    Table: _table,
+    Command: lambda block: f"<pre><code>{html.escape(block.text)}</code></pre>",
+}

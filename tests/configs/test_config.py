@@ -1,0 +1,163 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from configs.loading import knobs, knobs_help, load_config, parse_config, resolved_yaml
+from configs.schema import Config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "demo"])
+def test_shipped_configs_load_and_survive_a_round_trip(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert parse_config(yaml.safe_load(resolved_yaml(config))) == config
+
+
+def test_config_a_is_the_plan():
+    a = load_config(CONFIGS / "A.yaml")
+    assert (a.teacher.dim, a.teacher.grid) == (1024, 14)
+    assert (a.align.coeff, a.align.manifold_coeff, a.align.taps) == (0.8, 3.0, ("mid",))
+    assert (a.optim.lr, a.optim.betas, a.optim.weight_decay, a.optim.ema_decay) == (
+        2e-4,
+        (0.9, 0.999),
+        0.01,
+        0.9995,
+    )
+    assert (a.optim.warmup_fraction, a.data.caption_dropout, a.train.steps) == (0.1, 0.1, 60_000)
+    assert (a.model.train, a.model.lora_rank, a.data.batch_size) == ("lora", 32, 48)
+    assert (a.diffusion.prediction, a.diffusion.parameterization) == ("v", "auto")
+
+
+def test_b_and_c_differ_from_a_only_where_the_plan_says():
+    a, b, c = (load_config(CONFIGS / f"{name}.yaml") for name in "ABC")
+    assert b.train.steps == 120_000
+    assert c.train.steps == 200_000
+    assert c.align.taps == ("enc_last", "mid", "dec_first")
+    assert a.optim == b.optim == c.optim
+    assert a.model == b.model == c.model
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("align.coef=0", "did you mean 'align.coeff'"),
+        ("lr=1e-4", "did you mean 'optim.lr'"),
+        ("aling={coeff: 1}", "did you mean 'align'"),
+        ("align.coeff=-1", "align.coeff = -1: Input should be greater than or equal to 0"),
+        ("align.coeff=.nan", "finite"),
+        ("model.train=lara", "'lora', 'partial' or 'full'"),
+        ("align.taps=[mid,mid]", "twice"),
+        ("align.taps=[middle]", "'enc_last', 'mid' or 'dec_first'"),
+        ("data.batch_size=1", "sample Gram of one image"),
+        ("align.coeff", "key=value"),
+        ("run.name=x", "run is a value, not a section"),
+        ("data.csv=null", "data.csv"),
+        ("optim.betas=[0.9, 1.5]", "betas"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_says_what_to_do(override, message):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        load_config(CONFIGS / "A.yaml", [override])
+    assert message in str(error.value)
+
+
+def test_a_tap_before_everything_that_is_trained_is_refused():
+    with pytest.raises(UserError, match="nothing before enc_last is trained"):
+        load_config(CONFIGS / "A.yaml", ["model.lora_targets=attention", "align.taps=[enc_last, mid]"])
+    load_config(CONFIGS / "A.yaml", ["model.lora_targets=attention", "align.taps=mid"])
+
+
+def test_overrides_win_over_the_file_and_zero_is_a_value():
+    config = load_config(CONFIGS / "A.yaml", ["align.coeff=0", "align.manifold_coeff=0.0", "optim.lr=1e-5"])
+    assert (config.align.coeff, config.align.manifold_coeff, config.optim.lr) == (0, 0, 1e-5)
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot read config"):
+        load_config(tmp_path / "no.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,\nb")
+    with pytest.raises(UserError, match=r"^[^\n]*not valid YAML[^\n]*$"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "key.yaml").write_text("[a, b]: 2\n")
+    with pytest.raises(UserError, match="a key must be a name"):
+        load_config(tmp_path / "key.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="no settings"):
+        load_config(tmp_path / "empty.yaml")
+
+
+def test_a_missing_section_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("run: x\n")
+    with pytest.raises(UserError, match="section 'data' is missing"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_every_knob_is_explained():
+    assert all(field.description for field in knobs().values())
+    assert all(f"  {key} = " in knobs_help() for key in knobs())
+    assert "align.taps" in knobs()
+    assert set(Config.model_fields) == {key.split(".")[0] for key in knobs()}
+
+
+def test_files_that_extend_each_other_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: ./a.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_wrong_override_is_not_blamed_on_the_file(tmp_path):
+    for override, message in (
+        ("train.stesp=5", r"^unknown key"),
+        ("train.preview_every=-1", r"^train.preview_every"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(CONFIGS / "A.yaml", [override])
+    (tmp_path / "over.yaml").write_text("train: {stesp: 5}\n")
+    with pytest.raises(UserError, match=r"over\.yaml: unknown key"):
+        load_config([CONFIGS / "A.yaml", tmp_path / "over.yaml"], ["train.steps=5"])
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("align:\n  coeff: 0.1\nalign:\n  power: 1\n")
+    with pytest.raises(UserError, match="align is given twice"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("align.coeff: 1", "is written nested"),
+        ("align: {lambda: 1}", "did you mean 'align.coeff'"),
+        ("proj_coeff: 1", "did you mean 'align.coeff'"),
+        ("align: 5\nurepa_lambda: 1", "align = 5"),
+        ("teacher: {dim: 1000}", "choose another align.head"),
+        ("align: {coeff_end: 0.4}", "has no effect while align.schedule is constant"),
+        ("align: {cutoff_step: 60000}", "never reached in 60000 steps"),
+        (
+            "align: {similarity_threshold: 0.5, similarity_ema_decay: 0.99999}",
+            "needs more than the 60000 steps",
+        ),
+        ("teacher: {decoder: madebyollin/taesd}", "is for teacher.source=online"),
+        ("align: {spatial_norm: 1}", "takes away the mean tokens"),
+    ],
+)
+def test_what_cannot_act_or_is_called_otherwise_is_said(tmp_path, text, said):
+    (tmp_path / "over.yaml").write_text(text + "\n")
+    with pytest.raises(UserError, match=said):
+        load_config([CONFIGS / "A.yaml", tmp_path / "over.yaml"])
+
+
+def test_a_path_with_a_hash_is_taken_whole():
+    config = load_config(CONFIGS / "A.yaml", ["run=runs/try #2"])
+    assert config.run == Path("runs/try #2")
+
+
+def test_several_files_are_laid_over_one_another(tmp_path):
+    (tmp_path / "one.yaml").write_text("align: {coeff: 0.1, power: 1.0}\n")
+    (tmp_path / "two.yaml").write_text("align: {coeff: 0.2}\n")
+    config = load_config([CONFIGS / "A.yaml", tmp_path / "one.yaml", tmp_path / "two.yaml"], ["seed=3"])
+    assert (config.align.coeff, config.align.manifold_coeff, config.seed) == (0.2, 3.0, 3)

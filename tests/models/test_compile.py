@@ -1,0 +1,64 @@
+"""torch.compile of the U-Net: one graph, or one a block with checkpointing, and the gradients of the eager one."""
+
+import pytest
+import torch
+from conftest import ALL_TAPS, thin_model
+from torch._dynamo.utils import counters
+
+from method.alignment import token_loss
+
+
+def gradients(model, batch):
+    """Gradients of one step's alignment and output, by name."""
+    latents, timesteps, text, teacher = batch
+    out = model(latents, timesteps, text)
+    loss = out.square().mean() + sum(token_loss(x, teacher) for x in model.get_aligned_tokens().values())
+    model.clear_hooks()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    # Its own code generator takes minutes; what is traced is the same.
+    compile_as_traced = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, mode: compile_as_traced(module, backend="aot_eager")
+    )
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, train, checkpointing):
+    found = []
+    for compiled in (False, True):
+        model = thin_model(train)
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        if compiled:
+            model.compile_unet()
+        for _ in range(2):
+            model.zero_grad()
+            found.append(gradients(model, batch))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] >= (2 if checkpointing else 1)
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name in other:
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch):
+    latents, timesteps, text, _ = batch
+    model = thin_model("lora")
+    model.compile_unet()
+    for capture in (True, False) * 3:
+        model(latents, timesteps, text, capture=capture)
+        assert bool(model.taps.captured) == capture
+        model.clear_hooks()
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert set(ALL_TAPS) == set(model.heads)

@@ -1,0 +1,103 @@
+"""What the config says reaches the objects that act: no knob is lost on the way."""
+
+import pytest
+import torch
+from conftest import demo_overrides
+
+from configs.loading import load_config
+from method.alignment import AlignHead, manifold_gram_loss, spatial_norm, token_loss
+from training.parts import build_coefficient, build_loss, build_model
+
+CONFIG = "configs/demo.yaml"
+
+
+@pytest.fixture
+def config(miniature, tmp_path):
+    return lambda *more: load_config(CONFIG, demo_overrides(miniature, tmp_path / "run", *more))
+
+
+def tokens(seed):
+    return torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ((), lambda x, y: token_loss(x, y) + 3 * manifold_gram_loss(x, y)),
+        (("align.manifold_coeff=0",), token_loss),
+        (
+            ("align.manifold_coeff=0", "align.spatial_norm=0.5"),
+            lambda x, y: token_loss(x, spatial_norm(y, 0.5)),
+        ),
+        (
+            ("align.upper_only=true",),
+            lambda x, y: token_loss(x, y) + 3 * manifold_gram_loss(x, y, upper_only=True),
+        ),
+    ],
+)
+def test_the_options_of_the_alignment_decide_its_loss(config, knobs, expected):
+    x, y = tokens(0), tokens(1)
+    loss = build_loss(config(*knobs)).alignment({"mid": x}, y)["loss_align"]
+    torch.testing.assert_close(loss, expected(x, y))
+
+
+def test_gathering_is_asked_for(config, monkeypatch):
+    asked = []
+    loss = build_loss(config("align.gather=true")).alignment
+    monkeypatch.setattr(loss, "_manifold", lambda x, y, upper_only, gather: asked.append(gather) or x.sum())
+    loss({"mid": tokens(0)}, tokens(1))
+    assert asked == [True]
+
+
+def test_the_options_of_the_diffusion_loss_decide_it(config):
+    x_0, noise, out = (torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    t = torch.tensor([10, 500, 990])
+    knobs = [
+        ("diffusion.parameterization=epsilon",),
+        ("diffusion.parameterization=epsilon", "diffusion.v_weight_max=50"),
+        ("diffusion.parameterization=epsilon", "diffusion.prediction=epsilon"),
+        ("diffusion.parameterization=epsilon", "diffusion.snr_gamma=5"),
+        ("diffusion.parameterization=v", "diffusion.snr_gamma=5"),
+        ("diffusion.parameterization=v",),
+    ]
+    errors = [build_loss(config(*k)).diffusion_error(out, x_0, noise, t).mean().item() for k in knobs]
+    assert len(set(errors)) == len(knobs)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "conv3x3"])
+def test_the_head_is_the_one_that_is_asked_for(config, kind):
+    model = build_model(config(f"align.head={kind}", "align.head_hidden=24"))
+    expected = AlignHead(64, 64, 4, kind, 24).state_dict()
+    assert {k: v.shape for k, v in model.heads["mid"].state_dict().items()} == {
+        k: v.shape for k, v in expected.items()
+    }
+
+
+def test_the_cutoff_is_the_one_that_is_asked_for(config):
+    knobs = ["threshold=0.4", "ema_decay=0.75", "every=3"]
+    cutoff = build_coefficient(
+        config(*(f"align.similarity_{k}" for k in knobs), "align.threshold_mode=recoverable")
+    ).cutoff
+    assert (cutoff.threshold, cutoff.decay, cutoff.enough, cutoff.mode, cutoff.every) == (
+        0.4,
+        0.75,
+        4,
+        "recoverable",
+        3,
+    )
+    assert build_coefficient(config()).cutoff is None
+
+
+def test_the_schedule_is_the_one_that_is_asked_for(config):
+    knobs = {
+        "coeff": 0.5,
+        "schedule": "polynomial",
+        "warmup_steps": 1,
+        "decay_steps": 2,
+        "coeff_end": 0.1,
+        "power": 3.0,
+    }
+    schedule = build_coefficient(
+        config(*(f"align.{k}={v}" for k, v in knobs.items()), "align.cutoff_step=5")
+    ).schedule
+    assert [schedule(step) for step in range(6)] == pytest.approx([0, 0.5, 0.15, 0.1, 0.1, 0])

@@ -1,0 +1,126 @@
+"""What --plan says against what is measured or known."""
+
+import pytest
+import torch
+from conftest import demo_overrides, small_model
+from small_runs import CONFIG, ROOT
+
+import train as train_script
+from common.errors import UserError
+from configs.loading import load_config
+from training.cost import count_step, saved_bytes
+from training.meter import Meter, peak_of
+from training.plan import forward_of, model_of_shapes
+
+
+def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    train_script.main(["--config", str(ROOT / "configs" / "A.yaml"), f"run={tmp_path}/A", "--plan"])
+    said = capsys.readouterr().out
+    assert "7,462,912 of the U-Net are trained (lora), 1,312,768 of heads, 859,520,964 are frozen" in said
+    assert "48 images: 69.01 TFLOP (804 forward and 633 backward GFLOP an image)" in said
+    assert "2.26 it/s" in said  # an A100 at half of its peak
+    assert not (tmp_path / "A").exists()
+
+
+def test_frozen_early_blocks_do_no_autograd_work():
+    """The plan's LoRA backward is 79 % of a forward, not 200 %: nothing before down_blocks.3 is entered."""
+    config = load_config(ROOT / "configs" / "A.yaml")
+    model, _ = model_of_shapes(config, torch.bfloat16)
+    touched = {}
+    for name, block in model.unet.named_children():
+        blocks = block if name in ("down_blocks", "up_blocks") else [block]
+        for i, part in enumerate(blocks):
+
+            def note(_module, _args, output, name=f"{name}.{i}"):
+                first = output[0] if isinstance(output, tuple) else output
+                touched[name] = first.requires_grad
+
+            part.register_forward_hook(note)
+    cost = count_step(forward_of(model, (4, 64, 64)))
+    assert [name for name, grad in touched.items() if grad] == [
+        "down_blocks.3", "mid_block.0", "up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3", "conv_norm_out.0",
+        "conv_act.0", "conv_out.0",
+    ]  # fmt: skip
+    assert cost.backward / cost.forward == pytest.approx(0.787, abs=0.01)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_saved_bytes_on_shapes_are_what_autograd_keeps(train, checkpointing):
+    found = [kept_by(device, train, checkpointing) for device in ("meta", "cpu")]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+def kept_by(device, train, checkpointing):
+    model = small_model(train=train).to(device)
+    if checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    with torch.device(device):
+        inputs = torch.ones(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 5, 32)
+        return saved_bytes(lambda: model(*inputs).square().mean(), list(model.parameters()))
+
+
+def test_saved_bytes_leave_weights_out_and_count_each_storage_once():
+    first, second = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+    x = torch.ones(3, 8)
+
+    def forward():
+        hidden = first(x).exp()  # keeps its result, which the second layer keeps too
+        return second(hidden).sum()
+
+    weights = [*first.parameters(), *second.parameters()]
+    assert saved_bytes(forward, weights) == 4 * (3 * 8 + 3 * 16)
+
+
+def test_operations_are_counted_per_image():
+    layer = torch.nn.Linear(8, 4, bias=False, device="meta")
+    cost = count_step(lambda n: layer(torch.empty(n, 8, device="meta")).sum(), batch=3)
+    assert (cost.forward, cost.backward) == (2 * 8 * 4, 2 * 8 * 4)
+
+
+def test_a_plan_needs_no_cache_and_says_what_is_missing(miniature, tmp_path, capsys):
+    overrides = demo_overrides(miniature, tmp_path / "run", f"data.latents={tmp_path}/none")
+    train_script.main(["--config", str(CONFIG), *overrides, "--plan"])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/none is not there yet: script 2 makes it" in said
+    assert "120 images" in said or "60 images" in said
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        train_script.main(["--config", str(CONFIG), *overrides, "model.base=nowhere", "--plan"])
+
+
+def test_a_meter_reads_rates_since_the_last_reading(monkeypatch):
+    clock = iter([0.0, 2.0, 3.0])
+    monkeypatch.setattr("training.meter.time.perf_counter", lambda: next(clock))
+    stream = type("Stream", (), {"waited": 5.0})()
+    meter = Meter(3e12, 48, torch.device("cpu"), stream)
+    for _ in range(4):
+        meter.step()
+    stream.waited = 5.5
+    assert meter.read() == {"it_per_s": 2, "images_per_s": 96, "tflop_per_s": 6, "data_wait": 0.25}
+    meter.step()
+    assert meter.read()["it_per_s"] == 1
+
+
+def test_a_paused_meter_counts_no_time(monkeypatch):
+    clock = iter([0.0, 1.0, 7.0, 8.0])
+    monkeypatch.setattr("training.meter.time.perf_counter", lambda: next(clock))
+    stream = type("Stream", (), {"waited": 0.0})()
+    meter = Meter(1.0, 1, torch.device("cpu"), stream)
+    meter.step()
+    with meter.paused():
+        stream.waited = 3.0
+    meter.step()
+    stream.waited = 3.5
+    line = meter.read()
+    assert (line["it_per_s"], line["data_wait"]) == (1, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+     ("NVIDIA H200", 989e12), ("Tesla T4", None)],
+)  # fmt: skip
+def test_peaks_are_known_by_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_of(torch.device("cuda")) == peak

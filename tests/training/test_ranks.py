@@ -1,0 +1,223 @@
+"""Two processes on one machine (gloo), as `accelerate launch` starts them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import demo_overrides
+from small_runs import CONFIG, ROOT, assert_same_run, equal, tensors, train
+
+import train as train_script
+from cache.dataset import StepSampler
+from training.ranks import Ranks
+from training.run_folder import RunFolder
+from training.state import TrainingState
+
+KNOBS = ["data.batch_size=2", "train.steps=8", "train.log_every=1"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def together(work, *args):
+    """Run `work(rank, *args)` in two processes of one group."""
+    torch.multiprocessing.spawn(_member, (free_port(), work, args), nprocs=2)
+
+
+def _member(rank, port, work, args):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    work(rank, *args)
+
+
+def train_in_turn(rank, *jobs):
+    """Several trainings, each an (argv, note) and perhaps the step after which one rank is told to stop."""
+    for job in jobs:
+        train_and_note(rank, *job)
+
+
+def train_and_note(rank, argv, note, stop_at=None):
+    """Train; write down the weights that this rank ends with and the seeds it drew from, and stop it when a step is done."""
+    states, seeds, update, loss_of = [], [], TrainingState.update, train_script.loss_of
+
+    def loss_of_and_note(parts, prompts, batch, generator, *args):
+        seeds.append(generator.initial_seed())
+        return loss_of(parts, prompts, batch, generator, *args)
+
+    def update_and_keep(state):
+        update(state)
+        states[:] = [state]
+        if rank == 1 and state.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    TrainingState.update, train_script.loss_of = update_and_keep, loss_of_and_note
+    train_script.AGREE_EVERY = 2
+    try:
+        train_script.main(argv)
+    finally:
+        TrainingState.update, train_script.loss_of = update, loss_of
+    Path(f"{note}.{rank}.seeds").write_text(" ".join(map(str, seeds)))
+    if states:
+        torch.save({name: p.detach() for name, p in states[0].parameters.items()}, f"{note}.{rank}.pt")
+
+
+def arguments(miniature, run, *more):
+    return ["--config", str(CONFIG), *demo_overrides(miniature, run, *KNOBS, *more)]
+
+
+def weights_of(note, rank):
+    return torch.load(f"{note}.{rank}.pt", weights_only=True)
+
+
+# The stop, at step 4, falls between two lines of the first.
+SCHEDULES = {
+    "warm-up and cutoff": ["align.warmup_steps=3", "align.cutoff_step=6", "train.log_every=3"],
+    "similarity": ["align.similarity_threshold=-0.5", "align.similarity_ema_decay=0.5", "align.threshold_mode=recoverable",
+                   "align.similarity_every=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ranks_stay_equal_where_alignment_comes_and_goes_and_resume_exactly(miniature, tmp_path, schedule):
+    """λ is 0 at the first step, or from a step on: heads have no gradient there, which would hang or end other trainers."""
+    knobs = [*SCHEDULES[schedule], "align.gather=true", "train.checkpoint_every=100"]
+    undisturbed = (arguments(miniature, tmp_path / "whole", *knobs), tmp_path / "whole_weights")
+    resumed = (arguments(miniature, tmp_path / "run", *knobs), tmp_path / "run_weights")
+    together(train_in_turn, undisturbed, (*resumed, 3), resumed)
+    whole, run = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
+    assert equal(weights_of(tmp_path / "whole_weights", 0), weights_of(tmp_path / "whole_weights", 1))
+    assert equal(weights_of(tmp_path / "whole_weights", 0), tensors(whole, 8))
+    seeds = [Path(f"{tmp_path}/whole_weights.{rank}.seeds").read_text().split() for rank in (0, 1)]
+    assert len(set(seeds[0] + seeds[1])) == 16  # no noise is drawn twice, nor by both
+    coeffs = [line["coeff"] for line in whole.metrics()]
+    assert 0 in coeffs and max(coeffs) > 0  # noqa: PT018
+    assert 4 in run.checkpoint_steps()  # one rank was told to stop after step 3, both did after 4
+    assert 4 not in whole.checkpoint_steps()
+    assert_same_run(run, whole, 8)
+
+
+def test_gradients_of_two_ranks_are_those_of_one_process_with_all_their_images(miniature, tmp_path):
+    """Without noise of their own; the mean over ranks of the mean over images is the mean over all."""
+    together(_gradients, arguments(miniature, tmp_path / "two"), tmp_path / "two", 2)
+    _gradients(0, arguments(miniature, tmp_path / "one"), tmp_path / "one", 1)
+    two, one = (torch.load(f"{tmp_path / name}.0.pt", weights_only=True) for name in ("two", "one"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-6)
+
+
+def _gradients(rank, argv, note, world):
+    from configs.loading import load_config
+    from training.parts import build_parts
+
+    parts = build_parts(load_config([argv[1]], argv[2:]))
+    assert parts.ranks.world == world
+    state = TrainingState(parts.config, parts.masters, parts.coefficient, parts.ranks, {})
+    images = torch.arange(4) if world == 1 else torch.arange(4)[rank::2]
+    latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))[images]
+    text, timesteps = torch.zeros(4, 5, 32)[images], torch.tensor([1, 300, 600, 900])[images]
+    errors = parts.model(latents, timesteps, text, capture=False).square().flatten(1).mean(1)
+    state.backward({"loss": errors.mean()}, images.tolist(), errors)
+    found = [p for p in state.parameters.values() if p.grad is not None]
+    parts.ranks.mean([p.grad for p in found])
+    torch.save({n: p.grad for n, p in state.parameters.items() if p.grad is not None}, f"{note}.{rank}.pt")
+
+
+WATCHED = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, "check": False}
+
+
+def launched(*argv):
+    """The script in two processes, as `accelerate launch` starts them where it sees two GPUs."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        "train_sd15.py", *argv,
+    ]  # fmt: skip
+
+
+def test_a_launcher_that_starts_one_process_of_two_is_found_out(miniature, tmp_path):
+    """Which is what accelerate does on a CPU, without a word."""
+    command = [
+        str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "train_sd15.py", *arguments(miniature, tmp_path / "run"),
+    ]  # fmt: skip
+    found = subprocess.run(command, **WATCHED)
+    assert found.returncode != 0
+    assert "started one, as it does where it sees no second GPU: use torchrun" in found.stderr
+    alone = [*command[:3], "--num_processes", "1", *command[5:], "--self-test"]
+    assert subprocess.run(alone, **WATCHED).returncode == 0
+
+
+def test_the_launched_script_logs_once_and_refuses_in_one_line(miniature, tmp_path):
+    run = tmp_path / "run"
+    found = subprocess.run(launched(*arguments(miniature, run)), **WATCHED)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("self-test") == found.stdout.count("is complete") == 1
+    assert "4 images each, 2 processes" in found.stdout
+    assert [line["step"] for line in RunFolder(run).metrics()] == list(range(1, 9))
+    assert (run / "export" / "ema").is_dir()
+    found = subprocess.run(launched(*arguments(miniature, run, "optim.lr=0.5")), **WATCHED)
+    assert found.returncode != 0
+    assert found.stderr.count("error: ") == 1
+    assert "optim.lr: 0.002 -> 0.5" in found.stderr
+
+
+def test_a_step_reads_the_same_images_in_whatever_shares(tmp_path):
+    def steps(batch, accumulate, world):
+        shares = [
+            list(
+                StepSampler(
+                    50,
+                    batch_size=batch,
+                    seed=3,
+                    first_step=2,
+                    last_step=9,
+                    accumulate=accumulate,
+                    ranks=(rank, world),
+                )
+            )
+            for rank in range(world)
+        ]
+        of_step = [
+            [
+                i
+                for share in shares
+                for part in share[step * accumulate : (step + 1) * accumulate]
+                for i in part
+            ]
+            for step in range(7)
+        ]
+        assert all(len(set(images)) == batch * accumulate * world for images in of_step)
+        return [set(images) for images in of_step]
+
+    assert steps(8, 1, 1) == steps(4, 2, 1) == steps(4, 1, 2) == steps(2, 2, 2) == steps(1, 8, 1)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_when_a_step_takes_as_many_images(miniature, tmp_path):
+    argv = arguments(miniature, tmp_path / "run", "train.steps=4")
+    together(train_and_note, argv, tmp_path / "w", 2)
+    run = RunFolder(tmp_path / "run")
+    assert run.checkpoint_steps()[-1] in (2, 4)
+    flags = ["--allow-change", "data.batch_size"]
+    alone = train(miniature, run.path, *KNOBS, "train.steps=4", "data.batch_size=4", flags=flags)
+    assert [line["step"] for line in alone.metrics()] == [1, 2, 3, 4]
+
+
+def test_one_process_is_a_group_of_one():
+    ranks = Ranks(cpu=True)
+    tensor = torch.ones(3)
+    ranks.mean([tensor])
+    assert (ranks.rank, ranks.world, ranks.main, ranks.gather([1])) == (0, 1, True, [1])
+    assert torch.equal(tensor, torch.ones(3))
+    assert ranks.on_main(lambda: 5) == 5
+    assert ranks.any(True, torch.device("cpu"))

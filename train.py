@@ -1,0 +1,307 @@
+"""Train Stable Diffusion 1.5's U-Net with U-REPA on cached latents, teacher tokens and text embeddings.
+
+    python train_sd15.py --config configs/A.yaml
+    python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
+    python train_sd15.py --config configs/A.yaml --config configs/ablations/token_only.yaml run=runs/A_token_only
+    python train_sd15.py --config configs/A.yaml --plan         # what will it cost? Says so, and trains nothing
+    python train_sd15.py --config configs/A.yaml --self-test    # is every part alive? Says so, and trains nothing
+    accelerate launch --num_processes 4 train_sd15.py --config configs/A.yaml data.batch_size=12
+
+Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped: on a
+CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cache.batch_stream import Batch, BatchStream
+from cache.dataset import StepSampler, seed_of
+from common.errors import UserError, run_script
+from common.signals import StopSignal
+from configs.loading import knobs_help, load_config
+from configs.schema import Config
+from evaluation.points import PeriodicEvaluation
+from evaluation.previews import Previews
+from export import export_run
+from method.objective import PER_IMAGE, drop_captions
+from training.guard import Guard
+from training.meter import Meter
+from training.metric_log import MetricLog
+from training.parts import Parts, build_parts
+from training.plan import print_plan, step_flops
+from training.ranks import Ranks, part
+from training.run_folder import RunFolder, this_command
+from training.self_test import self_test
+from training.state import TrainingState
+
+AGREE_EVERY = 10  # steps between two questions of several ranks whether to stop
+QUARTERS = 4  # of the timesteps, for the diffusion loss of each
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{knobs_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        help="YAML file, for instance configs/A.yaml; given again, the next file is laid over the one before",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument(
+        "--plan", action="store_true", help="operations, memory, disk and time of the run; trains nothing"
+    )
+    parser.add_argument("--self-test", action="store_true", help="test every part of the run and exit")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="RUN", help="start from another run's weights: model.init_from=RUN"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on with a run although this setting differs from what it was started with; can be repeated",
+    )
+    args = parser.parse_intermixed_args(argv)
+    init = [] if args.init_from is None else [f"model.init_from={args.init_from}"]
+    config = load_config(args.config, [*args.overrides, *init])
+    if args.plan:
+        print_plan(config)
+        return
+    parts = build_parts(config)
+    if args.self_test:
+        self_test(parts)
+    else:
+        train(parts, args.allow_change)
+
+
+def train(parts: Parts, allowed: list[str]) -> None:
+    """Train to `train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
+    config, ranks = parts.config, parts.ranks
+    with claimed_run(config, ranks, allowed) as run:
+        state = TrainingState(config, parts.masters, parts.coefficient, ranks, parts.dataset.identity)
+        state.resume(run)
+        stream = open_stream(parts, first_step=state.step)
+        if state.step < config.train.steps:
+            with ranks.only_main_speaks():
+                self_test(parts, step=state.step)
+                print(
+                    f"steps {state.step} to {config.train.steps} on {parts.device}: {state.images_per_step} images each, "
+                    f"{ranks.world} process{'es' * (ranks.world > 1)}; run folder {config.run}"
+                )
+        ranks.on_main(run.adopt)
+        if state.step < config.train.steps:
+            with explained():
+                take_steps(parts, run, state, stream)
+        if state.step == config.train.steps:
+            ranks.on_main(lambda: export_run(run))
+        elif ranks.main:
+            how = this_command() if ranks.world == 1 else "the command that started it"
+            print(f"stopped at step {state.step} of {config.train.steps}; go on with: {how}")
+
+
+def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: BatchStream) -> None:
+    """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
+    config, coefficient, ranks, settings = parts.config, parts.coefficient, parts.ranks, parts.config.train
+    compile_unet(parts)
+    prompts = Prompts(parts)
+    meter = Meter(step_flops(config), state.images_per_step, parts.device, stream)
+    previews = Previews(parts) if settings.preview_every and ranks.main else None
+    evaluation = PeriodicEvaluation(parts) if settings.eval_every else None
+    with (
+        MetricLog(run, state.step, active=ranks.main) as log,
+        tqdm(
+            initial=state.step, total=settings.steps, desc=run.name, unit="step", disable=not ranks.main
+        ) as bar,
+        closing(iter(stream)) as batches,
+        StopSignal() as stop,
+    ):
+        if evaluation is not None and evaluation.due(state.step):
+            evaluation(run, state, log)  # a run that was stopped before it was measured
+        while state.step < settings.steps:
+            # All randomness of a step derives from (seed, step, rank), so that a resumed run draws what an unbroken one does.
+            seed = seed_of("noise", config.seed, state.step, ranks.rank)
+            generator = torch.Generator(parts.device).manual_seed(seed)
+            # λ, and whether the heads are evaluated: also where a cutoff has set λ to 0 and still measures the similarity.
+            coeff, aligned = coefficient(state.step), coefficient.needs_teacher(state.step)
+            for _ in range(config.optim.accumulate):
+                batch = next(batches)
+                terms = loss_of(parts, prompts, batch, generator, coeff, aligned)
+                backward(parts, state, batch, terms, aligned)
+            state.update()
+            meter.step()
+            bar.update()
+
+            done = state.step == settings.steps
+            stopped = stop_agreed(parts, stop, state.step)
+            measures = evaluation is not None and evaluation.due(state.step)
+            saves = done or stopped or measures or state.step % settings.checkpoint_every == 0
+            logs = done or state.step % settings.log_every == 0
+            if saves or logs:
+                report_skipped(parts, run, state)
+            if logs:
+                line = state.summary() | {"coeff": coeff} | coefficient.metrics() | meter.read()
+                log.line(line)
+                show(bar, line)
+            if saves:
+                with meter.paused():
+                    state.save(run)
+            if previews is not None and (done or state.step % settings.preview_every == 0):
+                with meter.paused():
+                    draw_preview(previews, run, state, log)
+            if measures and not stopped:
+                with meter.paused():
+                    evaluation(run, state, log)
+            if stopped:
+                break
+
+
+class Prompts:
+    """The text embeddings of all classes on the device, so that none travels with a sample; drops captions for guidance."""
+
+    def __init__(self, parts: Parts):
+        dataset, self.device, dtype = parts.dataset, parts.device, parts.model.dtype
+        self.table = dataset.text.to(self.device, dtype)  # (n_classes, 77, 768)
+        self.null = dataset.null_text.to(self.device, dtype)  # (77, 768)
+        self.class_ids = dataset.class_ids.to(self.device)  # (n,)
+        self.dropout = parts.config.data.caption_dropout
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """The captions of a batch, `(B, 77, 768)`."""
+        text = self.table[self.class_ids[batch.rows(self.device)]]
+        return drop_captions(text, self.null, self.dropout, generator)
+
+
+def loss_of(
+    parts: Parts, prompts: Prompts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool
+) -> dict[str, torch.Tensor]:
+    """The terms of a batch's loss (`SD15Loss`), at λ = `coeff`; `aligned` evaluates the heads."""
+    latents = parts.dataset.x_0(batch.on(parts.device, "latent"), generator)  # (B, 4, h, w)
+    text = prompts(batch, generator)  # (B, 77, 768)
+    tokens = parts.teacher_tokens(batch, latents) if aligned else None  # (B, N, D)
+    return parts.loss(
+        parts.model, latents, tokens, text, generator=generator, align_coeff=coeff, measure=aligned
+    )
+
+
+def backward(
+    parts: Parts, state: TrainingState, batch: Batch, terms: dict[str, torch.Tensor], aligned: bool
+) -> None:
+    """Gradients of a batch, and what is learnt from its terms."""
+    errors, timesteps = (terms[name] for name in PER_IMAGE)  # (B,) each
+    # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
+    logged = terms.keys() - set(PER_IMAGE) if aligned else {"loss", "loss_diff"}
+    scalars = {name: value for name, value in terms.items() if name in logged}
+    state.backward(scalars, batch.indices, errors)
+    quarter = timesteps * QUARTERS // parts.loss.schedule.num_steps  # (B,)
+    in_quarter = quarter == torch.arange(QUARTERS, device=quarter.device)[:, None]  # (4, B)
+    state.measure("loss_diff_by_quarter", torch.where(in_quarter, errors, 0).sum(1), in_quarter.sum(1))
+    if aligned:
+        parts.coefficient.observe(1 - terms["loss_token"])
+
+
+def open_stream(parts: Parts, *, first_step: int) -> BatchStream:
+    """Batches from `first_step` to the last step, read ahead; their order depends on (seed, epoch) alone."""
+    config, dataset, ranks = parts.config, parts.dataset, parts.ranks
+    sampler = StepSampler(
+        len(dataset),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        last_step=config.train.steps,
+        accumulate=config.optim.accumulate,
+        ranks=(ranks.rank, ranks.world),
+    )
+    return BatchStream(
+        sampler,
+        dataset.read_batch,
+        dataset.value_bytes,
+        dataset.decode,
+        threads=config.data.read_threads,
+        pin=parts.device.type == "cuda",
+    )
+
+
+def compile_unet(parts: Parts) -> None:
+    """Compile the U-Net if that is asked for, or by default on a GPU."""
+    mode = parts.config.train.compile
+    if mode == "auto":
+        mode = "default" if parts.device.type == "cuda" else "none"
+    if mode != "none":
+        parts.model.compile_unet(mode)
+
+
+def stop_agreed(parts: Parts, stop: StopSignal, step: int) -> bool:
+    """Whether to stop after this step; several ranks ask each other now and then, because asking waits for the device."""
+    if parts.ranks.world == 1:
+        return stop.requested
+    return step % AGREE_EVERY == 0 and parts.ranks.any(stop.requested, parts.device)
+
+
+def report_skipped(parts: Parts, run: RunFolder, state: TrainingState) -> None:
+    """Write the steps without a finite gradient, with the images to blame, to the run; raises `UserError` for too many."""
+    ids, reports = parts.dataset.ids, state.guard.report()
+    for report in reports:
+        report |= {key: [ids[i] for i in report[key]] for key in ("images", "broken")}
+    if reports:  # the gradient is that of all ranks: each has something to report, or none
+        reports = parts.ranks.gather(reports)
+    for line in Guard.merged(reports) if parts.ranks.main else ():
+        run.append(line, "skipped.jsonl")
+        tqdm.write(
+            f"step {line['step']} was skipped: its gradient is not finite; see {run.path / 'skipped.jsonl'}"
+        )
+    state.guard.insist(run.path / "skipped.jsonl")
+
+
+def draw_preview(previews: Previews, run: RunFolder, state: TrainingState, log: MetricLog) -> None:
+    """A preview that cannot be drawn is no reason to end a training."""
+    try:
+        log.picture("preview", previews.draw(run.path / "previews", state), state.step)
+    except (UserError, OSError) as error:
+        tqdm.write(f"warning: no preview of step {state.step}: {error}")
+
+
+def show(bar: tqdm, line: dict[str, float]) -> None:
+    """The progress bar's few numbers."""
+    shown = {"loss": "loss", "align": "loss_align", "λ": "coeff", "MFU": "mfu"}
+    bar.set_postfix({short: f"{line[name]:.4g}" for short, name in shown.items() if name in line})
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what the machine lacks, memory or a compiler, into one line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "out of GPU memory: lower data.batch_size and raise optim.accumulate, or set model.gradient_checkpointing=true; "
+            "--plan says what fits"
+        ) from None
+    except torch._dynamo.exc.TorchDynamoException as error:  # has no public name
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise UserError(f"torch.compile failed ({reason}): train.compile=none does without") from error
+
+
+@contextmanager
+def claimed_run(config: Config, ranks: Ranks, allowed: list[str]) -> Iterator[RunFolder]:
+    """The run's folder, which the first rank claims for all."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(RunFolder.claimed(config, allowed))
+
+        ranks.on_main(claim)
+        yield RunFolder(config.run, config, allowed)
+
+
+if __name__ == "__main__":
+    run_script(main)
+    part()

@@ -1,0 +1,212 @@
+"""Before a training starts: what it will cost, in operations, memory, disk and time, counted and not guessed."""
+
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from cache.manifest import read_manifest
+from common.device import compute_dtype, pick_device
+from common.errors import UserError
+from configs.schema import Config
+from configs.sections import BASE
+from models.aligned import SD15UNetAligned
+from models.pipeline_parts import load_part_config
+from training.cost import StepCost, count_step, saved_bytes
+from training.meter import PEAKS, peak_of
+from training.parts import build_model
+
+SHARES = (0.3, 0.5)  # of a device's peak: usual, and very good
+TOKENS, PROMPTS = 77, 1001  # of a caption; of ImageNet's classes, and the null prompt
+CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85  # GB that cards have; the share that a plan may fill
+GB = 1e9
+_COUNTED: dict[tuple, float] = {}
+
+
+def print_plan(config: Config) -> None:
+    """Print the plan of a training, of one process; nothing is loaded but configs and manifests."""
+    device = pick_device(config.train.device)
+    dtype = compute_dtype(device, config.train.precision)
+    if device.type == "cpu" and config.train.precision == "auto":
+        dtype = torch.bfloat16  # a plan made on a laptop is for the GPU
+    model, known = model_of_shapes(config, dtype)
+    images = config.data.batch_size * config.optim.accumulate
+    shape = latent_shape(config) or (model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
+    cost = count_step(forward_of(model, shape))
+    print(f"plan of {config.run}")
+    if not known:
+        say("base", f"{config.model.base} is not at hand: Stable Diffusion 1.5's sizes are assumed")
+    plan_parameters(config, model)
+    say(
+        "step",
+        f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({cost.forward / 1e9:.3g} forward and "
+        f"{cost.backward / 1e9:.3g} backward GFLOP an image)",
+    )
+    plan_memory(
+        config, model, dtype, saved_bytes(partial(forward_of(model, shape), 1), list(model.parameters()))
+    )
+    plan_disk(config, model)
+    plan_time(config, cost, device, images, plan_cache(config, shape))
+
+
+def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[SD15UNetAligned, bool]:
+    """The model on the device "meta", in the precision of the training, and whether its base was at hand."""
+    base, revision, known = config.model.base, config.model.revision, True
+    try:
+        settings = load_part_config(base, "unet", revision, local=base == BASE)
+    except UserError:
+        if base != BASE:
+            raise
+        settings, known = {"sample_size": 64, "cross_attention_dim": 768}, False
+    with torch.device("meta"):
+        model = build_model(config, UNet2DConditionModel.from_config(settings)).to(dtype).train()
+    return model, known
+
+
+def forward_of(model: SD15UNetAligned, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """A function from a number of latents `(4, h, w)` to a loss; `model` is on the device "meta"."""
+
+    def forward(batch: int) -> Tensor:
+        with torch.device("meta"):
+            latents = torch.empty(batch, *shape)
+            text = torch.empty(batch, TOKENS, model.unet.config.cross_attention_dim)
+            output = model(latents, torch.zeros(batch, dtype=torch.long), text)
+            loss = output.float().square().mean()
+            if model.heads:
+                tokens = model.get_aligned_tokens().values()
+                loss = loss + sum(x.square().mean() for x in tokens)  # the losses are reductions
+        model.clear_hooks()
+        return loss
+
+    return forward
+
+
+def step_flops(config: Config) -> float:
+    """Operations of one step on one process; counting takes a second, and is done once for each kind of model."""
+    shape = latent_shape(config)
+    key = (config.model, config.align, config.teacher, shape)
+    if key not in _COUNTED:
+        model, _ = model_of_shapes(config, torch.float32)
+        _COUNTED[key] = count_step(forward_of(model, shape)).flops
+    return _COUNTED[key] * config.data.batch_size * config.optim.accumulate
+
+
+def latent_shape(config: Config) -> tuple[int, ...] | None:
+    """`(4, h, w)` of the cached latents, or None where there is no cache yet."""
+    try:
+        manifest = read_manifest(config.data.latents, "latents")
+    except UserError:
+        return None
+    channels, *size = manifest["shape"]
+    return (channels // (2 if manifest["details"]["posterior"] == "moments" else 1), *size)
+
+
+def plan_parameters(config: Config, model: SD15UNetAligned) -> None:
+    trained = model.trained_parameters()
+    unet = sum(p.numel() for name, p in trained.items() if name.startswith("unet."))
+    heads = sum(p.numel() for p in model.heads.parameters())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    say(
+        "weights",
+        f"{unet:,} of the U-Net are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
+    )
+
+
+def plan_memory(config: Config, model: SD15UNetAligned, dtype: torch.dtype, saved: float) -> None:
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
+    gradients = (4 + (dtype.itemsize if own else 0)) * trained
+    moments, average = 8 * trained, 4 * trained
+    text = PROMPTS * TOKENS * model.unet.config.cross_attention_dim * dtype.itemsize
+    saved *= config.data.batch_size
+    total = weights + own + gradients + moments + average + text + saved
+    card = next((size for size in CARDS if total / GB <= ROOM * size), None)
+    fits = f"should fit a card of {card} GB" if card else "fits no card: see docs/performance.md"
+    say(
+        "memory",
+        f"about {total / GB:.3g} GB on each device: {saved / GB:.3g} kept for backward, {weights / GB:.3g} weights, "
+        f"{(own + gradients + moments + average) / GB:.3g} gradients, masters, AdamW and EMA, {text / GB:.3g} text "
+        f"({_name(dtype)}; without what kernels need in passing): {fits}",
+    )
+
+
+def plan_disk(config: Config, model: SD15UNetAligned) -> None:
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    train = config.train
+    one = 16 * trained  # weights, their average, two moments; fp32
+    kept = min(train.keep_checkpoints + 1, -(-train.steps // train.checkpoint_every))
+    if train.keep_every:
+        kept += train.steps // train.keep_every
+    free = shutil.disk_usage(_existing(config.run)).free
+    warning = "" if kept * one < free else ": NOT ENOUGH"
+    say(
+        "checkpoints",
+        f"{one / GB:.2f} GB each, {kept * one / GB:.1f} GB at most; {free / GB:.0f} GB are free{warning}",
+    )
+
+
+def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
+    """Say how large the cached fields are, or will be for latents of `shape`; returns the bytes that training reads of an
+    image, 0 where no cache is there."""
+    read_in_all = 0.0
+    for name, folder in (("latents", config.data.latents), ("tokens", config.data.tokens)):
+        if folder is None or (name == "tokens" and config.align.coeff == 0):
+            continue
+        try:
+            manifest = read_manifest(folder, name)
+        except UserError:
+            each = 2 * (
+                math.prod(shape) if name == "latents" else config.teacher.grid**2 * config.teacher.dim
+            )
+            say(
+                name,
+                f"{folder} is not there yet: script {2 if name == 'latents' else 3} makes it, {each / 1e3:.0f} kB an image in "
+                f"fp16, {each / 1e4:.1f} GB for 100,000",
+            )
+        else:
+            size = sum(shard["bytes"] for shard in manifest["shards"])
+            read = size / manifest["num_samples"]
+            read_in_all += read
+            say(name, f"{size / GB:.2f} GB, {manifest['num_samples']:,} images of {read / 1e3:.0f} kB")
+    return read_in_all
+
+
+def plan_time(config: Config, cost: StepCost, device: torch.device, images: int, read: float) -> None:
+    peaks = {"A100": PEAKS["A100"], "H100, H200": PEAKS["H200"]}
+    if (here := peak_of(device)) is not None:
+        peaks = {torch.cuda.get_device_name(device): here}
+    if cost.flops * images < 1e12:
+        say(
+            "time",
+            "no estimate: a step this small is bound by launching its kernels, not by their operations",
+        )
+        return
+    for name, peak in peaks.items():
+        for share in SHARES:
+            rate = share * peak / (cost.flops * images)
+            hours = config.train.steps / rate / 3600
+            say(
+                f"{name}",
+                f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {rate:.2f} it/s, {rate * images:,.0f} images/s, "
+                f"{hours:.1f} h for {config.train.steps:,} steps"
+                + (f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""),
+            )
+
+
+def say(name: str, text: str) -> None:
+    print(f"  {name:<14} {text}", flush=True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

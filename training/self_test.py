@@ -1,0 +1,283 @@
+"""Before a training starts: is every part of the method alive? One small forward and backward, and a page of what was found.
+
+    python train_sd15.py --config configs/A.yaml --self-test     # this alone, without a run folder
+
+It changes nothing: neither weights, gradients nor random states. Anything that is 0, not finite or not as it should be ends
+the run with the reason.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cache.dataset import StepSampler
+from common.errors import UserError
+from method.paths import add_noise
+from training.parts import Parts
+
+PROBED = 64  # images read, evenly spread over the list, and so over the shards
+FED = 4  # of them go through the U-Net
+LATENT_STD = (0.3, 3.0)  # of scaled latents: about 1. SD-1.5's are 5.5 unscaled, and 0.18 scaled twice
+EQUAL = 1e-3  # of entries of tokens of unit length
+NORM_ERROR = 0.05  # int8 tokens are off by less
+
+
+def self_test(parts: Parts, *, step: int = 0) -> None:
+    """Test all parts as they are at `step` and print what was found; raises `UserError` with the reason."""
+    started = time.perf_counter()
+    print("self-test")
+    values = read_probe(parts)
+    check_data(parts, values)
+    check_trained(parts)
+    if parts.config.align.coeff > 0:
+        check_coefficient(parts)
+    check_gradients(parts, values, step)
+    say("passed", f"in {time.perf_counter() - started:.1f} s")
+
+
+def read_probe(parts: Parts) -> dict[str, Tensor]:
+    """Decoded values of a few images of every part of the data, `{field: (n, …)}` on the CPU; raises for NaN and infinity."""
+    dataset = parts.dataset
+    # Raises for fewer images than a batch.
+    StepSampler(len(dataset), batch_size=parts.config.data.batch_size, seed=0, first_step=0, last_step=1)
+    count = min(PROBED, len(dataset))
+    indices = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
+    raw = {name: torch.empty(count, size, dtype=torch.uint8) for name, size in dataset.value_bytes.items()}
+    dataset.read_batch(indices, raw)
+    values = {name: dataset.decode[name](raw[name]).float() for name in raw}
+    for name, value in values.items():
+        finite = value.isfinite().flatten(1).all(1)  # (n,)
+        if not finite.all():
+            broken = dataset.ids[indices[int((~finite).nonzero()[0])]]
+            folder = dataset.readers[name].folder
+            fail(f"{folder} holds NaN or infinity for {broken}: script 5 --full says what else is damaged")
+    values["latent"] = dataset.x_0(values["latent"])  # (n, 4, h, w)
+    return values | {"class": dataset.class_ids[indices]}
+
+
+def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
+    dataset = parts.dataset
+    per_class = Counter(dataset.class_ids.tolist()).values()
+    each = (
+        f"{min(per_class)}" if min(per_class) == max(per_class) else f"{min(per_class)} to {max(per_class)}"
+    )
+    left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
+    say("data", f"{len(dataset):,} images, {each} of each of {len(per_class)} classes{left_out}")
+
+    std = values["latent"].std().item()
+    say("latents", f"{shape_of(values['latent'][0])}, standard deviation {std:.2f}")
+    if not LATENT_STD[0] < std < LATENT_STD[1]:
+        fail(
+            f"latents of {dataset.latents.folder} have standard deviation {std:.3g}, about 1 was expected: run script 2 again"
+        )
+    if "dino_tokens" in values:
+        tokens = values["dino_tokens"]  # (n, N, D)
+        off = (tokens.norm(dim=-1) - 1).abs().max().item()
+        source = dataset.tokens.spec.source
+        made_by = f"{source.get('model', 'an unnamed teacher')} ({source.get('implementation', 'unknown')})"
+        view = dataset.tokens.spec.view or {}
+        how = f"view {view.get('kind', 'unknown')}, positions {source.get('position_embeddings', 'unknown')}"
+        say("tokens", f"{shape_of(tokens[0])} of {made_by}, {how}; norms within {off:.2g} of 1")
+        if off > NORM_ERROR:
+            fail(f"tokens of {dataset.tokens.folder} are not L2-normalised: run script 3 again")
+        insist_spatial(tokens)
+    table = torch.cat([dataset.text, dataset.null_text[None]])  # (n_classes + 1, 77, 768)
+    say("text", f"{shape_of(table)}, the null prompt last")
+    if not table.isfinite().all():
+        fail(f"{parts.config.data.text} holds NaN or infinity: run script 4 again")
+    if len(dataset.text) > 1 and (dataset.text == dataset.text[0]).all():
+        fail(f"all classes of {parts.config.data.text} have one embedding: run script 4 again")
+    if (dataset.text == dataset.null_text).flatten(1).all(1).any():
+        fail(f"a class of {parts.config.data.text} has the embedding of the null prompt: run script 4 again")
+
+
+def check_trained(parts: Parts) -> None:
+    config, model = parts.config, parts.model
+    trained = model.trained_parameters()
+    count = {
+        part: sum(p.numel() for n, p in trained.items() if n.startswith(part)) for part in ("unet.", "heads.")
+    }
+    optim = config.optim
+    head_lr = optim.lr if optim.head_lr is None else optim.head_lr
+    heads = f"; heads {count['heads.']:,} at {head_lr:g}" if model.heads else ""
+    total = sum(p.numel() for n, p in model.unet.named_parameters() if ".lora_" not in n)
+    say(
+        "train",
+        f"{config.model.train}: {count['unet.']:,} weights (the U-Net has {total:,}) at learning rate {optim.lr:g}{heads}",
+    )
+    if config.model.train == "lora":
+        places = sorted(
+            {name.split(".lora_")[0].removeprefix("unet.") for name in trained if ".lora_" in name}
+        )
+        blocks = Counter(
+            ".".join(place.split(".")[: 1 if place.startswith("mid") else 2]) for place in places
+        )
+        listed = ", ".join(f"{block} {number}" for block, number in blocks.items())
+        scale = config.model.lora_alpha / config.model.lora_rank
+        say("lora", f"rank {config.model.lora_rank}, scale {scale:g}, in {len(places)} modules: {listed}")
+    if not count["unet."]:
+        fail("no weight of the U-Net is trained: check model.train and model.lora_targets")
+
+
+def check_coefficient(parts: Parts) -> None:
+    schedule, align, steps = parts.coefficient.schedule, parts.config.align, parts.config.train.steps
+    named = {0: "", align.warmup_steps: " (end of warm-up)", steps // 2: " (middle)", steps - 1: " (end)"}
+    named[0] = ""  # also where there is no warm-up
+    values = ", ".join(f"{schedule(at):.3g} at {at:,}{named[at]}" for at in sorted(named) if at < steps)
+    also = f"; 0 from step {align.cutoff_step:,}" if align.cutoff_step else ""
+    if align.similarity_threshold is not None:
+        also += f"; 0 at similarity {align.similarity_threshold:g}, {align.threshold_mode}"
+    say("λ", f"{align.schedule}: {values}{also}")
+    if not any(schedule(step) > 0 for step in range(steps)):
+        fail(
+            "λ is 0 at every step: check align.cutoff_step and align.warmup_steps, or set align.coeff=0 for a baseline"
+        )
+    gram = (
+        f"w = {align.manifold_coeff:g} ({align.manifold} Gram)"
+        if align.manifold_coeff
+        else "w = 0: no manifold loss"
+    )
+    norm = (
+        ""
+        if align.spatial_norm is None
+        else f"; teacher's tokens normalised spatially, α = {align.spatial_norm:g}"
+    )
+    say("align", gram + norm)
+
+
+def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
+    """One forward of a few images; the gradients that each loss sends to weights, and the alignment to its taps."""
+    config, model, device, loss = parts.config, parts.model, parts.device, parts.loss
+    latents = values["latent"][:FED].to(device)  # (b, 4, h, w)
+    noise, timesteps = loss.draw(latents, torch.Generator(device).manual_seed(0))
+    noisy = add_noise(latents, noise, *loss.schedule.at(timesteps, latents.ndim))
+    text = parts.dataset.text[values["class"][:FED]].to(device, torch.float32)  # (b, 77, 768)
+    weights = {name: p for name, p in model.trained_parameters().items() if name.startswith("unet.")}
+    output = model(noisy, timesteps, text)  # raises TapError for a tap that is silent or detached
+    features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
+    tokens = model.get_aligned_tokens()  # {tap: (b, N, D)}
+    model.clear_hooks()
+    loss_diff = loss.diffusion_error(output, latents, noise, timesteps).mean()
+    if model.heads:
+        teacher = teacher_of(parts, values, latents)
+        insist_equal(tokens, teacher)
+        terms = loss.alignment(tokens, teacher)
+    gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
+    network = f"{loss.parameterization}-network, loss in {loss.prediction}"
+    weighted = "" if loss.snr_gamma is None else f", min-SNR γ = {loss.snr_gamma:g}"
+    norm = norm_of(gradients)
+    say(
+        "L_diff",
+        f"{network}{weighted}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({precision_of(output)} on {device})",
+    )
+    if not (output.isfinite().all() and loss_diff.isfinite() and math.isfinite(norm)):
+        fail("the U-Net's output or its gradient is not finite: check model.base and train.precision")
+    if norm == 0:
+        fail(
+            "the diffusion loss sends no gradient to the trained weights: check model.train and model.lora_alpha"
+        )
+    if not model.heads:
+        say("align", "λ = 0: baseline, no taps and no heads")
+        return
+    if not terms["loss_align"].isfinite():
+        fail("the alignment loss is not finite: check the teacher's tokens and train.precision")
+    heads = [p for p in model.heads.parameters() if p.requires_grad]
+    inputs = [*features.values(), *heads, *weights.values()]
+    gradients = torch.autograd.grad(terms["loss_align"], inputs, allow_unused=True)
+    for (tap, feature), gradient in zip(features.items(), gradients, strict=False):
+        report_tap(parts, tap, feature, gradient, terms[f"cosine/{tap}"].item(), step)
+    if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
+        fail("no weight of a head gets gradient: the heads must be trained")
+    # LoRA by module: its first matrix gets no gradient while its second is 0, as it is at the start.
+    places = {name.split(".lora_")[0] for name in weights}
+    found = zip(weights, gradients[len(features) + len(heads) :], strict=True)
+    reached = {name.split(".lora_")[0] for name, g in found if g is not None and g.any()}
+    what = "LoRA modules" if config.model.train == "lora" else "trained tensors"
+    say(
+        "reach",
+        f"the alignment reaches {len(reached)} of {len(places)} {what} of the U-Net: those before a tap",
+    )
+    if not reached:
+        fail("the alignment reaches no trained weight of the U-Net: train a block at or before a tap")
+
+
+def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
+    """The teacher's tokens `(b, N, D)` of the few images; of an online teacher, made and looked at."""
+    if parts.online is None:
+        return values["dino_tokens"][:FED].to(parts.device)
+    tokens = parts.online(latents)
+    decoder, encoder = parts.online.decoder, parts.online.encoder
+    say(
+        "teacher",
+        f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
+    )
+    insist_spatial(tokens)
+    return tokens
+
+
+def report_tap(
+    parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int
+) -> None:
+    path, align = parts.model.taps.paths[tap], parts.config.align
+    if gradient is None or not gradient.any():
+        fail(f"tap {tap} ({path}) gets no gradient from the alignment: its head is cut off or constant")
+    norm = gradient.float().norm().item()
+    share = (gradient.abs().sum(1) > 0).float().mean().item()  # over (b, h, w)
+    grid = "×".join(map(str, parts.model.heads[tap].grid))
+    say(
+        f"tap {tap}",
+        f"{path} {shape_of(feature[0])} {precision_of(feature)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
+        f"L_align's gradient there {norm:.3g}, cells reached {share:.0%}",
+    )
+    if not math.isfinite(norm):
+        fail(f"the gradient at tap {tap} ({path}) is not finite")
+    if share < 1:
+        fail(
+            f"only {share:.0%} of the cells of tap {tap} ({path}) get gradient: the teacher is no token grid over them"
+        )
+
+
+def insist_spatial(tokens: Tensor) -> None:
+    """End the run when tokens `(n, N, D)` are all the same within images, as copies of a CLS vector are, or for all images."""
+    flat = (tokens - tokens[:, :1]).abs().flatten(1).amax(1) < EQUAL  # (n,)
+    if flat.float().mean() > 0.1:
+        fail(
+            f"of {flat.sum()} in {len(tokens)} images all tokens are equal: these are no patch tokens; run script 3 again"
+        )
+    if len(tokens) > 1 and (tokens - tokens[:1]).abs().max() < EQUAL:
+        fail("the teacher's tokens are the same for all images: run script 3 again")
+
+
+def insist_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
+    for tap, x in tokens.items():
+        if x.shape[1:] != teacher.shape[1:]:
+            fail(
+                f"the head of tap {tap} makes tokens {shape_of(x[0])}, the teacher's are {shape_of(teacher[0])}: set "
+                "teacher.dim and teacher.grid"
+            )
+
+
+def norm_of(gradients: Sequence[Tensor | None]) -> float:
+    return (
+        torch.stack([g.float().norm() for g in gradients if g is not None] or [torch.zeros(())]).norm().item()
+    )
+
+
+def precision_of(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def say(name: str, text: str) -> None:
+    print(f"  {name:<14} {text}", flush=True)
+
+
+def fail(reason: str) -> None:
+    raise UserError(f"self-test: {reason}")
