@@ -274,7 +274,7 @@ def test_a_signal_lets_the_running_stages_save_once(tmp_path, number):
     )
     (tmp_path / "run.py").write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom common from common import stages\n"
+        "from pathlib import Path\nfrom common import stages\n"
         f"here = Path(r'{tmp_path}')\nstages.ROOT = here\n"
         "s = stages.Stage('slow', 'slow.py', here / 'never')\n"
         "stages.run_chains([[s], [s]], jobs=1, logs=here / 'logs', ended=print)\n"
