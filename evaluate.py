@@ -1,11 +1,11 @@
-"""Evaluate runs of train_sd15.py, their checkpoints, or the bare base model.
+"""Evaluate runs of train.py, their checkpoints, or the bare base model.
 
-    python evaluate_sd15.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
-    python evaluate_sd15.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
-    python evaluate_sd15.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
-    python evaluate_sd15.py pictures runs/A runs/A_baseline -o pictures.png
-    python evaluate_sd15.py report runs/A runs/A_baseline configs/A.yaml -o report.html
-    accelerate launch --num_processes 4 evaluate_sd15.py curve runs/A      # sampling and features by several processes
+    python evaluate.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
+    python evaluate.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
+    python evaluate.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
+    python evaluate.py pictures runs/A runs/A_baseline -o pictures.png
+    python evaluate.py report runs/A runs/A_baseline configs/A.yaml -o report.html
+    accelerate launch --num_processes 4 evaluate.py curve runs/A      # sampling and features by several processes
 
 A RUN is a run folder, one checkpoint's folder in it, or a config: the bare base model that it names, whose results go to the
 folder RUN_base. What was drawn or measured is not done again: the same command goes on where one was stopped.

@@ -5,7 +5,8 @@
     python export.py runs/A --kohya                 # LoRA under kohya's names, for ComfyUI and AUTOMATIC1111
     python export.py runs/A --pipeline              # a whole pipeline folder with the EMA weights in it
 
-LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, anything else a diffusers `unet/` folder.
+LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, anything else a diffusers folder of the
+network, such as `unet/`.
 Heads are never exported.
 """
 
@@ -16,16 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from common.errors import UserError, run_script
 from common.files import write_json, written_whole
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
+from models.aligned import AlignedModel
 from training.checkpoint import EMA, TRAINED, checkpoints, contents_of, load_weights, step_of
 from training.meter import RATES
-from training.parts import build_model
+from training.parts import build_model, family_for
 from training.run_folder import RunFolder
 
 KINDS = {"ema": EMA, "raw": TRAINED}
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_sd15.py")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/export, or RUN/export-STEP)")
     parser.add_argument("--kohya", action="store_true", help="add LoRA files under kohya's names")
@@ -72,19 +73,25 @@ def export_run(run: RunFolder) -> None:
 
 def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace: bool = True) -> None:
     def write(aside: Path) -> None:
-        model = build_model(run.config)
+        model = run_model(run)
         for kind, file in KINDS.items():
             load_weights(checkpoint / file, model.trained_parameters())
             model.export(aside / kind)
         (aside / "README.md").write_text(model_card(run, step_of(checkpoint)), encoding="utf-8")
 
     write_once(folder, checkpoint, write, replace=replace)
+    part = family_for(run.config).part
     how = (
         f'pipe.load_lora_weights("{folder}/ema")'
         if run.config.model.train == "lora"
-        else f"U-Net folder {folder}/ema/unet"
+        else f"{part} folder {folder}/ema/{part}"
     )
     print(f"EMA weights for diffusers: {how}")
+
+
+def run_model(run: RunFolder) -> AlignedModel:
+    """The run's model with its weights as they were before the training."""
+    return build_model(run.config, family_for(run.config))
 
 
 def write_once(
@@ -115,7 +122,7 @@ def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     """`ema.safetensors` and `raw.safetensors` under the names of kohya's sd-scripts, fp16 as is usual there."""
     from diffusers.utils import convert_state_dict_to_kohya
 
-    model = build_model(run.config)
+    model, kohya_base = run_model(run), family_for(run.config).kohya_base
     for kind, file in KINDS.items():
         load_weights(checkpoint / file, model.trained_parameters())
         alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
@@ -123,18 +130,17 @@ def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
             name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
             for name, value in convert_state_dict_to_kohya(model.lora_state_dict()).items()
         }
-        metadata = {"ss_base_model_version": "sd_v1", "modelspec.title": run.name}
+        metadata = {"ss_base_model_version": kohya_base, "modelspec.title": run.name}
         save_file(weights, folder / f"{kind}.safetensors", metadata)
 
 
 def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
-    """The base model's pipeline with the EMA weights' U-Net, LoRA merged into it."""
-    settings, model = run.config.model, build_model(run.config)
+    """The base model's pipeline with the EMA weights' network, LoRA merged into it."""
+    settings, model = run.config.model, run_model(run)
     load_weights(checkpoint / EMA, model.trained_parameters())
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        settings.base, revision=settings.revision, unet=model.merged_unet(), safety_checker=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    family = model.family
+    options = {family.part: model.merged_network()} | dict(family.load_options)
+    pipeline = family.pipeline_class.from_pretrained(settings.base, revision=settings.revision, **options)
     if (output := run.config.diffusion.parameterization) != "auto":
         pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
     pipeline.save_pretrained(folder)
@@ -143,16 +149,17 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
 def model_card(run: RunFolder, step: int) -> str:
     """What the weights are, how to load them, what they were trained on and how far."""
     config, lora = run.config, run.config.model.train == "lora"
-    base = config.model.base
+    base, family = config.model.base, family_for(run.config)
+    pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
     where = str(Path(base).resolve()) if Path(base).is_dir() else base  # the card may be read from anywhere
     load = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{where}")\n'
+        f"from diffusers import {pipeline}\n\n"
+        f'pipe = {pipeline}.from_pretrained("{where}")\n'
         'pipe.load_lora_weights("ema")  # or "raw"; from the folder of this card'
         if lora
-        else "from diffusers import StableDiffusionPipeline, UNet2DConditionModel\n\n"
-        'unet = UNet2DConditionModel.from_pretrained("ema", subfolder="unet")  # or "raw"; from the folder of this card\n'
-        f'pipe = StableDiffusionPipeline.from_pretrained("{where}", unet=unet)'
+        else f"from diffusers import {pipeline}, {network}\n\n"
+        f'{part} = {network}.from_pretrained("ema", subfolder="{part}")  # or "raw"; from the folder of this card\n'
+        f'pipe = {pipeline}.from_pretrained("{where}", {part}={part})'
     )
     commands = "\n".join(f"    {command}" for command in run.commands())
     reached = [line for line in run.metrics() if line["step"] <= step]
@@ -163,11 +170,9 @@ def model_card(run: RunFolder, step: int) -> str:
         f"- `{path.name}`: {json.loads(path.read_text())['value']:.4g}\n"
         for path in sorted((run.path / "eval").glob(f"fid_*step{step:07d}*.json"))
     )
-    names = {"lora": "LoRA", "partial": "the blocks around the bottleneck of a U-Net", "full": "U-Net"}
+    names = {"lora": "LoRA", "partial": "Some blocks of the network", "full": "The network"}
     how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"
-    tags = "\n".join(
-        f"- {tag}" for tag in ("stable-diffusion", "u-repa", "representation-alignment", *["lora"] * lora)
-    )
+    tags = "\n".join(f"- {tag}" for tag in (*family.tags, "representation-alignment", *["lora"] * lora))
     return f"""---
 base_model: {base}
 library_name: diffusers
@@ -177,7 +182,7 @@ tags:
 
 # {run.name}
 
-{names[config.model.train]} of Stable Diffusion 1.5 trained with U-REPA ({how}), step {step:,} of {config.train.steps:,}.
+{names[config.model.train]} of {family.name} trained with {family.method} ({how}), step {step:,} of {config.train.steps:,}.
 `ema/` holds the moving average, which is what evaluation uses, and `raw/` the last weights.
 
 ```python

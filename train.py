@@ -1,11 +1,11 @@
-"""Train Stable Diffusion 1.5's U-Net with U-REPA on cached latents, teacher tokens and text embeddings.
+"""Train a diffusion model with representation alignment on cached latents, teacher tokens and text embeddings.
 
-    python train_sd15.py --config configs/A.yaml
-    python train_sd15.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
-    python train_sd15.py --config configs/A.yaml --config configs/ablations/token_only.yaml run=runs/A_token_only
-    python train_sd15.py --config configs/A.yaml --plan         # what will it cost? Says so, and trains nothing
-    python train_sd15.py --config configs/A.yaml --self-test    # is every part alive? Says so, and trains nothing
-    accelerate launch --num_processes 4 train_sd15.py --config configs/A.yaml data.batch_size=12
+    python train.py --config configs/A.yaml
+    python train.py --config configs/A.yaml align.coeff=0 run=runs/A_baseline
+    python train.py --config configs/A.yaml --config configs/ablations/token_only.yaml run=runs/A_token_only
+    python train.py --config configs/A.yaml --plan         # what will it cost? Says so, and trains nothing
+    python train.py --config configs/A.yaml --self-test    # is every part alive? Says so, and trains nothing
+    accelerate launch --num_processes 4 train.py --config configs/A.yaml data.batch_size=12
 
 Settings are overridden by key=value; --help lists them all. The same command resumes a run that was stopped: on a
 CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cache.batch_stream import Batch, BatchStream
-from cache.dataset import StepSampler, seed_of
+from cache.order import StepSampler, seed_of
 from common.errors import UserError, run_script
 from common.signals import StopSignal
 from configs.loading import knobs_help, load_config
@@ -28,7 +28,8 @@ from configs.schema import Config
 from evaluation.points import PeriodicEvaluation
 from evaluation.previews import Previews
 from export import export_run
-from method.objective import PER_IMAGE, drop_captions
+from method.objective import PER_IMAGE
+from method.paths import QUARTERS
 from training.guard import Guard
 from training.meter import Meter
 from training.metric_log import MetricLog
@@ -40,7 +41,6 @@ from training.self_test import self_test
 from training.state import TrainingState
 
 AGREE_EVERY = 10  # steps between two questions of several ranks whether to stop
-QUARTERS = 4  # of the timesteps, for the diffusion loss of each
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,8 +111,7 @@ def train(parts: Parts, allowed: list[str]) -> None:
 def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: BatchStream) -> None:
     """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
     config, coefficient, ranks, settings = parts.config, parts.coefficient, parts.ranks, parts.config.train
-    compile_unet(parts)
-    prompts = Prompts(parts)
+    compile_backbone(parts)
     meter = Meter(step_flops(config), state.images_per_step, parts.device, stream)
     previews = Previews(parts) if settings.preview_every and ranks.main else None
     evaluation = PeriodicEvaluation(parts) if settings.eval_every else None
@@ -134,7 +133,7 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
             coeff, aligned = coefficient(state.step), coefficient.needs_teacher(state.step)
             for _ in range(config.optim.accumulate):
                 batch = next(batches)
-                terms = loss_of(parts, prompts, batch, generator, coeff, aligned)
+                terms = loss_of(parts, batch, generator, coeff, aligned)
                 backward(parts, state, batch, terms, aligned)
             state.update()
             meter.step()
@@ -164,31 +163,20 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
                 break
 
 
-class Prompts:
-    """The text embeddings of all classes on the device, so that none travels with a sample; drops captions for guidance."""
-
-    def __init__(self, parts: Parts):
-        dataset, self.device, dtype = parts.dataset, parts.device, parts.model.dtype
-        self.table = dataset.text.to(self.device, dtype)  # (n_classes, 77, 768)
-        self.null = dataset.null_text.to(self.device, dtype)  # (77, 768)
-        self.class_ids = dataset.class_ids.to(self.device)  # (n,)
-        self.dropout = parts.config.data.caption_dropout
-
-    def __call__(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """The captions of a batch, `(B, 77, 768)`."""
-        text = self.table[self.class_ids[batch.rows(self.device)]]
-        return drop_captions(text, self.null, self.dropout, generator)
-
-
 def loss_of(
-    parts: Parts, prompts: Prompts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool
+    parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool
 ) -> dict[str, torch.Tensor]:
-    """The terms of a batch's loss (`SD15Loss`), at λ = `coeff`; `aligned` evaluates the heads."""
-    latents = parts.dataset.x_0(batch.on(parts.device, "latent"), generator)  # (B, 4, h, w)
-    text = prompts(batch, generator)  # (B, 77, 768)
-    tokens = parts.teacher_tokens(batch, latents) if aligned else None  # (B, N, D)
+    """The terms of a batch's loss (`Objective`), at λ = `coeff`; `aligned` evaluates the heads."""
+    ready = parts.batches(batch, generator, with_tokens=aligned)
     return parts.loss(
-        parts.model, latents, tokens, text, generator=generator, align_coeff=coeff, measure=aligned
+        parts.model,
+        ready.x_0,
+        ready.tokens,
+        ready.text,
+        grid=ready.grid,
+        generator=generator,
+        align_coeff=coeff,
+        measure=aligned,
     )
 
 
@@ -201,7 +189,7 @@ def backward(
     logged = terms.keys() - set(PER_IMAGE) if aligned else {"loss", "loss_diff"}
     scalars = {name: value for name, value in terms.items() if name in logged}
     state.backward(scalars, batch.indices, errors)
-    quarter = timesteps * QUARTERS // parts.loss.schedule.num_steps  # (B,)
+    quarter = parts.loss.path.quarter(timesteps)  # (B,)
     in_quarter = quarter == torch.arange(QUARTERS, device=quarter.device)[:, None]  # (4, B)
     state.measure("loss_diff_by_quarter", torch.where(in_quarter, errors, 0).sum(1), in_quarter.sum(1))
     if aligned:
@@ -230,13 +218,13 @@ def open_stream(parts: Parts, *, first_step: int) -> BatchStream:
     )
 
 
-def compile_unet(parts: Parts) -> None:
-    """Compile the U-Net if that is asked for, or by default on a GPU."""
+def compile_backbone(parts: Parts) -> None:
+    """Compile the network if that is asked for, or by default on a GPU."""
     mode = parts.config.train.compile
     if mode == "auto":
         mode = "default" if parts.device.type == "cuda" else "none"
     if mode != "none":
-        parts.model.compile_unet(mode)
+        parts.model.compile_backbone(mode)
 
 
 def stop_agreed(parts: Parts, stop: StopSignal, step: int) -> bool:

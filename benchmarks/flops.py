@@ -19,7 +19,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.report import Target, benchmark_parser, publish
 from method.alignment import PROJECTIONS, AlignHead
-from models.aligned import SD15UNetAligned, lora_config
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 
 BATCH = 2
 VAE = {
@@ -81,8 +81,8 @@ def step_of(train: str, taps: tuple[str, ...]) -> Callable[[], None]:
 
 
 def head_of(kind: str) -> Callable[[], None]:
-    head, feature = AlignHead(1280, 1024, 14, kind), torch.randn(BATCH, 1280, 8, 8, requires_grad=True)
-    return lambda: head(feature).sum().backward()
+    head, feature = AlignHead(1280, 1024, kind), torch.randn(BATCH, 1280, 8, 8, requires_grad=True)
+    return lambda: head(feature, (14, 14)).sum().backward()
 
 
 def vae_decode() -> Callable[[], None]:

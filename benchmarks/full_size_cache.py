@@ -30,7 +30,8 @@ from benchmarks.our_cache import (
 )
 from benchmarks.report import Target, benchmark_parser, family, publish, temporary_folder
 from cache.batch_stream import BatchStream
-from cache.dataset import SD15AlignedDataset, StepSampler
+from cache.dataset import AlignedDataset
+from cache.order import StepSampler
 from preprocessing.options import positive
 
 GROWTH_MB = 8  # that the allocators may add after the second epoch
@@ -104,7 +105,7 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in files_of(folder))
 
 
-def in_stream(dataset: SD15AlignedDataset, steps: int, epochs: int, threads: int) -> Iterator[int]:
+def in_stream(dataset: AlignedDataset, steps: int, epochs: int, threads: int) -> Iterator[int]:
     """Ends an epoch with each `next`, which gives the number of samples read."""
     order = StepSampler(len(dataset), batch_size=BATCH, seed=0, first_step=0, last_step=steps * epochs)
     stream = BatchStream(order, dataset.read_batch, dataset.value_bytes, dataset.decode, threads=threads)
@@ -116,7 +117,7 @@ def in_stream(dataset: SD15AlignedDataset, steps: int, epochs: int, threads: int
             yield steps * BATCH
 
 
-def in_loader(dataset: SD15AlignedDataset, steps: int, method: str, workers: int) -> Iterator[int]:
+def in_loader(dataset: AlignedDataset, steps: int, method: str, workers: int) -> Iterator[int]:
     loader = DataLoader(
         dataset,
         batch_sampler=StepSampler(len(dataset), batch_size=BATCH, seed=0, first_step=0, last_step=steps),

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache.batch_stream import BatchStream
-from cache.dataset import SD15AlignedDataset
+from cache.dataset import AlignedDataset
 from cache.image_list import Sample, write_samples
-from cache.manifest import FieldSpec, write_table
+from cache.manifest import FieldSpec
 from cache.shards import FieldWriter
+from cache.text import text_spec, write_table
 
 FIELDS = {"latents": (4, 64, 64), "tokens": (196, 1024)}  # SD-1.5 at 512 px, DINOv2-L at 196 px
 VALUE_BYTES = {name: 2 * math.prod(shape) for name, shape in FIELDS.items()}
@@ -44,7 +45,8 @@ def write_cache(
     ids = [id_of(index) for index in range(count)]
     write_samples(folder / "list.csv", [Sample(key, "unused", n % classes, "n") for n, key in enumerate(ids)])
     text = torch.randn(classes + 1, 77, 768).half()
-    write_table(folder / "text", text, FieldSpec("text", (77, 768), "float16", "random numbers"))
+    fields = {"prompt_embeds": text}
+    write_table(folder / "text", fields, text_spec(fields, "random numbers"))
     index_of = {key: index for index, key in enumerate(ids)}
     for field, shape in FIELDS.items():
         spec = FieldSpec(field, shape, "float16", "random numbers", details=DETAILS[field])
@@ -54,8 +56,8 @@ def write_cache(
         writer.finish()
 
 
-def open_ours(folder: Path) -> SD15AlignedDataset:
-    return SD15AlignedDataset(folder / "list.csv", folder / "latents", folder / "tokens", folder / "text")
+def open_ours(folder: Path) -> AlignedDataset:
+    return AlignedDataset(folder / "list.csv", folder / "latents", folder / "tokens", folder / "text")
 
 
 def stream_ours(folder: Path, batches: Sequence[list[int]], threads: int) -> Iterator[Delivered]:

@@ -6,8 +6,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from cache.image_list import Sample, write_samples
-from cache.manifest import FieldSpec, write_table
+from cache.manifest import FieldSpec
 from cache.shards import FieldWriter
+from cache.text import text_spec, write_table
 
 # Of Stable Diffusion 1.5 and DINOv2-L at 14×14 tokens, and of a network that a CPU trains in a tenth of a second a step.
 SIZES = {
@@ -48,7 +49,8 @@ def make_synthetic(folder: Path, size: str = "full", images: int = 256) -> list[
             writer.put(shard, batch, writer.spec.encode(values))
         writer.finish()
     text = torch.randn(classes + 1, *shapes["text"], generator=generator).half()
-    write_table(folder / "text", text, FieldSpec("text", shapes["text"], "float16", "random"))
+    fields = {"prompt_embeds": text}
+    write_table(folder / "text", fields, text_spec(fields, "random"))
     return [
         f"model.base={folder}/sd15",
         f"data.csv={folder}/list.csv",
@@ -67,6 +69,7 @@ def make_base(folder: Path, unet_config: dict) -> None:
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     unet.save_pretrained(folder / "unet")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         folder / "scheduler"
     )

@@ -125,18 +125,21 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
 def bare_step(parts: Parts) -> Callable[[], None]:
     """A step that does no more than it must, on the same network; it leaves no gradient behind and moves no weight of ours."""
     batch, device = parts.config.data.batch_size, parts.device
-    dataset, unet = parts.dataset, parts.model.unet
-    shape = (batch, dataset.latent_channels, *dataset.latents.spec.shape[1:])
-    latents = torch.randn(shape, device=device).to(unet.dtype)
+    dataset, network = parts.dataset, parts.model.backbone
+    dtype = parts.model.dtype
+    latents = torch.randn(batch, *dataset.latent_shape, device=device).to(dtype)
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (batch,), device=device)
-    text = torch.randn(batch, *dataset.text.shape[1:], device=device).to(unet.dtype)
-    trained = [p for p in unet.parameters() if p.requires_grad]
+    text = {
+        name: torch.randn(batch, *row.shape, device=device).to(dtype)
+        for name, row in dataset.text.null.items()
+    }
+    trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-12, weight_decay=0.0, fused=True)
     ema = EMAModel(trained, decay=0.9995, foreach=True)
 
     def step() -> None:
-        out = unet(latents, timesteps, text, return_dict=False)[0]
+        out = parts.family.forward(network, latents, timesteps, text)
         torch.nn.functional.mse_loss(out.float(), noise.float()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

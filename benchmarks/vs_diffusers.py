@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks.report import Target, benchmark_parser, publish, temporary_folder
 from benchmarks.synthetic_run import SIZES, make_synthetic
 from benchmarks.train_step import matmul_rate, measure, memory_gb, replaced, reset_memory
-from models.aligned import lora_config
+from models.sd15_unet_aligned import lora_config
 from preprocessing.options import positive
 
 

@@ -1,25 +1,25 @@
-"""Cached latents, teacher tokens and text embeddings as a dataset, and the order in which training reads them."""
+"""Cached latents, teacher tokens and text embeddings as a dataset."""
 
+import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from cache.image_list import read_samples
-from cache.manifest import read_table
 from cache.reader import FieldReader
+from cache.text import read_table
 from common.errors import UserError
 
 
-class SD15AlignedDataset(Dataset):
-    """Items of one image: `latent (4, h, w)`, `dino_tokens (N, D)`, `encoder_hidden_states (77, 768)`, `class_id`.
+class AlignedDataset(Dataset):
+    """Items of one image: `latent (C, h, w)`, `dino_tokens (N, D)`, the text fields (such as `prompt_embeds`), `class_id`.
 
     Latents and tokens are joined by id. An image of the CSV that is not in both caches is left out, and `left_out` counts
-    them; text row c belongs to class c and `null_text (77, 768)` is the null prompt. Any DataLoader can use it, with any
+    them; row c of `text` belongs to class c. Any DataLoader can use the dataset, with any
     start method; training reads raw batches instead (`read_batch`), several times faster.
 
     Args:
@@ -41,8 +41,7 @@ class SD15AlignedDataset(Dataset):
     ):
         self.latents = FieldReader(latent_dir, "latents")
         self.tokens = None if dino_dir is None else FieldReader(dino_dir, "tokens")
-        table, self.text_manifest = read_table(clip_embeddings_path)
-        self.text, self.null_text = table[:-1], table[-1]  # (n_classes, 77, 768), (77, 768)
+        self.text, self.text_manifest = read_table(clip_embeddings_path)
         listed = read_samples(csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
@@ -80,9 +79,9 @@ class SD15AlignedDataset(Dataset):
         items, decode = [], self.decode
         for i, class_id in enumerate(self.class_ids[indices]):
             values = {name: decode[name](raw[name][i][None]) for name in raw}
-            values["latent"] = self.x_0(values["latent"])  # (1, 4, h, w)
+            values["latent"] = self.x_0(values["latent"])  # (1, C, h, w)
             item = {name: value[0] for name, value in values.items()}
-            items.append(item | {"encoder_hidden_states": self.text[class_id], "class_id": class_id})
+            items.append(item | self.text.rows(class_id) | {"class_id": class_id})
         return items
 
     @property
@@ -104,10 +103,17 @@ class SD15AlignedDataset(Dataset):
         return {"images": len(self.ids), "crc32": zlib.crc32(lines.encode())}
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of `latent`: half of what is stored where that is mean and standard deviation."""
-        halves = 2 if self.latents.spec.details["posterior"] == "moments" else 1
-        return self.latents.spec.shape[0] // halves
+    def latent_shape(self) -> tuple[int, ...]:
+        """`(C, h, w)` of `latent`."""
+        return latent_shape(self.latents.spec.shape, self.latents.spec.details)
+
+    @property
+    def token_grid(self) -> tuple[int, int] | None:
+        """The grid (h, w) of the cached teacher tokens; None without them."""
+        if self.tokens is None:
+            return None
+        side = (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
+        return side, side
 
     def read_batch(self, indices: Sequence[int], raw: dict[str, Tensor]) -> None:
         """Fill `raw[name] (len(indices), value_bytes)` with what is stored of these items."""
@@ -115,69 +121,22 @@ class SD15AlignedDataset(Dataset):
             reader.read_rows(self._rows[name][indices], raw[name].numpy())
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents `(B, 4, h, w)` in fp32 of what script 2 stored; of moments, a draw by `generator` or else the mean."""
+        """Scaled latents `(B, C, h, w)` in fp32 of what script 2 stored; of moments, a draw by `generator` or else the mean."""
         return latents_of(stored, self.latents.spec.details, generator)
 
 
+def latent_shape(stored: Sequence[int], details: dict) -> tuple[int, ...]:
+    """`(C, h, w)` of a latent by the shape of what script 2 stored: half the channels where that is mean and deviation."""
+    channels, *size = stored
+    return (channels // 2 if details["posterior"] == "moments" else channels, *size)
+
+
 def latents_of(stored: Tensor, details: dict, generator: torch.Generator | None = None) -> Tensor:
-    """What the U-Net trains on, fp32 `(B, 4, h, w)`, of values and details that script 2 stored."""
+    """What the network trains on, fp32 `(B, C, h, w)`, of values and details that script 2 stored."""
     latents = stored.float()
     if details["posterior"] == "moments":
-        mean, std = latents.chunk(2, dim=1)  # (B, 4, h, w) each
+        mean, std = latents.chunk(2, dim=1)  # (B, C, h, w) each
         latents = mean
         if generator is not None:
             latents = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
     return latents if details["scaled"] else latents * details["scaling_factor"]
-
-
-class StepSampler(Sampler[list[int]]):
-    """Batches of indices as a pure function of the step: each epoch is a permutation drawn from (seed, epoch).
-
-    Iteration starts at `first_step` and ends before `last_step`. A step takes `accumulate` · n batches in a row for n ranks; of
-    each n this rank, `ranks = (r, n)`, reads the r-th, so that ranks read disjoint images, and that a step sees the same images
-    whatever shares they come in. What is too little for a step at the end of an epoch is dropped.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        accumulate: int = 1,
-        ranks: tuple[int, int] = (0, 1),
-    ):
-        if num_samples < batch_size * accumulate * ranks[1]:
-            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
-            raise UserError(
-                f"{num_samples} images are fewer than data.batch_size = {batch_size}{times} on {ranks[1]} process(es): lower it"
-            )
-        self.num_samples, self.batch_size, self.seed, self.ranks = num_samples, batch_size, seed, ranks
-        self.first_step, self.last_step, self.accumulate = first_step, last_step, accumulate
-
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rank, world = self.ranks
-        steps_per_epoch = self.num_samples // (self.batch_size * self.accumulate * world)
-        order, order_epoch = None, -1
-        for step in range(self.first_step, self.last_step):
-            epoch, position = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
-                order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
-            for part in range(self.accumulate):
-                first = ((position * self.accumulate + part) * world + rank) * self.batch_size
-                yield order[first : first + self.batch_size].tolist()
-
-
-PURPOSES = {"order": 0, "noise": 1}
-
-
-def seed_of(purpose: str, seed: int, counter: int, rank: int = 0) -> int:
-    """A seed for `torch.Generator`: of an epoch's order, or of the noise of a step on one rank."""
-    key = (PURPOSES[purpose], seed, counter, rank)
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -1,26 +1,22 @@
-"""What a cached field says of itself: its specification, its manifest, and the small text table.
+"""What a cached field says of itself: its specification and its manifest.
 
 A field is a folder. `settings.json` is written first and says what the folder is for; `manifest.json` is written last and
 says what it holds. Whoever reads a field insists on its manifest. The format as a whole: `cache/shards.py`.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cache.encodings import ENCODINGS
 from common.errors import UserError
-from common.files import write_atomically, write_json
 
-FORMAT, VERSION = "urepa-cache", 2
+FORMAT, VERSION = "urepa-cache", 3
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
-TABLE = "embeddings.pt"
 TABLE_KEYS = {"rows", "sha256"}
 SHARD_KEYS = {"num_samples", "ids_sha256", "shards"}
 SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # of each of `shards`
@@ -108,31 +104,6 @@ def read_manifest(folder: str | Path, field: str) -> dict:
     return manifest
 
 
-def write_table(folder: str | Path, table: Tensor, spec: FieldSpec) -> None:
-    """Store one tensor `(rows, *spec.shape)` as a plain `.pt` file with a manifest beside it."""
-    folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)  # an old manifest must not vouch for the new table
-    buffer = io.BytesIO()
-    torch.save(table, buffer)
-    write_atomically(folder / TABLE, buffer.getvalue())
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    write_json(folder / MANIFEST, spec.as_json() | {"rows": len(table), "sha256": digest})
-
-
-def read_table(folder: str | Path) -> tuple[Tensor, dict]:
-    """The tensor that `write_table` stored, and its manifest."""
-    folder = Path(folder)
-    manifest = read_manifest(folder, "text")
-    if (
-        not (folder / TABLE).exists()
-        or hashlib.sha256((folder / TABLE).read_bytes()).hexdigest() != manifest["sha256"]
-    ):
-        raise UserError(
-            f"{folder / TABLE} is not the file its manifest describes: run preprocessing script 4 again"
-        )
-    return torch.load(folder / TABLE, weights_only=True), manifest
-
-
 def ids_digest(ids: Iterable[str]) -> str:
     """A digest of a list of ids in this order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
@@ -159,13 +130,3 @@ def read_json(path: Path) -> dict:
             f"cannot read {path} ({error}): restore it, or delete {path.parent} and run the script that wrote it again"
         ) from None
     return content
-
-
-def class_names(text_manifest: dict) -> dict[int, str]:
-    """Names of the classes, out of the prompts that the text table records; empty where it records none."""
-    details = text_manifest["details"]
-    if "template" not in details:
-        return {}
-    before, after = details["template"].split("{class_name}", 1)
-    prompts = details["prompts"][:-1]  # the last is the null prompt
-    return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from configs.sections import Section
+from method.sampler import NOISE_LEVELS
 
 
 class Eval(Section):
@@ -35,7 +36,7 @@ class Eval(Section):
     guidance_high: float = Field(
         1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
     )
-    guidance_space: Literal["snr", "index"] = Field(
+    guidance_space: Literal[tuple(NOISE_LEVELS)] = Field(
         "snr",
         description="what a noise level is: REPA's time of equal signal-to-noise ratio, or the share of the DDPM index",
     )

@@ -57,15 +57,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _something_before_the_tap_is_trained(self):
-        only_attention = self.model.train == "lora" and self.model.lora_targets == "attention"
-        if self.align.coeff > 0 and only_attention and "enc_last" in self.align.taps:
-            raise ValueError(
-                "nothing before enc_last is trained by attention-only LoRA: drop it from align.taps"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _gram_of_one_image(self):
         sample_gram = (
             self.align.coeff > 0 and self.align.manifold_coeff > 0 and self.align.manifold != "token"

@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
+from method.coefficient import DECAYS
+
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -29,9 +32,10 @@ class Model(Section):
     )
     lora_rank: int = Field(32, ge=1, description="rank of the LoRA matrices")
     lora_alpha: float = Field(32, gt=0, description="LoRA scale is lora_alpha / lora_rank")
-    lora_targets: Literal["attention+conv", "attention"] = Field(
+    lora_targets: str = Field(
         "attention+conv",
-        description="what LoRA wraps in down_blocks.3, mid_block, up_blocks.0; only mid_block holds attention",
+        description="what LoRA wraps, by the names of the family. Stable Diffusion 1.5: attention+conv or attention, in "
+        "down_blocks.3, mid_block, up_blocks.0, of which only mid_block holds attention",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in backward to save memory"
@@ -81,10 +85,11 @@ class Data(Section):
 
 
 class Align(Section):
-    taps: tuple[Literal["enc_last", "mid", "dec_first"], ...] = Field(
+    taps: tuple[str, ...] = Field(
         ("mid",),
         min_length=1,
-        description="where the U-Net is read; the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
+        description="where the network is read, by the names of its family (Stable Diffusion 1.5: enc_last, mid, dec_first); "
+        "the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
     )
     coeff: float = Field(
         0.8, ge=0, description="λ, weight of the alignment loss; 0 = no alignment work at all"
@@ -92,7 +97,7 @@ class Align(Section):
     manifold_coeff: float = Field(
         3.0, ge=0, description="w, weight of the manifold loss beside the token loss"
     )
-    manifold: Literal["sample", "token", "both"] = Field(
+    manifold: Literal[tuple(MANIFOLD_LOSSES)] = Field(
         "sample",
         description="Gram matrix of pooled tokens across the batch (B×B), of tokens within an image (N×N), or both",
     )
@@ -101,7 +106,7 @@ class Align(Section):
         False,
         description="take the sample Gram over the batches of all ranks together; its meaning depends on their number",
     )
-    head: Literal["conv1x1", "linear", "mlp", "conv3x3"] = Field(
+    head: Literal[tuple(PROJECTIONS)] = Field(
         "conv1x1",
         description="what projects the features: the plan's 1×1 conv, GroupNorm, GELU; LayerNorm and one layer; REPA's three "
         "layers with SiLU; iREPA's 3×3 conv",
@@ -113,7 +118,7 @@ class Align(Section):
         le=1,
         description="iREPA's α: the teacher's tokens become (y − α·mean) / std over each image's tokens; null = as they are",
     )
-    schedule: Literal["constant", "linear", "cosine", "polynomial"] = Field(
+    schedule: Literal[tuple(DECAYS)] = Field(
         "constant", description="how λ goes to coeff_end after the warm-up"
     )
     warmup_steps: int = Field(0, ge=0, description="λ rises linearly from 0 over these steps")

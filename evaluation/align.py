@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache.manifest import class_names, read_manifest
+from cache.manifest import read_manifest
+from cache.text import class_names
 from common.errors import UserError
 from common.files import write_json
 from configs.loading import with_settings
@@ -32,7 +33,7 @@ from metrics.similarity_rows import (
     value_of,
 )
 from metrics.spatial import distances_on
-from models.aligned import SD15UNetAligned
+from models.aligned import AlignedModel
 from report.plot_alignment import plot_embedding, plot_timesteps
 from training.parts import load_run_model
 from training.run_folder import this_command
@@ -49,8 +50,7 @@ def align_target(target: Target, args: argparse.Namespace, device: torch.device)
     if target.weights == "base" or args.no_base:
         del measured["run" if target.weights == "base" else "base"]
     models = {
-        name: load_run_model(run, target.step, device, weights=weights)[0]
-        for name, weights in measured.items()
+        name: load_run_model(run, target.step, device, weights=weights) for name, weights in measured.items()
     }
     found, sources = measure_alignment(
         config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
@@ -69,7 +69,7 @@ def align_target(target: Target, args: argparse.Namespace, device: torch.device)
 @torch.no_grad()
 def measure_alignment(
     config: Config,
-    models: Mapping[str, SD15UNetAligned],
+    models: Mapping[str, AlignedModel],
     *,
     timesteps: Sequence[int] = TIMESTEPS,
     seed: int,
@@ -209,7 +209,7 @@ def checked_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[
     return tuple(sorted(set(timesteps)))
 
 
-def heads_of(name: str, model: SD15UNetAligned) -> dict[str, torch.nn.Module]:
+def heads_of(name: str, model: AlignedModel) -> dict[str, torch.nn.Module]:
     """The trained heads; those of a base model, if it has any, were never trained."""
     return dict(model.heads) if name == "run" else {}
 

@@ -12,19 +12,20 @@ from torch import Tensor
 
 from cache.dataset import latents_of
 from cache.image_list import read_samples
-from cache.manifest import ids_digest, read_table
+from cache.manifest import ids_digest
 from cache.reader import FieldReader
+from cache.text import read_table
 from common.errors import UserError
 from configs.schema import Config
 from method.alignment import spatial_norm
-from method.objective import SD15Loss
-from method.paths import add_noise
+from method.objective import squared_error
+from method.paths import DiffusionPath
 from method.sampler import initial_noise
 from metrics.similarity import mispair, pool_tokens
 from metrics.similarity_rows import NUM_IMAGES
-from models.aligned import SD15UNetAligned, sd15_taps
+from models.aligned import AlignedModel
 from models.taps import Taps
-from training.parts import build_loss
+from training.parts import build_path, family_for
 
 MIN_IMAGES = 16
 LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss is averaged
@@ -32,13 +33,15 @@ LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images that nothing was trained on: latents (n, 4, h, w), teacher tokens (n, N, D), classes (n,), the null prompt (L, C),
-    and how many images there were to choose from."""
+    """Images that nothing was trained on, and how many there were to choose from (`available`).
+
+    Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,); the fields of the null prompt are (…).
+    """
 
     latents: np.ndarray
     teacher: np.ndarray
     classes: np.ndarray
-    null_text: Tensor
+    null_text: dict[str, Tensor]
     available: int
     images_sha256: str
     teacher_sha256: str
@@ -91,7 +94,7 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         latents_of(latents.read(ids), latents.spec.details).numpy(),
         tokens.read(ids).float().numpy(),
         np.array([sample.class_id for sample in chosen]),
-        read_table(config.data.text)[0][-1].float(),
+        read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null,
         len(samples),
         ids_digest(ids),
         str(tokens.spec.source.get("weights_sha256")),
@@ -112,34 +115,30 @@ class Bench:
     progress: Callable[[], object]
 
     @cached_property
-    def loss(self) -> SD15Loss:
-        return build_loss(self.config)
+    def path(self) -> DiffusionPath:
+        return build_path(self.config, family_for(self.config))
 
-    def batches(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(index of the first image, x_0, noise, text): (b, 4, h, w), (b, 4, h, w), (b, L, C)."""
+    def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
+        """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""
         size = self.config.eval.batch_size
         for start in range(0, len(self.held.latents), size):
             x_0 = torch.from_numpy(self.held.latents[start : start + size]).to(self.device)
             noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
-            text = self.held.null_text.to(self.device).expand(len(x_0), -1, -1)
+            text = {
+                name: value.to(self.device).expand(len(x_0), *value.shape)
+                for name, value in self.held.null_text.items()
+            }
             yield start, x_0, noise.to(self.device), text
             self.progress()
 
-    def predict(
-        self, model: SD15UNetAligned, x_0: Tensor, noise: Tensor, text: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """The network's output (b, 4, h, w) at timesteps (b,)."""
-        noisy = add_noise(x_0, noise, *self.loss.schedule.at(timesteps))
-        return model(noisy, timesteps, text, capture=False)
-
-    def heldout_loss(self, model: SD15UNetAligned) -> float:
+    def heldout_loss(self, model: AlignedModel) -> float:
         """The diffusion loss, each image at one of `LOSS_TIMESTEPS` noise levels, the same one for every model."""
-        levels = torch.linspace(0, self.loss.schedule.num_steps - 1, LOSS_TIMESTEPS + 2)[1:-1].long()
+        levels = self.path.spread(LOSS_TIMESTEPS)
         losses = []
         for start, x_0, noise, text in self.batches():
             t = levels[(start + torch.arange(len(x_0))) % LOSS_TIMESTEPS].to(self.device)  # (b,)
-            output = self.predict(model, x_0, noise, text, t)
-            losses.append(self.loss.diffusion_error(output, x_0, noise, t).cpu())
+            x_t, target, weight = self.path(x_0, noise, t)
+            losses.append(squared_error(model.predict(x_t, t, text), target, weight).cpu())
         return torch.cat(losses).mean().item()
 
 
@@ -154,7 +153,7 @@ class HeadTokens:
 
 
 def read_taps(
-    bench: Bench, model: SD15UNetAligned, heads: Mapping[str, torch.nn.Module], timestep: int
+    bench: Bench, model: AlignedModel, heads: Mapping[str, torch.nn.Module], timestep: int
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
     """At all taps in one forward: features (n, T, C) and grid of each, and the tokens of those heads that there are.
 
@@ -168,7 +167,8 @@ def read_taps(
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))
             with taps.recording():
-                bench.predict(model, x_0, noise, text, torch.full((len(x_0),), timestep, device=x_0.device))
+                t = torch.full((len(x_0),), timestep, device=x_0.device)  # (b,)
+                model.predict(bench.path(x_0, noise, t)[0], t, text)
             for tap, feature in taps.captured.items():  # (b, C, h, w)
                 grids[tap] = tuple(feature.shape[-2:])
                 _insist_coarser(tap, grids[tap], grid[0])
@@ -176,7 +176,7 @@ def read_taps(
                 _insist_finite(cells, tap, timestep)
                 _put(features, tap, rows, cells, n)
             for tap, head in heads.items():
-                tokens = head(taps.captured[tap])  # (b, N, D)
+                tokens = head(taps.captured[tap], grid)  # (b, N, D)
                 for place, images in enumerate((np.arange(n)[rows], other[rows])):
                     target = target_of(
                         bench.config, torch.from_numpy(teacher[images]).to(x_0.device)
@@ -188,9 +188,10 @@ def read_taps(
 
 
 @contextmanager
-def _listening(model: SD15UNetAligned) -> Iterator[Taps]:
-    """Taps at all three places, also where the run itself taps fewer; they leave when the block ends."""
-    taps = Taps(model.unet, sd15_taps(model.unet))
+def _listening(model: AlignedModel) -> Iterator[Taps]:
+    """Taps at all places of the family, also where the run itself taps fewer; they leave when the block ends."""
+    family, network = model.family, model.backbone
+    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
     try:
         yield taps
     finally:

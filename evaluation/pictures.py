@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache.manifest import class_names, read_manifest
+from cache.manifest import read_manifest
+from cache.text import class_names
 from common.errors import UserError
 from evaluation.image_files import load_images
 from evaluation.options import chosen_of

@@ -163,10 +163,10 @@ class PeriodicEvaluation:
         self.chosen = config.eval.model_copy(update={"precision": precision, "compile": False})
         self.judges = judges_of(config, self.chosen, parts.device, parts.ranks)
         self.painter = Painter(
-            parts.model.unet,
+            parts.model,
             config,
             sampler=self.chosen.sampler,
-            parameterization=parts.loss.parameterization,
+            output=parts.loss.path.output,
         )
 
     def due(self, step: int) -> bool:

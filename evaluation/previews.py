@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache.manifest import class_names
-from evaluation.sample import load_vae
-from method.sampler import decode_latents, in_dtype, rows_of, sample_latents
+from cache.text import class_names
+from method.sampler import rows_of, sample_latents
+from models.latents import decode_images
 from report.plot_grids import plot_sample_grids
-from training.parts import Parts, sampling_scheduler
+from training.parts import Parts
 from training.state import TrainingState
 
 COLUMNS = 8
@@ -21,8 +21,9 @@ class Previews:
 
     def __init__(self, parts: Parts):
         self.parts, config = parts, parts.config
-        self.vae = load_vae(config, parts.device)
-        self.scheduler = sampling_scheduler(config, parts.loss.parameterization, config.eval.sampler)
+        self.codec = parts.family.load_codec().to(parts.device)
+        self.scheduler = parts.family.sampling_scheduler(parts.loss.path.output, config.eval.sampler)
+        self.text = parts.dataset.text.to(parts.device, torch.float32)
         count, classes = config.train.preview_images, len(parts.dataset.text)
         self.columns = min(COLUMNS, count, classes)
         self.labels = [i % self.columns * classes // self.columns for i in range(count)]
@@ -43,14 +44,13 @@ class Previews:
     def _images(self) -> np.ndarray:
         """The pictures `(n, H, W, 3)`, uint8, of the weights that the U-Net has."""
         parts, settings, dataset = self.parts, self.parts.config.eval, self.parts.dataset
-        text = dataset.text[self.labels].to(parts.device, torch.float32)  # (n, 77, 768)
         latents = sample_latents(
-            in_dtype(parts.model.unet, parts.model.dtype),
+            parts.model.predict,
             self.scheduler,
-            text,
-            dataset.null_text.to(parts.device, torch.float32),
+            self.text.rows(self.labels),
+            self.text.null,
             list(range(len(self.labels))),
-            shape=(dataset.latent_channels, *dataset.latents.spec.shape[1:]),
+            shape=dataset.latent_shape,
             steps=settings.sampling_steps,
             cfg=settings.cfg,
             guidance_low=settings.guidance_low,
@@ -59,4 +59,4 @@ class Previews:
             eta=settings.eta,
             rows=rows_of(parts.device, settings.batch_size),
         )
-        return decode_latents(self.vae, latents)
+        return decode_images(self.codec, latents)

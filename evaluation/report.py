@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.manifest import class_names, read_manifest
+from cache.manifest import read_manifest
+from cache.text import class_names
 from common.errors import UserError
 from evaluation.curves import baseline_of, draw_curves
 from evaluation.image_files import load_images, missing_images

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache.manifest import read_manifest, read_table
+from cache.dataset import latent_shape
+from cache.manifest import read_manifest
+from cache.text import read_table
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
@@ -20,18 +22,17 @@ from configs.schema import Config
 from evaluation.image_files import missing_images, save_images
 from evaluation.targets import Target
 from method.sampler import (
-    DECODED_ROWS,
     balanced_labels,
-    decode_latents,
     forwards_per_image,
     guidance_plan,
-    in_dtype,
     random_labels,
     rows_of,
     sample_latents,
 )
-from models.pipeline_parts import files_digest, load_part, weights_digest
-from training.parts import SPACING, build_loss, load_run_model, sampling_scheduler
+from models.aligned import AlignedModel
+from models.latents import DECODED_ROWS, decode_images
+from models.pipeline_parts import SPACING, files_digest, weights_digest
+from training.parts import family_for, load_run_model, output_of
 from training.ranks import Ranks
 from training.run_folder import this_command
 
@@ -43,16 +44,17 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
     not."""
     config = target.run.config
     text = read_manifest(config.data.text, "text")
+    family = family_for(config)
     guided = chosen.cfg > 1
     return {
         "model": {
             "base": config.model.base,
             "revision": config.model.revision,
-            "base_files": files_digest(config.model.base, "unet", config.model.revision),
+            "base_files": files_digest(config.model.base, family.part, config.model.revision),
             "step": target.step,
             "weights": target.weights,
             "weights_sha256": target.weights_sha256,
-            "parameterization": build_loss(config).parameterization,
+            "parameterization": output_of(config),
         },
         "sampler": chosen.sampler,
         "steps": chosen.sampling_steps,
@@ -77,7 +79,7 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
         "text_sha256": text["sha256"],
         "prompts": text["details"]["template"],
         "seed": chosen.seed,
-        "latent_shape": read_manifest(config.data.latents, "latents")["shape"],
+        "latent_shape": stored_latent_shape(config),
     }
 
 
@@ -149,7 +151,7 @@ def announce(target: Target, settings: dict, count: int) -> None:
     each = forwards_of(target.run.config, settings)
     tqdm.write(
         f"{target.name}: {count:,} images to draw, {settings['sampler']} {settings['steps']} steps, guidance "
-        f"{settings['cfg']:g}: {each} forwards of the U-Net each, {each * count:,} in all"
+        f"{settings['cfg']:g}: {each} forwards of the network each, {each * count:,} in all"
     )
 
 
@@ -187,44 +189,38 @@ class Painter:
     """Network, decoder, scheduler and prompts on their device: all that makes an image of a seed.
 
     Args:
-        unet: diffusers' U-Net in eval mode, in the dtype that it computes in.
-        config: of the run, for its base model and its cache.
-        sampler, parameterization: see `sampling_scheduler`.
+        model: in eval mode, in the dtype that it computes in.
+        config: of the run, for its cache.
+        sampler, output: see `Backbone.sampling_scheduler`.
     """
 
-    def __init__(
-        self, unet: torch.nn.Module, config: Config, *, sampler: str, parameterization: str, vae=None
-    ):
-        self.unet, weight = unet, next(unet.parameters())
-        self.network = in_dtype(unet, weight.dtype)
-        self.vae = load_vae(config, weight.device) if vae is None else vae
-        self.scheduler = sampling_scheduler(config, parameterization, sampler)
-        table, _ = read_table(config.data.text)
-        table = table.float().to(weight.device)
-        self.text, self.null_text = table[:-1], table[-1]  # (n_classes, 77, 768), (77, 768)
+    def __init__(self, model: AlignedModel, config: Config, *, sampler: str, output: str):
+        self.model, device = model, next(model.backbone.parameters()).device
+        self.codec = model.family.load_codec().to(device)
+        self.scheduler = model.family.sampling_scheduler(output, sampler)
+        self.text = read_table(config.data.text)[0].to(device, torch.float32)
 
     @classmethod
     def of(cls, target: Target, chosen: Eval, device: torch.device) -> "Painter":
         """Load a target's weights."""
         config = target.run.config
-        model, parameterization = load_run_model(target.run, target.step, device, weights=target.weights)
+        model = load_run_model(target.run, target.step, device, weights=target.weights)
         dtype = compute_dtype(device, chosen.precision)
         model.to(dtype)
-        unet = model.unet
         if device.type == "cuda" and dtype == torch.bfloat16:
-            unet.to(memory_format=torch.channels_last)
+            model.backbone.to(memory_format=torch.channels_last)
         if chosen.compile:
-            unet.compile(dynamic=False)  # in place: its name and its digest stay
-        return cls(unet, config, sampler=chosen.sampler, parameterization=parameterization)
+            model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
+        return cls(model, config, sampler=chosen.sampler, output=output_of(config))
 
     def __call__(self, indices: Sequence[int], settings: dict) -> np.ndarray:
         """The images of these indices, uint8 `(n, H, W, 3)`."""
         low, high = settings["guidance_interval"] or (0.0, 1.0)
         latents = sample_latents(
-            self.network,
+            self.model.predict,
             self.scheduler,
-            self.text[labels_of(settings, indices)],
-            self.null_text,
+            self.text.rows(labels_of(settings, indices)),
+            self.text.null,
             [settings["seed"] + i for i in indices],
             shape=settings["latent_shape"],
             steps=settings["steps"],
@@ -235,21 +231,26 @@ class Painter:
             eta=settings["eta"] or 0.0,
             rows=settings["rows"],
         )
-        return decode_latents(self.vae, latents)
+        return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
         """Digests of the weights as they compute."""
-        return {"unet_sha256": weights_digest(self.unet), "vae_sha256": weights_digest(self.vae)}
+        return {
+            "network_sha256": weights_digest(self.model.backbone),
+            "vae_sha256": weights_digest(self.codec.vae),
+        }
 
 
-def load_vae(config: Config, device: torch.device) -> torch.nn.Module:
-    """The base model's VAE, in fp32."""
-    return load_part(config.model.base, "vae", config.model.revision).to(device).eval().requires_grad_(False)
+def stored_latent_shape(config: Config) -> list[int]:
+    """`(C, h, w)` of the latents that a run was trained on."""
+    manifest = read_manifest(config.data.latents, "latents")
+    return list(latent_shape(manifest["shape"], manifest["details"]))
 
 
 def forwards_of(config: Config, settings: dict) -> int:
-    """Forwards of the U-Net that one image costs under these settings."""
-    scheduler = sampling_scheduler(config, settings["model"]["parameterization"], settings["sampler"])
+    """Forwards of the network that one image costs under these settings."""
+    family = family_for(config)
+    scheduler = family.sampling_scheduler(settings["model"]["parameterization"], settings["sampler"])
     scheduler.set_timesteps(settings["steps"])
     low, high = settings["guidance_interval"] or (0.0, 1.0)
     plan = guidance_plan(scheduler, settings["cfg"], low, high, settings["guidance_space"] or "snr")

@@ -36,47 +36,46 @@ PROJECTIONS: dict[str, Callable[[int, int, int], nn.Module]] = {
 
 
 class AlignHead(nn.Module):
-    """Project tapped features to the teacher's width, then upsample to its grid (U-REPA, arXiv 2503.18414).
+    """Project tapped features to the teacher's width, then bring them to its grid (U-REPA, arXiv 2503.18414).
 
     The order matters: the projection runs on the backbone's own cells, and only its output is resized.
 
     Args:
         in_ch: channels of the tapped features.
         D: width of the teacher's tokens, for conv1x1 a multiple of 32 (GroupNorm).
-        grid: the teacher's token grid of one image or frame, (h, w) or one number for both.
         kind: which of `PROJECTIONS`.
         hidden: width of the two hidden layers of `mlp`.
     """
 
-    def __init__(
-        self, in_ch: int, D: int, grid: int | tuple[int, int], kind: str = "conv1x1", hidden: int = 2048
-    ):
+    def __init__(self, in_ch: int, D: int, kind: str = "conv1x1", hidden: int = 2048):
         super().__init__()
         if kind == "conv1x1" and D % 32:
             raise ValueError(f"D = {D} must be a multiple of 32, the number of GroupNorm's groups")
-        self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
         self.proj = PROJECTIONS[kind](in_ch, D, hidden)
 
-    def forward(self, feat: Tensor) -> Tensor:
-        """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's grid.
+    def forward(self, feat: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's `grid` (H, W).
 
         Of a video, `(B, in_ch, f, h, w)`, each frame is mapped as an image, which gives `(B, f·N, D)`, frame by frame.
         """
         if feat.ndim == 5:
-            frames = self(feat.transpose(1, 2).flatten(0, 1))  # (B·f, N, D)
+            frames = self(feat.transpose(1, 2).flatten(0, 1), grid)  # (B·f, N, D)
             return frames.unflatten(0, (len(feat), -1)).flatten(1, 2)
         # Some backbones hand out hidden states in another precision than they hold their weights.
         x = self.proj(feat.to(next(self.proj.parameters()).dtype))  # (B, D, h, w)
-        if (
-            self.grid[0] < x.shape[2] or self.grid[1] < x.shape[3]
-        ):  # down-sampling would skip cells, as a CLS vector does
-            raise ValueError(
-                f"the teacher's grid {self.grid} is coarser than the features' {tuple(x.shape[2:])}"
-            )
-        if x.shape[2:] != self.grid:
-            x = F.interpolate(x, self.grid, mode="bilinear", align_corners=False)  # (B, D, H, W)
-        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        x = resize_cells(x, grid).flatten(2).transpose(1, 2)  # (B, N, D)
         return F.normalize(x.float(), dim=-1)
+
+
+def resize_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bring `(B, D, h, w)` to `grid` (H, W): averages of areas where that is coarser, so that every cell counts and none is
+    skipped, as it would be for a CLS vector; bilinear where it is finer."""
+    coarser = tuple(min(wanted, found) for wanted, found in zip(grid, x.shape[2:], strict=True))
+    if coarser != x.shape[2:]:
+        x = F.adaptive_avg_pool2d(x, coarser)
+    if x.shape[2:] != tuple(grid):
+        x = F.interpolate(x, tuple(grid), mode="bilinear", align_corners=False)
+    return x
 
 
 def _in_fp32(loss):
@@ -176,7 +175,7 @@ class AlignmentLoss:
         manifold_coeff: w; 0 means that the manifold loss is not computed.
         manifold: "sample", "token" or "both" Gram matrices.
         upper_only, gather: see `manifold_gram_loss`.
-        alpha: of `spatial_norm` on the teacher's tokens; None leaves them as they are.
+        spatial_norm: α of `spatial_norm` on the teacher's tokens; None leaves them as they are.
     """
 
     def __init__(
@@ -186,9 +185,9 @@ class AlignmentLoss:
         manifold: str = "sample",
         upper_only: bool = False,
         gather: bool = False,
-        alpha: float | None = None,
+        spatial_norm: float | None = None,
     ):
-        self.manifold_coeff, self.alpha = manifold_coeff, alpha
+        self.manifold_coeff, self.alpha = manifold_coeff, spatial_norm
         self._manifold = MANIFOLD_LOSSES[manifold]
         self._options = (upper_only, gather)
 

@@ -1,110 +1,86 @@
-"""The training objective: L = L_diff + λ (L_token + w · L_manifold)."""
+"""The training objective: L = L_diff + λ L_align, with L_align = L_token + w · L_manifold."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from method.alignment import AlignmentLoss
-from method.paths import NoiseSchedule, add_noise, error_weight, velocity
+from method.paths import DiffusionPath
 
 PER_IMAGE = ("errors", "timesteps")
 TERMS = ("loss", "loss_diff", "loss_token", "loss_manifold", "loss_align")
 
 
-class SD15Loss:
+class Objective:
     """Diffusion loss plus alignment of the tapped features with the teacher's tokens (U-REPA, arXiv 2503.18414).
 
     Args:
-        schedule: the base model's noise schedule.
-        prediction: space in which the diffusion loss is taken, "v" or "epsilon".
-        parameterization: what the network outputs, "v" or "epsilon".
+        path: from x_0 and noise to x_t, target and weight.
         align_coeff: λ. 0 means that alignment is absent: no tap listens and no head is evaluated.
-        v_weight_max: ceiling of the 1/α² weight of a v-loss on an ε-network (see `error_weight`).
-        snr_gamma: γ of min-SNR weighting, or None (see `error_weight`).
-        alignment: knobs of `AlignmentLoss`, such as manifold_coeff = w.
+        alignment: options of `AlignmentLoss`, such as manifold_coeff = w.
     """
 
-    def __init__(
-        self,
-        schedule: NoiseSchedule,
-        *,
-        prediction: str = "v",
-        parameterization: str = "epsilon",
-        align_coeff: float = 0.8,
-        v_weight_max: float = 5.0,
-        snr_gamma: float | None = None,
-        **alignment,
-    ):
-        self.schedule = schedule
-        self.prediction, self.parameterization = prediction, parameterization
-        self.v_weight_max, self.snr_gamma = v_weight_max, snr_gamma
-        self.align_coeff = align_coeff
+    def __init__(self, path: DiffusionPath, *, align_coeff: float = 0.8, **alignment):
+        self.path, self.align_coeff = path, align_coeff
         self.alignment = AlignmentLoss(**alignment)
 
     def __call__(
         self,
-        unet,
-        clean_latents: Tensor,
-        dino_tokens: Tensor | None,
-        encoder_hidden_states: Tensor,
+        model,
+        x_0: Tensor,
+        tokens: Tensor | None,
+        text: Mapping[str, Tensor],
         *,
+        grid: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
         align_coeff: float | None = None,
         measure: bool = False,
     ) -> dict[str, Tensor]:
         """Draw noise and timesteps from `generator` and return the terms of the loss.
 
-        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap, all of them scalars; and of
+        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap, all of them scalars; and for
         each image, both `(B,)`, its `errors`, whose mean is loss_diff, and its `timesteps`.
 
         Args:
-            unet: an `SD15UNetAligned`, or anything with its `forward`, `get_aligned_tokens` and `clear_hooks`.
-            clean_latents: `(B, 4, h, w)`, scaled.
-            dino_tokens: `(B, N, D)`; not looked at while λ is 0, when no tap listens and no head is evaluated.
-            encoder_hidden_states: `(B, 77, 768)`.
+            model: an `AlignedModel`, or anything with its `predict`, `get_aligned_tokens` and `clear_hooks`.
+            x_0: clean latents `(B, C, h, w)`.
+            tokens: the teacher's, `(B, N, D)`; not read while λ is 0, when no tap listens and no head is evaluated.
+            text: the fields of the prompts, each `(B, …)`.
+            grid: (h, w) of the teacher's tokens; None where they are a square.
             align_coeff: λ at this step, when it is scheduled.
             measure: where λ is 0, evaluate the heads all the same; the alignment then has no part in `loss`, and no gradient.
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
         aligned = coeff > 0 or measure
-        if aligned and dino_tokens is None:
+        if aligned and tokens is None:
             raise ValueError("the alignment needs the teacher's tokens")
-        noise, timesteps = self.draw(clean_latents, generator)
-        alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
-        noisy = add_noise(clean_latents, noise, alpha, sigma)  # (B, 4, h, w)
-        output = unet(noisy, timesteps, encoder_hidden_states, capture=aligned)  # (B, 4, h, w)
+        noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
+        t = self.path.draw(len(x_0), x_0.device, generator)  # (B,)
 
-        errors = self.diffusion_error(output, clean_latents, noise, timesteps)  # (B,)
+        x_t, target, weight = self.path(x_0, noise, t)  # (B, C, h, w), the same, (B, 1, 1, 1)
+        errors = squared_error(model.predict(x_t, t, text, capture=aligned), target, weight)  # (B,)
         loss_diff = errors.mean()
-        per_image = dict(zip(PER_IMAGE, (errors.detach(), timesteps), strict=True))
+        per_image = {"errors": errors.detach(), "timesteps": t}
         if not aligned:
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True)) | per_image
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and coeff > 0):
-            terms = self.alignment(unet.get_aligned_tokens(), dino_tokens)
-        unet.clear_hooks()
+            terms = self.alignment(model.get_aligned_tokens(grid or square(tokens)), tokens)
+        model.clear_hooks()
         loss = loss_diff + coeff * terms["loss_align"] if coeff > 0 else loss_diff
         return {"loss": loss, "loss_diff": loss_diff} | terms | per_image
 
-    def diffusion_error(
-        self, output: Tensor, clean_latents: Tensor, noise: Tensor, timesteps: Tensor
-    ) -> Tensor:
-        """The diffusion loss of each image `(B,)`, given what the network put out for it."""
-        alpha, sigma = self.schedule.at(timesteps, clean_latents.ndim)  # (B, 1, 1, 1)
-        target = velocity(clean_latents, noise, alpha, sigma) if self.parameterization == "v" else noise
-        weight = error_weight(
-            self.prediction, self.parameterization, alpha, self.v_weight_max, self.snr_gamma
-        )
-        return (weight * (output.float() - target.float()).square()).flatten(1).mean(1)
 
-    def draw(self, clean_latents: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Noise like the latents and uniform timesteps `(B,)`."""
-        like = {"device": clean_latents.device, "generator": generator}
-        noise = torch.randn(clean_latents.shape, dtype=clean_latents.dtype, **like)
-        return noise, torch.randint(self.schedule.num_steps, (len(clean_latents),), **like)
+def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The weighted squared error of each image `(B,)`, the mean over its values, in fp32."""
+    return (weight * (prediction.float() - target.float()).square()).flatten(1).mean(1)
 
 
-def drop_captions(text: Tensor, null_text: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Replace each caption `(B, L, C)` by the null prompt `(L, C)` with the given probability (for guidance)."""
-    dropped = torch.rand(len(text), device=text.device, generator=generator) < probability  # (B,)
-    return torch.where(dropped[:, None, None], null_text, text)
+def square(tokens: Tensor) -> tuple[int, int]:
+    """The grid (h, w) of tokens `(B, N, D)` that lie on a square; raises ValueError where N is no square number."""
+    side = round(tokens.shape[1] ** 0.5)
+    if side**2 != tokens.shape[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens are no square: say which grid they lie on")
+    return side, side

@@ -1,4 +1,4 @@
-"""The forward process x_t = α_t x_0 + σ_t ε, and the three spaces a network's output can live in.
+"""The path from data to noise, x_t = α_t x_0 + σ_t ε, and the three spaces a network's output can live in.
 
 With α² + σ² = 1 and v = α ε − σ x_0 (Salimans & Ho, arXiv 2202.00512):
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' names -> ours
+QUARTERS = 4  # of the path, for the diffusion loss of each
 SCHEDULER_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
 
 
@@ -109,3 +110,51 @@ def error_weight(
     raise ValueError(
         f"prediction and parameterization must be v or epsilon, got {prediction!r} and {parameterization!r}"
     )
+
+
+class DiffusionPath:
+    """The path of a DDPM from x_0 to noise: x_t = α_t x_0 + σ_t ε at integer timesteps t, and the loss along it.
+
+    Called with x_0 and noise it returns what a training step needs: x_t, the target of the network's output, and the weight
+    of its squared error.
+
+    Args:
+        alphas_cumprod: ᾱ_t `(T,)`, as every diffusers scheduler carries it.
+        output: what the network outputs, "epsilon" or "v".
+        prediction: the space in which the loss is taken, "epsilon" or "v" (see `error_weight`).
+        v_weight_max: ceiling of the weight 1/α² of a v-loss on an ε-network.
+        snr_gamma: γ of min-SNR weighting, or None.
+    """
+
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        *,
+        output: str = "epsilon",
+        prediction: str = "v",
+        v_weight_max: float = 5.0,
+        snr_gamma: float | None = None,
+    ):
+        self.schedule = NoiseSchedule(alphas_cumprod)
+        self.output, self.prediction = output, prediction
+        self.v_weight_max, self.snr_gamma = v_weight_max, snr_gamma
+
+    def draw(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Uniform timesteps `(count,)`, int64."""
+        return torch.randint(self.schedule.num_steps, (count,), device=device, generator=generator)
+
+    def __call__(self, x_0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t and the target, shaped like `x_0 (B, C, …)`, and the weight `(B, 1, …)` of the squared error at t `(B,)`."""
+        alpha, sigma = self.schedule.at(t, x_0.ndim)  # (B, 1, …)
+        x_t = alpha * x_0 + sigma * noise
+        target = velocity(x_0, noise, alpha, sigma) if self.output == "v" else noise
+        weight = error_weight(self.prediction, self.output, alpha, self.v_weight_max, self.snr_gamma)
+        return x_t, target, weight
+
+    def quarter(self, t: Tensor) -> Tensor:
+        """Which quarter of the timesteps t `(B,)` lies in, 0 (little noise) to 3."""
+        return t * QUARTERS // self.schedule.num_steps
+
+    def spread(self, count: int) -> Tensor:
+        """`count` timesteps evenly spread between, and without, the two ends."""
+        return torch.linspace(0, self.schedule.num_steps - 1, count + 2)[1:-1].long()

@@ -2,12 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-
-from common.errors import UserError
 
 # How much noise there is at a DDPM index, on REPA's scale: 0 = data, 1 = noise. On REPA's linear path
 # x_t = (1 - t) x0 + t ε the ratio sigma / alpha is t / (1 - t); "snr" inverts that for SD's schedule.
@@ -17,7 +15,6 @@ NOISE_LEVELS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
 }
 # Images in a forward on a CPU, always: another number rounds differently.
 CPU_ROWS = 16
-DECODED_ROWS = 8  # at once: the decoder's activations at 512 px outweigh the U-Net's
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> list[int]:
@@ -72,16 +69,16 @@ def guided_steps(
 
 
 def forwards_per_image(guided: Sequence[bool]) -> int:
-    """Forwards of the U-Net that an image costs: two where guidance acts, else one."""
+    """Forwards of the network that an image costs: two where guidance acts, else one."""
     return len(guided) + sum(guided)
 
 
 @torch.no_grad()
 def sample_latents(
-    unet: Callable[..., tuple[torch.Tensor, ...]],
+    predict: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
     scheduler,
-    text: torch.Tensor,
-    null_text: torch.Tensor,
+    text: Mapping[str, torch.Tensor],
+    null_text: Mapping[str, torch.Tensor],
     seeds: Sequence[int],
     *,
     shape: Sequence[int],
@@ -93,11 +90,11 @@ def sample_latents(
     eta: float = 0.0,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """Sample latents as `StableDiffusionPipeline` would from the same generators.
+    """Sample latents in fp32 as the family's own diffusers pipeline would from the same generators.
 
-    `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++); `unet` is called as
-    diffusers' are. `text` (B, L, D) and `null_text` (L, D) are caption embeddings; latents have the device
-    and dtype of `text`. The generator of seed b draws the first noise of image b, then what the scheduler
+    `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++); `predict(x_t, t, text)` is
+    `AlignedModel.predict`. `text` holds the fields (B, …) of the prompts, `null_text` those (…) of the null prompt;
+    latents are on their device. The generator of seed b draws the first noise of image b, then what the scheduler
     adds to it at each step (DDPM; DDIM with `eta` > 0), and nothing else.
 
     Every forward has `rows` images, the last one filled up with copies that are thrown away, so that an image
@@ -108,33 +105,33 @@ def sample_latents(
 
     Returns (B, C, h, w). The scheduler handed in is not changed.
     """
-    if text.ndim != 3 or tuple(null_text.shape) != tuple(text.shape[1:]):
-        raise ValueError(
-            f"text {tuple(text.shape)} must be (B, L, D), null_text {tuple(null_text.shape)} (L, D)"
-        )
-    if len(seeds) != len(text):
-        raise ValueError(f"{len(seeds)} seeds for {len(text)} captions")
+    first = next(iter(text.values()))
+    if {name: x.shape[1:] for name, x in text.items()} != {name: x.shape for name, x in null_text.items()}:
+        raise ValueError("each field of text must be (B, …), and (…) in null_text")
+    if len(seeds) != len(first):
+        raise ValueError(f"{len(seeds)} seeds for {len(first)} captions")
     if len(shape) != 3:
         raise ValueError(f"shape must be (C, h, w), got {tuple(shape)}")
     if steps < 1 or cfg < 1 or (rows is not None and rows < 1):
         raise ValueError(f"steps, cfg and rows must be at least 1, got {steps}, {cfg} and {rows}")
-    rows = rows_of(text.device, len(text)) if rows is None else rows
-    null = null_text.to(text).expand(rows, -1, -1)  # (R, L, D)
+    device = first.device
+    rows = rows_of(device, len(first)) if rows is None else rows
+    null = {name: x.expand(rows, *x.shape) for name, x in null_text.items()}  # (R, …)
     found = []
-    for start in range(0, len(text), rows):
+    for start in range(0, len(first), rows):
         part = slice(start, start + rows)
         wanted = len(seeds[part])
-        cond = _filled(text[part], rows)  # (R, L, D)
+        cond = {name: _filled(x[part], rows) for name, x in text.items()}  # (R, …)
         streams = generators(_filled_list(list(seeds[part]), rows))
         solver = copy.deepcopy(scheduler)
-        solver.set_timesteps(steps, device=text.device)
+        solver.set_timesteps(steps, device=device)
         guided = guidance_plan(solver, cfg, guidance_low, guidance_high, guidance_space)
-        both = torch.cat([null, cond])  # (2R, L, D)
+        both = {name: torch.cat([null[name], cond[name]]) for name in cond}  # (2R, …)
         extra = _step_options(solver, streams, eta)
-        x = initial_noise(streams, shape).to(text) * solver.init_noise_sigma  # (R, C, h, w)
+        x = initial_noise(streams, shape, device) * solver.init_noise_sigma  # (R, C, h, w)
         for t, guide in zip(solver.timesteps, guided, strict=True):
             x_in = solver.scale_model_input(torch.cat([x, x]) if guide else x, t)  # (R or 2R, C, h, w)
-            out = unet(x_in, t, encoder_hidden_states=both if guide else cond, return_dict=False)[0]
+            out = predict(x_in, t.expand(len(x_in)), both if guide else cond).float()  # (R or 2R, C, h, w)
             if guide:
                 uncond, cond_out = out.chunk(2)  # (R, C, h, w) each
                 out = uncond + cfg * (cond_out - uncond)
@@ -153,43 +150,6 @@ def guidance_plan(scheduler, cfg: float, low: float, high: float, space: str) ->
 def rows_of(device: torch.device, batch_size: int) -> int:
     """Images in a forward: what is asked for on a GPU, always `CPU_ROWS` on a CPU."""
     return CPU_ROWS if device.type == "cpu" else batch_size
-
-
-def in_dtype(unet: torch.nn.Module, dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A U-Net that computes in `dtype`, for a sampler that keeps its latents in fp32."""
-
-    def forward(latents, timestep, *, encoder_hidden_states, return_dict):
-        found = unet(latents.to(dtype), timestep, encoder_hidden_states.to(dtype), return_dict=return_dict)
-        return tuple(x.float() for x in found)
-
-    return forward
-
-
-@torch.no_grad()
-def decode_latents(vae: torch.nn.Module, latents: torch.Tensor, *, rows: int = DECODED_ROWS) -> np.ndarray:
-    """Decode (B, C, h, w) latents to (B, H, W, 3) uint8, rounded as diffusers' image processor does.
-
-    Rounding matters: truncation, as in REPA's sampler, darkens every image by half a level. `rows` images at
-    a time, the last time filled up (see `sample_latents`). Values that are not finite would turn into black
-    pixels and a plausible score; they are a `UserError`.
-    """
-    if latents.ndim != 4:
-        raise ValueError(f"latents must be (B, C, h, w), got {tuple(latents.shape)}")
-    weight = next(vae.parameters())
-    decoded = []
-    for part in latents.split(rows):
-        z = _filled(part, rows).to(weight.device, weight.dtype) / vae.config.scaling_factor  # (R, C, h, w)
-        image = vae.decode(z, return_dict=False)[0][: len(part)].float()  # (b, 3, H, W) in [-1, 1]
-        if not torch.isfinite(image).all():
-            source = (
-                "the latents are" if not torch.isfinite(part).all() else f"the VAE's {weight.dtype} output is"
-            )
-            raise UserError(
-                f"{source} not finite: check the run for divergence, decode in bfloat16 or float32"
-            )
-        image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
-        decoded.append((image * 255).round().astype(np.uint8))
-    return np.concatenate(decoded)  # (B, H, W, 3)
 
 
 def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:

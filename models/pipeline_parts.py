@@ -14,6 +14,14 @@ from common.errors import UserError
 
 REMOVED, MAINTAINED = "runwayml/stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
+# Settings of eval.sampler, and how all of them space their steps.
+SAMPLERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+}
+SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
+
 # Both libraries import a class when it is first asked for, which takes seconds: ask only for the part that is loaded.
 PARTS = {
     "unet": lambda: diffusers.UNet2DConditionModel,
@@ -38,7 +46,7 @@ def load_part(base: str, part: str, revision: str | None = None):
         raise UserError(
             f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
         )
-    insist_present(base)
+    check_present(base)
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded = PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
@@ -51,7 +59,7 @@ def load_part(base: str, part: str, revision: str | None = None):
 
 def load_part_config(base: str, part: str, revision: str | None = None, *, local: bool = False) -> dict:
     """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
-    insist_present(base)
+    check_present(base)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -64,7 +72,23 @@ def load_part_config(base: str, part: str, revision: str | None = None, *, local
         ) from None
 
 
-def insist_present(name: str) -> None:
+def load_pipeline_class(base: str, revision: str | None = None) -> str:
+    """The class of the pipeline that a folder or hub id holds, from its model_index.json; raises `UserError` without one."""
+    if base == REMOVED:
+        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
+    check_present(base)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{base} is no pipeline folder in diffusers layout, its model_index.json cannot be read: {reason}"
+        ) from None
+
+
+def check_present(name: str) -> None:
     """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
     if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
         raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")

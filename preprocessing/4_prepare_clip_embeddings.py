@@ -1,9 +1,9 @@
-"""Script 4: the CLIP text embedding of every class, and of the null prompt.
+"""Script 4: the text embedding of every class, and of the null prompt.
 
     python preprocessing/4_prepare_clip_embeddings.py --class-names data/imagenet/imagenet_classes.json --out data/imagenet/text
 
-Writes one table (n_classes + 1, 77, 768): row c is the prompt of class c, the last row is the null prompt that caption
-dropout and classifier-free guidance use. The file of class names is one of
+Writes a table of named fields, for Stable Diffusion 1.5 prompt_embeds (n_classes + 1, 77, 768): row c is the prompt of class c,
+the last row is the null prompt that caption dropout and classifier-free guidance use. The file of class names is one of
 
     {"0": "tench", ...}                     names by class number
     {"0": ["n01440764", "tench"], ...}      imagenet_class_index.json
@@ -38,22 +38,19 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [args.template.replace("{class_name}", name) for _, name in classes] + [""]
     synsets = [synset for synset, _ in classes]
 
-    import torch
-    from tqdm import tqdm
-
-    from cache.manifest import MANIFEST, FieldSpec, insist_same, read_table, write_table
+    from cache.manifest import MANIFEST, insist_same
+    from cache.text import read_table, text_spec, write_table
     from common.device import pick_device
-    from models.pipeline_parts import load_part, weights_digest
+    from models.families.table import family_of
+    from models.pipeline_parts import weights_digest
 
-    device = pick_device(args.device)
-    tokenizer = load_part(args.base, "tokenizer", args.revision)
-    encoder = load_part(args.base, "text_encoder", args.revision).to(device).eval()
-    spec = FieldSpec(
-        field="text",
-        shape=(tokenizer.model_max_length, encoder.config.hidden_size),
-        dtype="float16",
-        meaning="last hidden state of the CLIP text encoder; row c = class c, last row = null prompt",
-        source={"model": args.base, "revision": args.revision, "weights_sha256": weights_digest(encoder)},
+    family = family_of(args.base, args.revision)
+    digest = weights_digest(family.text_weights())
+    null = family.encode_text([""], pick_device(args.device))  # says which fields there are
+    spec = text_spec(
+        null,
+        "text fields as the base model's pipeline makes them; row c = class c, last row = null prompt",
+        source={"model": args.base, "revision": args.revision, "weights_sha256": digest},
         details={"template": args.template, "prompts": prompts, "n_classes": len(classes)}
         | ({"synsets": synsets} if None not in synsets else {}),
     )
@@ -61,22 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         insist_same(args.out, read_table(args.out)[1], spec.as_json())
         print(f"{args.out} is complete: embeddings of {len(classes)} classes and the null prompt")
         return
-    rows = []
-    with torch.no_grad():
-        for start in tqdm(range(0, len(prompts), 64), desc="text", unit="batch"):
-            tokens = tokenizer(
-                prompts[start : start + 64],
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            rows.append(encoder(tokens.input_ids.to(device)).last_hidden_state.half().cpu())  # (b, 77, 768)
-    table = torch.cat(rows)  # (n_classes + 1, 77, 768)
-    write_table(args.out, table, spec)
-    print(
-        f"{args.out}: embeddings of {len(classes)} classes and the null prompt, {tuple(table.shape)} float16"
-    )
+    fields = family.encode_text(prompts, pick_device(args.device))  # {name: (n_classes + 1, …)}
+    write_table(args.out, fields, spec)
+    listed = ", ".join(f"{name} {tuple(values.shape)} {spec.dtype}" for name, values in fields.items())
+    print(f"{args.out}: embeddings of {len(classes)} classes and the null prompt, {listed}")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from cache.dataset import latents_of
     from cache.image_list import read_samples
-    from cache.manifest import read_table
     from cache.reader import FieldReader
+    from cache.text import read_table
 
     samples = read_samples(args.csv)
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         ),
     )
     check_classes(checks, samples, text["details"])
-    checks(table.isfinite().all().item(), f"text table {tuple(table.shape)} is finite")
+    for name, values in table.fields.items():
+        checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
 
     grid = tokens.spec.view["grid"]
     checks(
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if chosen:
         ids = [sample.id for sample in chosen]
-        x = latents_of(latents.read(ids), latents.spec.details)  # (n, 4, h, w)
+        x = latents_of(latents.read(ids), latents.spec.details)  # (n, C, h, w)
         y = tokens.read(ids).float()  # (n, N, D)
         checks(
             (x.isfinite().all() and y.isfinite().all()).item(),
@@ -125,20 +126,18 @@ def main(argv: list[str] | None = None) -> None:
 def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     """Decode the latents of a few samples, compare them with their images, and draw the sheet."""
     import numpy as np
-    import torch
 
     from cache.views import read_view
     from common.device import pick_device
-    from method.sampler import decode_latents
-    from models.pipeline_parts import load_part
+    from models.families.table import family_of
+    from models.latents import decode_images
     from preprocessing.contact_sheet import draw_contact_sheet
 
     n, device = len(samples), pick_device(args.device)
     images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)
     revision = spec.source["revision"] if args.base is None else None
-    vae = load_part(args.base or spec.source["model"], "vae", revision).to(device).eval()
-    with torch.no_grad():
-        decoded = decode_latents(vae, latents[:n], rows=1)  # (n, S, S, 3)
+    codec = family_of(args.base or spec.source["model"], revision).load_codec().to(device)
+    decoded = decode_images(codec, latents[:n], rows=1)  # (n, S, S, 3)
     errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(

@@ -12,7 +12,8 @@ from cache.encodings import GROUP
 from cache.manifest import FieldSpec
 from common.device import autocast, compute_dtype, pick_device
 from common.errors import UserError
-from models.pipeline_parts import load_part, weights_digest
+from models.families.table import family_of
+from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
 from preprocessing.pipeline import FieldJob
 
@@ -26,38 +27,36 @@ MEANING = {
 def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
     """Latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, of the base model's VAE (options of `add_latent_options`)."""
     device = pick_device(args.device)
-    vae = load_part(args.base, "vae", args.revision).to(device).eval().requires_grad_(False)
-    down = 2 ** (len(vae.config.block_out_channels) - 1)
+    codec = family_of(args.base, args.revision).load_codec().to(device)
+    down = codec.down
     if args.image_size % down:
         raise UserError(
             f"--image-size {args.image_size} is not a multiple of {down}, the VAE's down-sampling"
         )
-    factor = 1.0 if args.unscaled else vae.config.scaling_factor
-    channels, cells = vae.config.latent_channels, args.image_size // down
+    channels, cells = codec.channels, args.image_size // down
 
     @torch.no_grad()
     def encode(pixels: Tensor, ids: Sequence[str]) -> Tensor:
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, S, S) in [-1, 1]
         with autocast(device, args.precision):
-            posterior = vae.encode(images).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()  # (n, 4, S/8, S/8)
-        if args.posterior == "moments":
-            return torch.cat([mean, std], dim=1) * factor
+            mean, std = codec.posterior(images)  # (n, 4, S/8, S/8) each
         if args.posterior == "sample":
             mean = mean + std * torch.stack([noise_of(key, mean.shape[1:]) for key in ids]).to(device)
-        return mean * factor
+        if not args.unscaled:
+            mean, std = codec.normalise(mean), codec.normalise_spread(std)
+        return torch.cat([mean, std], dim=1) if args.posterior == "moments" else mean
 
     spec = FieldSpec(
         field="latents",
         shape=(channels * (2 if args.posterior == "moments" else 1), cells, cells),
         dtype=dtype,
         meaning=MEANING[args.posterior] + ("" if args.unscaled else ", times scaling_factor"),
-        source=source_of(args.base, args.revision, vae, precision_of(device, args.precision)),
+        source=source_of(args.base, args.revision, codec.vae, precision_of(device, args.precision)),
         view={"kind": "aligned", "size": args.image_size},
         details={
             "posterior": args.posterior,
             "scaled": not args.unscaled,
-            "scaling_factor": vae.config.scaling_factor,
+            "scaling_factor": codec.scaling,
         },
     )
     return FieldJob(folder, spec, encode, device)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from cache.image_list import Sample, read_samples
-from models.aligned import SD15UNetAligned, lora_config
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 
 TEXT_WIDTH, TEACHER_DIM, TEACHER_GRID = 32, 64, 4
 

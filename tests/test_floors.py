@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 # without a circle.
 FLOORS = {
     "common": set(),
-    "configs": {"common"},
-    "method": {"common"},
+    "method": set(),
+    "configs": {"common", "method"},
     "cache": {"common"},
     "models": {"common", "method"},
     "models.families": {"common", "method", "models.backbone", "models.pipeline_parts", "models.taps"},
-    "models.teachers": {"common", "models.pipeline_parts"},
+    "models.teachers": {"common", "models.latents", "models.pipeline_parts"},
     "metrics": {"common"},
     "report": {"common", "metrics"},
     "preprocessing": {"common", "cache", "method", "models"},

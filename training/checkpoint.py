@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written aside and renamed, so that a folder named `step-…` is always whole.
 
 step-0000600/
-    trained.safetensors     every trained weight by name: unet.… (LoRA or plain) and heads.…
+    trained.safetensors     every trained weight by name: backbone.… (LoRA or plain) and heads.…
     ema.safetensors         their moving average, same names: what evaluation uses
     optimizer.safetensors   AdamW's moments
     state.json              step, running sums of the metrics, sizes and CRC-32 of the files above
@@ -234,6 +234,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def _matching(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The file's tensors in the order of `parameters`; raises `UserError` unless names and shapes agree."""
     stored = _load(file)
+    if any(name.startswith("unet.") for name in stored):
+        raise UserError(
+            f"{file} was written by an earlier version of this repository, which named weights unet.…: train the run again, or "
+            "go on with that version"
+        )
     if differing := set(stored) ^ set(parameters):
         raise UserError(
             f"{file} was written by another model (for instance {min(differing)}): check the run's config"

@@ -7,22 +7,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from cache.dataset import latent_shape
 from cache.manifest import read_manifest
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
-from configs.sections import BASE
-from models.aligned import SD15UNetAligned
-from models.pipeline_parts import load_part_config
+from models.aligned import BACKBONE, AlignedModel
 from training.cost import StepCost, count_step, saved_bytes
 from training.meter import PEAKS, peak_of
-from training.parts import build_model
+from training.parts import build_model, family_for
 
 SHARES = (0.3, 0.5)  # of a device's peak: usual, and very good
-TOKENS, PROMPTS = 77, 1001  # of a caption; of ImageNet's classes, and the null prompt
+PROMPTS = 1001  # of ImageNet's classes, and the null prompt
 CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85  # GB that cards have; the share that a plan may fill
 GB = 1e9
 _COUNTED: dict[tuple, float] = {}
@@ -36,11 +34,11 @@ def print_plan(config: Config) -> None:
         dtype = torch.bfloat16  # a plan made on a laptop is for the GPU
     model, known = model_of_shapes(config, dtype)
     images = config.data.batch_size * config.optim.accumulate
-    shape = latent_shape(config) or (model.unet.config.in_channels, *[model.unet.config.sample_size] * 2)
+    shape = shape_of_latents(config) or model.family.latent_shape(model.backbone)
     cost = count_step(forward_of(model, shape))
     print(f"plan of {config.run}")
     if not known:
-        say("base", f"{config.model.base} is not at hand: Stable Diffusion 1.5's sizes are assumed")
+        say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
     plan_parameters(config, model)
     say(
         "step",
@@ -54,31 +52,28 @@ def print_plan(config: Config) -> None:
     plan_time(config, cost, device, images, plan_cache(config, shape))
 
 
-def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[SD15UNetAligned, bool]:
+def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, bool]:
     """The model on the device "meta", in the precision of the training, and whether its base was at hand."""
-    base, revision, known = config.model.base, config.model.revision, True
-    try:
-        settings = load_part_config(base, "unet", revision, local=base == BASE)
-    except UserError:
-        if base != BASE:
-            raise
-        settings, known = {"sample_size": 64, "cross_attention_dim": 768}, False
+    family = family_for(config)
+    network, known = family.network_of_shapes(local=config.model.base == family.default_base)
     with torch.device("meta"):
-        model = build_model(config, UNet2DConditionModel.from_config(settings)).to(dtype).train()
-    return model, known
+        return build_model(config, family, network).to(dtype).train(), known
 
 
-def forward_of(model: SD15UNetAligned, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """A function from a number of latents `(4, h, w)` to a loss; `model` is on the device "meta"."""
+def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """A function from a number of latents `(C, h, w)` to a loss; `model` is on the device "meta"."""
+    grid = tuple(shape[-2:])  # the losses and the resizing cost nothing beside the network
 
     def forward(batch: int) -> Tensor:
         with torch.device("meta"):
             latents = torch.empty(batch, *shape)
-            text = torch.empty(batch, TOKENS, model.unet.config.cross_attention_dim)
-            output = model(latents, torch.zeros(batch, dtype=torch.long), text)
+            shapes = model.family.text_shapes(model.backbone)
+            text = {name: torch.empty(batch, *row) for name, row in shapes.items()}
+            steps = torch.zeros(batch, dtype=torch.long)
+            output = model.predict(latents, steps, text, capture=bool(model.heads))
             loss = output.float().square().mean()
             if model.heads:
-                tokens = model.get_aligned_tokens().values()
+                tokens = model.get_aligned_tokens(grid).values()
                 loss = loss + sum(x.square().mean() for x in tokens)  # the losses are reductions
         model.clear_hooks()
         return loss
@@ -88,7 +83,7 @@ def forward_of(model: SD15UNetAligned, shape: tuple[int, ...]) -> Callable[[int]
 
 def step_flops(config: Config) -> float:
     """Operations of one step on one process; counting takes a second, and is done once for each kind of model."""
-    shape = latent_shape(config)
+    shape = shape_of_latents(config)
     key = (config.model, config.align, config.teacher, shape)
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
@@ -96,34 +91,34 @@ def step_flops(config: Config) -> float:
     return _COUNTED[key] * config.data.batch_size * config.optim.accumulate
 
 
-def latent_shape(config: Config) -> tuple[int, ...] | None:
-    """`(4, h, w)` of the cached latents, or None where there is no cache yet."""
+def shape_of_latents(config: Config) -> tuple[int, ...] | None:
+    """`(C, h, w)` of the cached latents, or None where there is no cache yet."""
     try:
         manifest = read_manifest(config.data.latents, "latents")
     except UserError:
         return None
-    channels, *size = manifest["shape"]
-    return (channels // (2 if manifest["details"]["posterior"] == "moments" else 1), *size)
+    return latent_shape(manifest["shape"], manifest["details"])
 
 
-def plan_parameters(config: Config, model: SD15UNetAligned) -> None:
+def plan_parameters(config: Config, model: AlignedModel) -> None:
     trained = model.trained_parameters()
-    unet = sum(p.numel() for name, p in trained.items() if name.startswith("unet."))
+    network = sum(p.numel() for name, p in trained.items() if name.startswith(BACKBONE))
     heads = sum(p.numel() for p in model.heads.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     say(
         "weights",
-        f"{unet:,} of the U-Net are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
+        f"{network:,} of the {model.family.noun} are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
     )
 
 
-def plan_memory(config: Config, model: SD15UNetAligned, dtype: torch.dtype, saved: float) -> None:
+def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
     moments, average = 8 * trained, 4 * trained
-    text = PROMPTS * TOKENS * model.unet.config.cross_attention_dim * dtype.itemsize
+    rows = model.family.text_shapes(model.backbone).values()
+    text = PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize
     saved *= config.data.batch_size
     total = weights + own + gradients + moments + average + text + saved
     card = next((size for size in CARDS if total / GB <= ROOM * size), None)
@@ -136,7 +131,7 @@ def plan_memory(config: Config, model: SD15UNetAligned, dtype: torch.dtype, save
     )
 
 
-def plan_disk(config: Config, model: SD15UNetAligned) -> None:
+def plan_disk(config: Config, model: AlignedModel) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     train = config.train
     one = 16 * trained  # weights, their average, two moments; fp32

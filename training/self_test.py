@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cache.dataset import StepSampler
+from cache.order import StepSampler
 from common.errors import UserError
-from method.paths import add_noise
+from method.objective import square, squared_error
+from models.aligned import BACKBONE, HEADS
 from training.parts import Parts
 
 PROBED = 64  # images read, evenly spread over the list, and so over the shards
-FED = 4  # of them go through the U-Net
+FED = 4  # of them go through the network
 LATENT_STD = (0.3, 3.0)  # of scaled latents: about 1. SD-1.5's are 5.5 unscaled, and 0.18 scaled twice
 EQUAL = 1e-3  # of entries of tokens of unit length
 NORM_ERROR = 0.05  # int8 tokens are off by less
@@ -55,7 +56,7 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
             broken = dataset.ids[indices[int((~finite).nonzero()[0])]]
             folder = dataset.readers[name].folder
             fail(f"{folder} holds NaN or infinity for {broken}: script 5 --full says what else is damaged")
-    values["latent"] = dataset.x_0(values["latent"])  # (n, 4, h, w)
+    values["latent"] = dataset.x_0(values["latent"])  # (n, C, h, w)
     return values | {"class": dataset.class_ids[indices]}
 
 
@@ -85,42 +86,48 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
         if off > NORM_ERROR:
             fail(f"tokens of {dataset.tokens.folder} are not L2-normalised: run script 3 again")
         insist_spatial(tokens)
-    table = torch.cat([dataset.text, dataset.null_text[None]])  # (n_classes + 1, 77, 768)
-    say("text", f"{shape_of(table)}, the null prompt last")
-    if not table.isfinite().all():
-        fail(f"{parts.config.data.text} holds NaN or infinity: run script 4 again")
-    if len(dataset.text) > 1 and (dataset.text == dataset.text[0]).all():
-        fail(f"all classes of {parts.config.data.text} have one embedding: run script 4 again")
-    if (dataset.text == dataset.null_text).flatten(1).all(1).any():
-        fail(f"a class of {parts.config.data.text} has the embedding of the null prompt: run script 4 again")
+    check_text(parts)
+
+
+def check_text(parts: Parts) -> None:
+    """Every field of the text is finite, and all of them together tell classes and the null prompt apart."""
+    text, folder = parts.dataset.text, parts.config.data.text
+    listed = ", ".join(f"{name} {shape_of(values)}" for name, values in text.fields.items())
+    say("text", f"{listed}, the null prompt last")
+    if not all(values.isfinite().all() for values in text.fields.values()):
+        fail(f"{folder} holds NaN or infinity: run script 4 again")
+    if len(text) > 1 and all((values == values[0]).all() for values in text.prompts.values()):
+        fail(f"all classes of {folder} have one embedding: run script 4 again")
+    null = [(text.prompts[name] == row).flatten(1).all(1) for name, row in text.null.items()]  # (n,) each
+    if torch.stack(null).all(0).any():
+        fail(f"a class of {folder} has the embedding of the null prompt: run script 4 again")
 
 
 def check_trained(parts: Parts) -> None:
     config, model = parts.config, parts.model
     trained = model.trained_parameters()
     count = {
-        part: sum(p.numel() for n, p in trained.items() if n.startswith(part)) for part in ("unet.", "heads.")
+        part: sum(p.numel() for n, p in trained.items() if n.startswith(part)) for part in (BACKBONE, HEADS)
     }
     optim = config.optim
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
-    heads = f"; heads {count['heads.']:,} at {head_lr:g}" if model.heads else ""
-    total = sum(p.numel() for n, p in model.unet.named_parameters() if ".lora_" not in n)
+    heads = f"; heads {count[HEADS]:,} at {head_lr:g}" if model.heads else ""
+    total = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lora_" not in n)
     say(
         "train",
-        f"{config.model.train}: {count['unet.']:,} weights (the U-Net has {total:,}) at learning rate {optim.lr:g}{heads}",
+        f"{config.model.train}: {count[BACKBONE]:,} weights (the {parts.family.noun} has {total:,}) at learning rate "
+        f"{optim.lr:g}{heads}",
     )
     if config.model.train == "lora":
         places = sorted(
-            {name.split(".lora_")[0].removeprefix("unet.") for name in trained if ".lora_" in name}
+            {name.split(".lora_")[0].removeprefix(BACKBONE) for name in trained if ".lora_" in name}
         )
-        blocks = Counter(
-            ".".join(place.split(".")[: 1 if place.startswith("mid") else 2]) for place in places
-        )
+        blocks = Counter(block_of(place) for place in places)
         listed = ", ".join(f"{block} {number}" for block, number in blocks.items())
         scale = config.model.lora_alpha / config.model.lora_rank
         say("lora", f"rank {config.model.lora_rank}, scale {scale:g}, in {len(places)} modules: {listed}")
-    if not count["unet."]:
-        fail("no weight of the U-Net is trained: check model.train and model.lora_targets")
+    if not count[BACKBONE]:
+        fail("no weight of the network is trained: check model.train and model.lora_targets")
 
 
 def check_coefficient(parts: Parts) -> None:
@@ -152,30 +159,33 @@ def check_coefficient(parts: Parts) -> None:
 def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     """One forward of a few images; the gradients that each loss sends to weights, and the alignment to its taps."""
     config, model, device, loss = parts.config, parts.model, parts.device, parts.loss
-    latents = values["latent"][:FED].to(device)  # (b, 4, h, w)
-    noise, timesteps = loss.draw(latents, torch.Generator(device).manual_seed(0))
-    noisy = add_noise(latents, noise, *loss.schedule.at(timesteps, latents.ndim))
-    text = parts.dataset.text[values["class"][:FED]].to(device, torch.float32)  # (b, 77, 768)
-    weights = {name: p for name, p in model.trained_parameters().items() if name.startswith("unet.")}
-    output = model(noisy, timesteps, text)  # raises TapError for a tap that is silent or detached
+    latents = values["latent"][:FED].to(device)  # (b, C, h, w)
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(latents.shape, device=device, generator=generator)
+    timesteps = loss.path.draw(len(latents), device, generator)
+    x_t, target, weight = loss.path(latents, noise, timesteps)
+    text = parts.batches.text.rows(values["class"][:FED].to(device))
+    weights = {name: p for name, p in model.trained_parameters().items() if name.startswith(BACKBONE)}
+    # Raises TapError for a tap that is silent or detached.
+    output = model.predict(x_t, timesteps, text, capture=True)
     features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
-    tokens = model.get_aligned_tokens()  # {tap: (b, N, D)}
-    model.clear_hooks()
-    loss_diff = loss.diffusion_error(output, latents, noise, timesteps).mean()
+    loss_diff = squared_error(output, target, weight).mean()
     if model.heads:
         teacher = teacher_of(parts, values, latents)
+        tokens = model.get_aligned_tokens(parts.batches.grid or square(teacher))  # {tap: (b, N, D)}
         insist_equal(tokens, teacher)
         terms = loss.alignment(tokens, teacher)
+    model.clear_hooks()
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
-    network = f"{loss.parameterization}-network, loss in {loss.prediction}"
-    weighted = "" if loss.snr_gamma is None else f", min-SNR γ = {loss.snr_gamma:g}"
+    network = f"{loss.path.output}-network, loss in {loss.path.prediction}"
+    weighted = "" if loss.path.snr_gamma is None else f", min-SNR γ = {loss.path.snr_gamma:g}"
     norm = norm_of(gradients)
     say(
         "L_diff",
         f"{network}{weighted}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({precision_of(output)} on {device})",
     )
     if not (output.isfinite().all() and loss_diff.isfinite() and math.isfinite(norm)):
-        fail("the U-Net's output or its gradient is not finite: check model.base and train.precision")
+        fail("the network's output or its gradient is not finite: check model.base and train.precision")
     if norm == 0:
         fail(
             "the diffusion loss sends no gradient to the trained weights: check model.train and model.lora_alpha"
@@ -199,10 +209,10 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     what = "LoRA modules" if config.model.train == "lora" else "trained tensors"
     say(
         "reach",
-        f"the alignment reaches {len(reached)} of {len(places)} {what} of the U-Net: those before a tap",
+        f"the alignment reaches {len(reached)} of {len(places)} {what} of the network: those before a tap",
     )
     if not reached:
-        fail("the alignment reaches no trained weight of the U-Net: train a block at or before a tap")
+        fail("the alignment reaches no trained weight of the network: train a block at or before a tap")
 
 
 def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
@@ -210,7 +220,7 @@ def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tens
     if parts.online is None:
         return values["dino_tokens"][:FED].to(parts.device)
     tokens = parts.online(latents)
-    decoder, encoder = parts.online.decoder, parts.online.encoder
+    decoder, encoder = parts.online.codec.vae, parts.online.encoder
     say(
         "teacher",
         f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
@@ -227,7 +237,7 @@ def report_tap(
         fail(f"tap {tap} ({path}) gets no gradient from the alignment: its head is cut off or constant")
     norm = gradient.float().norm().item()
     share = (gradient.abs().sum(1) > 0).float().mean().item()  # over (b, h, w)
-    grid = "×".join(map(str, parts.model.heads[tap].grid))
+    grid = "×".join(map(str, parts.batches.grid))
     say(
         f"tap {tap}",
         f"{path} {shape_of(feature[0])} {precision_of(feature)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
@@ -265,6 +275,12 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
     return (
         torch.stack([g.float().norm() for g in gradients if g is not None] or [torch.zeros(())]).norm().item()
     )
+
+
+def block_of(place: str) -> str:
+    """The block that a module's path lies in: its first name, with the number that follows it if there is one."""
+    first, *rest = place.split(".")
+    return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() else first
 
 
 def precision_of(tensor: Tensor) -> str:

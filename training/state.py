@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LRScheduler
 
 from configs.schema import Config
+from models.aligned import BACKBONE, HEADS
 from training.checkpoint import restore_checkpoint, save_checkpoint
 from training.guard import Guard
 from training.masters import Masters
@@ -21,7 +22,7 @@ from training.run_folder import RunFolder
 class TrainingState:
     """What changes from step to step: trained weights, optimiser, learning rates, moving average, means of the metrics, what
     was skipped, and `coefficient`, anything with a `state_dict` that JSON can hold. `images` says which images it learns from
-    (`SD15AlignedDataset.identity`)."""
+    (`AlignedDataset.identity`)."""
 
     def __init__(self, config: Config, masters: Masters, coefficient, ranks: Ranks, images: dict):
         optim = config.optim
@@ -33,7 +34,7 @@ class TrainingState:
         head_lr = optim.lr if optim.head_lr is None else optim.head_lr
         groups = [
             {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "lr": lr}
-            for part, lr in (("unet.", optim.lr), ("heads.", head_lr))
+            for part, lr in ((BACKBONE, optim.lr), (HEADS, head_lr))
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],

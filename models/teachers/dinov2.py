@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from common.errors import UserError
-from models.pipeline_parts import insist_present
+from models.pipeline_parts import check_present
 from models.teachers.dinov2_checkpoint import SUFFIXES, load_checkpoint
 
 # The pixel statistics DINOv2 was trained with.
@@ -52,7 +52,7 @@ class DINOv2Encoder(nn.Module):
             return cls(load_checkpoint(name), grid, format="facebookresearch")
         if name.endswith(SUFFIXES) and not Path(name).exists():  # weights/dinov2.pth also looks like a hub id
             raise UserError(f"teacher {name} does not exist: check the path")
-        insist_present(name)
+        check_present(name)
         try:
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
             if config.model_type not in MODEL_TYPES:

@@ -8,26 +8,28 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.pipeline_parts import insist_present, load_part
+from models.latents import LatentCodec
+from models.pipeline_parts import check_present
 from models.teachers.dinov2 import DINOv2Encoder
 
 
 class OnlineTeacher(nn.Module):
-    """Clean latents `(B, 4, h, w)`, scaled as the U-Net reads them, to L2-normalised teacher tokens `(B, N, D)`.
+    """Clean latents `(B, C, h, w)`, normalised as the network reads them, to L2-normalised teacher tokens `(B, N, D)`.
 
-        teacher = OnlineTeacher(load_decoder(base, "madebyollin/taesd"), DINOv2Encoder.from_pretrained(name, grid=14))
+        codec = LatentCodec(load_decoder("madebyollin/taesd"))
+        teacher = OnlineTeacher(codec, DINOv2Encoder.from_pretrained(name, grid=14))
 
     The teacher sees the decoder's picture of the whole square, never the photograph: what the VAE loses, the tokens lack. Any
-    decoder of diffusers will do that has `decode` and a `scaling_factor`: the VAE, or an `AutoencoderTiny`.
+    decoder of diffusers will do: the VAE, or an `AutoencoderTiny`.
     """
 
-    def __init__(self, decoder: nn.Module, encoder: DINOv2Encoder):
+    def __init__(self, codec: LatentCodec, encoder: DINOv2Encoder):
         super().__init__()
-        self.decoder, self.encoder = decoder.eval().requires_grad_(False), encoder
+        self.codec, self.encoder = codec, encoder
 
     @torch.no_grad()
     def forward(self, latents: Tensor) -> Tensor:
-        images = self.decoder.decode(latents / self.decoder.config.scaling_factor).sample  # (B, 3, S, S)
+        images = self.codec.decode(latents)  # (B, 3, S, S)
         images = (images.float() / 2 + 0.5).clamp(0, 1)
         if images.shape[-1] != self.encoder.size:
             size = (self.encoder.size,) * 2
@@ -36,11 +38,9 @@ class OnlineTeacher(nn.Module):
         return F.normalize(self.encoder(images).float(), dim=-1)  # (B, N, D)
 
 
-def load_decoder(base: str, tiny: str | None, revision: str | None = None) -> nn.Module:
-    """The base model's VAE, or the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
-    if tiny is None:
-        return load_part(base, "vae", revision)
-    insist_present(tiny)
+def load_decoder(tiny: str) -> nn.Module:
+    """The `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
+    check_present(tiny)
     try:
         found = AutoencoderTiny.load_config(tiny).get("_class_name")
         if found != "AutoencoderTiny":

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from cache.batch_stream import BatchStream
-from cache.dataset import SD15AlignedDataset, StepSampler, latents_of
+from cache.dataset import AlignedDataset, latents_of
 from cache.image_list import Sample, read_samples, write_samples
-from cache.manifest import FieldSpec, read_table, write_table
+from cache.manifest import FieldSpec
+from cache.order import StepSampler
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
+from cache.text import read_table, text_spec, write_table
 from common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -22,7 +24,7 @@ PATHS = ("train.csv", "cache/latents", "cache/tokens", "cache/text")
 
 
 def open_dataset(root, **more):
-    return SD15AlignedDataset(*(root / path for path in PATHS), **more)
+    return AlignedDataset(*(root / path for path in PATHS), **more)
 
 
 def stream_of(dataset, batches, **more):
@@ -50,7 +52,8 @@ def write_cache(root, *, latent_ids, token_ids, posterior="mode", scaled=True):
         write_field(
             root / "cache" / field, FieldSpec(field, shape, "float16", "x", **more), ids, values[name]
         )
-    write_table(root / "cache" / "text", torch.randn(4, 5, 8), FieldSpec("text", (5, 8), "float32", "x"))
+    text = {"prompt_embeds": torch.randn(4, 5, 8)}
+    write_table(root / "cache" / "text", text, text_spec(text, "x"))
     listed = sorted(set(latent_ids) | set(token_ids))
     write_samples(root / "train.csv", [Sample(key, "unused", i % 3, "n") for i, key in enumerate(listed)])
     return values
@@ -60,14 +63,14 @@ class TestItems:
     def test_they_are_the_contract(self, miniature):
         dataset = open_dataset(miniature)
         item = dataset[5]
-        assert set(item) == {"latent", "dino_tokens", "encoder_hidden_states", "class_id"}
+        assert set(item) == {"latent", "dino_tokens", "prompt_embeds", "class_id"}
         assert item["latent"].shape == (4, 16, 16)
         assert item["dino_tokens"].shape == (16, 64)
-        assert item["encoder_hidden_states"].equal(dataset.text[item["class_id"]])
+        assert item["prompt_embeds"].equal(dataset.text.rows([int(item["class_id"])])["prompt_embeds"][0])
         assert len(dataset.text) == 10
-        assert dataset.null_text.shape == dataset.text[0].shape
         assert dataset.text_manifest["details"]["prompts"][-1] == ""
-        assert dataset.null_text.equal(read_table(miniature / "cache" / "text")[0][-1])
+        stored = read_table(miniature / "cache" / "text")[0].fields["prompt_embeds"]  # (11, 77, width)
+        assert dataset.text.null["prompt_embeds"].equal(stored[-1])
         class_of = {sample.id: sample.class_id for sample in read_samples(miniature / "train.csv")}
         chosen = [7, 2, 11]
         for index, item in zip(chosen, dataset.__getitems__(chosen), strict=True):  # in the order asked for
@@ -117,7 +120,7 @@ class TestItems:
         values = write_cache(tmp_path, latent_ids=["a"], token_ids=["a"], posterior="moments")
         dataset = open_dataset(tmp_path)
         mean, std = values["latent"]["a"].float().chunk(2)
-        assert dataset.latent_channels == 4
+        assert dataset.latent_shape[0] == 4
         assert dataset[0]["latent"].equal(mean)
         stored = torch.cat([torch.full((1, 4, 50, 50), 3.0), torch.full((1, 4, 50, 50), 0.25)], dim=1)
         details = dataset.latents.spec.details
@@ -136,7 +139,7 @@ class TestItems:
             dataset, batch_sampler=[[3, 1], [2, 5]], num_workers=2, multiprocessing_context=method
         )
         there = next(iter(loader))
-        for name in ("latent", "dino_tokens", "encoder_hidden_states", "class_id"):
+        for name in ("latent", "dino_tokens", "prompt_embeds", "class_id"):
             assert there[name].equal(torch.stack([item[name] for item in here])), name
 
 

@@ -14,9 +14,10 @@ import torch
 
 from cache import reader as reader_module
 from cache.lmdb_pages import DamagedFile, value_ranges
-from cache.manifest import MANIFEST, FieldSpec, read_manifest, read_table, write_table
+from cache.manifest import MANIFEST, FieldSpec, read_manifest
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
+from cache.text import read_table, text_spec, write_table
 from common.errors import UserError
 
 SPEC = FieldSpec("latents", (2, 3), "float16", "test values", {"model": "m"}, {"kind": "aligned", "size": 8})
@@ -635,12 +636,18 @@ class TestProcesses:
 
 
 def test_text_table_round_trip_and_damage(tmp_path):
-    table = torch.randn(4, 2, 3).half()
-    write_table(tmp_path, table, FieldSpec("text", (2, 3), "float16", "text"))
+    fields = {"embeds": torch.randn(4, 2, 3).half(), "mask": torch.ones(4, 2, dtype=torch.uint8)}
+    write_table(tmp_path, fields, text_spec(fields, "text"))
     read, manifest = read_table(tmp_path)
-    assert read.equal(table)
+    assert {name: values.equal(fields[name]) for name, values in read.fields.items()} == {
+        "embeds": True,
+        "mask": True,
+    }
+    assert manifest["details"]["fields"] == {"embeds": [2, 3], "mask": [2]}
+    assert len(read) == 3  # and the null prompt
+    assert read.to(torch.device("cpu"), torch.float32).rows([0])["mask"].dtype == torch.uint8
     assert manifest["rows"] == 4
-    file = tmp_path / "embeddings.pt"
+    file = tmp_path / "text.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="not the file its manifest describes"):
         read_table(tmp_path)

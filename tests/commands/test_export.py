@@ -84,9 +84,13 @@ def test_a_whole_pipeline_makes_the_same_image(miniature, lora_run, expected, tm
 def test_an_earlier_checkpoint_can_be_exported_elsewhere(lora_run, tmp_path, capsys):
     export.main([str(lora_run.path), "--checkpoint", "4", "--out", str(tmp_path / "four")])
     found = load_file(tmp_path / "four" / "raw" / "pytorch_lora_weights.safetensors")
-    wanted = {name: value for name, value in tensors(lora_run, 4).items() if name.startswith("unet.")}
-    assert found.keys() == {name.replace(".default", "") for name in wanted}
-    assert all(torch.equal(found[name.replace(".default", "")], value) for name, value in wanted.items())
+    wanted = {
+        name.replace(".default", "").replace("backbone.", "unet.", 1): value
+        for name, value in tensors(lora_run, 4).items()
+        if name.startswith("backbone.")
+    }
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert "step 4 of 6" in (tmp_path / "four" / "README.md").read_text()
     with pytest.raises(UserError, match="no checkpoint of step 5; it has 2, 4, 6"):
         export.main([str(lora_run.path), "--checkpoint", "5"])
@@ -172,11 +176,11 @@ def test_a_preview_that_cannot_be_drawn_ends_no_training(miniature, tmp_path, mo
         raise UserError("the decoder made no picture")
 
     modes, loss_of = [], train_script.loss_of
-    monkeypatch.setattr(previews, "decode_latents", fail)
+    monkeypatch.setattr(previews, "decode_images", fail)
     monkeypatch.setattr(
         train_script,
         "loss_of",
-        lambda parts, *args: modes.append(parts.model.unet.training) or loss_of(parts, *args),
+        lambda parts, *args: modes.append(parts.model.backbone.training) or loss_of(parts, *args),
     )
     run = train(miniature, tmp_path / "run", *PREVIEWS)
     assert modes == [True] * 6

@@ -8,8 +8,8 @@ from small_runs import train
 
 import evaluate
 from cache.image_list import read_samples
-from cache.manifest import read_table
 from cache.reader import FieldReader
+from cache.text import read_table
 from common.errors import UserError
 from evaluation.align import measure_alignment
 from evaluation.heldout import Bench, HeldOut, read_taps
@@ -18,7 +18,7 @@ from method.sampler import initial_noise
 from metrics.ridge_map import ridge_alignment
 from metrics.similarity import cknna, mispair, pool_tokens, unbiased_cka
 from metrics.similarity_rows import row_of, value_of
-from training.parts import build_model, load_run_model
+from training.parts import build_model, family_for, load_run_model
 
 CPU = torch.device("cpu")
 TAPS = ("enc_last", "mid", "dec_first")
@@ -27,7 +27,7 @@ TWO_TAPS = ("align.taps=[mid,dec_first]", "align.spatial_norm=0.5")
 
 def untrained(config, device):
     """The model as its training finds it, heads and all."""
-    return build_model(config).to(device).eval().requires_grad_(False)
+    return build_model(config, family_for(config)).to(device).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def runs(miniature, tmp_path_factory):
 def measured(run, *, step=6, timesteps=(250,), num_images=None, only=("run", "base"), **settings):
     config = run.config
     config = config.model_copy(update={"eval": config.eval.model_copy(update=settings)})
-    models = {"run": load_run_model(run, step, CPU)[0], "base": untrained(config, CPU)}
+    models = {"run": load_run_model(run, step, CPU), "base": untrained(config, CPU)}
     models = {name: models[name] for name in only}
     result, _ = measure_alignment(
         config, models, timesteps=timesteps, seed=5, device=CPU, num_images=num_images
@@ -66,8 +66,8 @@ def features_by_hand(model, config, timestep, seed):
     ids = [sample.id for sample in samples]
     latents = FieldReader(config.eval.latents, "latents").read(ids).float()
     scheduler = DDPMScheduler.from_pretrained(config.model.base, subfolder="scheduler")
-    null_text = read_table(config.data.text)[0][-1].float()
-    unet = model.unet
+    null_text = read_table(config.data.text)[0].null["prompt_embeds"].float()
+    unet = model.backbone
     blocks = {
         "enc_last": unet.down_blocks[3].resnets[-1],
         "mid": unet.mid_block.resnets[-1],
@@ -92,7 +92,7 @@ def features_by_hand(model, config, timestep, seed):
 @pytest.mark.parametrize("which", ["run", "base"])
 def test_rows_equal_those_of_forwards_made_by_hand(runs, results, which):
     run = runs["urepa"]
-    model = load_run_model(run, 6, CPU)[0] if which == "run" else untrained(run.config, CPU)
+    model = load_run_model(run, 6, CPU) if which == "run" else untrained(run.config, CPU)
     features, teacher = features_by_hand(model, run.config, 250, seed=5)
     cells = pool_tokens(teacher.numpy(), (4, 4), (2, 2))
     for tap in TAPS:
@@ -110,7 +110,7 @@ def test_rows_equal_those_of_forwards_made_by_hand(runs, results, which):
     other = torch.from_numpy(mispair(np.arange(len(target)), np.random.default_rng([5, 8])))
     for tap in ("mid", "dec_first"):
         with torch.no_grad():
-            tokens = model.heads[tap](features[tap])
+            tokens = model.heads[tap](features[tap], (4, 4))
         cosine = row_of(results["urepa"], tap=tap, features="head")["cosine"]
         assert cosine["value"] == pytest.approx(1 - token_loss(tokens, target).item(), abs=1e-5)
         assert cosine["null"] == pytest.approx(1 - token_loss(tokens, target[other]).item(), abs=1e-5)
@@ -202,7 +202,7 @@ def test_fewer_images_are_the_first_of_the_list_and_may_be_too_few_to_probe(runs
 def test_features_that_collapsed_have_no_cca_and_say_why(runs):
     config = runs["baseline"].config
     model = untrained(config, CPU)
-    last = model.unet.mid_block.resnets[-1]
+    last = model.backbone.mid_block.resnets[-1]
     last.register_forward_hook(lambda module, args, output: torch.ones_like(output))
     result, _ = measure_alignment(config, {"base": model}, timesteps=[250], seed=0, device=CPU)
     found = row_of(result, model="base")
@@ -215,7 +215,7 @@ def test_features_that_collapsed_have_no_cca_and_say_why(runs):
 def test_a_run_that_diverged_is_said_to_have(runs):
     config = runs["baseline"].config
     model = untrained(config, CPU)
-    model.unet.conv_in.weight.fill_(float("nan"))
+    model.backbone.conv_in.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite: the run has diverged"):
         measure_alignment(config, {"run": model}, timesteps=[250], seed=0, device=CPU)
 
@@ -240,7 +240,7 @@ def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):
 def test_a_tap_finer_than_the_teachers_grid_is_refused(runs):
     """A training without alignment does not mind such a cache."""
     config = runs["baseline"].config
-    text = read_table(config.data.text)[0][-1].float()
+    text = read_table(config.data.text)[0].null
     held = HeldOut(np.zeros((1, 4, 64, 64), np.float32), np.zeros((1, 16, 64)), np.zeros(1), text, 1, "", "")
     with pytest.raises(UserError, match="grid 8 × 8 of tap enc_last is finer than the teacher's 4"):
         read_taps(Bench(config, held, 0, CPU, lambda: None), untrained(config, CPU), {}, 250)

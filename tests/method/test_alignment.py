@@ -105,14 +105,14 @@ def test_losses_compute_in_fp32_under_autocast(loss):
 
 
 def test_head_projects_first_then_upsamples_then_normalises():
-    head = AlignHead(8, 32, grid=(4, 6))
+    head = AlignHead(8, 32)
     feat = torch.randn(2, 8, 2, 3)
     with torch.no_grad():
         projected = head.proj(feat)  # on the U-Net's own 2×3 cells
         expected = (
             F.interpolate(projected, (4, 6), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
         )
-        out = head(feat)
+        out = head(feat, (4, 6))
         other_order = head.proj(F.interpolate(feat, (4, 6), mode="bilinear", align_corners=False))
     assert out.shape == (2, 24, 32)
     torch.testing.assert_close(out, F.normalize(expected, dim=-1))
@@ -121,22 +121,22 @@ def test_head_projects_first_then_upsamples_then_normalises():
 
 
 def test_head_of_the_plan_has_its_shapes_and_its_parameters():
-    head = AlignHead(1280, 1024, grid=14)
-    assert head(torch.randn(1, 1280, 8, 8)).shape == (1, 196, 1024)
+    head = AlignHead(1280, 1024)
+    assert head(torch.randn(1, 1280, 8, 8), (14, 14)).shape == (1, 196, 1024)
     assert sum(p.numel() for p in head.parameters()) == 1280 * 1024 + 2 * 1024  # no bias in the projection
 
 
 def test_head_tokens_run_row_by_row():
-    head = AlignHead(4, 32, grid=(2, 3))
+    head = AlignHead(4, 32)
     feat = torch.zeros(1, 4, 2, 3)
     feat[0, :, 0, 2] = 1  # row 0, column 2: the third token
-    out = head(feat)[0]  # (6, 32)
+    out = head(feat, (2, 3))[0]  # (6, 32)
     assert all(out[i].equal(out[0]) == (i != 2) for i in range(6))
 
 
 def test_head_refuses_a_width_that_its_group_norm_cannot_split():
     with pytest.raises(ValueError, match="multiple of 32"):
-        AlignHead(8, 48, grid=2)
+        AlignHead(8, 48)
 
 
 def plain_head(kind, head, feat):
@@ -181,16 +181,16 @@ def shaken(module):
 @torch.no_grad()
 def test_each_head_equals_its_formula_then_upsamples(kind):
     torch.manual_seed(0)
-    head = shaken(AlignHead(24, 64, grid=(4, 6), kind=kind, hidden=40))
+    head = shaken(AlignHead(24, 64, kind=kind, hidden=40))
     feat = torch.randn(2, 24, 2, 3)
     projected = plain_head(kind, head, feat)
     assert projected.shape == (2, 64, 2, 3)
     up = F.interpolate(projected, (4, 6), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(head(feat), F.normalize(up, dim=-1), atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(head(feat, (4, 6)), F.normalize(up, dim=-1), atol=2e-6, rtol=1e-4)
 
 
 def test_heads_of_the_table_have_their_sizes():
-    count = {k: sum(p.numel() for p in AlignHead(1280, 1024, 14, k).parameters()) for k in PROJECTIONS}
+    count = {k: sum(p.numel() for p in AlignHead(1280, 1024, k).parameters()) for k in PROJECTIONS}
     assert count == {
         "conv1x1": 1280 * 1024 + 2 * 1024,
         "linear": 2 * 1280 + 1280 * 1024 + 1024,
@@ -201,11 +201,11 @@ def test_heads_of_the_table_have_their_sizes():
 
 @pytest.mark.parametrize("kind", list(PROJECTIONS))
 def test_a_video_is_mapped_frame_by_frame(kind):
-    head = AlignHead(8, 32, grid=(4, 4), kind=kind, hidden=16)
+    head = AlignHead(8, 32, kind=kind, hidden=16)
     video = torch.randn(2, 8, 3, 2, 2)  # (B, C, f, h, w)
-    out = head(video)
+    out = head(video, (4, 4))
     assert out.shape == (2, 3 * 16, 32)
-    frames = [head(video[:, :, f]) for f in range(3)]
+    frames = [head(video[:, :, f], (4, 4)) for f in range(3)]
     torch.testing.assert_close(out, torch.cat(frames, dim=1))
 
 
@@ -232,7 +232,7 @@ def test_spatial_norm_tells_tokens_apart_that_share_most():
 
 def test_alignment_loss_takes_the_teacher_through_the_norm():
     x, y = tokens(0), tokens(1)
-    terms = AlignmentLoss(alpha=0.5, manifold="token")({"t": x}, y)
+    terms = AlignmentLoss(spatial_norm=0.5, manifold="token")({"t": x}, y)
     torch.testing.assert_close(terms["loss_token"], token_loss(x, spatial_norm(y, 0.5)))
     torch.testing.assert_close(terms["loss_manifold"], token_gram_loss(x, spatial_norm(y, 0.5)))
 

@@ -3,23 +3,32 @@ import torch
 from conftest import small_model
 from diffusers import DDPMScheduler
 
+from cache.text import drop_captions
+from loss_sd15 import SD15Loss
 from method.alignment import manifold_gram_loss, token_loss
-from method.objective import PER_IMAGE, TERMS, SD15Loss, drop_captions
+from method.objective import PER_IMAGE, TERMS
 from method.paths import NoiseSchedule
 
-SCHEDULE = NoiseSchedule(
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-)
+ALPHAS_CUMPROD = DDPMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+).alphas_cumprod
+SCHEDULE = NoiseSchedule(ALPHAS_CUMPROD)
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def drawn(loss, latents, own):
+    """The noise and timesteps that a loss draws."""
+    return torch.randn(latents.shape, generator=own), loss.path.draw(len(latents), latents.device, own)
+
+
 def evaluate(batch, model=None, *, coeff=None, **knobs):
     latents, _, text, tokens = batch
-    loss = SD15Loss(SCHEDULE, **knobs)
-    return loss(model or small_model(), latents, tokens, text, generator=generator(), align_coeff=coeff)
+    loss = SD15Loss(ALPHAS_CUMPROD, **knobs)
+    fields = {"prompt_embeds": text}
+    return loss(model or small_model(), latents, tokens, fields, generator=generator(), align_coeff=coeff)
 
 
 def test_terms_add_up_to_the_equation(batch):
@@ -41,7 +50,7 @@ def test_diffusion_term_equals_a_hand_written_step(batch):
     noise = torch.randn(latents.shape, generator=own)
     t = torch.randint(1000, (3,), generator=own)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    output = model.unet(scheduler.add_noise(latents, noise, t), t, text).sample
+    output = model.backbone(scheduler.add_noise(latents, noise, t), t, text).sample
     expected = {
         ("epsilon", "epsilon"): (output - noise).square().mean(),
         ("v", "v"): (output - scheduler.get_velocity(latents, noise, t)).square().mean(),
@@ -58,8 +67,8 @@ def test_alignment_is_the_mean_over_taps(batch):
     latents, _, text, tokens = batch
     model = small_model(["enc_last", "mid", "dec_first"])
     terms = evaluate(batch, model)
-    loss = SD15Loss(SCHEDULE)
-    noise, t = loss.draw(latents, generator())
+    loss = SD15Loss(ALPHAS_CUMPROD)
+    noise, t = drawn(loss, latents, generator())
     alpha, sigma = SCHEDULE.at(t)
     model(alpha * latents + sigma * noise, t, text)
     heads = model.get_aligned_tokens().values()
@@ -105,15 +114,23 @@ def test_a_measured_zero_trains_as_an_unmeasured_one_bit_for_bit(batch):
     gradients = []
     for measure in (False, True):
         model = small_model()
-        loss = SD15Loss(SCHEDULE)
-        terms = loss(model, latents, tokens, text, generator=generator(), align_coeff=0.0, measure=measure)
+        loss = SD15Loss(ALPHAS_CUMPROD)
+        terms = loss(
+            model,
+            latents,
+            tokens,
+            {"prompt_embeds": text},
+            generator=generator(),
+            align_coeff=0.0,
+            measure=measure,
+        )
         terms["loss"].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         assert (terms["loss_token"] > 0) == measure
         assert not terms["loss_token"].requires_grad
         assert not model.taps.captured
     assert all(p is None for name, p in gradients[1].items() if name.startswith("heads."))
-    unet = [name for name in gradients[0] if name.startswith("unet.")]
+    unet = [name for name in gradients[0] if name.startswith("backbone.")]
     assert all(gradients[0][name].equal(gradients[1][name]) for name in unet)
 
 
@@ -132,7 +149,7 @@ def test_zero_coefficient_trains_as_if_heads_were_absent_bit_for_bit(batch):
             evaluate(batch, model, coeff=0.0)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained.append(model.unet.state_dict())
+        trained.append(model.backbone.state_dict())
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
@@ -144,19 +161,24 @@ def test_no_graph_outlives_the_loss(batch):
 
 def test_same_generator_draws_the_same_noise_and_timesteps(batch):
     latents = batch[0]
-    loss = SD15Loss(SCHEDULE)
-    (noise_a, t_a), (noise_b, t_b), (noise_c, _) = (loss.draw(latents, generator(s)) for s in (0, 0, 1))
+    loss = SD15Loss(ALPHAS_CUMPROD)
+    (noise_a, t_a), (noise_b, t_b), (noise_c, _) = (drawn(loss, latents, generator(s)) for s in (0, 0, 1))
     assert noise_a.equal(noise_b)
     assert t_a.equal(t_b)
     assert not noise_a.equal(noise_c)
-    assert set(loss.draw(torch.zeros(20000, 1, 1, 1), generator())[1].tolist()) >= {0, 999}
+    assert set(drawn(loss, torch.zeros(20000, 1, 1, 1), generator())[1].tolist()) >= {0, 999}
 
 
 def test_captions_are_dropped_at_the_asked_rate_and_become_the_null_prompt():
     text, null = torch.ones(10_000, 2, 3), torch.full((2, 3), 7.0)
-    dropped = drop_captions(text, null, 0.1, generator())
+
+    def drop_captions_of(text, null, *args):
+        """The one field of a text that has but one."""
+        return drop_captions({"field": text}, {"field": null}, *args)["field"]
+
+    dropped = drop_captions_of(text, null, 0.1, generator())
     share = (dropped == 7).all(-1).all(-1).float().mean()
     assert 0.09 < share < 0.11
     assert ((dropped == 7) | (dropped == 1)).all()
-    assert drop_captions(text, null, 0.0, generator()).equal(text)
-    assert (drop_captions(text, null, 1.0, generator()) == 7).all()
+    assert drop_captions_of(text, null, 0.0, generator()).equal(text)
+    assert (drop_captions_of(text, null, 1.0, generator()) == 7).all()

@@ -16,6 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from common.errors import UserError
 from evaluation.image_files import load_images, missing_images, save_images
 from method import sampler as sampling
+from models.latents import LatentCodec, decode_images
 
 SHAPE = (4, 16, 16)
 
@@ -84,8 +85,16 @@ def dpm(prediction_type="epsilon"):
 def sample(unet, text, null_text, seeds, *, scheduler=None, steps=3, cfg=1.0, **kwargs):
     scheduler = scheduler or ddim()
     return sampling.sample_latents(
-        unet, scheduler, text, null_text, seeds, shape=SHAPE, steps=steps, cfg=cfg, **kwargs
-    )
+        predicting(unet), scheduler, {"prompt_embeds": text}, {"prompt_embeds": null_text}, seeds,
+        shape=SHAPE, steps=steps, cfg=cfg, **kwargs,
+    )  # fmt: skip
+
+
+def predicting(unet):
+    """The `predict` of a plain U-Net, which the sampler calls."""
+    return lambda x_t, t, text: unet(x_t, t, encoder_hidden_states=text["prompt_embeds"], return_dict=False)[
+        0
+    ]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -122,7 +131,7 @@ def test_images_equal_those_of_the_stable_diffusion_pipeline(
         eta=eta,
         rows=2,
     )
-    images = sampling.decode_latents(vae, latents, rows=2)
+    images = decode_images(LatentCodec(vae), latents, rows=2)
     assert images.std() > 3  # not a flat picture, which would hide any difference
     np.testing.assert_array_equal(images, np.stack([np.asarray(image) for image in expected]))
 
@@ -135,13 +144,13 @@ def test_samples_of_a_gaussian_have_its_spread(scheduler, steps):
     """With the exact predictor of data of standard deviation 0.5. diffusers' DDIM reads 0.66 at 600 steps."""
     solver = scheduler()
 
-    def exact(x, t, *, encoder_hidden_states, return_dict):
-        abar = solver.alphas_cumprod[int(t)]
-        return ((1 - abar).sqrt() * x / (abar * 0.25 + 1 - abar),)  # E[ε | x_t]
+    def exact(x, t, _text):
+        abar = solver.alphas_cumprod[int(t[0])]
+        return (1 - abar).sqrt() * x / (abar * 0.25 + 1 - abar)  # E[ε | x_t]
 
     text = torch.zeros(64, 1, 1)
     latents = sampling.sample_latents(
-        exact, solver, text, text[0], list(range(64)), shape=SHAPE, steps=steps, rows=64
+        exact, solver, {"text": text}, {"text": text[0]}, list(range(64)), shape=SHAPE, steps=steps, rows=64
     )
     assert latents.std().item() == pytest.approx(0.5, rel=0.06)
 
@@ -151,7 +160,7 @@ def test_decoding_rounds_as_the_image_processor_does(vae):
     with torch.no_grad():
         decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     expected = VaeImageProcessor().postprocess(decoded, output_type="pil")
-    images = sampling.decode_latents(vae, latents, rows=3)
+    images = decode_images(LatentCodec(vae), latents, rows=3)
     np.testing.assert_array_equal(images, np.stack([np.asarray(image) for image in expected]))
 
 
@@ -163,8 +172,8 @@ def test_an_image_is_bit_for_bit_the_same_in_every_batch(unet, vae, text, null_t
 
     def images(order, size):
         found = [
-            sampling.decode_latents(
-                vae,
+            decode_images(
+                LatentCodec(vae),
                 sample(
                     unet,
                     many[part],
@@ -279,7 +288,7 @@ def test_random_labels_depend_on_the_seed_and_the_index_alone():
 
 def test_a_diverged_run_is_reported_instead_of_painted_black(vae):
     with pytest.raises(UserError, match="not finite"):
-        sampling.decode_latents(vae, torch.full((1, 4, 8, 8), float("nan")))
+        decode_images(LatentCodec(vae), torch.full((1, 4, 8, 8), float("nan")))
 
 
 def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from method.alignment import token_loss
-from models.aligned import LORA_TARGETS, SD15UNetAligned, lora_config, sd15_taps
+from models.families.sd15 import SD15
+from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 from models.taps import Tap, TapError, Taps
 
 ALL_TAPS = ("enc_last", "mid", "dec_first")
@@ -25,7 +26,7 @@ def test_lora_of_the_plan_is_22_modules_and_7462912_parameters(full_size):
     with torch.device("meta"):
         model = SD15UNetAligned(full_size, [], train="lora", lora_config=lora_config(32, 32))
     trained = model.trained_parameters()
-    places = sorted({name.split(".lora_")[0].removeprefix("unet.") for name in trained})
+    places = sorted({name.split(".lora_")[0].removeprefix("backbone.") for name in trained})
     attention = [
         f"mid_block.attentions.0.transformer_blocks.0.{attn}.{layer}"
         for attn in ("attn1", "attn2")
@@ -43,7 +44,7 @@ def test_lora_of_the_plan_is_22_modules_and_7462912_parameters(full_size):
 
 
 def test_taps_are_the_last_resnets_at_the_lowest_resolution(full_size):
-    taps = sd15_taps(full_size)
+    taps = {name: SD15().tap(full_size, name) for name in SD15.taps}
     assert {name: tap.path for name, tap in taps.items()} == {
         "enc_last": "down_blocks.3.resnets.1",
         "mid": "mid_block.resnets.1",
@@ -71,7 +72,7 @@ def test_tapped_features_are_those_of_the_named_blocks(batch):
         "mid": "mid_block",  # its last resnet is its output
         "dec_first": "up_blocks.0.resnets.2",
     }.items():
-        model.unet.get_submodule(path).register_forward_hook(
+        model.backbone.get_submodule(path).register_forward_hook(
             lambda m, i, o, name=name: seen.update({name: o})
         )
     model(latents, timesteps, text)
@@ -86,7 +87,7 @@ def test_gradient_reaches_every_tapped_cell(batch, train, checkpointing):
     latents, timesteps, text, teacher = batch
     model = small_model(ALL_TAPS, train)
     if checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.backbone.enable_gradient_checkpointing()
     model(latents, timesteps, text)
     features = dict(model.taps.captured)
     for feature in features.values():
@@ -111,7 +112,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(batch):
     for checkpointing in (False, True):
         model = small_model(ALL_TAPS)
         if checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.backbone.enable_gradient_checkpointing()
         out = model(latents, timesteps, text)
         loss = out.square().mean() + sum(token_loss(x, teacher) for x in model.get_aligned_tokens().values())
         loss.backward()
@@ -131,13 +132,13 @@ def test_what_is_frozen_gets_no_gradient_and_stays_bit_identical(batch, train):
         optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
     assert moved == set(model.trained_parameters())
-    allowed = ("unet.mid_block.", "unet.down_blocks.3.", "unet.up_blocks.0.", "heads.")
+    allowed = ("backbone.mid_block.", "backbone.down_blocks.3.", "backbone.up_blocks.0.", "heads.")
     assert all(name.startswith(allowed) for name in moved)
 
 
 def test_heads_are_no_part_of_the_unet_state_dict():
     stock = set(small_unet().state_dict())
-    assert set(small_model(ALL_TAPS).unet.state_dict()) == stock
+    assert set(small_model(ALL_TAPS).backbone.state_dict()) == stock
 
 
 def test_exported_lora_holds_only_lora_and_its_alpha(tmp_path):
@@ -191,7 +192,7 @@ def test_attention_only_lora_touches_the_mid_block_alone():
     SD15UNetAligned(unet, [], train="lora", lora_config=lora_config(4, 4, "attention"))
     places = {name.split(".")[0] for name, p in unet.named_parameters() if p.requires_grad}
     assert places == {"mid_block"}
-    assert set(LORA_TARGETS) == {"attention+conv", "attention"}
+    assert set(SD15.lora_targets) == {"attention+conv", "attention"}
 
 
 class TestTaps:

@@ -38,9 +38,9 @@ def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, tra
     for compiled in (False, True):
         model = thin_model(train)
         if checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.backbone.enable_gradient_checkpointing()
         if compiled:
-            model.compile_unet()
+            model.compile_backbone()
         for _ in range(2):
             model.zero_grad()
             found.append(gradients(model, batch))
@@ -55,7 +55,7 @@ def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, tra
 def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch):
     latents, timesteps, text, _ = batch
     model = thin_model("lora")
-    model.compile_unet()
+    model.compile_backbone()
     for capture in (True, False) * 3:
         model(latents, timesteps, text, capture=capture)
         assert bool(model.taps.captured) == capture

@@ -12,9 +12,10 @@ from cache.reader import FieldReader
 from cache.views import cut_view
 from common.errors import UserError
 from configs.loading import load_config
+from models.latents import LatentCodec
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
-from training.parts import build_online_teacher, build_parts
+from training.parts import build_parts
 from training.run_folder import RunFolder
 
 CONFIG = "configs/demo.yaml"
@@ -62,7 +63,7 @@ def test_tokens_are_those_of_the_decoded_picture(decoder):
         picture = ((decoder.decode(latents / scale).sample + 1) / 2).clamp(0, 1)
         assert picture.shape == (3, 3, 32, 32)
         expected = F.normalize(teacher(picture), dim=-1)
-    tokens = OnlineTeacher(decoder, teacher)(latents)
+    tokens = OnlineTeacher(LatentCodec(decoder), teacher)(latents)
     assert tokens.shape == (3, 16, 32)
     torch.testing.assert_close(tokens, expected)
     assert not tokens.requires_grad
@@ -72,10 +73,8 @@ def test_the_picture_is_resized_as_the_cached_teacher_sees_it():
     """Against the same picture written as pixels and cut by PIL, as script 3 does."""
 
     class Identity(torch.nn.Module):
-        config = type("Config", (), {"scaling_factor": 1.0})
-
-        def decode(self, z):
-            return type("Decoded", (), {"sample": z})
+        def decode(self, x_0):
+            return x_0
 
     # Noise: without its low-pass filter a resizing would fold the detail into the smaller picture.
     pixels = torch.randint(256, (1, 3, 96, 96), generator=torch.Generator().manual_seed(0)).float()
@@ -136,7 +135,7 @@ def test_while_lambda_is_0_the_teacher_is_not_asked(miniature, tmp_path, monkeyp
     train_script.main(["--config", CONFIG, *overrides])
     assert len(asked) == 2
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path, *online(miniature), "align.coeff=0"))
-    assert build_online_teacher(config, torch.device("cpu")) is None
+    assert build_parts(config).online is None
 
 
 @pytest.mark.parametrize(
@@ -155,9 +154,9 @@ def test_what_is_missing_or_wrong_is_said(miniature, tmp_path, knobs, said):
 
 def test_a_tiny_decoder_is_loaded_and_another_model_refused(miniature, tmp_path):
     tiny().save_pretrained(tmp_path / "taesd")
-    assert isinstance(load_decoder("unused", str(tmp_path / "taesd")), AutoencoderTiny)
+    assert isinstance(load_decoder(str(tmp_path / "taesd")), AutoencoderTiny)
     with pytest.raises(UserError, match="is a AutoencoderKL; an AutoencoderTiny was expected"):
-        load_decoder("unused", str(miniature / "models" / "sd15-mini" / "vae"))
+        load_decoder(str(miniature / "models" / "sd15-mini" / "vae"))
     (tmp_path / "taesd" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"cannot load teacher\.decoder"):
-        load_decoder("unused", str(tmp_path / "taesd"))
+        load_decoder(str(tmp_path / "taesd"))

@@ -33,7 +33,7 @@ def test_a_tap_on_a_unet_that_was_already_compiled_and_called_is_an_error(batch)
 def test_a_compiled_forward_that_captures_nothing_stays_silent(batch):
     latents, timesteps, text, _ = batch
     model = thin_model("full")
-    model.unet.compile(backend="eager")
+    model.backbone.compile(backend="eager")
     for _ in range(2):
         model(latents, timesteps, text)
         assert set(model.taps.captured) == set(ALL_TAPS)
@@ -143,13 +143,13 @@ def test_a_dit_needs_nothing_but_a_function_that_reads_its_blocks(backbone):
         taps = Taps(
             model, {"block": Tap(path, lambda out, *_, which=which: tokens_as_map(out[which], (3, 4)))}
         )
-        head = AlignHead(32, 64, grid=(6, 8), kind="mlp", hidden=16)
+        head = AlignHead(32, 64, kind="mlp", hidden=16)
         with taps.recording():
             model(**inputs)
         feature = taps.captured["block"]
         assert feature.shape == (2, 32, 3, 4)
         feature.retain_grad()
-        terms = AlignmentLoss(manifold="both")({"block": head(feature)}, torch.randn(2, 48, 64))
+        terms = AlignmentLoss(manifold="both")({"block": head(feature, (6, 8))}, torch.randn(2, 48, 64))
         terms["loss_align"].backward()
         assert (feature.grad.abs().sum(1) > 0).all()
         assert model.x_embedder.weight.grad.abs().sum() > 0 if hasattr(model, "x_embedder") else True
@@ -159,7 +159,7 @@ def test_a_dit_needs_nothing_but_a_function_that_reads_its_blocks(backbone):
 def test_video_tokens_run_frame_by_frame_through_head_and_losses():
     """(f, h, w): features of a video block, teacher tokens of each frame."""
     feature = torch.randn(2, 16, 3, 2, 2, requires_grad=True)
-    head = AlignHead(16, 32, grid=(4, 4))
-    terms = AlignmentLoss(manifold="both")({"t": head(feature)}, torch.randn(2, 3 * 16, 32))
+    head = AlignHead(16, 32)
+    terms = AlignmentLoss(manifold="both")({"t": head(feature, (4, 4))}, torch.randn(2, 3 * 16, 32))
     terms["loss_align"].backward()
     assert (feature.grad.abs().sum(1) > 0).all()

@@ -15,8 +15,9 @@ from conftest import image_tree, run_numbered, sample
 from PIL import Image
 
 from cache.image_list import read_samples
-from cache.manifest import read_manifest, read_table
+from cache.manifest import read_manifest
 from cache.reader import FieldReader
+from cache.text import read_table
 from cache.views import read_view
 from common.errors import UserError
 from models.pipeline_parts import load_part
@@ -136,7 +137,7 @@ class TestValues:
     def test_text_table_ends_with_the_null_prompt(self, miniature):
         table, manifest = read_table(miniature / "cache" / "text")
         names = json.loads((miniature / "imagenet_classes.json").read_text())
-        assert table.shape[:2] == (len(names) + 1, 77)
+        assert table.fields["prompt_embeds"].shape[:2] == (len(names) + 1, 77)
         assert manifest["details"]["prompts"][3] == f"a photo of a {names['3']}"
         assert manifest["details"]["prompts"][-1] == ""
 
@@ -524,12 +525,12 @@ class TestVerification:
         names, base = miniature / "imagenet_classes.json", miniature / "models" / "sd15-mini"
         arguments = ["--class-names", names, "--base", base, "--out", tmp_path / "text"]
         run_numbered("4_prepare_clip_embeddings", *arguments)
-        before = (tmp_path / "text" / "embeddings.pt").stat().st_mtime_ns
+        before = (tmp_path / "text" / "text.safetensors").stat().st_mtime_ns
         run_numbered("4_prepare_clip_embeddings", *arguments)
         assert "is complete" in capsys.readouterr().out
         with pytest.raises(UserError, match="was written with another details"):
             run_numbered("4_prepare_clip_embeddings", *arguments, "--template", "a {class_name}")
-        assert (tmp_path / "text" / "embeddings.pt").stat().st_mtime_ns == before
+        assert (tmp_path / "text" / "text.safetensors").stat().st_mtime_ns == before
 
     def test_the_sheet_shows_images_beside_their_decoded_latents(self, miniature, tmp_path, capsys):
         with pytest.raises(SystemExit):  # the VAE of the smallest miniature is untrained

@@ -100,7 +100,7 @@ def test_channels_last_changes_the_layout_and_not_the_mathematics(miniature, tmp
     for name, value in tensors(plain, 2).items():
         torch.testing.assert_close(tensors(last, 2)[name], value, rtol=1e-2, atol=5e-4)
     parts = build_parts(config(miniature, tmp_path / "x", "train.channels_last=true"))
-    assert parts.model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert parts.model.backbone.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_channels_last_run_resumes_exactly(miniature, tmp_path, monkeypatch):

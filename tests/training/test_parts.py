@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import demo_overrides
+from safetensors.torch import save_file
 
+from common.errors import UserError
 from configs.loading import load_config
 from method.alignment import AlignHead, manifold_gram_loss, spatial_norm, token_loss
-from training.parts import build_coefficient, build_loss, build_model
+from method.objective import squared_error
+from training import checkpoint
+from training.parts import build_coefficient, build_model, build_objective, build_path, family_for
 
 CONFIG = "configs/demo.yaml"
 
@@ -14,6 +18,18 @@ CONFIG = "configs/demo.yaml"
 @pytest.fixture
 def config(miniature, tmp_path):
     return lambda *more: load_config(CONFIG, demo_overrides(miniature, tmp_path / "run", *more))
+
+
+def objective(config):
+    return build_objective(config.align, build_path(config, family_for(config)))
+
+
+def model_of(config):
+    return build_model(config, family_for(config))
+
+
+def coefficient_of(config):
+    return build_coefficient(config.align, config.train.steps)
 
 
 def tokens(seed):
@@ -37,13 +53,13 @@ def tokens(seed):
 )
 def test_the_options_of_the_alignment_decide_its_loss(config, knobs, expected):
     x, y = tokens(0), tokens(1)
-    loss = build_loss(config(*knobs)).alignment({"mid": x}, y)["loss_align"]
+    loss = objective(config(*knobs)).alignment({"mid": x}, y)["loss_align"]
     torch.testing.assert_close(loss, expected(x, y))
 
 
 def test_gathering_is_asked_for(config, monkeypatch):
     asked = []
-    loss = build_loss(config("align.gather=true")).alignment
+    loss = objective(config("align.gather=true")).alignment
     monkeypatch.setattr(loss, "_manifold", lambda x, y, upper_only, gather: asked.append(gather) or x.sum())
     loss({"mid": tokens(0)}, tokens(1))
     assert asked == [True]
@@ -60,14 +76,17 @@ def test_the_options_of_the_diffusion_loss_decide_it(config):
         ("diffusion.parameterization=v", "diffusion.snr_gamma=5"),
         ("diffusion.parameterization=v",),
     ]
-    errors = [build_loss(config(*k)).diffusion_error(out, x_0, noise, t).mean().item() for k in knobs]
+    errors = []
+    for changes in knobs:
+        _, target, weight = objective(config(*changes)).path(x_0, noise, t)
+        errors.append(squared_error(out, target, weight).mean().item())
     assert len(set(errors)) == len(knobs)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "conv3x3"])
 def test_the_head_is_the_one_that_is_asked_for(config, kind):
-    model = build_model(config(f"align.head={kind}", "align.head_hidden=24"))
-    expected = AlignHead(64, 64, 4, kind, 24).state_dict()
+    model = model_of(config(f"align.head={kind}", "align.head_hidden=24"))
+    expected = AlignHead(64, 64, kind, 24).state_dict()
     assert {k: v.shape for k, v in model.heads["mid"].state_dict().items()} == {
         k: v.shape for k, v in expected.items()
     }
@@ -75,7 +94,7 @@ def test_the_head_is_the_one_that_is_asked_for(config, kind):
 
 def test_the_cutoff_is_the_one_that_is_asked_for(config):
     knobs = ["threshold=0.4", "ema_decay=0.75", "every=3"]
-    cutoff = build_coefficient(
+    cutoff = coefficient_of(
         config(*(f"align.similarity_{k}" for k in knobs), "align.threshold_mode=recoverable")
     ).cutoff
     assert (cutoff.threshold, cutoff.decay, cutoff.enough, cutoff.mode, cutoff.every) == (
@@ -85,7 +104,7 @@ def test_the_cutoff_is_the_one_that_is_asked_for(config):
         "recoverable",
         3,
     )
-    assert build_coefficient(config()).cutoff is None
+    assert coefficient_of(config()).cutoff is None
 
 
 def test_the_schedule_is_the_one_that_is_asked_for(config):
@@ -97,7 +116,25 @@ def test_the_schedule_is_the_one_that_is_asked_for(config):
         "coeff_end": 0.1,
         "power": 3.0,
     }
-    schedule = build_coefficient(
+    schedule = coefficient_of(
         config(*(f"align.{k}={v}" for k, v in knobs.items()), "align.cutoff_step=5")
     ).schedule
     assert [schedule(step) for step in range(6)] == pytest.approx([0, 0.5, 0.15, 0.1, 0.1, 0])
+
+
+def test_a_tap_before_everything_that_is_trained_is_refused(config):
+    only_attention = ["model.train=lora", "model.lora_targets=attention"]
+    with pytest.raises(UserError, match="nothing before enc_last is trained"):
+        model_of(config(*only_attention, "align.taps=[enc_last, mid]"))
+    model_of(config(*only_attention, "align.taps=mid"))
+    model_of(config(*only_attention, "align.taps=enc_last", "align.coeff=0"))
+
+
+def test_a_run_of_before_is_refused_in_one_line(config, tmp_path):
+    model = model_of(config())
+    old = {name.replace("backbone.", "unet.", 1): value for name, value in model.trained_parameters().items()}
+    save_file({name: value.detach() for name, value in old.items()}, tmp_path / "trained.safetensors")
+    with pytest.raises(
+        UserError, match=r"^[^\n]*written by an earlier version[^\n]*train the run again[^\n]*$"
+    ):
+        checkpoint._matching(tmp_path / "trained.safetensors", model.trained_parameters())

@@ -28,7 +28,7 @@ def test_frozen_early_blocks_do_no_autograd_work():
     config = load_config(ROOT / "configs" / "A.yaml")
     model, _ = model_of_shapes(config, torch.bfloat16)
     touched = {}
-    for name, block in model.unet.named_children():
+    for name, block in model.backbone.named_children():
         blocks = block if name in ("down_blocks", "up_blocks") else [block]
         for i, part in enumerate(blocks):
 
@@ -55,7 +55,7 @@ def test_saved_bytes_on_shapes_are_what_autograd_keeps(train, checkpointing):
 def kept_by(device, train, checkpointing):
     model = small_model(train=train).to(device)
     if checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.backbone.enable_gradient_checkpointing()
     with torch.device(device):
         inputs = torch.ones(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 5, 32)
         return saved_bytes(lambda: model(*inputs).square().mean(), list(model.parameters()))

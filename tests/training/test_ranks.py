@@ -13,7 +13,7 @@ from conftest import demo_overrides
 from small_runs import CONFIG, ROOT, assert_same_run, equal, tensors, train
 
 import train as train_script
-from cache.dataset import StepSampler
+from cache.order import StepSampler
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.state import TrainingState

@@ -7,13 +7,14 @@ import torch
 from conftest import demo_overrides
 
 import train as train_script
-from cache.manifest import FieldSpec, read_table, write_table
+from cache.manifest import FieldSpec
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
+from cache.text import read_table, write_table
 from common.errors import UserError
 from configs.loading import load_config
 from method.alignment import AlignHead
-from models import aligned
+from models.families.sd15 import SD15
 from models.taps import Tap
 from training import self_test as self_test_module
 from training.parts import build_parts
@@ -79,12 +80,15 @@ def test_its_numbers_are_those_of_a_step_by_hand(miniature, tmp_path, capsys):
     said = capsys.readouterr().out
     values = self_test_module.read_probe(parts)
     latents, teacher = values["latent"][:4], values["dino_tokens"][:4]
-    noise, t = parts.loss.draw(latents, torch.Generator().manual_seed(0))
-    alpha, sigma = parts.loss.schedule.at(t)
-    parts.model(alpha * latents + sigma * noise, t, parts.dataset.text[values["class"][:4]].float())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    t = parts.loss.path.draw(4, latents.device, generator)
+    alpha, sigma = parts.loss.path.schedule.at(t)
+    text = parts.dataset.text.rows(values["class"][:4])
+    parts.model.predict(alpha * latents + sigma * noise, t, text, capture=True)
     feature = parts.model.taps.captured["mid"]
     feature.retain_grad()
-    x = parts.model.heads["mid"](feature)
+    x = parts.model.heads["mid"](feature, (4, 4))
     parts.loss.alignment({"mid": x}, teacher)["loss_align"].backward()
     cosine = torch.nn.functional.cosine_similarity(x, teacher, dim=-1).mean()
     assert f"cosine {cosine:+.3f}, L_align's gradient there {feature.grad.norm():.3g}," in said
@@ -112,11 +116,11 @@ def test_a_run_is_tested_before_its_first_step(miniature, tmp_path, monkeypatch)
 
 
 def tapped_at(monkeypatch, tap, prepare=lambda unet: None):
-    def taps(unet):
+    def tap_of(_family, unet, _name):
         prepare(unet)
-        return {"mid": tap}
+        return tap
 
-    monkeypatch.setattr(aligned, "sd15_taps", taps)
+    monkeypatch.setattr(SD15, "tap", tap_of)
 
 
 def test_a_path_that_does_not_exist(self_test, monkeypatch):
@@ -157,14 +161,16 @@ def test_a_head_that_reads_some_cells_only(self_test, monkeypatch):
     """As one that shrinks to the grid of a CLS vector does: gradient reaches the centre alone."""
     forward = AlignHead.forward
     monkeypatch.setattr(
-        AlignHead, "forward", lambda head, feat: forward(head, feat * torch.tensor([1.0, 0.0])[:, None])
+        AlignHead,
+        "forward",
+        lambda head, feat, grid: forward(head, feat * torch.tensor([1.0, 0.0])[:, None], grid),
     )
     with pytest.raises(UserError, match="only 50% of the cells"):
         self_test()
 
 
 def test_lora_on_no_module(self_test, monkeypatch):
-    monkeypatch.setitem(aligned.LORA_TARGETS, "attention", r"^nowhere\..*$")
+    monkeypatch.setitem(SD15.lora_targets, "attention", r"^nowhere\..*$")
     with pytest.raises(UserError, match="LoRA finds no module"):
         self_test("model.train=lora", "model.lora_targets=attention")
 
@@ -245,7 +251,7 @@ def test_fewer_images_than_a_batch(self_test):
 @pytest.mark.parametrize("coeff", [0, 0.8])
 def test_a_network_that_cannot_learn(miniature, tmp_path, coeff):
     parts = parts_of(miniature, tmp_path, f"align.coeff={coeff}", "model.train=lora", "model.lora_rank=4")
-    for name, parameter in parts.model.unet.named_parameters():
+    for name, parameter in parts.model.backbone.named_parameters():
         if ".lora_" in name:
             torch.nn.init.zeros_(parameter)  # both matrices: no gradient ever
     with pytest.raises(UserError, match="sends no gradient"):
@@ -270,25 +276,17 @@ def test_no_false_alarm(self_test, capsys, knobs):
 
 def test_classes_with_one_embedding(self_test, miniature, tmp_path):
     table, manifest = read_table(miniature / "cache" / "text")
-    table = torch.cat([table[:1].expand_as(table[:-1]), table[-1:]]).contiguous()
-    names = ("field", "dtype", "meaning", "source", "view", "details")
-    spec = FieldSpec(
-        shape=tuple(table.shape[1:]), **{name: manifest[name] for name in names if name in manifest}
-    )
-    write_table(tmp_path / "text", table, spec)
+    values = table.fields["prompt_embeds"]
+    values = torch.cat([values[:1].expand_as(values[:-1]), values[-1:]])
+    write_table(tmp_path / "text", {"prompt_embeds": values}, FieldSpec.from_json(manifest))
     with pytest.raises(UserError, match="have one embedding"):
         self_test(f"data.text={tmp_path}/text")
 
 
 def test_a_class_that_is_the_null_prompt(self_test, miniature, tmp_path):
     table, manifest = read_table(miniature / "cache" / "text")
-    table = table.clone()
-    table[4] = table[-1]
-    names = ("field", "dtype", "meaning", "source", "view", "details")
-    spec = FieldSpec(
-        shape=tuple(table.shape[1:]), **{name: manifest[name] for name in names if name in manifest}
-    )
-    write_table(tmp_path / "text", table, spec)
+    table.fields["prompt_embeds"][4] = table.null["prompt_embeds"]
+    write_table(tmp_path / "text", table.fields, FieldSpec.from_json(manifest))
     with pytest.raises(UserError, match="embedding of the null prompt"):
         self_test(f"data.text={tmp_path}/text")
 
@@ -301,6 +299,6 @@ def test_a_coefficient_that_never_acts(self_test):
 @pytest.mark.parametrize("coeff", [0, 0.8])
 def test_an_output_that_is_not_finite(miniature, tmp_path, coeff):
     parts = parts_of(miniature, tmp_path, f"align.coeff={coeff}")
-    torch.nn.init.constant_(parts.model.unet.conv_in.weight, float("nan"))
+    torch.nn.init.constant_(parts.model.backbone.conv_in.weight, float("nan"))
     with pytest.raises(UserError, match="not finite"):
         self_test_module.self_test(parts)

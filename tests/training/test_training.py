@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, ROOT, equal, stopped_at, tensors, timeless, train
 
 import train as train_script
+from cache import batches
 from common.errors import UserError
 from configs.loading import load_config
-from method.objective import SD15Loss
-from method.sampler import decode_latents, initial_noise, sample_latents
-from models.pipeline_parts import load_part
+from method.paths import DiffusionPath
+from method.sampler import initial_noise, sample_latents
+from models.latents import decode_images
 from training import checkpoint
 from training.masters import Masters
 from training.metric_log import MetricLog
-from training.parts import build_model, load_run_model
+from training.parts import bare_model, build_model, family_for, load_run_model, output_of
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.state import TrainingState
@@ -151,7 +152,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
 
 def test_heads_have_their_own_learning_rate(miniature, tmp_path):
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path, "optim.lr=0.01", "optim.head_lr=0.5"))
-    model = build_model(config)
+    model = build_model(config, family_for(config))
     state = TrainingState(config, Masters(model, torch.float32), None, Ranks(cpu=True), {})
     groups = state.optimizer.param_groups
     rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
@@ -195,13 +196,13 @@ def test_zero_coefficient_equals_a_run_without_heads_bit_for_bit(miniature, tmp_
     with_heads = tensors(silenced)
     assert [name for name in with_heads if name.startswith("heads.")]
     assert equal(
-        tensors(baseline), {name: value for name, value in with_heads.items() if name.startswith("unet.")}
+        tensors(baseline), {name: value for name, value in with_heads.items() if name.startswith("backbone.")}
     )
 
 
 def test_alignment_changes_the_unet(miniature, unbroken, tmp_path):
     baseline = train(miniature, tmp_path / "baseline", "align.coeff=0")
-    name = "unet.mid_block.resnets.1.conv2.weight"
+    name = "backbone.mid_block.resnets.1.conv2.weight"
     assert not torch.equal(tensors(baseline)[name], tensors(unbroken)[name])
     assert not any("loss_align" in line for line in baseline.metrics())
     assert all(line["loss_align"] > 0 for line in unbroken.metrics())
@@ -209,14 +210,13 @@ def test_alignment_changes_the_unet(miniature, unbroken, tmp_path):
 
 def test_every_step_draws_its_own_noise_and_every_seed_another(miniature, tmp_path, monkeypatch):
     drawn = []
-    draw = SD15Loss.draw
+    call = DiffusionPath.__call__
 
-    def note(loss, latents, generator):
-        noise, timesteps = draw(loss, latents, generator)
+    def note(path, x_0, noise, t):
         drawn.append(noise.flatten()[0].item())
-        return noise, timesteps
+        return call(path, x_0, noise, t)
 
-    monkeypatch.setattr(SD15Loss, "draw", note)
+    monkeypatch.setattr(DiffusionPath, "__call__", note)
     monkeypatch.setattr(train_script, "self_test", lambda *_, **__: None)  # draws for itself
     for seed in (0, 0, 1):
         train(miniature, tmp_path / f"{len(drawn)}", f"seed={seed}", "train.steps=3")
@@ -226,8 +226,8 @@ def test_every_step_draws_its_own_noise_and_every_seed_another(miniature, tmp_pa
 
 def test_captions_are_dropped_as_often_as_the_config_says(miniature, tmp_path, monkeypatch):
     asked = []
-    drop = train_script.drop_captions
-    monkeypatch.setattr(train_script, "drop_captions", lambda *args: asked.append(args[2]) or drop(*args))
+    drop = batches.drop_captions
+    monkeypatch.setattr(batches, "drop_captions", lambda *args: asked.append(args[2]) or drop(*args))
     train(miniature, tmp_path / "run", "data.caption_dropout=0.3", "train.steps=2")
     assert asked == [0.3, 0.3]
 
@@ -236,7 +236,7 @@ def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):
     run = train(
         miniature, tmp_path / "run", "train.steps=3", "train.checkpoint_every=1", "optim.ema_decay=0.15"
     )
-    name = "unet.conv_in.weight"
+    name = "backbone.conv_in.weight"
     ema = tensors(run, 1, "ema.safetensors")[name]
     for step in (2, 3):
         decay = min(0.15, (1 + step - 1) / (10 + step - 1))  # diffusers' warm-up of the decay
@@ -267,15 +267,17 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
         prompt_embeds=text[0], negative_prompt_embeds=text[1], latents=noise, num_inference_steps=4, guidance_scale=cfg,
         output_type="np", height=32, width=32,
     ).images  # fmt: skip
-    model, parameterization = load_run_model(run, 6, torch.device("cpu"))
-    assert parameterization == "v"
+    model = load_run_model(run, 6, torch.device("cpu"))
+    assert output_of(run.config) == "v"
+    fields, null = {"prompt_embeds": text[0]}, {"prompt_embeds": text[1][0]}
     latents = sample_latents(
-        model.unet, pipe.scheduler, text[0], text[1][0], [7], shape=(4, 16, 16), steps=4, cfg=cfg
+        model.predict, pipe.scheduler, fields, null, [7], shape=(4, 16, 16), steps=4, cfg=cfg
     )
-    ours = decode_latents(load_part(base, "vae"), latents)
+    ours = decode_images(model.family.load_codec(), latents)
     assert np.abs(ours / 255 - theirs).max() < 0.003  # half a level of the 8-bit image
+    bare = bare_model(run.config, model.family)
     plain = sample_latents(
-        load_part(base, "unet"), pipe.scheduler, text[0], text[1][0], [7], shape=(4, 16, 16), steps=4, cfg=cfg
+        bare.predict, pipe.scheduler, fields, null, [7], shape=(4, 16, 16), steps=4, cfg=cfg
     )
     assert not torch.allclose(plain, latents, atol=1e-2)  # the weights matter
 
@@ -339,7 +341,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_keeps_the_one_before(
 
 
 def test_a_folder_that_is_no_sd15_is_one_line(miniature, tmp_path):
-    with pytest.raises(UserError, match=r"has no unet/ folder"):
+    with pytest.raises(UserError, match=r"model_index.json cannot be read"):
         train(miniature, tmp_path / "run", f"model.base={miniature}/models/dinov2-mini")
 
 

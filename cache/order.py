@@ -1,0 +1,62 @@
+"""The order in which training reads images, and the seeds of its random numbers: pure functions of step and rank."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from common.errors import UserError
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of indices as a pure function of the step: each epoch is a permutation drawn from (seed, epoch).
+
+    Iteration starts at `first_step` and ends before `last_step`. A step takes `accumulate` · n batches in a row for n ranks; of
+    each n this rank, `ranks = (r, n)`, reads the r-th, so that ranks read disjoint images, and that a step sees the same images
+    whatever shares they come in. What is too little for a step at the end of an epoch is dropped.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        accumulate: int = 1,
+        ranks: tuple[int, int] = (0, 1),
+    ):
+        if num_samples < batch_size * accumulate * ranks[1]:
+            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
+            raise UserError(
+                f"{num_samples} images are fewer than data.batch_size = {batch_size}{times} on {ranks[1]} process(es): lower it"
+            )
+        self.num_samples, self.batch_size, self.seed, self.ranks = num_samples, batch_size, seed, ranks
+        self.first_step, self.last_step, self.accumulate = first_step, last_step, accumulate
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = self.ranks
+        steps_per_epoch = self.num_samples // (self.batch_size * self.accumulate * world)
+        order, order_epoch = None, -1
+        for step in range(self.first_step, self.last_step):
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                generator = torch.Generator().manual_seed(seed_of("order", self.seed, epoch))
+                order, order_epoch = torch.randperm(self.num_samples, generator=generator), epoch
+            for part in range(self.accumulate):
+                first = ((position * self.accumulate + part) * world + rank) * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
+
+
+PURPOSES = {"order": 0, "noise": 1}
+
+
+def seed_of(purpose: str, seed: int, counter: int, rank: int = 0) -> int:
+    """A seed for `torch.Generator`: of an epoch's order, or of the noise of a step on one rank."""
+    key = (PURPOSES[purpose], seed, counter, rank)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

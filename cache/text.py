@@ -1,0 +1,110 @@
+"""The text of all classes: one row of named fields for each prompt, and the null prompt of guidance as the last row."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cache.manifest import MANIFEST, FieldSpec, read_manifest
+from common.errors import UserError
+from common.files import write_atomically, write_json
+
+TABLE = "text.safetensors"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """The fields of all prompts, each `(n_prompts + 1, …)` with the null prompt last, such as `prompt_embeds (n + 1, 77, 768)`.
+
+    The names are those of the pipeline's own call; row c belongs to class c.
+    """
+
+    fields: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        """The number of prompts without the null prompt."""
+        return len(next(iter(self.fields.values()))) - 1
+
+    def rows(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
+        """The fields `(B, …)` of these prompts."""
+        return {name: values[indices] for name, values in self.fields.items()}
+
+    @property
+    def prompts(self) -> dict[str, Tensor]:
+        """The fields `(n_prompts, …)` of all prompts but the null prompt."""
+        return {name: values[:-1] for name, values in self.fields.items()}
+
+    @property
+    def null(self) -> dict[str, Tensor]:
+        """The fields `(…)` of the null prompt."""
+        return {name: values[-1] for name, values in self.fields.items()}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TextTable":
+        """The table on a device, floating-point numbers as `dtype`; masks keep their type."""
+        return TextTable(
+            {
+                name: values.to(device, dtype) if values.is_floating_point() else values.to(device)
+                for name, values in self.fields.items()
+            }
+        )
+
+
+def drop_captions(
+    text: Mapping[str, Tensor], null: Mapping[str, Tensor], probability: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Replace each caption, the fields `(B, …)`, by the null prompt `(…)` with the given probability (for guidance)."""
+    first = next(iter(text.values()))
+    dropped = torch.rand(len(first), device=first.device, generator=generator) < probability  # (B,)
+    return {
+        name: torch.where(dropped.view(-1, *[1] * (values.ndim - 1)), null[name], values)
+        for name, values in text.items()
+    }
+
+
+def write_table(folder: str | Path, fields: Mapping[str, Tensor], spec: FieldSpec) -> None:
+    """Store the fields of all prompts, each `(rows, …)`, as one safetensors file with a manifest beside it."""
+    folder = Path(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)  # an old manifest must not vouch for the new table
+    content = save({name: values.contiguous() for name, values in fields.items()})
+    write_atomically(folder / TABLE, content)
+    (rows,) = {len(values) for values in fields.values()}
+    about = {"rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(folder / MANIFEST, spec.as_json() | about)
+
+
+def text_spec(
+    fields: Mapping[str, Tensor], meaning: str, *, source: dict | None = None, details: dict | None = None
+) -> FieldSpec:
+    """What a table says of itself: the shape of a row of each field is in its details."""
+    shapes = {name: list(values.shape[1:]) for name, values in fields.items()}
+    dtype = str(next(iter(fields.values())).dtype).removeprefix("torch.")
+    return FieldSpec("text", (), dtype, meaning, source or {}, {}, {"fields": shapes} | (details or {}))
+
+
+def read_table(folder: str | Path) -> tuple[TextTable, dict]:
+    """The table that `write_table` stored, and its manifest; raises `UserError` where it is not as it was written."""
+    folder = Path(folder)
+    manifest = read_manifest(folder, "text")
+    try:
+        content = (folder / TABLE).read_bytes()
+    except OSError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
+        raise UserError(
+            f"{folder / TABLE} is not the file its manifest describes: run preprocessing script 4 again"
+        )
+    return TextTable(load(content)), manifest
+
+
+def class_names(text_manifest: dict) -> dict[int, str]:
+    """Names of the classes, out of the prompts that the text table records; empty where it records none."""
+    details = text_manifest["details"]
+    if "template" not in details:
+        return {}
+    before, after = details["template"].split("{class_name}", 1)
+    prompts = details["prompts"][:-1]  # the last is the null prompt
+    return {i: prompt.removeprefix(before).removesuffix(after) for i, prompt in enumerate(prompts)}

@@ -1,0 +1,154 @@
+"""The contract of a backbone: what a family of diffusion models must say of itself, and nothing else needs to know.
+
+    backbone = family_of("stable-diffusion-v1-5/stable-diffusion-v1-5")     # models/families/table.py
+    network = backbone.load_network()
+    prediction = backbone.forward(network, x_t, t, text)      # what AlignedModel.predict calls
+    text = backbone.encode_text(["a cat"], device)            # {"prompt_embeds": (1, L, C)}
+    x_0 = backbone.load_codec().encode(pixels)
+
+A family is one file in `models/families/`: a subclass that fills in the facts below. Latents are `(B, C, h, w)`, and so are
+predictions. Text is a dict of named tensors, one row a prompt, under the names that the pipeline's own call uses.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath
+from models.latents import LatentCodec
+from models.pipeline_parts import SAMPLERS, SPACING, load_part, load_part_config
+from models.taps import Tap
+
+
+class Backbone:
+    """The facts of one family, for one base model of it.
+
+    Parts are loaded when they are asked for, from the diffusers folder or hub id `base`; None is for a network that is at hand
+    already. Nothing outside `models/families/` names a block, a text width, a number of tokens or a diffusers class.
+    """
+
+    name: str  # in models/families/table.py, in the words of users: "Stable Diffusion 1.5"
+    pipeline: str  # diffusers' class, as model_index.json has it
+    method: str  # what aligning this family is called: "U-REPA"
+    tags: tuple[str, ...]  # of a model card
+    part: str  # the pipeline's part that is trained: "unet" or "transformer"
+    noun: str  # what messages call the network: "U-Net"
+    default_base: str  # the hub id of the family's usual base model
+    assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
+    taps: tuple[str, ...]  # names of the places that can be aligned
+    lora_targets: Mapping[str, str]  # {name: regex over module paths}
+    partial_blocks: tuple[str, ...]  # what model.train=partial trains
+    checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes
+    load_options: Mapping[
+        str, object
+    ] = {}  # of the pipeline's from_pretrained, for a whole exported pipeline
+    kohya_base: str | None = None  # what kohya's tools call the base model; None where they do not know it
+
+    def __init__(self, base: str | None = None, revision: str | None = None):
+        self.base, self.revision = base, revision
+
+    # what a family fills in -------------------------------------------------------------------------------------------
+
+    def check(self, network: nn.Module) -> None:
+        """Raise `UserError` unless the network is one of this family."""
+        raise NotImplementedError
+
+    def check_trained(self, taps: Sequence[str], train: str, lora_targets: str) -> None:
+        """Raise `UserError` where these settings would leave a tap without anything trained before it."""
+
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The network's output `(B, C, h, w)` for x_t `(B, C, h, w)` at timesteps t `(B,)` and text fields `(B, …)`."""
+        raise NotImplementedError
+
+    def tap(self, network: nn.Module, name: str) -> Tap:
+        """Where the tap of this name is read."""
+        raise NotImplementedError
+
+    def tap_channels(self, network: nn.Module, name: str) -> int:
+        """Channels C of the features `(B, C, h, w)` of a tap."""
+        raise NotImplementedError
+
+    def latent_shape(self, network: nn.Module) -> tuple[int, ...]:
+        """`(C, h, w)` of the latents that the network was made for."""
+        raise NotImplementedError
+
+    def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
+        """{field: shape of one prompt's row}."""
+        raise NotImplementedError
+
+    def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The text fields of prompts, each `(n, …)`; "" is the null prompt of guidance."""
+        raise NotImplementedError
+
+    def text_weights(self) -> nn.Module:
+        """The text encoder, whose weights say what made a table of text."""
+        raise NotImplementedError
+
+    # what all families share --------------------------------------------------------------------------------------------
+
+    def load_network(self) -> nn.Module:
+        """The network of the base model, in fp32."""
+        return load_part(self.base, self.part, self.revision)
+
+    def network_of_shapes(self, *, local: bool = False) -> tuple[nn.Module, bool]:
+        """The network on the device "meta", and whether its config was at hand (else `assumed_config` is taken)."""
+        known = True
+        try:
+            config = load_part_config(self.base, self.part, self.revision, local=local)
+        except UserError:
+            if self.base != self.default_base:
+                raise
+            config, known = self.assumed_config, False
+        with torch.device("meta"):
+            return self.network_class.from_config(config), known
+
+    @cached_property
+    def network_class(self) -> type[nn.Module]:
+        """diffusers' class of the network."""
+        raise NotImplementedError
+
+    def load_codec(self) -> LatentCodec:
+        """The VAE and its normalisation, in fp32."""
+        return LatentCodec(load_part(self.base, "vae", self.revision))
+
+    @cached_property
+    def scheduler(self):
+        """The base model's noise schedule."""
+        return load_part(self.base, "scheduler", self.revision)
+
+    @cached_property
+    def own_output(self) -> str:
+        """What the base model outputs, "epsilon" or "v"; raises `UserError` for anything else."""
+        found = PREDICTION_TYPES.get(self.scheduler.config.prediction_type)
+        if found is None:
+            raise UserError(
+                f"{self.base} predicts {self.scheduler.config.prediction_type}; epsilon or v was expected"
+            )
+        return found
+
+    def output_of(self, parameterization: str) -> str:
+        """What the network outputs under the setting diffusion.parameterization: "auto" is the base model's own."""
+        return self.own_output if parameterization == "auto" else parameterization
+
+    def path(self, *, parameterization: str = "auto", **options) -> DiffusionPath:
+        """The path from data to noise of the base model's own noise schedule; `options` of `DiffusionPath`."""
+        output = self.output_of(parameterization)
+        return DiffusionPath(self.scheduler.alphas_cumprod, output=output, **options)
+
+    def sampling_scheduler(self, output: str, sampler: str = "ddim"):
+        """One of diffusers' samplers on the base model's noise schedule, for a network that outputs `output`."""
+        return SAMPLERS[sampler].from_config(
+            self.scheduler.config,
+            clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True
+            timestep_spacing=SPACING,
+            prediction_type=SCHEDULER_TYPES[output],
+        )
+
+    @property
+    def pipeline_class(self):
+        """diffusers' class of the whole pipeline."""
+        return getattr(diffusers, self.pipeline)

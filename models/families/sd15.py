@@ -1,0 +1,107 @@
+"""Stable Diffusion 1.5: the facts of its U-Net, its text and its LoRA."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from models.backbone import Backbone
+from models.pipeline_parts import load_part
+from models.taps import Tap
+
+# The blocks around the bottleneck: what LoRA and partial fine-tuning touch.
+ALIGNED_BLOCKS = r"(mid_block|down_blocks\.3|up_blocks\.0)"
+DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+TEXT_ROWS = 64  # prompts that are encoded at a time
+
+
+class SD15(Backbone):
+    """Stable Diffusion 1.5, a U-Net of four levels at any width.
+
+    The plan's LoRA wraps 22 modules with 7,462,912 parameters at rank 32 on the full-size network.
+    """
+
+    name = "Stable Diffusion 1.5"
+    method, tags = "U-REPA", ("stable-diffusion", "u-repa")
+    pipeline, part, noun = "StableDiffusionPipeline", "unet", "U-Net"
+    default_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assumed_config = {"sample_size": 64, "cross_attention_dim": 768}  # noqa: RUF012 (never written to)
+    # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
+    # whose own output is already 16×16.
+    blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
+    taps = tuple(blocks)
+    # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
+    # attention.
+    lora_targets = {  # noqa: RUF012
+        "attention+conv": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2)$",
+        "attention": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0)$",
+    }
+    partial_blocks = ("down_blocks.3", "mid_block", "up_blocks.0")
+    checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
+    load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
+    kohya_base = "sd_v1"
+
+    @cached_property
+    def network_class(self) -> type[nn.Module]:
+        return diffusers.UNet2DConditionModel
+
+    def check(self, network: nn.Module) -> None:
+        found = tuple(network.config.down_block_types), tuple(network.config.up_block_types)
+        if found != (DOWN_BLOCKS, UP_BLOCKS):
+            raise UserError(
+                f"the base model's U-Net has {len(found[0])} levels ({', '.join(found[0])}), not those of Stable Diffusion "
+                "1.5: check model.base"
+            )
+
+    def check_trained(self, taps: Sequence[str], train: str, lora_targets: str) -> None:
+        if train == "lora" and lora_targets == "attention" and "enc_last" in taps:
+            raise UserError(
+                "nothing before enc_last is trained by attention-only LoRA: drop it from align.taps"
+            )
+
+    def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        return network(x_t, t, text["prompt_embeds"], return_dict=False)[0]
+
+    def tap(self, network: nn.Module, name: str) -> Tap:
+        path = self.blocks[name]
+        return Tap(f"{path}.resnets.{len(network.get_submodule(path).resnets) - 1}")
+
+    def tap_channels(self, network: nn.Module, name: str) -> int:
+        return network.config.block_out_channels[-1]
+
+    def latent_shape(self, network: nn.Module) -> tuple[int, ...]:
+        return network.config.in_channels, network.config.sample_size, network.config.sample_size
+
+    def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (77, network.config.cross_attention_dim)}  # CLIP's 77 tokens
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The last hidden states of CLIP's text encoder, fp16 `(n, 77, 768)`, as `prompt_embeds`."""
+        encoder, rows = self.text_weights().to(device), []
+        for start in range(0, len(prompts), TEXT_ROWS):
+            tokens = self._tokenizer(
+                list(prompts[start : start + TEXT_ROWS]),
+                padding="max_length",
+                max_length=self._tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            found = encoder(tokens.input_ids.to(device)).last_hidden_state  # (b, 77, 768)
+            rows.append(found.half().cpu())
+        return {"prompt_embeds": torch.cat(rows)}
+
+    def text_weights(self) -> nn.Module:
+        return self._text_encoder
+
+    @cached_property
+    def _text_encoder(self) -> nn.Module:
+        return load_part(self.base, "text_encoder", self.revision).eval()
+
+    @cached_property
+    def _tokenizer(self):
+        return load_part(self.base, "tokenizer", self.revision)

@@ -1,0 +1,29 @@
+"""The families of backbones by name, and how the family of a base model is found."""
+
+from common.errors import UserError
+from models.backbone import Backbone
+from models.families.sd15 import SD15
+from models.pipeline_parts import load_pipeline_class
+
+FAMILIES: dict[str, type[Backbone]] = {
+    "sd15": SD15,
+}
+
+
+def family_of(base: str, revision: str | None = None) -> Backbone:
+    """The backbone of a diffusers folder or hub id, found by the pipeline class that its model_index.json names.
+
+    The usual base models of the families are known without asking a hub. Raises `UserError` for a folder without a
+    model_index.json, and for a pipeline of no family.
+    """
+    for family in FAMILIES.values():
+        if base == family.default_base:
+            return family(base, revision)
+    found = load_pipeline_class(base, revision)
+    for family in FAMILIES.values():
+        if found == family.pipeline:
+            return family(base, revision)
+    raise UserError(
+        f"{base} is a {found}; the families known here are "
+        + ", ".join(f"{name} ({family.pipeline})" for name, family in FAMILIES.items())
+    )

@@ -1,0 +1,100 @@
+"""Pixels to latents and back: the one place that knows a VAE's posterior and its normalisation."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+DECODED_ROWS = 8  # images decoded at once: the decoder's activations at 512 px outweigh the denoiser's
+
+
+class LatentCodec(nn.Module):
+    """A VAE and the normalisation of its latents, x_0 = (z − mean) · scaling / std.
+
+    mean, std and scaling are what the VAE's config says (`shift_factor` or `latents_mean`, `latents_std`, `scaling_factor`);
+    Stable Diffusion 1.5 only scales. `encode` and `decode` are exact inverses in this normalisation. An `AutoencoderTiny`
+    will do where only decoding is asked for.
+    """
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        config = vae.config
+        mean = config.get("latents_mean")
+        self.mean = _per_channel(config.get("shift_factor") if mean is None else mean, 0.0)
+        self.std = _per_channel(config.get("latents_std"), 1.0)
+        self.scaling = config.get("scaling_factor") or 1.0
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.vae.config.latent_channels
+
+    @property
+    def down(self) -> int:
+        """Pixels on a side of one latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's own z, fp32 `(B, C, h, w)` each, of pixels `(B, 3, H, W)` in [-1, 1]."""
+        found = self.vae.encode(pixels).latent_dist
+        return found.mean.float(), found.std.float()
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """x_0 of the VAE's own z, both `(B, C, h, w)`."""
+        return (z - self._like(self.mean, z)) * self.scaling / self._like(self.std, z)
+
+    def normalise_spread(self, std: Tensor) -> Tensor:
+        """A standard deviation of z on the scale of x_0, both `(B, C, h, w)`."""
+        return std * self.scaling / self._like(self.std, std)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """x_0 `(B, C, h, w)`, the mode of the posterior, of pixels `(B, 3, H, W)` in [-1, 1]."""
+        return self.normalise(self.posterior(pixels)[0])
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Pixels `(B, 3, H, W)`, about in [-1, 1], of x_0 `(B, C, h, w)`; in the VAE's own precision."""
+        weight = next(self.vae.parameters())
+        x_0 = x_0.to(weight.device, weight.dtype)
+        z = x_0 * self._like(self.std, x_0) / self.scaling + self._like(self.mean, x_0)  # (B, C, h, w)
+        return self.vae.decode(z, return_dict=False)[0]
+
+    def _like(self, value: float | list[float], x: Tensor) -> float | Tensor:
+        if isinstance(value, float):
+            return value
+        return torch.tensor(value, device=x.device, dtype=x.dtype).view(1, -1, *[1] * (x.ndim - 2))
+
+
+@torch.no_grad()
+def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int = DECODED_ROWS) -> np.ndarray:
+    """Decode x_0 `(B, C, h, w)` to uint8 `(B, H, W, 3)`, rounded as diffusers' image processor does.
+
+    Rounding matters: truncation, as in REPA's sampler, darkens every image by half a level. `rows` images are decoded at a
+    time, the last time filled up with copies, because kernels sum in another order for another number. Values that are not
+    finite would turn into black pixels and a plausible score; they raise `UserError`.
+    """
+    if latents.ndim != 4:
+        raise ValueError(f"latents must be (B, C, h, w), got {tuple(latents.shape)}")
+    decoded = []
+    for part in latents.split(rows):
+        filled = part
+        if len(part) < rows:
+            filled = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])  # (R, C, h, w)
+        image = codec.decode(filled)[: len(part)].float()  # (b, 3, H, W) in [-1, 1]
+        if not torch.isfinite(image).all():
+            dtype = next(codec.vae.parameters()).dtype
+            source = "the latents are" if not torch.isfinite(part).all() else f"the VAE's {dtype} output is"
+            raise UserError(
+                f"{source} not finite: check the run for divergence, decode in bfloat16 or float32"
+            )
+        image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
+        decoded.append((image * 255).round().astype(np.uint8))
+    return np.concatenate(decoded)  # (B, H, W, 3)
+
+
+def _per_channel(value, default: float) -> float | list[float]:
+    """One number for all channels, or a list with one for each."""
+    if value is None:
+        return default
+    return float(value) if isinstance(value, int | float) else [float(v) for v in value]

@@ -1,0 +1,195 @@
+"""The contract of a backbone, held by every family of the table on a small pipeline of its real classes."""
+
+import json
+
+import pytest
+import torch
+
+from common.errors import UserError
+from models.aligned import AlignedModel, family_lora
+from models.backbone import Backbone
+from models.families.table import FAMILIES, family_of
+from models.pipeline_parts import load_part
+
+# Where the fixture `miniature` keeps the small pipeline of each family: a new family is one line here.
+PIPELINES = {"sd15": "models/sd15-mini"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, miniature) -> Backbone:
+    return family_of(str(miniature / PIPELINES[request.param]))
+
+
+@pytest.fixture
+def stock(family):
+    """The family's own pipeline of diffusers."""
+    pipeline = family.pipeline_class.from_pretrained(family.base, **family.load_options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def model_of(family, taps=(), train="full", **options) -> AlignedModel:
+    lora = family_lora(family, 4, 4, next(iter(family.lora_targets)))
+    return AlignedModel(family, family.load_network(), taps, 64, train=train, lora=lora, **options).train()
+
+
+def inputs(family, count=2):
+    """x_t `(n, C, h, w)`, timesteps `(n,)` and text of `count` prompts."""
+    shape = family.latent_shape(family.load_network())
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(count, *shape, generator=generator)
+    prompts = [f"a photo of a {i}" for i in range(count)]
+    return x_t, torch.arange(count) * 400 + 50, family.encode_text(prompts, CPU)
+
+
+def test_every_family_of_the_table_is_tested():
+    assert PIPELINES.keys() == FAMILIES.keys()
+
+
+def test_a_base_model_is_found_by_its_pipeline(family, miniature):
+    assert (
+        type(family) is FAMILIES[next(name for name, path in PIPELINES.items() if family.base.endswith(path))]
+    )
+    index = json.loads((miniature / "models/sd15-mini/model_index.json").read_text())
+    assert index["_class_name"] == family.pipeline
+
+
+def test_the_usual_base_models_need_no_hub():
+    for name, family in FAMILIES.items():
+        assert type(family_of(family.default_base)) is FAMILIES[name]
+
+
+def test_text_is_that_of_the_pipelines_own_call(family, stock):
+    prompts = ["a photo of a three", ""]
+    fields = family.encode_text(prompts, CPU)
+    shapes = family.text_shapes(family.load_network())
+    assert {name: values.shape[-1] for name, values in fields.items()} == {
+        n: s[-1] for n, s in shapes.items()
+    }
+    theirs = stock.encode_prompt(prompts, CPU, 1, False)[0]
+    assert fields["prompt_embeds"].equal(theirs.half())
+
+
+def test_predict_is_the_networks_own_output_with_and_without_taps(family, stock):
+    x_t, t, text = inputs(family)
+    network = getattr(stock, family.part)
+    with torch.no_grad():
+        expected = network(x_t, t, text["prompt_embeds"].float()).sample
+        for taps in ((), family.taps):
+            model = model_of(family, taps).eval()
+            assert model.predict(x_t, t, text, capture=True).equal(expected)
+            assert set(model.taps.captured) == set(taps)
+
+
+def test_gradient_reaches_every_cell_of_every_tap_whether_the_teachers_grid_is_finer_or_coarser(family):
+    x_t, t, text = inputs(family)
+    model = model_of(family, family.taps)
+    for grid in ((5, 7), (1, 2), (2, 2)):
+        model.predict(x_t, t, text, capture=True)
+        features = dict(model.taps.captured)
+        for feature in features.values():
+            feature.retain_grad()
+        tokens = model.get_aligned_tokens(grid)
+        assert all(x.shape == (2, grid[0] * grid[1], 64) for x in tokens.values())
+        generator = torch.Generator().manual_seed(1)
+        sum((x * torch.randn(x.shape, generator=generator)).sum() for x in tokens.values()).backward()
+        for feature in features.values():
+            assert (feature.grad.abs().sum(1) > 0).all()
+        model.clear_hooks()
+
+
+def test_encode_and_decode_are_inverse_in_their_normalisation(family):
+    codec = family.load_codec()
+    x_0 = torch.randn(2, codec.channels, 4, 4)
+    z = codec.vae.decode
+    seen = []
+    codec.vae.decode = lambda value, **options: seen.append(value) or z(value, **options)
+    codec.decode(x_0)
+    torch.testing.assert_close(codec.normalise(seen[0]), x_0)
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    mean, std = codec.posterior(pixels)
+    assert codec.encode(pixels).equal(mean * codec.vae.config.scaling_factor)
+    assert codec.normalise_spread(std).equal(std * codec.vae.config.scaling_factor)
+
+
+@pytest.mark.parametrize(
+    "normalisation",
+    [
+        {"shift_factor": 0.3, "scaling_factor": 0.4},
+        {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
+def test_a_codec_shifts_and_scales_by_its_config(miniature, normalisation):
+    codec_class = type(family_of(str(miniature / "models/sd15-mini")).load_codec())
+    vae = load_part(str(miniature / "models/sd15-mini"), "vae")
+    vae.register_to_config(**normalisation)
+    codec = codec_class(vae)
+    z = torch.randn(2, 4, 3, 3)
+    wide = lambda name, default: torch.tensor(normalisation.get(name, default)).view(1, -1, 1, 1)  # noqa: E731
+    mean = wide("latents_mean", [normalisation.get("shift_factor", 0.0)])
+    expected = (z - mean) * vae.config.scaling_factor / wide("latents_std", [1.0])
+    torch.testing.assert_close(codec.normalise(z), expected)
+
+
+def test_what_is_trained_is_named_alike_in_every_family_and_the_network_stays_stock(family, stock):
+    for train in ("lora", "partial", "full"):
+        names = model_of(family, family.taps[:1], train).trained_parameters()
+        assert {name.split(".")[0] for name in names} == {"backbone", "heads"}
+    own = getattr(stock, family.part).state_dict().keys()
+    assert model_of(family, family.taps, "full").backbone.state_dict().keys() == own
+
+
+def test_lora_is_loaded_by_the_stock_pipeline_and_changes_its_network_alike(family, stock, tmp_path):
+    for targets in family.lora_targets:
+        lora = family_lora(family, 4, 8, targets)
+        model = AlignedModel(family, family.load_network(), (), 64, train="lora", lora=lora).eval()
+        for parameter in model.trained_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.05)
+        model.export(tmp_path / targets)
+        stock.load_lora_weights(tmp_path / targets)
+        x_t, t, text = inputs(family)
+        with torch.no_grad():
+            theirs = getattr(stock, family.part)(x_t, t, text["prompt_embeds"].float()).sample
+            torch.testing.assert_close(theirs, model.predict(x_t, t, text))
+            bare = model_of(family).eval().predict(x_t, t, text)
+        assert (theirs - bare).abs().max() > 1e-3
+        stock.unload_lora_weights()
+
+
+def test_a_network_on_meta_has_the_shapes_of_the_loaded_one(family):
+    network, known = family.network_of_shapes()
+    assert known
+    loaded = family.load_network().state_dict()
+    assert {name: value.shape for name, value in network.state_dict().items()} == {
+        n: v.shape for n, v in loaded.items()
+    }
+    assert all(value.is_meta for value in network.state_dict().values())
+
+
+def test_a_name_that_a_family_does_not_have_is_one_line_that_lists_those_it_has(family):
+    with pytest.raises(UserError, match=r"align\.taps has 'nowhere': .* has " + ", ".join(family.taps)):
+        model_of(family, ["nowhere"])
+    with pytest.raises(UserError, match=r"model\.lora_targets = 'nothing'"):
+        family_lora(family, 4, 4, "nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "model_index.json cannot be read"),
+        ("{", "cannot be read"),
+        ('{"_class_name": "OtherPipeline"}', "is a OtherPipeline"),
+    ],
+)
+def test_a_folder_of_no_family_is_one_line(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        family_of(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_no_folder_and_no_hub_id_is_one_line():
+    with pytest.raises(UserError, match="does not exist"):
+        family_of("./nowhere")
