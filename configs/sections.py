@@ -163,6 +163,11 @@ class Align(Section):
             raise ValueError(
                 f"align.{idle[0]} has no effect while align.schedule is constant: choose another schedule"
             )
+        if self.coeff == 0 and self.coeff_end > 0:
+            raise ValueError(
+                f"align.coeff_end = {self.coeff_end:g} has no effect while align.coeff = 0, which leaves the alignment "
+                "out: raise align.coeff, or set align.coeff_end=0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -191,10 +196,14 @@ class Diffusion(Section):
 
 
 class Optim(Section):
+    name: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw = AdamW, fused; adamw8bit = its moments in 8 bits, by torchao (pip install torchao)",
+    )
     lr: float = Field(
         2e-4,
         gt=0,
-        description="AdamW learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)",
+        description="learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)",
     )
     head_lr: float | None = Field(
         None, gt=0, description="learning rate of the alignment heads; null = the same"

@@ -3,9 +3,9 @@
 step-0000600/
     trained.safetensors     every trained weight by name: backbone.… (LoRA or plain) and heads.…
     ema.safetensors         their moving average, same names: what evaluation uses
-    optimizer.safetensors   AdamW's moments
-    state.json              step, running sums of the metrics, sizes and CRC-32 of the files above
-                        and of itself
+    optimizer.safetensors   the tensors of the optimiser's state by parameter, such as unet.…/exp_avg
+    state.json              step, running sums of the metrics, what else the optimiser's state holds,
+                        sizes and CRC-32 of the files above and of itself
 
 Whatever reads one checks that it is as it was written. A training renames a damaged one to `damaged-step-…` and goes on from
 the one before.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json, written_whole
+from training.optimizer_state import flat_state, load_flat_state
 
 TRAINED, EMA, OPTIMIZER, STATE = (
     "trained.safetensors",
@@ -51,14 +52,11 @@ def save_checkpoint(
     `UserError` when it cannot be written; what was there before is then still there.
     """
     final = folder / f"step-{step:07d}"
-    moments = {
-        f"{name}/{key}": value
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
+    moments, values = flat_state(optimizer, parameters)
     state = {
         "step": step,
         "ema_step": ema.optimization_step,
+        "optimizer": values,
         "extra": extra,
     }
     shutil.rmtree(final, ignore_errors=True)
@@ -174,18 +172,8 @@ def restore_checkpoint(
     for shadow, value in zip(ema.shadow_params, _matching(path / EMA, parameters).values(), strict=True):
         shadow.copy_(value)
     ema.optimization_step = state["ema_step"]
-    moments = _load(path / OPTIMIZER)
-    for name, parameter in parameters.items():
-        own = {
-            key.removeprefix(f"{name}/"): value
-            for key, value in moments.items()
-            if key.startswith(f"{name}/")
-        }
-        # The moments in the parameter's memory format, which the fused kernel insists on; its step count on the device too.
-        optimizer.state[parameter] = {
-            key: v.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(v)
-            for key, v in own.items()
-        }
+    values = state.get("optimizer", {})  # absent where a checkpoint is older than optim.name
+    load_flat_state(optimizer, parameters, _load(path / OPTIMIZER), values)
     return state["step"], state["extra"]
 
 
@@ -259,4 +247,5 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Copies of them, since safetensors refuses those that share memory."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

@@ -15,6 +15,7 @@ from training.checkpoint import restore_checkpoint, save_checkpoint
 from training.guard import Guard
 from training.masters import Masters
 from training.means import Means, Measured
+from training.optimizers import build_optimizer, step_unless
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 
@@ -36,12 +37,8 @@ class TrainingState:
             {"params": [p for name, p in self.parameters.items() if name.startswith(part)], "lr": lr}
             for part, lr in ((BACKBONE, optim.lr), (HEADS, head_lr))
         ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
+        self.optimizer = build_optimizer(
+            optim.name, groups, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         self.lr_schedule = self._lr_schedule_from(0)
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
@@ -69,15 +66,14 @@ class TrainingState:
         self._measured.append((name, total, weight))
 
     def update(self) -> None:
-        """One optimiser step from the gradients in place, unless they are not finite; nothing here waits for the device."""
+        """One optimiser step from the gradients in place, unless they are not finite. Nothing here waits for the device, except
+        for some optimisers outside the table (see `step_unless`)."""
         parameters = list(self.parameters.values())
         self.ranks.mean([p.grad for p in parameters if p.grad is not None])
         grad_norm = clip_grad_norm_(parameters, self.config.optim.grad_clip)
         loss = torch.stack(self._losses).mean()
         skip = self.guard.judge(self.step + 1, grad_norm, loss, self._images, torch.cat(self._errors))
-        # The fused kernel leaves weights, moments and step count alone where this is 1, as it does for GradScaler.
-        self.optimizer.found_inf = skip.float()
-        self.optimizer.step()
+        step_unless(skip, self.optimizer)
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
@@ -89,7 +85,7 @@ class TrainingState:
     def summary(self) -> dict[str, float]:
         """Means since the last summary over all ranks, each over the steps that had the term, and the learning rates."""
         means = self.means.read(self.ranks.sum)
-        rates = dict(zip(("lr", "lr_heads"), self.lr_schedule.get_last_lr(), strict=False))
+        rates = dict(zip(("lr", "lr_heads"), map(float, self.lr_schedule.get_last_lr()), strict=False))
         skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
         return {"step": self.step, **means, **rates, **skipped}
 

@@ -136,6 +136,10 @@ def test_a_key_given_twice_is_refused(tmp_path):
         ("align: 5\nurepa_lambda: 1", "align = 5"),
         ("teacher: {dim: 1000}", "choose another align.head"),
         ("align: {coeff_end: 0.4}", "has no effect while align.schedule is constant"),
+        (
+            "align: {coeff: 0, coeff_end: 0.4, schedule: linear}",
+            r"^[^\n]*align.coeff_end = 0.4 has no effect while align.coeff = 0[^\n]*$",
+        ),
         ("align: {cutoff_step: 60000}", "never reached in 60000 steps"),
         (
             "align: {similarity_threshold: 0.5, similarity_ema_decay: 0.99999}",
