@@ -109,7 +109,7 @@ class TestSampling:
         assert len(set(images.values())) > 2
         manifests = [json.loads(path.read_text()) for path in (runs / "urepa").rglob(f"samples/*/{MANIFEST}")]
         assert manifests[0]["settings"] != manifests[1]["settings"]
-        assert all(len(m["made_with"]["unet_sha256"]) == 64 for m in manifests)
+        assert all(len(m["made_with"]["network_sha256"]) == 64 for m in manifests)
 
     def test_two_intervals_and_two_spaces_never_share_a_folder(self, runs):
         for interval, space in (("0,0.7", "snr"), ("0,0.7", "index"), ("0.1,0.7", "snr"), ("0,1", "snr")):
