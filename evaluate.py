@@ -2,24 +2,27 @@
 
     python evaluate_sd15.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
     python evaluate_sd15.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
+    python evaluate_sd15.py final runs/A eval.num_samples=50000            # every subcommand takes settings of eval
     python evaluate_sd15.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
     python evaluate_sd15.py pictures runs/A runs/A_baseline -o pictures.png
     python evaluate_sd15.py report runs/A runs/A_baseline configs/A.yaml -o report.html
     accelerate launch --num_processes 4 evaluate_sd15.py curve runs/A      # sampling and features by several processes
 
 A RUN is a run folder, one checkpoint's folder in it, or a config: the bare base model that it names, whose results go to the
-folder RUN_base. What was drawn or measured is not done again: the same command goes on where one was stopped.
+folder RUN_base. Settings of `eval` are overridden by key=value, which --help of a subcommand lists. What was drawn or measured
+is not done again: the same command goes on where one was stopped.
 """
 
 import argparse
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
 from common.device import pick_device
 from common.errors import UserError, run_script
 from common.files import write_json
-from configs.loading import eval_settings, with_settings
+from configs.loading import eval_changes, eval_settings, with_settings
 from evaluation.curves import FINAL, baseline_of, draw_curves, told
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from evaluation.options import (
@@ -31,9 +34,9 @@ from evaluation.options import (
     add_reference_options,
     add_report_options,
     add_sample_options,
-    changes_of,
     chosen_of,
     label_of,
+    split_settings,
     targets,
 )
 from evaluation.points import evaluate_all, points_of, said
@@ -58,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         add_options(command)
         command.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    settings, others = split_settings(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(others)
+    args.changes = eval_changes(settings)
     args.run(args)
 
 
@@ -74,7 +79,7 @@ def sample(args: argparse.Namespace) -> None:
 
     device, ranks = open_device(args)
     for target in chain(*targets(args)):
-        chosen = chosen_of(target.run.config, args)
+        chosen = chosen_of(target.run.config, args.changes)
         indices = range(chosen.num_samples)
         folder, _ = draw_samples(target, chosen, device, indices, ranks)
         if args.npz and ranks.main:
@@ -90,34 +95,34 @@ def metrics(args: argparse.Namespace) -> None:
     """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
 
     Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
-    published samples: then --reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number of
-    images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
+    published samples: then eval.reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number
+    of images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
     runs go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
     for path in images if ranks.main else ():
-        found = measure_images(path, eval_settings(changes_of(args)), device)
+        found = measure_images(path, eval_settings(args.changes), device)
         print(f"{path}: {said(found['metrics'])}")
         if args.out is not None:
             write_json(args.out, found | {"command": this_command()})
     args.runs = [path for path in args.runs if path not in images]
     if args.runs:
         groups = targets(args)
-        chosen = chosen_of(groups[0][0].run.config, args)
+        chosen = chosen_of(groups[0][0].run.config, args.changes)
         evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="metrics")
 
 
 def reference(args: argparse.Namespace) -> None:
     """Statistics of real images, for samples to be held against.
 
-    For --reference and eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
+    For eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
     other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
     """
     if args.size < 8:
         raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
     device, ranks = open_device(args)
-    chosen = eval_settings(changes_of(args))
+    chosen = eval_settings(args.changes)
     for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
         if ranks.main:
             print(file)
@@ -136,7 +141,7 @@ def curve(args: argparse.Namespace) -> None:
     labels = label_of(runs)
     runs = dict(zip(labels, runs, strict=True))
     baseline = baseline_of(runs, args.baseline)
-    chosen = chosen_of(groups[0][0].run.config, args)
+    chosen = chosen_of(groups[0][0].run.config, args.changes)
     points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
     if ranks.main:
         # Also of checkpoints that are gone, which training measured.
@@ -153,14 +158,14 @@ def final(args: argparse.Namespace) -> None:
 
     250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
-    The scale given by --cfg is of the final numbers alone; every other option is of both. Results go to RUN/eval/points.jsonl.
+    eval.cfg is that of the final numbers alone; every other setting is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     chosen_targets = [*chain(*targets(args))]
     config = chosen_targets[0].run.config
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
-    sweep = [with_settings(config, changes_of(args) | {"eval.cfg": scale}).eval for scale in args.sweep]
-    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
+    sweep = [with_settings(config, args.changes | {"eval.cfg": scale}).eval for scale in args.sweep]
+    evaluate_all(chosen_targets, [chosen_of(config, args.changes, FINAL)], device, ranks, kind="final")
     if sweep:
         evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
 
@@ -208,6 +213,8 @@ def report(args: argparse.Namespace) -> None:
     """
     from evaluation.report import make_report
 
+    if args.changes:
+        raise UserError("`report` measures nothing: it takes no settings")
     if args.out.suffix != ".html":
         raise UserError(f"-o {args.out}: the page's name must end in .html")
     try:

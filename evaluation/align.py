@@ -44,7 +44,7 @@ EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 def align_target(target: Target, args: argparse.Namespace, device: torch.device) -> None:
     """Measure a target beside its base model and write RUN/eval/align.json and its pictures."""
     run, config = target.run, target.run.config
-    seed = with_settings(config, {} if args.seed is None else {"eval.seed": args.seed}).eval.seed
+    config = with_settings(config, args.changes)
     measured = {"run": target.weights, "base": "base"}
     if target.weights == "base" or args.no_base:
         del measured["run" if target.weights == "base" else "base"]
@@ -53,7 +53,12 @@ def align_target(target: Target, args: argparse.Namespace, device: torch.device)
         for name, weights in measured.items()
     }
     found, sources = measure_alignment(
-        config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
+        config,
+        models,
+        timesteps=args.timesteps,
+        seed=config.eval.seed,
+        device=device,
+        num_images=args.num_images,
     )
     result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
     # Of a checkpoint that is not the newest: files of its own, so that it replaces nothing.

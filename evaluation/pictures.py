@@ -25,7 +25,7 @@ def draw_pictures(
     """Draw what is missing and write the picture: a column for each class, or for each step where runs have several targets."""
     ranks = Ranks(cpu=device.type == "cpu")
     first = next(iter(groups.values()))[0]
-    chosen = chosen_of(first.run.config, args)
+    chosen = chosen_of(first.run.config, args.changes)
     names = class_names(read_manifest(first.run.config.data.text, "text"))
     classes = picked(args.classes, len(names))
     settings = settings_of(first, chosen, device)

@@ -147,7 +147,8 @@ def insist_measurable(targets: Sequence[Target], chosen: Eval, device: torch.dev
             )
         if config.data.csv != data.csv and not chosen.reference:
             raise UserError(
-                f"{other.run.path} was trained on {config.data.csv}, {first.run.path} on {data.csv}: give both one --reference"
+                f"{other.run.path} was trained on {config.data.csv}, {first.run.path} on {data.csv}: give both one "
+                "eval.reference"
             )
 
 

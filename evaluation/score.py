@@ -148,7 +148,7 @@ def score_all(
 def measure_images(path: Path, chosen: Eval, device: torch.device) -> dict:
     """{images, protocol, metrics} of a folder of images of one size, in the order of their names, or of an .npz of them."""
     if not chosen.reference:
-        raise UserError(f"{path} has no training images to compare with: give --reference FILE.npz")
+        raise UserError(f"{path} has no training images to compare with: give eval.reference=FILE.npz")
     if path.suffix == ".npz":
         (count, height, width), chunks = npz_image_shape(path)[:3], iterate_npz_images(path, CHUNK)
     else:

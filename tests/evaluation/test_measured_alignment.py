@@ -227,7 +227,7 @@ def test_a_run_that_diverged_is_said_to_have(runs):
         (["--timesteps", "-1"], "got -1"),
         (["--num-images", "61"], "61 are more than the 60 held-out images"),
         (["--num-images", "15"], "16 or more are needed"),
-        (["--seed", "-1"], "eval.seed = -1"),
+        (["eval.seed=-1"], "eval.seed = -1"),
     ],
 )
 def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):
