@@ -22,10 +22,10 @@ from pathlib import Path
 from common.device import pick_device
 from common.errors import UserError, run_script
 from common.files import write_json
-from configs.loading import eval_changes, eval_settings, with_settings
-from evaluation.curves import FINAL, baseline_of, draw_curves, told
+from configs.loading import eval_changes, eval_settings
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from evaluation.options import (
+    FINAL,
     add_align_options,
     add_curve_options,
     add_final_options,
@@ -34,15 +34,12 @@ from evaluation.options import (
     add_reference_options,
     add_report_options,
     add_sample_options,
-    chosen_of,
-    label_of,
     split_settings,
-    targets,
 )
-from evaluation.points import evaluate_all, points_of, said
+from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.score import make_references, measure_images
-from evaluation.targets import open_run
-from report.curves import points_under
+from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from report.curves import draw_curves, format_speedup, points_under
 from training.ranks import Ranks, part
 from training.run_folder import this_command
 
@@ -78,10 +75,9 @@ def sample(args: argparse.Namespace) -> None:
     from metrics.npz_images import write_npz_images
 
     device, ranks = open_device(args)
-    for target in chain(*targets(args)):
-        chosen = chosen_of(target.run.config, args.changes)
-        indices = range(chosen.num_samples)
-        folder, _ = draw_samples(target, chosen, device, indices, ranks)
+    for target in chain(*targets_of(args)):
+        indices = range(target.settings.num_samples)
+        folder, _ = draw_samples(target, device, indices, ranks)
         if args.npz and ranks.main:
             file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
             shape = load_images(folder, [0]).shape[1:3]
@@ -103,14 +99,12 @@ def metrics(args: argparse.Namespace) -> None:
     images = [path for path in args.runs if is_images(path)]
     for path in images if ranks.main else ():
         found = measure_images(path, eval_settings(args.changes), device)
-        print(f"{path}: {said(found['metrics'])}")
+        print(f"{path}: {format_metrics(found['metrics'])}")
         if args.out is not None:
             write_json(args.out, found | {"command": this_command()})
     args.runs = [path for path in args.runs if path not in images]
     if args.runs:
-        groups = targets(args)
-        chosen = chosen_of(groups[0][0].run.config, args.changes)
-        evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="metrics")
+        evaluate_all([*chain(*targets_of(args, alike=True))], device, ranks, kind="metrics")
 
 
 def reference(args: argparse.Namespace) -> None:
@@ -122,8 +116,8 @@ def reference(args: argparse.Namespace) -> None:
     if args.size < 8:
         raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
     device, ranks = open_device(args)
-    chosen = eval_settings(args.changes)
-    for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
+    settings = eval_settings(args.changes)
+    for file in make_references(args.images, args.size, args.out, settings, device, ranks):
         if ranks.main:
             print(file)
 
@@ -136,21 +130,19 @@ def curve(args: argparse.Namespace) -> None:
     Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the baseline's final value.
     """
     device, ranks = open_device(args)
-    groups = targets(args)
+    groups = targets_of(args, alike=True)
     runs = [group[0].run for group in groups]
-    labels = label_of(runs)
-    runs = dict(zip(labels, runs, strict=True))
-    baseline = baseline_of(runs, args.baseline)
-    chosen = chosen_of(groups[0][0].run.config, args.changes)
-    points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
+    runs = dict(zip(labels_for(runs), runs, strict=True))
+    baseline = find_baseline(runs, args.baseline)
+    points = evaluate_all([*chain(*groups)], device, ranks, kind="curve")
     if ranks.main:
-        # Also of checkpoints that are gone, which training measured.
+        # Points that training measured count too, also of checkpoints that were deleted since.
         protocol = points[0]["protocol"]
         found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
         out = Path("runs/curve") if args.out is None else args.out
-        print(
-            "\n".join(filter(None, [told(draw_curves(out, runs, found, baseline)), str(out / "curve.png")]))
-        )
+        base_models = [label for label, run in runs.items() if run.is_base_model]
+        result = draw_curves(out, found, baseline, base_models=base_models, run_order=list(runs))
+        print("\n".join(filter(None, [format_speedup(result), str(out / "curve.png")])))
 
 
 def final(args: argparse.Namespace) -> None:
@@ -161,13 +153,13 @@ def final(args: argparse.Namespace) -> None:
     eval.cfg is that of the final numbers alone; every other setting is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
-    chosen_targets = [*chain(*targets(args))]
-    config = chosen_targets[0].run.config
+    targets = [*chain(*targets_of(args, alike=True))]
+    final_targets = [target.with_changes(FINAL | args.changes) for target in targets]
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
-    sweep = [with_settings(config, args.changes | {"eval.cfg": scale}).eval for scale in args.sweep]
-    evaluate_all(chosen_targets, [chosen_of(config, args.changes, FINAL)], device, ranks, kind="final")
+    sweep = [target.with_changes({"eval.cfg": scale}) for target in targets for scale in args.sweep]
+    evaluate_all(final_targets, device, ranks, kind="final")
     if sweep:
-        evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
+        evaluate_all(sweep, device, ranks, kind="sweep")
 
 
 def align(args: argparse.Namespace) -> None:
@@ -179,14 +171,21 @@ def align(args: argparse.Namespace) -> None:
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
-    from evaluation.align import align_target, checked_timesteps
-    from metrics.embedding import insist_installed
+    from evaluation.align import align_target, check_timesteps
+    from metrics.embedding import check_installed
 
-    checked_timesteps(args.timesteps)
-    insist_installed(args.embedding)
+    check_timesteps(args.timesteps)
+    check_installed(args.embedding)
     device, _ = open_device(args)
-    for group in targets(args):
-        align_target(group[-1], args, device)
+    for group in targets_of(args):
+        align_target(
+            group[-1],
+            device,
+            timesteps=args.timesteps,
+            num_images=args.num_images,
+            with_base=not args.no_base,
+            embedding=args.embedding,
+        )
 
 
 def pictures(args: argparse.Namespace) -> None:
@@ -200,9 +199,9 @@ def pictures(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"-o {args.out}: the picture's name must end in .png")
     device, _ = open_device(args)
-    groups = targets(args)
-    labels = label_of([group[0].run for group in groups], [group[-1].step for group in groups])
-    print(draw_pictures(dict(zip(labels, groups, strict=True)), args, device))
+    groups = targets_of(args, alike=True)
+    labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])
+    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.classes))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -225,6 +224,11 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"cannot read --times {args.times}: {error}") from None
     runs = [open_run(path)[0] for path in args.runs]
     print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
+
+
+def targets_of(args: argparse.Namespace, *, alike: bool = False) -> list[list[Target]]:
+    """The targets of each RUN by the command line's settings; `alike`: all by those of the first run."""
+    return find_targets(args.runs, args.checkpoint, raw=args.raw, changes=args.changes, alike=alike)
 
 
 def open_device(args: argparse.Namespace):

@@ -1,21 +1,18 @@
 """The options of evaluate_sd15.py: which runs, and which settings of `eval` differ from a run's own."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
-from configs.evaluation import Eval
-from configs.loading import knobs_help, with_settings
-from configs.schema import Config
-from evaluation.curves import SWEEP
-from evaluation.targets import Target, targets_of
+from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
-from training.run_folder import RunFolder
+
+FINAL = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # the plan's final numbers
+SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)  # guidance scales
 
 
 def add_runs(parser: argparse.ArgumentParser, which: str | None = "newest", more: str = "") -> None:
-    """RUN…, and unless `which` is None the checkpoint (`which` is the default) and the device."""
+    """Add RUN…, and unless `which` is None the checkpoint (`which` is its default) and the device; `more` ends RUN's help."""
     parser.add_argument(
         "runs",
         type=Path,
@@ -35,7 +32,7 @@ def add_runs(parser: argparse.ArgumentParser, which: str | None = "newest", more
 
 
 def add_settings(parser: argparse.ArgumentParser, default: str = "the run's own") -> None:
-    """`key=value` settings of `eval`, which `--help` lists; `split_settings` takes them out before argparse sees them."""
+    """Add the `key=value` settings of `eval` to usage and help; `split_settings` takes them out before argparse parses."""
     parser.add_argument(
         "settings",
         nargs="*",
@@ -48,45 +45,16 @@ def add_settings(parser: argparse.ArgumentParser, default: str = "the run's own"
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The `key=value` arguments, and all others; what is there as a file or folder is a RUN even with a "=" in its name."""
+    """Split a command line into its `key=value` settings and all other arguments.
+
+    An existing file or folder with a "=" in its name is a RUN, and what follows -o or --out is a file path.
+    """
     settings, others = [], []
     for before, argument in zip(["", *argv], argv, strict=False):
         key_value = "=" in argument and not argument.startswith("-")
         is_setting = key_value and before not in ("-o", "--out") and not Path(argument).exists()
         (settings if is_setting else others).append(argument)
     return settings, others
-
-
-def chosen_of(config: Config, changes: Mapping[str, object], base: Mapping[str, object] = ()) -> Eval:
-    """The run's settings, `base` laid over them, and the command line's over that."""
-    return with_settings(config, {**dict(base), **changes}).eval
-
-
-def targets(args: argparse.Namespace) -> list[list[Target]]:
-    """The targets of each RUN, in the order given; raises `UserError` where one is given twice."""
-    found = [targets_of(path, args.checkpoint, raw=args.raw) for path in args.runs]
-    seen = [target for group in found for target in group]
-    places = [(target.run.path.resolve(), target.step, target.weights) for target in seen]
-    if len(set(places)) != len(places):
-        raise UserError("a run is given twice")
-    return found
-
-
-def label_of(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str]:
-    """What figures call each run: its folder's name, or the last two names where that would not tell them apart; a run that is
-    there twice also by its `steps`."""
-    paths = [run.path.resolve() for run in runs]
-    for parts in (1, 2):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    if steps:
-        names = [f"{n} {s}" if names.count(n) > 1 else n for n, s in zip(names, steps, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError(
-            "two of these run folders have the same name: rename one, so that figures can tell them apart"
-        )
-    return names
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +98,7 @@ def add_final_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_settings(
         parser,
-        "eval.sampling_steps=250 eval.cfg=7.5 eval.guidance_high=0.7; the rest, and all of the sweep, the run's own",
+        f"{' '.join(f'{key}={value}' for key, value in FINAL.items())}; the rest, and all of the sweep, the run's own",
     )
 
 

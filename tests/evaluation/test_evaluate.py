@@ -25,7 +25,7 @@ from configs.loading import knobs, load_config
 from evaluation import score
 from evaluation.image_files import load_images
 from evaluation.sample import MANIFEST
-from evaluation.targets import targets_of
+from evaluation.targets import find_targets
 from metrics.reference import load_reference
 from models.pipeline_parts import files_digest
 from report.curves import read_points
@@ -74,7 +74,7 @@ def auto_reference(miniature) -> Path:
 
 def no_drawing(monkeypatch):
     """From here on, drawing or looking at an image fails the test."""
-    monkeypatch.setattr("evaluation.sample.Painter.of", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("evaluation.sample.ImageSampler.load", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr("evaluation.points.measure", lambda *_: pytest.fail("images were measured"))
 
 
@@ -124,8 +124,8 @@ class TestSampling:
         assert len(drawn(runs / "urepa")) == 8
 
     def test_a_checkpoints_folder_names_a_run_and_a_step(self, runs):
-        (by_path,) = targets_of(runs / "urepa" / "checkpoints" / "step-0000004")
-        (by_step,) = targets_of(runs / "urepa", "4")
+        ((by_path,),) = find_targets([runs / "urepa" / "checkpoints" / "step-0000004"])
+        ((by_step,),) = find_targets([runs / "urepa"], "4")
         assert (by_path.step, by_path.weights_sha256) == (4, by_step.weights_sha256)
         assert by_path.images_seen == 4 * 4
 

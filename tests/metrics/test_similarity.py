@@ -415,8 +415,8 @@ def test_centring_takes_away_what_only_separates_the_sources():
 def test_umap_that_is_not_installed_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setattr(embedding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install umap-learn"):
-        embedding.insist_installed("umap")
-    embedding.insist_installed("tsne")
+        embedding.check_installed("umap")
+    embedding.check_installed("tsne")
 
 
 def panel(n=6, classes=3):
