@@ -15,7 +15,7 @@ from evaluation.align import measure_alignment
 from evaluation.heldout import Bench, HeldOut, read_taps
 from method.alignment import spatial_norm, token_loss
 from method.sampler import initial_noise
-from metrics.ridge_map import ridge_alignment
+from metrics.probes import ridge_alignment
 from metrics.similarity import cknna, mispair, pool_tokens, unbiased_cka
 from metrics.similarity_rows import row_of, value_of
 from training.parts import build_model, load_run_model
