@@ -90,7 +90,7 @@ def stages() -> list[list[Stage]]:
             # The plan's 250 steps would take minutes here.
             Stage(
                 f"final {arm}",
-                f"evaluate_sd15.py final {RUNS}/{arm} --steps 12 --sweep 1 1.5 3",
+                f"evaluate_sd15.py final {RUNS}/{arm} eval.sampling_steps=12 --sweep 1 1.5 3",
                 RUNS / arm / "eval/points.jsonl",
             )
             for arm in ARMS

@@ -2,27 +2,30 @@
 
     python evaluate.py curve runs/A runs/A_baseline configs/A.yaml    # metrics of every checkpoint, cheap protocol
     python evaluate.py final runs/A runs/A_baseline                   # the plan's protocol, and a guidance sweep
+    python evaluate.py final runs/A eval.num_samples=50000            # every subcommand takes settings of eval
     python evaluate.py align runs/A                                   # CCA, CKA, CKNNA … on held-out images
     python evaluate.py pictures runs/A runs/A_baseline -o pictures.png
     python evaluate.py report runs/A runs/A_baseline configs/A.yaml -o report.html
     accelerate launch --num_processes 4 evaluate.py curve runs/A      # sampling and features by several processes
 
 A RUN is a run folder, one checkpoint's folder in it, or a config: the bare base model that it names, whose results go to the
-folder RUN_base. What was drawn or measured is not done again: the same command goes on where one was stopped.
+folder RUN_base. Settings of `eval` are overridden by key=value, which --help of a subcommand lists. What was drawn or measured
+is not done again: the same command goes on where one was stopped.
 """
 
 import argparse
 import json
+import sys
 from itertools import chain
 from pathlib import Path
 
 from common.device import pick_device
 from common.errors import UserError, run_script
 from common.files import write_json
-from configs.loading import eval_settings, with_settings
-from evaluation.curves import FINAL, baseline_of, draw_curves, told
+from configs.loading import eval_changes, eval_settings
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from evaluation.options import (
+    FINAL,
     add_align_options,
     add_curve_options,
     add_final_options,
@@ -31,15 +34,12 @@ from evaluation.options import (
     add_reference_options,
     add_report_options,
     add_sample_options,
-    changes_of,
-    chosen_of,
-    label_of,
-    targets,
+    split_settings,
 )
-from evaluation.points import evaluate_all, points_of, said
+from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.score import make_references, measure_images
-from evaluation.targets import open_run
-from report.curves import points_under
+from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from report.curves import draw_curves, format_speedup, points_under
 from training.ranks import Ranks, part
 from training.run_folder import this_command
 
@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         add_options(command)
         command.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    settings, others = split_settings(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(others)
+    args.changes = eval_changes(settings)
     args.run(args)
 
 
@@ -73,10 +75,9 @@ def sample(args: argparse.Namespace) -> None:
     from metrics.npz_images import write_npz_images
 
     device, ranks = open_device(args)
-    for target in chain(*targets(args)):
-        chosen = chosen_of(target.run.config, args)
-        indices = range(chosen.num_samples)
-        folder, _ = draw_samples(target, chosen, device, indices, ranks)
+    for target in chain(*targets_of(args)):
+        indices = range(target.settings.num_samples)
+        folder, _ = draw_samples(target, device, indices, ranks)
         if args.npz and ranks.main:
             file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
             shape = load_images(folder, [0]).shape[1:3]
@@ -90,35 +91,33 @@ def metrics(args: argparse.Namespace) -> None:
     """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
 
     Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
-    published samples: then --reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number of
-    images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
+    published samples: then eval.reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number
+    of images in their names (adm_fid10k, clean_fid10k, classifier_fd300); those of different names do not compare. Results of
     runs go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
     for path in images if ranks.main else ():
-        found = measure_images(path, eval_settings(changes_of(args)), device)
-        print(f"{path}: {said(found['metrics'])}")
+        found = measure_images(path, eval_settings(args.changes), device)
+        print(f"{path}: {format_metrics(found['metrics'])}")
         if args.out is not None:
             write_json(args.out, found | {"command": this_command()})
     args.runs = [path for path in args.runs if path not in images]
     if args.runs:
-        groups = targets(args)
-        chosen = chosen_of(groups[0][0].run.config, args)
-        evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="metrics")
+        evaluate_all([*chain(*targets_of(args, alike=True))], device, ranks, kind="metrics")
 
 
 def reference(args: argparse.Namespace) -> None:
     """Statistics of real images, for samples to be held against.
 
-    For --reference and eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
+    For eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
     other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
     """
     if args.size < 8:
         raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
     device, ranks = open_device(args)
-    chosen = eval_settings(changes_of(args))
-    for file in make_references(args.images, args.size, args.out, chosen, device, ranks):
+    settings = eval_settings(args.changes)
+    for file in make_references(args.images, args.size, args.out, settings, device, ranks):
         if ranks.main:
             print(file)
 
@@ -131,21 +130,19 @@ def curve(args: argparse.Namespace) -> None:
     Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the baseline's final value.
     """
     device, ranks = open_device(args)
-    groups = targets(args)
+    groups = targets_of(args, alike=True)
     runs = [group[0].run for group in groups]
-    labels = label_of(runs)
-    runs = dict(zip(labels, runs, strict=True))
-    baseline = baseline_of(runs, args.baseline)
-    chosen = chosen_of(groups[0][0].run.config, args)
-    points = evaluate_all([*chain(*groups)], [chosen], device, ranks, kind="curve")
+    runs = dict(zip(labels_for(runs), runs, strict=True))
+    baseline = find_baseline(runs, args.baseline)
+    points = evaluate_all([*chain(*groups)], device, ranks, kind="curve")
     if ranks.main:
-        # Also of checkpoints that are gone, which training measured.
+        # Points that training measured count too, also of checkpoints that were deleted since.
         protocol = points[0]["protocol"]
         found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
         out = Path("runs/curve") if args.out is None else args.out
-        print(
-            "\n".join(filter(None, [told(draw_curves(out, runs, found, baseline)), str(out / "curve.png")]))
-        )
+        base_models = [label for label, run in runs.items() if run.is_base_model]
+        result = draw_curves(out, found, baseline, base_models=base_models, run_order=list(runs))
+        print("\n".join(filter(None, [format_speedup(result), str(out / "curve.png")])))
 
 
 def final(args: argparse.Namespace) -> None:
@@ -153,16 +150,16 @@ def final(args: argparse.Namespace) -> None:
 
     250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
-    The scale given by --cfg is of the final numbers alone; every other option is of both. Results go to RUN/eval/points.jsonl.
+    eval.cfg is that of the final numbers alone; every other setting is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
-    chosen_targets = [*chain(*targets(args))]
-    config = chosen_targets[0].run.config
+    targets = [*chain(*targets_of(args, alike=True))]
+    final_targets = [target.with_changes(FINAL | args.changes) for target in targets]
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
-    sweep = [with_settings(config, changes_of(args) | {"eval.cfg": scale}).eval for scale in args.sweep]
-    evaluate_all(chosen_targets, [chosen_of(config, args, FINAL)], device, ranks, kind="final")
+    sweep = [target.with_changes({"eval.cfg": scale}) for target in targets for scale in args.sweep]
+    evaluate_all(final_targets, device, ranks, kind="final")
     if sweep:
-        evaluate_all(chosen_targets, sweep, device, ranks, kind="sweep")
+        evaluate_all(sweep, device, ranks, kind="sweep")
 
 
 def align(args: argparse.Namespace) -> None:
@@ -174,14 +171,21 @@ def align(args: argparse.Namespace) -> None:
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
-    from evaluation.align import align_target, checked_timesteps
-    from metrics.embedding import insist_installed
+    from evaluation.align import align_target, check_timesteps
+    from metrics.embedding import check_installed
 
-    checked_timesteps(args.timesteps)
-    insist_installed(args.embedding)
+    check_timesteps(args.timesteps)
+    check_installed(args.embedding)
     device, _ = open_device(args)
-    for group in targets(args):
-        align_target(group[-1], args, device)
+    for group in targets_of(args):
+        align_target(
+            group[-1],
+            device,
+            timesteps=args.timesteps,
+            num_images=args.num_images,
+            with_base=not args.no_base,
+            embedding=args.embedding,
+        )
 
 
 def pictures(args: argparse.Namespace) -> None:
@@ -195,9 +199,9 @@ def pictures(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"-o {args.out}: the picture's name must end in .png")
     device, _ = open_device(args)
-    groups = targets(args)
-    labels = label_of([group[0].run for group in groups], [group[-1].step for group in groups])
-    print(draw_pictures(dict(zip(labels, groups, strict=True)), args, device))
+    groups = targets_of(args, alike=True)
+    labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])
+    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.classes))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -208,6 +212,8 @@ def report(args: argparse.Namespace) -> None:
     """
     from evaluation.report import make_report
 
+    if args.changes:
+        raise UserError("`report` measures nothing: it takes no settings")
     if args.out.suffix != ".html":
         raise UserError(f"-o {args.out}: the page's name must end in .html")
     try:
@@ -218,6 +224,11 @@ def report(args: argparse.Namespace) -> None:
         raise UserError(f"cannot read --times {args.times}: {error}") from None
     runs = [open_run(path)[0] for path in args.runs]
     print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
+
+
+def targets_of(args: argparse.Namespace, *, alike: bool = False) -> list[list[Target]]:
+    """The targets of each RUN by the command line's settings; `alike`: all by those of the first run."""
+    return find_targets(args.runs, args.checkpoint, raw=args.raw, changes=args.changes, alike=alike)
 
 
 def open_device(args: argparse.Namespace):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.sections import Section
 from method.sampler import NOISE_LEVELS
@@ -32,13 +32,19 @@ class Eval(Section):
     sampling_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
     eta: float = Field(0.0, ge=0, le=1, description="noise that DDIM adds at each step, as a share of DDPM's")
     cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
-    guidance_low: float = Field(0.0, ge=0, le=1, description="guide only at noise levels from this on")
+    guidance_low: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="guide only at noise levels from this on, 0 (clean) to 1 (noise); an unguided step costs one forward",
+    )
     guidance_high: float = Field(
         1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
     )
     guidance_space: Literal[tuple(NOISE_LEVELS)] = Field(
         "snr",
-        description="what a noise level is: REPA's time of equal signal-to-noise ratio, or the share of the DDPM index",
+        description="what a noise level is: REPA's time of equal signal-to-noise ratio, where 0.7 is DDPM index 605, "
+        "or the share of the DDPM index, where 0.7 is index 700",
     )
     labels: Literal["balanced", "random"] = Field(
         "balanced", description="image i shows class i mod n, or one drawn at random, as DiT, ADM and REPA do"
@@ -62,6 +68,11 @@ class Eval(Section):
     bootstrap: int = Field(
         10, ge=0, description="resamplings behind the error of a Fréchet distance; 0 = none"
     )
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _one_file_is_a_list_of_one(cls, value):
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _nothing_ignored(self):

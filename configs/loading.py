@@ -92,14 +92,7 @@ def parse_config(
 ) -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
-        try:
-            value = text if " #" in text else yaml.safe_load(text)  # a path, not a comment
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of '{override}'") from None
-        key, value = own_name(key, value)
+        key, value = _parse_override(override)
         node = data
         *sections, name = key.split(".")
         for section in sections:
@@ -111,6 +104,31 @@ def parse_config(
         node[name] = value
     given = {own_name(text.partition("=")[0], None)[0] for text in overrides or []}
     return _checked(data, given, where)
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key, under the name that it has here, and the value of a `key=value`."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
+    try:
+        value = text if " #" in text else yaml.safe_load(text)  # a path, not a comment
+    except yaml.YAMLError:
+        raise UserError(f"cannot read the value of '{override}'") from None
+    return own_name(key, value)
+
+
+def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` overrides of `eval` as {dotted key: value}; raises `UserError` for unknown keys and for other sections."""
+    changes = dict(map(_parse_override, overrides))
+    for key in changes:
+        if key not in knobs():
+            raise UserError(_unknown_key(key))
+        if not key.startswith("eval."):
+            raise UserError(
+                f"{key} is a setting of the training: an evaluation takes settings of eval alone, for instance eval.cfg=7.5"
+            )
+    return changes
 
 
 def with_settings(config: Config, changes: dict[str, Any]) -> Config:
@@ -127,7 +145,7 @@ def eval_settings(changes: dict[str, Any]) -> Eval:
     try:
         return Eval.model_validate({key.removeprefix("eval."): value for key, value in changes.items()})
     except ValidationError as error:
-        raise UserError(f"eval: {_first_problem(error)}") from None
+        raise UserError(_first_problem(error, prefix="eval.")) from None
 
 
 def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
@@ -156,13 +174,15 @@ def knobs(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
     return found
 
 
-def knobs_help() -> str:
-    """Each knob's key, default, choices and meaning, section by section, for `--help`."""
-    lines, last = [], ""
+def knobs_help(section: str | None = None) -> str:
+    """Each knob's key, default, choices and meaning, of one section or of all, for `--help`."""
+    lines, last = [], section or ""
     for key, field in knobs().items():
-        if "." in key and (section := key.split(".")[0]) != last:
+        if section is not None and not key.startswith(f"{section}."):
+            continue
+        if "." in key and (here := key.split(".")[0]) != last:
             lines.append("")
-            last = section
+            last = here
         default = "required" if field.is_required() else yaml_value(field.default)
         choices = f" ({' | '.join(options)})" if (options := _choices(field.annotation)) else ""
         lines.append(f"  {key} = {default}{choices}\n      {field.description}")
@@ -183,22 +203,26 @@ def _choices(annotation) -> list[str]:
     return []
 
 
-def _first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints, as one line that says what to do."""
+def _unknown_key(key: str) -> str:
+    """The complaint about a key that is not known, with the one that was probably meant."""
+    known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
+    if key in known:
+        return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
+    if (word := key.rsplit(".", 1)[-1]) in FAMILIAR:
+        return f"unknown key '{key}'; did you mean '{FAMILIAR[word]}'?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # the right name in the wrong section
+        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all keys")
+
+
+def _first_problem(error: ValidationError, prefix: str = "") -> str:
+    """The first of pydantic's complaints, as one line that says what to do; `prefix` is the section that was checked."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
-        known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
-        if key in known:
-            return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
-        if (word := key.rsplit(".", 1)[-1]) in FAMILIAR:
-            return f"unknown key '{key}'; did you mean '{FAMILIAR[word]}'?"
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if not near:  # the right name in the wrong section
-            near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-        return f"unknown key '{key}'" + (
-            f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
-        )
+        return _unknown_key(key)
     if problem["type"] == "missing":
         return (
             f"'{key}' is missing ({knobs()[key].description})"

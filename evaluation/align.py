@@ -1,10 +1,9 @@
-"""Measure on held-out images how much of the teacher's geometry a U-Net's hidden features hold.
+"""Measure on held-out images how similar a U-Net's hidden features are to the teacher's tokens.
 
 A run is measured beside its bare base model, at all three taps and at several timesteps, before and after its heads, each
-metric with its null: `metrics/similarity_rows.py` says what they are. Called by `evaluate_sd15.py align`.
+metric with its null: `metrics/similarity_rows.py` defines them. Called by `evaluate_sd15.py align`.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from common.files import write_json
-from configs.loading import with_settings
 from configs.schema import Config
 from evaluation.heldout import Bench, heldout_images, read_taps, target_of
 from evaluation.targets import Target
@@ -42,18 +40,33 @@ EMBEDDED_TAP = "mid"
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
-def align_target(target: Target, args: argparse.Namespace, device: torch.device) -> None:
-    """Measure a target beside its base model and write RUN/eval/align.json and its pictures."""
-    run, config = target.run, target.run.config
-    seed = with_settings(config, {} if args.seed is None else {"eval.seed": args.seed}).eval.seed
+def align_target(
+    target: Target,
+    device: torch.device,
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    num_images: int | None = None,
+    with_base: bool = True,
+    embedding: str = "tsne",
+) -> None:
+    """Measure a target, beside its base model unless `with_base` is false, and write RUN/eval/align.json and its pictures.
+
+    `timesteps` and `num_images` are those of `measure_alignment`; `embedding` "umap" draws that picture too.
+    """
+    run, config = target.run, target.config
     measured = {"run": target.weights, "base": "base"}
-    if target.weights == "base" or args.no_base:
+    if target.weights == "base" or not with_base:
         del measured["run" if target.weights == "base" else "base"]
     models = {
         name: load_run_model(run, target.step, device, weights=weights) for name, weights in measured.items()
     }
     found, sources = measure_alignment(
-        config, models, timesteps=args.timesteps, seed=seed, device=device, num_images=args.num_images
+        config,
+        models,
+        timesteps=timesteps,
+        seed=config.eval.seed,
+        device=device,
+        num_images=num_images,
     )
     result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
     # Of a checkpoint that is not the newest: files of its own, so that it replaces nothing.
@@ -61,7 +74,7 @@ def align_target(target: Target, args: argparse.Namespace, device: torch.device)
     folder = run.path / "eval" / (f"step-{target.step:07d}" if older else "")
     write_json(folder / "align.json", result)
     names = class_names(read_manifest(config.data.text, "text"))
-    draw_alignment(folder, run.name, result, sources, class_names=names, embedding=args.embedding)
+    draw_alignment(folder, run.name, result, sources, class_names=names, embedding=embedding)
     print(f"{target.name}, {result['num_images']} of {result['num_available']} held-out images")
     print(summary(result))
 
@@ -76,19 +89,19 @@ def measure_alignment(
     device: torch.device,
     num_images: int | None = None,
 ) -> tuple[dict, dict[tuple[str, str], Source]]:
-    """What `align.json` holds but for step and command, and the sources of the embedding at one timestep of the mid tap.
+    """Returns the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
 
     Args:
-        config: of the run: its held-out images, teacher, noise schedule and batch size.
-        models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are looked at.
+        config: the run's, which names held-out images, teacher, noise schedule and batch size.
+        models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are measured.
         timesteps: noise levels, 0 (clean) to 999.
-        seed: image i of the list has the noise of seed + i at every timestep; also of the split into halves and of all nulls.
-        num_images: the first so many held-out images of the list; None takes 1000, or all where there are fewer.
+        seed: image i of the list has the noise of seed + i at every timestep. The halves and all nulls depend on it too.
+        num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
 
-    The sources' keys are (model, "head" | "tap"): the head's tokens where the run has a head, and each model's ridge map.
+    The inputs' keys are (model, "head" | "tap"): the head's tokens where the run has a head, and each model's ridge map.
     Raises `UserError` for settings and caches that do not fit.
     """
-    timesteps = checked_timesteps(timesteps)
+    timesteps = check_timesteps(timesteps)
     held = heldout_images(config, num_images)
     n, heads = len(held.latents), {name: heads_of(name, model) for name, model in models.items()}
     rows, losses, sources, sides = [], {}, {}, {}
@@ -159,9 +172,9 @@ def draw_alignment(
     class_names: Mapping[int, str],
     embedding: str = "tsne",
 ) -> None:
-    """Write `align_timesteps.png` and `align_tsne.png`, and the picture of the other embedding, if it is asked for."""
-    said = f"{result['num_images']} held-out images, EMA weights, null prompt"
-    plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {said}")
+    """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
+    conditions = f"{result['num_images']} held-out images, EMA weights, null prompt"
+    plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
     h, w = result["tap_grids"][EMBEDDED_TAP]
     shown = nearest_timestep(result["timesteps"])
     called = {
@@ -180,7 +193,7 @@ def draw_alignment(
 
 
 def summary(result: Mapping) -> str:
-    """A line for the terminal of each model that was measured, at the timestep that figures show."""
+    """One line for each model that was measured, at the timestep that figures show."""
     shown, lines = nearest_timestep(result["timesteps"]), []
     for model, loss in (("run", result["heldout_loss_diff"]), ("base", result["heldout_loss_diff_base"])):
         if loss is None:
@@ -198,8 +211,8 @@ def summary(result: Mapping) -> str:
     return "\n".join(lines)
 
 
-def checked_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[int, ...]:
-    """Timesteps in order, once each; raises `UserError` for none, or for one outside of the schedule."""
+def check_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[int, ...]:
+    """Sort timesteps and drop repeats; raises `UserError` for none, or for one outside the noise schedule."""
     wrong = [t for t in timesteps if not 0 <= t < num_steps]
     if wrong or not timesteps:
         raise UserError(
@@ -210,12 +223,12 @@ def checked_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[
 
 
 def heads_of(name: str, model: AlignedModel) -> dict[str, torch.nn.Module]:
-    """The trained heads; those of a base model, if it has any, were never trained."""
+    """The heads to measure: the run's. A base model may have heads, but they were never trained."""
     return dict(model.heads) if name == "run" else {}
 
 
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
-    """The teacher on each tap's grid, shared by taps of equal grids, and the number of CCA's components."""
+    """The teacher's tokens on each tap's grid (taps of equal grids share one object), and the number of CCA's components."""
     held, grid = bench.held, (bench.config.teacher.grid,) * 2
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
     k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
@@ -227,7 +240,10 @@ def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide
 
 
 def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -> Source:
-    """Of the ridge map (n_test, T, D), or of a head's tokens (n, T, D): the test half, beside what each is to be like."""
+    """The test half of `projected`, beside the tokens that it should equal.
+
+    `projected` is a ridge map's output (n_test, T, D), or a head's tokens (n, T, D).
+    """
     test = split_by_image(len(side.tokens), side.seed)[1]
     if kind == "tap":
         return Source(projected, side.tokens[test], side.classes[test])

@@ -1,5 +1,5 @@
-"""The held-out images of a config, checked against the training cache; forwards on them with noise that never changes; and
-what taps and heads hold in those forwards."""
+"""Held-out images of a config: check them against the training cache, run the U-Net on them with fixed noise, and read its taps
+and heads."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +48,11 @@ class HeldOut:
 
 
 def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
-    """The first held-out images of `eval.csv` that both caches hold, in its order, which goes round the classes."""
+    """Read the first held-out images of `eval.csv` that both caches hold; its order goes round the classes.
+
+    `num_images` is how many; None takes 1000, or all where there are fewer. Raises `UserError` for images that were trained on,
+    too few images, and caches that do not fit the run.
+    """
     where = config.eval
     if None in (where.csv, where.latents, where.tokens):
         raise UserError(
@@ -75,27 +79,27 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
         )
     cached = set(latents.ids) & set(tokens.ids)
-    samples = [sample for sample in read_samples(where.csv) if sample.id in cached]
-    if num_images is not None and num_images > len(samples):
+    items = [item for item in read_samples(where.csv) if item.id in cached]
+    if num_images is not None and num_images > len(items):
         raise UserError(
-            f"--num-images {num_images} are more than the {len(samples)} held-out images of {where.csv} that are cached"
+            f"--num-images {num_images} are more than the {len(items)} held-out images of {where.csv} that are cached"
         )
-    chosen = samples[: NUM_IMAGES if num_images is None else max(num_images, 0)]
-    if len(chosen) < MIN_IMAGES:
+    used = items[: NUM_IMAGES if num_images is None else max(num_images, 0)]
+    if len(used) < MIN_IMAGES:
         raise UserError(
-            f"{len(chosen)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
+            f"{len(used)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
         )
-    ids = [sample.id for sample in chosen]
-    if trained_on := set(ids) & {sample.id for sample in read_samples(config.data.csv)}:
+    ids = [item.id for item in used]
+    if trained_on := set(ids) & {item.id for item in read_samples(config.data.csv)}:
         raise UserError(
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
     return HeldOut(
         latents_of(latents.read(ids), latents.spec.details).numpy(),
         tokens.read(ids).float().numpy(),
-        np.array([sample.class_id for sample in chosen]),
+        np.array([item.class_id for item in used]),
         read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null,
-        len(samples),
+        len(items),
         ids_digest(ids),
         str(tokens.spec.source.get("weights_sha256")),
     )
@@ -103,9 +107,9 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every model meets alike: held-out images, each with noise that never changes, and the null prompt.
+    """The inputs that every model is given: held-out images, each with fixed noise, and the null prompt.
 
-    Image i of the list has the noise of seed + i, at every timestep and in any batch. `progress` counts batches.
+    Image i of the list has the noise of seed + i, at every timestep and in any batch. `progress` is called after each batch.
     """
 
     config: Config
@@ -132,7 +136,7 @@ class Bench:
             self.progress()
 
     def heldout_loss(self, model: AlignedModel) -> float:
-        """The diffusion loss, each image at one of `LOSS_TIMESTEPS` noise levels, the same one for every model."""
+        """The mean diffusion loss; each image has one of `LOSS_TIMESTEPS` noise levels, the same for every model."""
         levels = self.path.spread(LOSS_TIMESTEPS)
         losses = []
         for start, x_0, noise, text in self.batches():
@@ -144,8 +148,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class HeadTokens:
-    """A head's tokens averaged over the cells of its tap's grid (n, T, D), and the cosine of each image's tokens with the
-    teacher's, and with those of another image, on the teacher's grid (n,)."""
+    """A head's tokens, and how similar they are to the teacher's.
+
+    `pooled` are the tokens averaged over the cells of the tap's grid (n, T, D). `cosine` (n,) is the cosine of each image's
+    tokens with the teacher's on the teacher's grid, `null_cosine` (n,) that with the teacher's tokens of another image.
+    """
 
     pooled: np.ndarray
     cosine: np.ndarray
@@ -155,10 +162,10 @@ class HeadTokens:
 def read_taps(
     bench: Bench, model: AlignedModel, heads: Mapping[str, torch.nn.Module], timestep: int
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
-    """At all taps in one forward: features (n, T, C) and grid of each, and the tokens of those heads that there are.
+    """Read all taps in one forward a batch: {tap: features (n, T, C)}, {tap: grid}, and {tap: HeadTokens} for the given heads.
 
-    Each batch goes to the CPU at once, and a head's tokens are averaged over the tap's cells there: on the teacher's own
-    grid they would be three times as many numbers, and up-sampled cells are no new samples.
+    Each batch is moved to the CPU at once. A head's tokens are averaged over the tap's cells there: on the teacher's own grid
+    they would be three times as many numbers, and up-sampled cells hold no new information.
     """
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
@@ -171,9 +178,9 @@ def read_taps(
                 model.predict(bench.path(x_0, noise, t)[0], t, text)
             for tap, feature in taps.captured.items():  # (b, C, h, w)
                 grids[tap] = tuple(feature.shape[-2:])
-                _insist_coarser(tap, grids[tap], grid[0])
+                _check_coarser(tap, grids[tap], grid[0])
                 cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
-                _insist_finite(cells, tap, timestep)
+                _check_finite(cells, tap, timestep)
                 _put(features, tap, rows, cells, n)
             for tap, head in heads.items():
                 tokens = head(taps.captured[tap], grid)  # (b, N, D)
@@ -189,7 +196,7 @@ def read_taps(
 
 @contextmanager
 def _listening(model: AlignedModel) -> Iterator[Taps]:
-    """Taps at all places of the family, also where the run itself taps fewer; they leave when the block ends."""
+    """Taps at all places of the family, also where the run taps fewer; their hooks are removed when the block ends."""
     family, network = model.family, model.backbone
     taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
     try:
@@ -199,26 +206,26 @@ def _listening(model: AlignedModel) -> Iterator[Taps]:
 
 
 def target_of(config: Config, teacher: Tensor) -> Tensor:
-    """What the heads are trained towards."""
+    """The tokens that the heads are trained towards: the teacher's, normalised as the run's config says."""
     alpha = config.align.spatial_norm
     return teacher if alpha is None else spatial_norm(teacher, alpha)
 
 
 def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarray, n: int) -> None:
-    """Write a batch into the array of its tap, made at the first: joining batches at the end would need all of it twice."""
+    """Write a batch into the array of its tap. Joining batches at the end instead would need twice the memory."""
     if tap not in arrays:
         arrays[tap] = np.empty((n, *values.shape[1:]), values.dtype)
     arrays[tap][rows] = values
 
 
-def _insist_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
+def _check_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
     if max(grid) > teacher_grid:
         raise UserError(
             f"the grid {grid[0]} × {grid[1]} of tap {tap} is finer than the teacher's {teacher_grid}: cache more tokens"
         )
 
 
-def _insist_finite(features: np.ndarray, tap: str, timestep: int) -> None:
+def _check_finite(features: np.ndarray, tap: str, timestep: int) -> None:
     if not np.isfinite(features).all():
         raise UserError(
             f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier --checkpoint"

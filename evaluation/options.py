@@ -1,46 +1,18 @@
-"""The options of evaluate_sd15.py: which runs, and which settings of `eval` are others than a run's own."""
+"""The options of evaluate_sd15.py: which runs, and which settings of `eval` differ from a run's own."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
-from configs.evaluation import Eval
-from configs.loading import knobs, with_settings
-from configs.schema import Config
-from evaluation.curves import SWEEP
-from evaluation.targets import Target, targets_of
+from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
-from training.run_folder import RunFolder
 
-# Option: the setting that it changes, and what argparse must know besides.
-SAMPLING = {
-    "--sampler": ("sampler", {"choices": ["ddim", "ddpm", "dpm++"]}),
-    "--steps": ("sampling_steps", {"type": int}),
-    "--eta": ("eta", {"type": float}),
-    "--cfg": ("cfg", {"type": float}),
-    "--guidance-space": ("guidance_space", {"choices": ["snr", "index"]}),
-    "--labels": ("labels", {"choices": ["balanced", "random"]}),
-    "--seed": ("seed", {"type": int}),
-    "--num-samples": ("num_samples", {"type": int}),
-    "--batch-size": ("batch_size", {"type": int}),
-    "--precision": ("precision", {"choices": ["auto", "bf16", "fp32"]}),
-}
-MEASURING = {
-    "--extractor": ("extractor", {}),
-    "--dinov2": ("dinov2", {}),
-    "--reference": ("reference", {"nargs": "+", "type": Path}),
-    "--bootstrap": ("bootstrap", {"type": int}),
-}
-INTERVAL = (
-    "guide only at noise levels in this interval, on REPA's scale from 0 (clean) to 1 (noise); the plan's is 0,0.7. In the "
-    "space snr (default) a level is REPA's time of equal signal-to-noise ratio, so that 0.7 is DDPM index 605; in the space "
-    "index it is the share of the index, so that 0.7 is index 700. Outside the interval no unconditional forward is computed"
-)
+FINAL = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # the plan's final numbers
+SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)  # guidance scales
 
 
 def add_runs(parser: argparse.ArgumentParser, which: str | None = "newest", more: str = "") -> None:
-    """RUN…, and unless `which` is None the checkpoint (`which` is the default) and the device."""
+    """Add RUN…, and unless `which` is None the checkpoint (`which` is its default) and the device; `more` ends RUN's help."""
     parser.add_argument(
         "runs",
         type=Path,
@@ -59,94 +31,35 @@ def add_runs(parser: argparse.ArgumentParser, which: str | None = "newest", more
         parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
 
 
-def add_sampling(parser: argparse.ArgumentParser, default: str = "the run's own eval settings") -> None:
-    """What decides the images."""
-    group = parser.add_argument_group(f"sampling (default: {default})")
-    _add_settings(group, SAMPLING)
-    group.add_argument("--guidance-interval", type=_interval, metavar="LOW,HIGH", help=INTERVAL)
-    group.add_argument("--compile", action="store_true", help=_meaning("compile"))
-
-
-def add_measuring(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(MEASURING)) -> None:
-    """What decides the metrics, or some of it."""
-    group = parser.add_argument_group("metrics (default: the run's own eval settings)")
-    _add_settings(group, {option: MEASURING[option] for option in only})
-    if "--bootstrap" not in only:
-        return
-    group.add_argument(
-        "--discard-images", action="store_true", help="keep only the first 100 images of what was measured"
+def add_settings(parser: argparse.ArgumentParser, default: str = "the run's own") -> None:
+    """Add the `key=value` settings of `eval` to usage and help; `split_settings` takes them out before argparse parses."""
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help=f"settings of eval, listed below (default: {default})",
+    )
+    parser.epilog = (
+        f"settings (the values are the defaults of a config that does not set them):\n{knobs_help('eval')}"
     )
 
 
-def changes_of(args: argparse.Namespace) -> dict[str, object]:
-    """The settings of `eval` that the command line gives, by their dotted keys."""
-    changes = {
-        f"eval.{setting}": value
-        for option, (setting, _) in (SAMPLING | MEASURING).items()
-        if (value := getattr(args, option[2:].replace("-", "_"), None)) is not None
-    }
-    if getattr(args, "guidance_interval", None) is not None:
-        changes |= dict(zip(("eval.guidance_low", "eval.guidance_high"), args.guidance_interval, strict=True))
-    if getattr(args, "compile", False):
-        changes["eval.compile"] = True
-    if getattr(args, "discard_images", False):
-        changes["eval.keep_images"] = False
-    return changes
+def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into its `key=value` settings and all other arguments.
 
-
-def chosen_of(config: Config, args: argparse.Namespace, base: Mapping[str, object] = ()) -> Eval:
-    """The run's settings, `base` laid over them, and the command line's over that."""
-    return with_settings(config, dict(base) | changes_of(args)).eval
-
-
-def targets(args: argparse.Namespace) -> list[list[Target]]:
-    """The targets of each RUN, in the order given; raises `UserError` where one is given twice."""
-    found = [targets_of(path, args.checkpoint, raw=args.raw) for path in args.runs]
-    seen = [target for group in found for target in group]
-    places = [(target.run.path.resolve(), target.step, target.weights) for target in seen]
-    if len(set(places)) != len(places):
-        raise UserError("a run is given twice")
-    return found
-
-
-def label_of(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str]:
-    """What figures call each run: its folder's name, or the last two names where that would not tell them apart; a run that is
-    there twice also by its `steps`."""
-    paths = [run.path.resolve() for run in runs]
-    for parts in (1, 2):
-        names = ["/".join(path.parts[-parts:]) for path in paths]
-        if len(set(names)) == len(set(paths)):
-            break
-    if steps:
-        names = [f"{n} {s}" if names.count(n) > 1 else n for n, s in zip(names, steps, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError(
-            "two of these run folders have the same name: rename one, so that figures can tell them apart"
-        )
-    return names
-
-
-def _add_settings(group, options: Mapping[str, tuple[str, dict]]) -> None:
-    for option, (setting, more) in options.items():
-        group.add_argument(option, help=_meaning(setting), **more)
-
-
-def _meaning(setting: str) -> str:
-    field = knobs()[f"eval.{setting}"]
-    return f"{field.description} (eval.{setting})".replace("%", "%%")
-
-
-def _interval(text: str) -> tuple[float, float]:
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LOW,HIGH, for instance 0,0.7") from None
-    return low, high
+    An existing file or folder with a "=" in its name is a RUN, and what follows -o or --out is a file path.
+    """
+    settings, others = [], []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        key_value = "=" in argument and not argument.startswith("-")
+        is_setting = key_value and before not in ("-o", "--out") and not Path(argument).exists()
+        (settings if is_setting else others).append(argument)
+    return settings, others
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    add_sampling(parser)
+    add_settings(parser)
     parser.add_argument(
         "--npz", action="store_true", help="write the images as one .npz (arr_0) for ADM's evaluator too"
     )
@@ -157,8 +70,7 @@ def add_metrics_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="JSON file for the numbers of such images and their protocol"
     )
-    add_sampling(parser)
-    add_measuring(parser)
+    add_settings(parser)
 
 
 def add_reference_options(parser: argparse.ArgumentParser) -> None:
@@ -168,15 +80,14 @@ def add_reference_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="OUT.PROTOCOL.npz are written")
     parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
-    add_measuring(parser, ("--extractor", "--dinov2"))
+    add_settings(parser, "those of a config that sets none")
 
 
 def add_curve_options(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, which="all")
     parser.add_argument("--out", type=Path, help="folder of the figures (runs/curve)")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="compare with it (the run whose λ is 0)")
-    add_sampling(parser)
-    add_measuring(parser)
+    add_settings(parser)
 
 
 def add_final_options(parser: argparse.ArgumentParser) -> None:
@@ -185,16 +96,15 @@ def add_final_options(parser: argparse.ArgumentParser) -> None:
         "--sweep", type=float, nargs="*", default=SWEEP, metavar="SCALE",
         help=f"guidance scales (default: {' '.join(f'{s:g}' for s in SWEEP)})",
     )  # fmt: skip
-    add_sampling(
+    add_settings(
         parser,
-        "250 steps, guidance 7.5 in 0,0.7; the rest, and all of the sweep, the run's own eval settings",
+        f"{' '.join(f'{key}={value}' for key, value in FINAL.items())}; the rest, and all of the sweep, the run's own",
     )
-    add_measuring(parser)
 
 
 def add_align_options(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    parser.add_argument("--seed", type=int, help="of noise, halves and nulls (eval.seed)")
+    add_settings(parser)
     parser.add_argument(
         "--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T",
         help=f"noise levels, 0 (clean) to 999 (default: {' '.join(map(str, TIMESTEPS))})",
@@ -217,7 +127,7 @@ def add_pictures_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=int, nargs="+", help="classes to show (default: eight, evenly spread)"
     )
-    add_sampling(parser)
+    add_settings(parser)
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""One point: the images of a target under one protocol, measured, and written down once."""
+"""Points: the metrics of one target under one protocol, each measured once and kept as a line of points.jsonl."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from configs.evaluation import Eval
 from evaluation.image_files import image_path
-from evaluation.sample import Painter, draw_samples, labels_of, protocol_of, settings_of
-from evaluation.score import Judge, judges_of, measure
+from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
+from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
 from report.curves import append_point, read_points
 from training.metric_log import MetricLog
@@ -32,61 +32,59 @@ def points_of(run: RunFolder) -> list[dict]:
 
 def evaluate_point(
     target: Target,
-    chosen: Eval,
-    judges: Sequence[Judge],
+    scorers: Sequence[Scorer],
     device: torch.device,
     ranks: Ranks,
     *,
     kind: str,
-    painter: Painter | None = None,
+    image_sampler: ImageSampler | None = None,
 ) -> dict:
-    """The point of a target: what was measured of it before under this very protocol, or measured now.
+    """The point of a target under its settings: the one that was measured before, or a new one.
 
-    A point is a line of RUN/eval/points.jsonl: `kind` (curve, final, sweep, metrics), `step`, `images_seen`, `protocol` (what
-    two points must share to be compared), `metrics` {name: {value, error, …}}, and how it was made.
+    A point is a line of RUN/eval/points.jsonl: `kind` (curve, final, sweep, metrics), `step`, `images_seen`, `protocol` (two
+    points can be compared if theirs are equal), `metrics` {name: {value, error, …}}, and how it was made.
     """
-    settings = settings_of(target, chosen, device)
+    settings, num_samples = image_settings(target, device), target.settings.num_samples
     protocol = protocol_of(target, settings) | {
-        "num_samples": chosen.num_samples,
-        "bootstrap": chosen.bootstrap,
-        "judges": {judge.extractor.protocol: judge.identity for judge in judges},
+        "num_samples": num_samples,
+        "bootstrap": target.settings.bootstrap,
+        "judges": {scorer.extractor.protocol: scorer.identity for scorer in scorers},
     }
-    known = ranks.on_main(lambda: _known(target, settings["model"], protocol, kind))
+    known = ranks.on_main(lambda: _find_known(target, settings["model"], protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
-        known = _measured(target, chosen, protocol, judges, device, ranks, painter)
+        known = _measure_point(target, protocol, scorers, device, ranks, image_sampler)
     point = known | {"kind": kind}
     ranks.on_main(lambda: append_point(target.run.path / POINTS, point))
-    if not chosen.keep_images:
+    if not target.settings.keep_images:
         folder = target.run.path / point["samples"]
-        kept = range(KEPT, chosen.num_samples)
-        ranks.on_main(lambda: [image_path(folder, i).unlink(missing_ok=True) for i in kept])
+        surplus = range(KEPT, num_samples)
+        ranks.on_main(lambda: [image_path(folder, i).unlink(missing_ok=True) for i in surplus])
     return point
 
 
-def _known(target: Target, model: dict, protocol: dict, kind: str) -> dict | None:
-    """The point that was measured of these weights under this protocol: for this purpose, or else for another."""
+def _find_known(target: Target, model: dict, protocol: dict, kind: str) -> dict | None:
+    """The point of these weights under this protocol that was measured before: of this kind, or else of another."""
     found = [
         point for point in points_of(target.run) if point["protocol"] == protocol and point["model"] == model
     ]
     return next((point for point in found if point["kind"] == kind), found[-1] if found else None)
 
 
-def _measured(
+def _measure_point(
     target: Target,
-    chosen: Eval,
     protocol: dict,
-    judges: Sequence[Judge],
+    scorers: Sequence[Scorer],
     device: torch.device,
     ranks: Ranks,
-    painter,
+    image_sampler: ImageSampler | None,
 ) -> dict:
-    indices = range(chosen.num_samples)
+    indices = range(target.settings.num_samples)
     started = time.monotonic()
-    folder, settings = draw_samples(target, chosen, device, indices, ranks, painter=painter)
+    folder, settings = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
     drawn = time.monotonic()
-    metrics = measure(folder, indices, labels_of(settings, indices), judges, chosen, device, ranks)
+    metrics = measure(folder, indices, labels_of(settings, indices), scorers, target.settings, device, ranks)
     measured = time.monotonic()
     return {
         "target": target.run.name,
@@ -95,7 +93,7 @@ def _measured(
         "model": settings["model"],
         "protocol": protocol,
         "metrics": metrics,
-        "distance_of_halves": {j.extractor.protocol: j.reference.distance_of_halves for j in judges},
+        "distance_of_halves": {s.extractor.protocol: s.reference.distance_of_halves for s in scorers},
         "samples": str(folder.relative_to(target.run.path)),
         "command": this_command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,25 +101,25 @@ def _measured(
     }
 
 
-def evaluate_all(
-    targets: Sequence[Target], protocols: Sequence[Eval], device: torch.device, ranks: Ranks, *, kind: str
-) -> list[dict]:
-    """A point of each target under each protocol; all have the judges of the first protocol and of the first target's data, so
-    that they can be compared."""
-    for chosen in protocols:
-        insist_measurable(targets, chosen, device, ranks)
-    judges = judges_of(targets[0].run.config, protocols[0], device, ranks)
+def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, *, kind: str) -> list[dict]:
+    """The points of all targets, in order; all are measured by the extractors and the references of the first."""
+    for settings in _distinct([target.settings for target in targets]):
+        check_comparable([target for target in targets if target.settings == settings], device, ranks)
+    scorers = load_scorers(targets[0].config, device, ranks)
     points = []
     for target in targets:
-        for chosen in protocols:
-            point = evaluate_point(target, chosen, judges, device, ranks, kind=kind)
-            if ranks.main:
-                print(f"{target.name}: {said(point['metrics'])}", flush=True)
-            points.append(point)
+        point = evaluate_point(target, scorers, device, ranks, kind=kind)
+        if ranks.main:
+            print(f"{target.name}: {format_metrics(point['metrics'])}", flush=True)
+        points.append(point)
     return points
 
 
-def said(metrics: Mapping[str, Mapping]) -> str:
+def _distinct(settings: Sequence[Eval]) -> list[Eval]:
+    return [one for i, one in enumerate(settings) if one not in settings[:i]]
+
+
+def format_metrics(metrics: Mapping[str, Mapping]) -> str:
     """The metrics in one line."""
     return ", ".join(
         f"{name} {found['value']:.4g}" + (f" ± {found['error']:.2g}" if found["error"] is not None else "")
@@ -129,43 +127,46 @@ def said(metrics: Mapping[str, Mapping]) -> str:
     )
 
 
-def insist_measurable(targets: Sequence[Target], chosen: Eval, device: torch.device, ranks: Ranks) -> None:
-    """Raise `UserError`, before anything is drawn, where the points of these targets would not be of one protocol, or where
-    there are too few images."""
-    if chosen.num_samples < max(4, ranks.world):
-        raise UserError(
-            f"eval.num_samples = {chosen.num_samples} is too few for metrics on {ranks.world} process(es): choose more"
-        )
+def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ranks) -> None:
+    """Check, before anything is drawn, that the points of these targets will have one protocol, and enough images for metrics.
+
+    The targets have equal settings. Raises `UserError`.
+    """
     first, *others = targets
-    wanted = protocol_of(first, settings_of(first, chosen, device))
+    if first.settings.num_samples < max(4, ranks.world):
+        raise UserError(
+            f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose more"
+        )
+    wanted = protocol_of(first, image_settings(first, device))
     for other in others:
-        config, data = other.run.config, first.run.config.data
-        found = protocol_of(other, settings_of(other, chosen, device))
+        config, data = other.config, first.config.data
+        found = protocol_of(other, image_settings(other, device))
         if differing := [key for key in wanted if found[key] != wanted[key]]:
             raise UserError(
                 f"{other.run.path} and {first.run.path} cannot be compared: they differ in {', '.join(differing)}"
             )
-        if config.data.csv != data.csv and not chosen.reference:
+        if config.data.csv != data.csv and not first.settings.reference:
             raise UserError(
-                f"{other.run.path} was trained on {config.data.csv}, {first.run.path} on {data.csv}: give both one --reference"
+                f"{other.run.path} was trained on {config.data.csv}, {first.run.path} on {data.csv}: give both one "
+                "eval.reference"
             )
 
 
 class PeriodicEvaluation:
-    """Points of a training's moving average while it goes on, as `evaluate_sd15.py curve` makes them of its checkpoints.
+    """Measures the moving average while a training goes on, as `evaluate_sd15.py curve` measures its checkpoints.
 
-    Everything it needs is loaded, and complained about, before the first step. Weights, modes and random states are as before.
+    Everything it needs is loaded and checked before the first step. It leaves weights, modes and random states as they were.
     """
 
     def __init__(self, parts: Parts):
         self.parts, config = parts, parts.config
         precision = "bf16" if parts.model.dtype == torch.bfloat16 else "fp32"
-        self.chosen = config.eval.model_copy(update={"precision": precision, "compile": False})
-        self.judges = judges_of(config, self.chosen, parts.device, parts.ranks)
-        self.painter = Painter(
+        self.settings = config.eval.model_copy(update={"precision": precision, "compile": False})
+        self.scorers = load_scorers(config, parts.device, parts.ranks)
+        self.image_sampler = ImageSampler(
             parts.model,
             config,
-            sampler=self.chosen.sampler,
+            sampler=self.settings.sampler,
             output=parts.loss.path.output,
         )
 
@@ -174,19 +175,20 @@ class PeriodicEvaluation:
         return step > 0 and step % self.parts.config.train.eval_every == 0
 
     def __call__(self, run: RunFolder, state: TrainingState, log: MetricLog) -> None:
-        """Measure the moving average, unless that was done, and log it. Alone, what cannot be measured now is no reason to
-        end a training: `evaluate_sd15.py curve` will say why."""
-        parts, target = self.parts, Target(run, state.step, "ema")
+        """Measure the moving average, unless that was done before, and log it.
+
+        On a single process a failed evaluation is only a warning: `evaluate_sd15.py curve` gives the reason.
+        """
+        parts, target = self.parts, Target(run, state.step, "ema", self.settings)
         try:
             with parts.showing(state.ema.shadow_params):
                 point = evaluate_point(
                     target,
-                    self.chosen,
-                    self.judges,
+                    self.scorers,
                     parts.device,
                     parts.ranks,
                     kind="curve",
-                    painter=self.painter,
+                    image_sampler=self.image_sampler,
                 )
         except (UserError, OSError) as error:
             if parts.ranks.world > 1:

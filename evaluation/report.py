@@ -1,4 +1,4 @@
-"""Gather what run folders hold of their evaluation, for the page. Measures nothing and draws no sample."""
+"""Gather the evaluation results of run folders for the page. Measures nothing and draws no sample."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,12 @@ import numpy as np
 from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
-from evaluation.curves import baseline_of, draw_curves
 from evaluation.image_files import load_images, missing_images
-from evaluation.options import label_of
 from evaluation.points import points_of
 from evaluation.sample import labels_of
+from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
-from report.curves import protocols
+from report.curves import draw_curves, protocols
 from report.section_alignment import alignment_figures
 from report.section_metrics import MADE_BY, Material, Pictures, RunFacts, points_at, sentence
 from training.run_folder import RunFolder
@@ -28,19 +27,20 @@ def make_report(
     page: Path, runs: Sequence[RunFolder], *, baseline: Path | None, times: Sequence[Mapping], command: str
 ) -> Path:
     """Write the page about these runs, and its figures to PAGE_figures/; returns its path."""
-    labelled = dict(zip(label_of(runs), runs, strict=True))
+    labelled = dict(zip(labels_for(runs), runs, strict=True))
     facts = {label: facts_of(run) for label, run in labelled.items()}
     if not any(run.points or run.alignment for run in facts.values()):
         raise UserError(
             f"nothing was measured of {', '.join(str(run.path) for run in runs)}: run `curve`, `final` or `align` first"
         )
     folder = page.with_name(f"{page.stem}_figures")
-    compared = baseline_of(labelled, baseline)
+    compared = find_baseline(labelled, baseline)
     protocol = shared_protocol(facts)
-    curve = figures = None
+    curve, figures = None, []
     if protocol is not None:
         curves = points_at(facts, protocol)
-        curve = draw_curves(folder, labelled, curves, compared)
+        base_models = [label for label, run in labelled.items() if run.is_base_model]
+        curve = draw_curves(folder, curves, compared, base_models=base_models, run_order=list(labelled))
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = class_names(read_manifest(runs[0].config.data.text, "text"))
     shown = Shown(labelled, facts, names)
@@ -50,7 +50,7 @@ def make_report(
             runs=facts,
             baseline=compared,
             curve=curve,
-            curve_figures=[path for path in figures or () if path.exists()],
+            curve_figures=[path for path in figures if path.exists()],
             grids=shown.grids(protocol),
             grid_columns=[names.get(i, f"class {i}") for i in range(min(GRID_COLUMNS, len(names)))],
             pictures=shown.pictures(protocol),

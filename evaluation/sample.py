@@ -1,4 +1,4 @@
-"""Draw the images of a target: fixed seeds, one folder for each setting, only what is missing, by one or several processes."""
+"""Draw the images of a target from fixed seeds into a folder of their settings; only missing images are drawn."""
 
 import hashlib
 import json
@@ -17,7 +17,6 @@ from cache.text import read_table
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
-from configs.evaluation import Eval
 from configs.schema import Config
 from evaluation.image_files import missing_images, save_images
 from evaluation.targets import Target
@@ -39,13 +38,12 @@ from training.run_folder import this_command
 MANIFEST = "manifest.json"
 
 
-def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
-    """Everything that decides what image i is. Two settings that could give other images differ here; what has no effect does
-    not."""
-    config = target.run.config
+def image_settings(target: Target, device: torch.device) -> dict:
+    """The settings that decide what image i is: every one that changes an image, and none that does not."""
+    config, given = target.config, target.settings
     text = read_manifest(config.data.text, "text")
     family = family_for(config)
-    guided = chosen.cfg > 1
+    guided = given.cfg > 1
     return {
         "model": {
             "base": config.model.base,
@@ -56,40 +54,40 @@ def settings_of(target: Target, chosen: Eval, device: torch.device) -> dict:
             "weights_sha256": target.weights_sha256,
             "parameterization": output_of(config),
         },
-        "sampler": chosen.sampler,
-        "steps": chosen.sampling_steps,
-        "eta": chosen.eta if chosen.sampler == "ddim" else None,
+        "sampler": given.sampler,
+        "steps": given.sampling_steps,
+        "eta": given.eta if given.sampler == "ddim" else None,
         "timestep_spacing": SPACING,
-        "cfg": chosen.cfg,
-        "guidance_interval": [chosen.guidance_low, chosen.guidance_high] if guided else None,
-        "guidance_space": chosen.guidance_space if guided else None,
+        "cfg": given.cfg,
+        "guidance_interval": [given.guidance_low, given.guidance_high] if guided else None,
+        "guidance_space": given.guidance_space if guided else None,
         "vae": {
             "base": config.model.base,
             "files": files_digest(config.model.base, "vae", config.model.revision),
             "dtype": "float32",
             "rows": DECODED_ROWS,
         },
-        "dtype": str(compute_dtype(device, chosen.precision)).removeprefix("torch."),
+        "dtype": str(compute_dtype(device, given.precision)).removeprefix("torch."),
         "device": device.type,
-        "rows": rows_of(device, chosen.batch_size),
+        "rows": rows_of(device, given.batch_size),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they share out sums
-        "compile": chosen.compile,
-        "labels": chosen.labels,
+        "compile": given.compile,
+        "labels": given.labels,
         "classes": text["details"]["n_classes"],
         "text_sha256": text["sha256"],
         "prompts": text["details"]["template"],
-        "seed": chosen.seed,
+        "seed": given.seed,
         "latent_shape": stored_latent_shape(config),
     }
 
 
 def protocol_of(target: Target, settings: dict) -> dict:
-    """What the images of two targets must share to be compared: all settings but those of the model itself."""
+    """The settings that two targets must share for their images to be compared: all but those of the model."""
     return {name: value for name, value in settings.items() if name != "model"} | {"weights": target.asked}
 
 
-def folder_of(target: Target, settings: dict) -> Path:
-    """Where the images of these settings lie: a name that can be read, and the digest of all settings."""
+def sample_folder(target: Target, settings: dict) -> Path:
+    """The folder of the images of these settings: a readable name and the digest of all settings."""
     s = settings
     interval = s["guidance_interval"]
     only = "" if interval in (None, [0.0, 1.0]) else f"-{s['guidance_space']}{interval[0]:g},{interval[1]:g}"
@@ -99,7 +97,7 @@ def folder_of(target: Target, settings: dict) -> Path:
 
 
 def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
-    """The classes that these images show."""
+    """The class that each of these images shows."""
     if settings["labels"] == "random":
         return random_labels(indices, settings["classes"], settings["seed"])
     return balanced_labels(indices, settings["classes"])
@@ -107,27 +105,26 @@ def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
 
 def draw_samples(
     target: Target,
-    chosen: Eval,
     device: torch.device,
     indices: Sequence[int],
     ranks: Ranks,
     *,
-    painter: "Painter | None" = None,
+    image_sampler: "ImageSampler | None" = None,
 ) -> tuple[Path, dict]:
     """Draw those of the images `indices` that are missing; returns their folder and settings.
 
-    Several processes share the work by stripes. `painter` gives the weights where they are at hand; else they are loaded, when
-    an image is missing.
+    Of several processes each draws every n-th missing image. A training gives its `image_sampler`; without one, the target's
+    weights are loaded if an image is missing.
     """
-    settings = settings_of(target, chosen, device)
-    folder = folder_of(target, settings)
+    settings = image_settings(target, device)
+    folder = sample_folder(target, settings)
     missing = ranks.on_main(lambda: missing_images(folder, indices))
     if missing:
         if ranks.main:
-            announce(target, settings, len(missing))
-        painter = Painter.of(target, chosen, device) if painter is None else painter
-        ranks.on_main(lambda: claim(folder, settings, painter.made_with()))
-        mine = missing[ranks.rank :: ranks.world]
+            print_cost(target, settings, len(missing))
+        image_sampler = ImageSampler.load(target, device) if image_sampler is None else image_sampler
+        ranks.on_main(lambda: claim_folder(folder, settings, image_sampler.made_with()))
+        own_indices = missing[ranks.rank :: ranks.world]
         size = settings["rows"]
         done = len(indices) - len(missing)
         with tqdm(
@@ -138,25 +135,25 @@ def draw_samples(
             leave=False,
             disable=not ranks.main,
         ) as bar:
-            for start in range(0, len(mine), size):
-                part = mine[start : start + size]
-                save_images(painter(part, settings), folder, part)
+            for start in range(0, len(own_indices), size):
+                part = own_indices[start : start + size]
+                save_images(image_sampler(part, settings), folder, part)
                 bar.update(min(ranks.world * len(part), bar.total - bar.n))
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
 
 
-def announce(target: Target, settings: dict, count: int) -> None:
-    """Say what drawing so many images costs."""
-    each = forwards_of(target.run.config, settings)
+def print_cost(target: Target, settings: dict, count: int) -> None:
+    """Print how many forwards of the U-Net it takes to draw `count` images."""
+    each = count_forwards(target.config, settings)
     tqdm.write(
         f"{target.name}: {count:,} images to draw, {settings['sampler']} {settings['steps']} steps, guidance "
         f"{settings['cfg']:g}: {each} forwards of the network each, {each * count:,} in all"
     )
 
 
-def claim(folder: Path, settings: dict, made_with: dict) -> None:
-    """Write the manifest of a folder, or raise `UserError` where other settings or weights made what is in it."""
+def claim_folder(folder: Path, settings: dict, made_with: dict) -> None:
+    """Write the manifest of a folder; raises `UserError` where its images were drawn by other settings or weights."""
     file = folder / MANIFEST
     if file.exists():
         try:
@@ -185,12 +182,12 @@ def claim(folder: Path, settings: dict, made_with: dict) -> None:
     )
 
 
-class Painter:
-    """Network, decoder, scheduler and prompts on their device: all that makes an image of a seed.
+class ImageSampler:
+    """Draws images: holds the U-Net, the decoder, the scheduler and the prompts on their device.
 
     Args:
-        model: in eval mode, in the dtype that it computes in.
-        config: of the run, for its cache.
+        model: in eval mode, in the dtype in which it computes.
+        config: the run's, for its cache.
         sampler, output: see `Backbone.sampling_scheduler`.
     """
 
@@ -201,17 +198,17 @@ class Painter:
         self.text = read_table(config.data.text)[0].to(device, torch.float32)
 
     @classmethod
-    def of(cls, target: Target, chosen: Eval, device: torch.device) -> "Painter":
+    def load(cls, target: Target, device: torch.device) -> "ImageSampler":
         """Load a target's weights."""
-        config = target.run.config
+        config, given = target.config, target.settings
         model = load_run_model(target.run, target.step, device, weights=target.weights)
-        dtype = compute_dtype(device, chosen.precision)
+        dtype = compute_dtype(device, given.precision)
         model.to(dtype)
         if device.type == "cuda" and dtype == torch.bfloat16:
             model.backbone.to(memory_format=torch.channels_last)
-        if chosen.compile:
+        if given.compile:
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
-        return cls(model, config, sampler=chosen.sampler, output=output_of(config))
+        return cls(model, config, sampler=given.sampler, output=output_of(config))
 
     def __call__(self, indices: Sequence[int], settings: dict) -> np.ndarray:
         """The images of these indices, uint8 `(n, H, W, 3)`."""
@@ -234,7 +231,7 @@ class Painter:
         return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
-        """Digests of the weights as they compute."""
+        """Digests of the weights in memory, in the dtype in which they compute."""
         return {
             "network_sha256": weights_digest(self.model.backbone),
             "vae_sha256": weights_digest(self.codec.vae),
@@ -247,8 +244,8 @@ def stored_latent_shape(config: Config) -> list[int]:
     return list(latent_shape(manifest["shape"], manifest["details"]))
 
 
-def forwards_of(config: Config, settings: dict) -> int:
-    """Forwards of the network that one image costs under these settings."""
+def count_forwards(config: Config, settings: dict) -> int:
+    """How many forwards of the network one image takes under these settings."""
     family = family_for(config)
     scheduler = family.sampling_scheduler(settings["model"]["parameterization"], settings["sampler"])
     scheduler.set_timesteps(settings["steps"])

@@ -89,7 +89,7 @@ def joint_embedding(x: np.ndarray, y: np.ndarray, seed: int, *, method: str = "t
     return METHODS[method](points, seed).reshape(2, len(x), 2)
 
 
-def insist_installed(method: str) -> None:
+def check_installed(method: str) -> None:
     """Raise `UserError` for UMAP where its package, which nothing else needs, is not installed."""
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise UserError("--embedding umap needs a package of its own: pip install umap-learn")

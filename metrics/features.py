@@ -64,8 +64,8 @@ class FeatureSet:
         return self
 
     @classmethod
-    def of_stripes(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
-        """The set whose image i is image i // n of part i mod n: what n processes made of their stripes, as one would have."""
+    def interleave(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
+        """Interleave the parts of n processes back into the order of the images: image i is image i // n of part i mod n."""
         whole = cls()
         places = [np.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)]
         order = np.argsort(np.concatenate(places))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from metrics.linear_probe import probe_accuracy
-from metrics.ridge_map import ridge_alignment
+from metrics.probes import ridge_alignment
 from metrics.similarity import (
     RankError,
     cknna,

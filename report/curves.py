@@ -1,14 +1,16 @@
-"""Metrics over a training: one JSON line a point, and how many steps it took to reach a value."""
+"""Curves of a metric over a training: its points (one JSON line each), the steps to reach a value, and the figures."""
 
 import fcntl
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
+from common.files import write_json
+from report.plots import plot_metric_curves, plot_panels
 
 NEEDED = {"step", "kind", "model", "protocol", "metrics"}  # of a point
 DISTANCES = ("fid", "sfid", "fd", "kid")
@@ -119,3 +121,64 @@ def speedup(series: Mapping[str, Mapping], baseline: str) -> dict[str, dict[str,
         run: {"goal": goal, "reached": steps, "factor": own / steps if steps else None}
         for run, steps in reached.items()
     }
+
+
+def draw_curves(
+    out: Path,
+    points: Mapping[str, Sequence[Mapping]],
+    baseline: str | None,
+    *,
+    base_models: Collection[str],
+    run_order: Sequence[str],
+) -> dict:
+    """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json.
+
+    Args:
+        out: folder.
+        points: {label: points of one protocol, by step}.
+        baseline: label of the run that the others are compared with, if any.
+        base_models: the labels of bare base models, which have a level and no curve.
+        run_order: all labels, also of runs without points, so that a run has one colour in all figures of a page.
+
+    Returns the contents of curve.json.
+    """
+    first = next(iter(points.values()))[0]
+    curves = {label: found for label, found in points.items() if label not in base_models}
+    metrics = list(first["metrics"])
+    series = {
+        metric: {label: series_of(found, metric) for label, found in curves.items()} for metric in metrics
+    }
+    main = headline(metrics)
+    result = {"metric": main, "protocol": first["protocol"], "series": series, "baseline": baseline}
+    result["levels"] = {
+        metric: {
+            label: points[label][-1]["metrics"][metric]["value"] for label in points if label in base_models
+        }
+        for metric in metrics
+    }
+    if curves:
+        levels = result["levels"][main]
+        plot_metric_curves(out / "curve.png", series[main], main, levels=levels, run_order=run_order)
+        plot_panels(
+            out / "curve_all.png", series, run_order=[label for label in run_order if label in curves]
+        )
+    if baseline in curves:
+        result["steps_to_baseline"] = {m: speedup(series[m], baseline) for m in metrics if lower_is_better(m)}
+    write_json(out / "curve.json", result)
+    return result
+
+
+def format_speedup(result: Mapping) -> str:
+    """A line that says after how many steps each run of curve.json reached the baseline's final value; empty without one."""
+    if "steps_to_baseline" not in result:
+        return ""
+    found = result["steps_to_baseline"][result["metric"]]
+    parts = [
+        f"{run} never reached it"
+        if row["reached"] is None
+        else f"{run} after {row['reached']:.0f} steps ({row['factor']:.2f}×)"
+        for run, row in found.items()
+        if run != result["baseline"]
+    ]
+    goal = found[result["baseline"]]["goal"]
+    return f"{result['baseline']}'s final {result['metric']}, {goal:.4g}: {', '.join(parts)}"

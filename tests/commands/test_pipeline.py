@@ -147,7 +147,9 @@ def test_samples_of_a_run_are_those_of_the_stock_pipeline(miniature, tmp_path):
     """Labels, seeds, null prompt, timesteps and guidance of `sample`, against diffusers' own pipeline."""
     run = tmp_path / "run"
     train_script.main(["--config", str(ROOT / "configs" / "demo.yaml"), *demo_overrides(miniature, run)])
-    evaluate.main(["sample", str(run), "--num-samples", "3", "--cfg", "3", "--steps", "4", "--seed", "5"])
+    evaluate.main(
+        ["sample", str(run), "eval.num_samples=3", "eval.cfg=3", "eval.sampling_steps=4", "eval.seed=5"]
+    )
     (folder,) = (run / "samples").iterdir()
     pipe = StableDiffusionPipeline.from_pretrained(miniature / "models" / "sd15-mini")
     pipe.unet = UNet2DConditionModel.from_pretrained(run / "export" / "ema" / "unet")
@@ -161,9 +163,9 @@ def test_samples_of_a_run_are_those_of_the_stock_pipeline(miniature, tmp_path):
         ).images[0]  # fmt: skip
         ours = np.asarray(Image.open(folder / f"{i:06d}.png")) / 255
         assert np.abs(ours - theirs).max() < 0.01  # the cached text is fp16
-    settings = ["--num-samples", "3", "--cfg", "3", "--steps", "4"]
-    evaluate.main(["sample", str(run), *settings, "--seed", "5", "--raw"])
-    evaluate.main(["sample", str(run), *settings, "--seed", "6"])
+    settings = ["eval.num_samples=3", "eval.cfg=3", "eval.sampling_steps=4"]
+    evaluate.main(["sample", str(run), *settings, "eval.seed=5", "--raw"])
+    evaluate.main(["sample", str(run), *settings, "eval.seed=6"])
     images = {path.name: (path / "000000.png").read_bytes() for path in (run / "samples").iterdir()}
     assert (
         len(images) == len(set(images.values())) == 3

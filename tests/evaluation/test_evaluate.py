@@ -21,11 +21,11 @@ from small_runs import CONFIG, ROOT, assert_same_run, demo_overrides, stopped_at
 import evaluate as evaluate_script
 from cache.views import read_view
 from common.errors import UserError
-from configs.loading import load_config
+from configs.loading import knobs, load_config
 from evaluation import score
 from evaluation.image_files import load_images
 from evaluation.sample import MANIFEST
-from evaluation.targets import targets_of
+from evaluation.targets import find_targets
 from metrics.reference import load_reference
 from models.pipeline_parts import files_digest
 from report.curves import read_points
@@ -74,36 +74,41 @@ def auto_reference(miniature) -> Path:
 
 def no_drawing(monkeypatch):
     """From here on, drawing or looking at an image fails the test."""
-    monkeypatch.setattr("evaluation.sample.Painter.of", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("evaluation.sample.ImageSampler.load", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr("evaluation.points.measure", lambda *_: pytest.fail("images were measured"))
 
 
 class TestSampling:
     def test_more_images_leave_the_first_as_they_were(self, runs):
-        evaluate("sample", runs / "urepa", "--num-samples", 7)
+        evaluate("sample", runs / "urepa", "eval.num_samples=7")
         first = drawn(runs / "urepa")
-        evaluate("sample", runs / "urepa", "--num-samples", 20)
+        evaluate("sample", runs / "urepa", "eval.num_samples=20")
         both = drawn(runs / "urepa")
         assert (len(first), len(both)) == (7, 20)
         assert first.items() <= both.items()
 
     def test_a_setting_without_effect_is_no_other_setting(self, runs):
-        evaluate("sample", runs / "urepa", "--num-samples", 2)
+        evaluate("sample", runs / "urepa", "eval.num_samples=2")
         evaluate(
-            "sample", runs / "urepa", "--num-samples", 2, "--guidance-interval", "0.2,0.5", "--batch-size", 3
+            "sample",
+            runs / "urepa",
+            "eval.num_samples=2",
+            "eval.guidance_low=0.2",
+            "eval.guidance_high=0.5",
+            "eval.batch_size=3",
         )
         assert len(list((runs / "urepa" / "samples").iterdir())) == 1  # unguided, and on a CPU
 
     @pytest.mark.parametrize(
         "option",
         [
-            ["--seed", 1], ["--steps", 3], ["--cfg", 2], ["--sampler", "ddpm"], ["--sampler", "dpm++"], ["--eta", 0.5],
-            ["--labels", "random"], ["--raw"], ["--checkpoint", 4], ["--precision", "bf16"],
+            ["eval.seed=1"], ["eval.sampling_steps=3"], ["eval.cfg=2"], ["eval.sampler=ddpm"], ["eval.sampler=dpm++"],
+            ["eval.eta=0.5"], ["eval.labels=random"], ["--raw"], ["--checkpoint", 4], ["eval.precision=bf16"],
         ],
     )  # fmt: skip
     def test_every_setting_that_matters_has_its_own_folder_and_images(self, runs, option):
-        evaluate("sample", runs / "urepa", "--num-samples", 2)
-        evaluate("sample", runs / "urepa", "--num-samples", 2, *option)
+        evaluate("sample", runs / "urepa", "eval.num_samples=2")
+        evaluate("sample", runs / "urepa", "eval.num_samples=2", *option)
         images = drawn(runs / "urepa")
         assert len(images) == 4
         assert len(set(images.values())) > 2
@@ -112,14 +117,15 @@ class TestSampling:
         assert all(len(m["made_with"]["network_sha256"]) == 64 for m in manifests)
 
     def test_two_intervals_and_two_spaces_never_share_a_folder(self, runs):
-        for interval, space in (("0,0.7", "snr"), ("0,0.7", "index"), ("0.1,0.7", "snr"), ("0,1", "snr")):
-            guided = ["--cfg", 3, "--guidance-interval", interval, "--guidance-space", space]
-            evaluate("sample", runs / "urepa", "--num-samples", 2, *guided)
+        for low, high, space in ((0, 0.7, "snr"), (0, 0.7, "index"), (0.1, 0.7, "snr"), (0, 1, "snr")):
+            interval = [f"eval.guidance_low={low}", f"eval.guidance_high={high}"]
+            guided = ["eval.cfg=3", *interval, f"eval.guidance_space={space}"]
+            evaluate("sample", runs / "urepa", "eval.num_samples=2", *guided)
         assert len(drawn(runs / "urepa")) == 8
 
     def test_a_checkpoints_folder_names_a_run_and_a_step(self, runs):
-        (by_path,) = targets_of(runs / "urepa" / "checkpoints" / "step-0000004")
-        (by_step,) = targets_of(runs / "urepa", "4")
+        ((by_path,),) = find_targets([runs / "urepa" / "checkpoints" / "step-0000004"])
+        ((by_step,),) = find_targets([runs / "urepa"], "4")
         assert (by_path.step, by_path.weights_sha256) == (4, by_step.weights_sha256)
         assert by_path.images_seen == 4 * 4
 
@@ -129,37 +135,37 @@ class TestSampling:
         settings = yaml.safe_load(config.read_text())
         settings["model"]["base"] = str(runs / "base")
         config.write_text(yaml.safe_dump(settings))
-        evaluate("sample", runs / "urepa", "--num-samples", 2)
+        evaluate("sample", runs / "urepa", "eval.num_samples=2")
         file = runs / "base" / "vae" / "diffusion_pytorch_model.safetensors"
         save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
-        evaluate("sample", runs / "urepa", "--num-samples", 2)  # nothing to do
+        evaluate("sample", runs / "urepa", "eval.num_samples=2")  # nothing to do
         with pytest.raises(UserError, match="drawn with other weights or settings"):
-            evaluate("sample", runs / "urepa", "--num-samples", 3)  # changed while it was in use
+            evaluate("sample", runs / "urepa", "eval.num_samples=3")  # changed while it was in use
         before = drawn(runs / "urepa")
         files_digest.cache_clear()
         evaluate(
-            "sample", runs / "urepa", "--num-samples", 2
+            "sample", runs / "urepa", "eval.num_samples=2"
         )  # as the next command does: it is another setting
         assert len(drawn(runs / "urepa")) == 2 * len(before)
         assert len(set(drawn(runs / "urepa").values())) == 4
 
     @pytest.mark.parametrize("damage", ["{", "[]", '{"settings": {}}'])
     def test_a_damaged_manifest_is_one_line(self, runs, damage):
-        evaluate("sample", runs / "urepa", "--num-samples", 2)
+        evaluate("sample", runs / "urepa", "eval.num_samples=2")
         next((runs / "urepa").rglob(f"samples/*/{MANIFEST}")).write_text(damage)
         with pytest.raises(UserError, match=rf"{MANIFEST} is damaged"):
-            evaluate("sample", runs / "urepa", "--num-samples", 3)
+            evaluate("sample", runs / "urepa", "eval.num_samples=3")
 
     def test_a_broken_image_is_drawn_again(self, runs):
-        evaluate("sample", runs / "urepa", "--num-samples", 3)
+        evaluate("sample", runs / "urepa", "eval.num_samples=3")
         whole = drawn(runs / "urepa")
         file = next((runs / "urepa" / "samples").rglob("000001.png"))
         file.write_bytes(file.read_bytes()[:-5])
-        evaluate("sample", runs / "urepa", "--num-samples", 3)
+        evaluate("sample", runs / "urepa", "eval.num_samples=3")
         assert drawn(runs / "urepa") == whole
 
     def test_a_killed_sampling_goes_on_and_leaves_the_same_files(self, runs):
-        evaluate("sample", runs / "urepa", "--num-samples", 150)
+        evaluate("sample", runs / "urepa", "eval.num_samples=150")
         whole = drawn(runs / "urepa")
         (folder,) = (runs / "urepa" / "samples").iterdir()
         shutil.rmtree(folder)
@@ -168,8 +174,7 @@ class TestSampling:
             ROOT / "evaluate_sd15.py",
             "sample",
             runs / "urepa",
-            "--num-samples",
-            "150",
+            "eval.num_samples=150",
         ]
         process = subprocess.Popen(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
@@ -180,7 +185,7 @@ class TestSampling:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert 20 <= len(drawn(runs / "urepa")) < 150
-        evaluate("sample", runs / "urepa", "--num-samples", 150)
+        evaluate("sample", runs / "urepa", "eval.num_samples=150")
         after = drawn(runs / "urepa")
         assert {name: after[name] for name in whole} == whole
 
@@ -219,7 +224,7 @@ class TestPoints:
         evaluate("metrics", runs / "urepa")
         assert points(runs / "urepa") == [point]
         monkeypatch.undo()
-        evaluate("metrics", runs / "urepa", "--seed", 100)
+        evaluate("metrics", runs / "urepa", "eval.seed=100")
         assert len(points(runs / "urepa")) == 2
 
     def test_other_weights_of_the_same_step_are_another_point(self, runs):
@@ -271,16 +276,16 @@ class TestPoints:
         file = runs / "urepa" / "eval" / "points.jsonl"
         whole = file.read_bytes()
         file.write_bytes(whole + b'{"target": "ure')
-        evaluate("metrics", runs / "urepa", "--seed", 1)
+        evaluate("metrics", runs / "urepa", "eval.seed=1")
         assert file.read_bytes().startswith(whole)
         assert len(points(runs / "urepa")) == 2
 
     def test_only_the_first_images_stay_where_that_is_asked(self, runs, monkeypatch):
         monkeypatch.setattr("evaluation.points.KEPT", 5)
-        evaluate("metrics", runs / "urepa", "--discard-images")
+        evaluate("metrics", runs / "urepa", "eval.keep_images=false")
         assert sorted(name[-10:] for name in drawn(runs / "urepa")) == [f"{i:06d}.png" for i in range(5)]
         no_drawing(monkeypatch)
-        evaluate("metrics", runs / "urepa", "--discard-images")
+        evaluate("metrics", runs / "urepa", "eval.keep_images=false")
 
     def test_the_reference_is_made_once_and_refused_when_the_data_changed(self, runs, miniature, monkeypatch):
         file = auto_reference(miniature)
@@ -300,7 +305,7 @@ class TestPoints:
         told = json.loads(str(arrays["metadata"])) | {"ids_sha256": "others"}
         np.savez(file, **arrays | {"metadata": np.array(json.dumps(told))})
         with pytest.raises(UserError, match="ids_sha256"):
-            evaluate("metrics", runs / "urepa", "--seed", 5)
+            evaluate("metrics", runs / "urepa", "eval.seed=5")
         shutil.copy(runs / "kept.npz", file)
 
     def test_a_reference_made_by_hand_gives_the_same_numbers(self, runs, miniature):
@@ -313,21 +318,27 @@ class TestPoints:
             32,
             "--out",
             out,
-            "--extractor",
-            classifier,
+            f"eval.extractor={classifier}",
         ]
         evaluate(*made_of)
         evaluate("metrics", runs / "urepa")
-        evaluate("metrics", runs / "urepa", "--reference", f"{out}.classifier.npz")
+        evaluate("metrics", runs / "urepa", f"eval.reference={out}.classifier.npz")
         first, second = points(runs / "urepa")
         assert first["metrics"] == second["metrics"]
 
     def test_a_reference_of_images_of_another_size_is_refused(self, runs, miniature):
         classifier = miniature / "models" / "classifier"
-        made_of = [miniature / "train.csv", "--size", 16, "--out", runs / "small", "--extractor", classifier]
+        made_of = [
+            miniature / "train.csv",
+            "--size",
+            16,
+            "--out",
+            runs / "small",
+            f"eval.extractor={classifier}",
+        ]
         evaluate("reference", *made_of)
         with pytest.raises(UserError, match="size = 16, wanted is 32"):
-            evaluate("metrics", runs / "urepa", "--reference", runs / "small.classifier.npz")
+            evaluate("metrics", runs / "urepa", f"eval.reference={runs}/small.classifier.npz")
 
     def test_a_point_is_noted_once_for_each_purpose(self, runs):
         for command in ("metrics", "curve", "metrics", "curve"):
@@ -340,8 +351,8 @@ class TestPoints:
         evaluate("metrics", runs / "urepa")
         (file,) = (runs / "urepa" / "samples").glob("*.npz")
         (folder,) = (path for path in file.parent.iterdir() if path.is_dir())
-        given = ["--extractor", miniature / "models" / "classifier", "--bootstrap", 5]
-        given += ["--reference", auto_reference(miniature)]
+        given = [f"eval.extractor={miniature}/models/classifier", "eval.bootstrap=5"]
+        given += [f"eval.reference={auto_reference(miniature)}"]
         for images in (file, folder):
             capsys.readouterr()
             evaluate("metrics", images, *given)
@@ -475,7 +486,7 @@ class TestReport:
     def test_it_holds_everything_with_its_protocol_and_command_and_asks_for_nothing(self, runs, monkeypatch):
         three = [runs / "urepa", runs / "baseline", runs / "plain.yaml"]
         evaluate("curve", *three, "--out", runs / "curve")
-        evaluate("final", *three[:2], "--steps", 3, "--num-samples", 12, "--sweep", 1, 3)
+        evaluate("final", *three[:2], "eval.sampling_steps=3", "eval.num_samples=12", "--sweep", 1, 3)
         for run in three[:2]:
             evaluate("align", run, "--timesteps", 100, 500)
         no_drawing(monkeypatch)
@@ -512,8 +523,16 @@ class TestReport:
 
     def test_two_sweeps_are_two_figures_and_other_protocols_other_tables(self, runs):
         for steps, count in ((2, 20), (3, 12)):
-            evaluate("final", runs / "urepa", "--steps", steps, "--num-samples", count, "--sweep", 1, 3)
-        evaluate("metrics", runs / "urepa", "--seed", 5)
+            evaluate(
+                "final",
+                runs / "urepa",
+                f"eval.sampling_steps={steps}",
+                f"eval.num_samples={count}",
+                "--sweep",
+                1,
+                3,
+            )
+        evaluate("metrics", runs / "urepa", "eval.seed=5")
         evaluate("curve", runs / "urepa", "--out", runs / "curve")
         evaluate("report", runs / "urepa", "-o", runs / "report.html")
         drawn = [
@@ -535,7 +554,7 @@ class TestReport:
         evaluate("align", runs / "urepa", "--timesteps", 100, "--checkpoint", 2)
         assert (runs / "urepa" / "eval" / "align.json").read_bytes() == before
         assert json.loads((runs / "urepa" / "eval" / "step-0000002" / "align.json").read_text())["step"] == 2
-        evaluate("align", runs / "baseline", "--timesteps", 100, "--seed", 3)
+        evaluate("align", runs / "baseline", "--timesteps", 100, "eval.seed=3")
         evaluate("report", runs / "urepa", runs / "baseline", "-o", runs / "report.html")
         assert "other conditions than urepa, so not shown: baseline" in (runs / "report.html").read_text()
 
@@ -549,7 +568,7 @@ class TestReport:
 
     def test_two_protocols_are_never_mixed_in_a_table(self, runs):
         evaluate("curve", runs / "urepa", "--out", runs / "curve")
-        evaluate("curve", runs / "baseline", "--out", runs / "curve", "--steps", 3)
+        evaluate("curve", runs / "baseline", "--out", runs / "curve", "eval.sampling_steps=3")
         evaluate("report", runs / "urepa", runs / "baseline", "-o", runs / "report.html")
         curve = json.loads((runs / "report_figures" / "curve.json").read_text())
         assert set(curve["series"]["classifier_fd20"]) == {"urepa"}
@@ -561,21 +580,30 @@ class TestReport:
         (["sample", "nowhere"], "is not a run folder"),
         (["sample", "{root}/urepa", "{root}/urepa"], "given twice"),
         (["metrics", "{root}/urepa", "--checkpoint", "5"], "no checkpoint of step 5; it has 2, 4, 6"),
-        (["metrics", "{root}/urepa", "--extractor", "nowhere"], "nowhere"),
+        (["metrics", "{root}/urepa", "eval.extractor=nowhere"], "nowhere"),
         (
-            ["metrics", "{root}/urepa", "--extractor", "inception"],
+            ["metrics", "{root}/urepa", "eval.extractor=inception"],
             "Inception's weights are missing: put https",
         ),
-        (["metrics", "{root}/urepa", "--reference", "nowhere.npz"], "nowhere.npz cannot be read"),
-        (["metrics", "{root}/urepa", "--bootstrap", "1"], "gives no spread"),
-        (["metrics", "nowhere.npz"], "give --reference"),
-        (["sample", "{root}/urepa", "--cfg", "0.5"], "eval.cfg = 0.5"),
-        (["sample", "{root}/urepa", "--num-samples", "1"], "eval.num_samples = 1"),
-        (["sample", "{root}/urepa", "--sampler", "ddpm", "--eta", "1"], "eval.eta is DDIM's"),
-        (["sample", "{root}/urepa", "--guidance-interval", "0.8,0.7"], "the guidance interval is empty"),
+        (["metrics", "{root}/urepa", "eval.reference=nowhere.npz"], "nowhere.npz cannot be read"),
+        (["metrics", "{root}/urepa", "eval.bootstrap=1"], "gives no spread"),
+        (["metrics", "nowhere.npz"], "give eval.reference"),
+        (["sample", "{root}/urepa", "eval.cfg=0.5"], "eval.cfg = 0.5"),
+        (["sample", "{root}/urepa", "eval.num_samples=1"], "eval.num_samples = 1"),
+        (["sample", "{root}/urepa", "eval.sampler=ddpm", "eval.eta=1"], "eval.eta is DDIM's"),
+        (
+            ["sample", "{root}/urepa", "eval.guidance_low=0.8", "eval.guidance_high=0.7"],
+            "the guidance interval is empty",
+        ),
         (["sample", "{root}/urepa", "--device", "tpu"], "cannot be used"),
-        (["sample", "{root}/urepa", "--steps", "300"], "drifts off its noise levels"),
-        (["metrics", "{root}/urepa", "--num-samples", "3"], "too few for metrics"),
+        (["sample", "{root}/urepa", "eval.sampling_steps=300"], "drifts off its noise levels"),
+        (["metrics", "{root}/urepa", "eval.num_samples=3"], "too few for metrics"),
+        (["sample", "{root}/urepa", "eval.cgf=2"], "unknown key 'eval.cgf'; did you mean 'eval.cfg'?"),
+        (["sample", "{root}/urepa", "evl.seed=2"], "unknown key 'evl.seed'; did you mean 'eval.seed'?"),
+        (["final", "{root}/urepa", "train.steps=9"], "train.steps is a setting of the training"),
+        (["sample", "{root}/urepa", "cfg=2"], "did you mean 'eval.cfg'?"),
+        (["report", "{root}/urepa", "-o", "x.html", "eval.cfg=2"], "it takes no settings"),
+        (["reference", "nowhere", "--out", "x", "eval.bootstrap=1"], "gives no spread"),
         (["pictures", "{root}/urepa", "-o", "x.jpg"], "must end in .png"),
         (["reference", "{root}", "--size", "0", "--out", "x"], "--size 0"),
         (["final", "{root}/urepa", "--sweep", "0.5"], "eval.cfg = 0.5"),
@@ -587,7 +615,7 @@ class TestReport:
             "cannot read --times",
         ),
         (
-            ["reference", "nowhere", "--out", "x", "--extractor", "{classifier}"],
+            ["reference", "nowhere", "--out", "x", "eval.extractor={classifier}"],
             "nowhere is no folder of images",
         ),
     ],
@@ -603,6 +631,38 @@ def test_wrong_input_is_one_line_that_says_what_to_do(
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(trained.rglob("*")) == before
+
+
+def test_what_is_there_as_a_folder_is_a_run_and_not_a_setting(runs):
+    (runs / "urepa").rename(runs / "coeff=0.8")
+    evaluate("sample", runs / "coeff=0.8", "--raw", "eval.num_samples=2")
+    assert len(drawn(runs / "coeff=0.8")) == 2
+
+
+def test_a_setting_may_stand_anywhere_also_after_an_option_with_several_values(runs):
+    evaluate("final", "eval.sampling_steps=3", runs / "urepa", "--sweep", 1, 2, "eval.num_samples=4")
+    assert [(p["kind"], p["protocol"]["num_samples"]) for p in points(runs / "urepa")] == [
+        ("final", 4), ("sweep", 4), ("sweep", 4),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["sample", "metrics", "reference", "curve", "final", "align", "pictures"])
+def test_help_of_a_subcommand_lists_every_setting_of_eval_and_no_other(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(command, "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    listed = {line.split(" = ")[0].strip() for line in shown.splitlines() if line.startswith("  eval.")}
+    assert listed == {key for key in knobs() if key.startswith("eval.")}
+    assert " train." not in shown
+
+
+@pytest.mark.parametrize("flag", ["--cfg", "--steps", "--seed", "--guidance-interval"])
+def test_a_flag_that_restates_a_setting_is_unknown(flag, trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate("sample", trained / "urepa", flag, 3)
+    assert stop.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_the_real_images_are_read_as_the_vae_saw_them(miniature, tmp_path):

@@ -15,7 +15,7 @@ from evaluation.align import measure_alignment
 from evaluation.heldout import Bench, HeldOut, read_taps
 from method.alignment import spatial_norm, token_loss
 from method.sampler import initial_noise
-from metrics.ridge_map import ridge_alignment
+from metrics.probes import ridge_alignment
 from metrics.similarity import cknna, mispair, pool_tokens, unbiased_cka
 from metrics.similarity_rows import row_of, value_of
 from training.parts import build_model, family_for, load_run_model
@@ -227,7 +227,7 @@ def test_a_run_that_diverged_is_said_to_have(runs):
         (["--timesteps", "-1"], "got -1"),
         (["--num-images", "61"], "61 are more than the 60 held-out images"),
         (["--num-images", "15"], "16 or more are needed"),
-        (["--seed", "-1"], "eval.seed = -1"),
+        (["eval.seed=-1"], "eval.seed = -1"),
     ],
 )
 def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):

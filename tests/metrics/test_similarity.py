@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from common.errors import UserError
-from metrics import embedding, ridge_map
+from metrics import embedding, probes
 from metrics import similarity as alignment_metrics
 from metrics.embedding import Panel, Source, embed_sources, joint_embedding
 from metrics.linear_probe import probe_accuracy
-from metrics.ridge_map import ridge_alignment
+from metrics.probes import ridge_alignment
 from metrics.similarity_rows import entry, nearest_timestep, row_of, value_of
 from metrics.spatial import Distances, distances_on, spatial_metrics
 from report.plot_alignment import plot_embedding, plot_timesteps
@@ -251,13 +251,13 @@ def test_the_penalty_is_the_best_of_the_ladder_on_images_held_back():
     y = x @ rng.normal(size=(6, 3)) + 4 * rng.normal(size=(40, 3))
     a, b, c, d = x[:12], y[:12], x[12:], y[12:]
     errors = {}
-    for penalty in ridge_map.PENALTIES:
+    for penalty in probes.PENALTIES:
         strength = penalty * np.trace(a.T @ a) / 6
         weights = np.linalg.solve(a.T @ a + strength * np.eye(6), a.T @ b)
         errors[penalty] = ((c @ weights - d) ** 2).sum()
     best = min(errors, key=errors.get)
     assert 1e-3 < best < 1e3
-    assert ridge_map._best(np.linalg.eigh(a.T @ a), a.T @ b, c.T @ c, c.T @ d) == best
+    assert probes._best(np.linalg.eigh(a.T @ a), a.T @ b, c.T @ c, c.T @ d) == best
 
 
 def test_ridge_equals_scikit_learns():
@@ -415,8 +415,8 @@ def test_centring_takes_away_what_only_separates_the_sources():
 def test_umap_that_is_not_installed_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setattr(embedding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install umap-learn"):
-        embedding.insist_installed("umap")
-    embedding.insist_installed("tsne")
+        embedding.check_installed("umap")
+    embedding.check_installed("tsne")
 
 
 def panel(n=6, classes=3):
