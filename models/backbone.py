@@ -10,7 +10,7 @@ A family is one file in `models/families/`: a subclass that fills in the facts b
 predictions. Text is a dict of named tensors, one row a prompt, under the names that the pipeline's own call uses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import diffusers
@@ -43,6 +43,8 @@ class Backbone:
     lora_targets: Mapping[str, str]  # {name: regex over module paths}
     partial_blocks: tuple[str, ...]  # what model.train=partial trains
     checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes
+    # {part of the pipeline: what gives its class}; a class is imported, which takes seconds, when its part is loaded.
+    parts: Mapping[str, Callable[[], type]]
     load_options: Mapping[
         str, object
     ] = {}  # of the pipeline's from_pretrained, for a whole exported pipeline
@@ -90,15 +92,19 @@ class Backbone:
 
     # what all families share --------------------------------------------------------------------------------------------
 
+    def load(self, part: str):
+        """A part of the base model, networks in fp32; raises `UserError` where it cannot be had."""
+        return load_part(self.base, part, self.parts[part](), self.revision)
+
     def load_network(self) -> nn.Module:
         """The network of the base model, in fp32."""
-        return load_part(self.base, self.part, self.revision)
+        return self.load(self.part)
 
     def network_of_shapes(self, *, local: bool = False) -> tuple[nn.Module, bool]:
         """The network on the device "meta", and whether its config was at hand (else `assumed_config` is taken)."""
         known = True
         try:
-            config = load_part_config(self.base, self.part, self.revision, local=local)
+            config = load_part_config(self.base, self.part, self.network_class, self.revision, local=local)
         except UserError:
             if self.base != self.default_base:
                 raise
@@ -106,19 +112,19 @@ class Backbone:
         with torch.device("meta"):
             return self.network_class.from_config(config), known
 
-    @cached_property
+    @property
     def network_class(self) -> type[nn.Module]:
         """diffusers' class of the network."""
-        raise NotImplementedError
+        return self.parts[self.part]()
 
     def load_codec(self) -> LatentCodec:
         """The VAE and its normalisation, in fp32."""
-        return LatentCodec(load_part(self.base, "vae", self.revision))
+        return LatentCodec(self.load("vae"))
 
     @cached_property
     def scheduler(self):
         """The base model's noise schedule."""
-        return load_part(self.base, "scheduler", self.revision)
+        return self.load("scheduler")
 
     @cached_property
     def own_output(self) -> str:

@@ -22,20 +22,9 @@ SAMPLERS = {
 }
 SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
 
-# Both libraries import a class when it is first asked for, which takes seconds: ask only for the part that is loaded.
-PARTS = {
-    "unet": lambda: diffusers.UNet2DConditionModel,
-    "vae": lambda: diffusers.AutoencoderKL,
-    "text_encoder": lambda: transformers.CLIPTextModel,
-    "tokenizer": lambda: transformers.CLIPTokenizer,
-    "scheduler": lambda: (
-        diffusers.DDPMScheduler
-    ),  # reads the config of any scheduler of the same noise schedule
-}
 
-
-def load_part(base: str, part: str, revision: str | None = None):
-    """Load one part of a pipeline in the layout that `save_pretrained` writes, in fp32.
+def load_part(base: str, part: str, kind: type, revision: str | None = None):
+    """Load one part of a pipeline, of the class `kind`, in the layout that `save_pretrained` writes; networks in fp32.
 
     `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
     """
@@ -43,13 +32,11 @@ def load_part(base: str, part: str, revision: str | None = None):
     if base == REMOVED:
         raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
     if folder.exists() and not (folder / part).is_dir():
-        raise UserError(
-            f"{base} has no {part}/ folder: it must be a Stable Diffusion folder in diffusers layout"
-        )
+        raise UserError(f"{base} has no {part}/ folder: it must be a pipeline folder in diffusers layout")
     check_present(base)
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = PARTS[part]().from_pretrained(base, subfolder=part, revision=revision)
+        loaded = kind.from_pretrained(base, subfolder=part, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
@@ -57,7 +44,9 @@ def load_part(base: str, part: str, revision: str | None = None):
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
 
 
-def load_part_config(base: str, part: str, revision: str | None = None, *, local: bool = False) -> dict:
+def load_part_config(
+    base: str, part: str, kind: type, revision: str | None = None, *, local: bool = False
+) -> dict:
     """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
     check_present(base)
     try:
@@ -65,7 +54,7 @@ def load_part_config(base: str, part: str, revision: str | None = None, *, local
             warnings.simplefilter(
                 "ignore", UserWarning
             )  # diffusers' own use of an old option of huggingface_hub
-            return PARTS[part]().load_config(base, subfolder=part, revision=revision, local_files_only=local)
+            return kind.load_config(base, subfolder=part, revision=revision, local_files_only=local)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read the config of {part} of {base}: {str(error).strip().splitlines()[0]}"

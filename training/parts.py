@@ -20,7 +20,7 @@ from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import family_of
 from models.latents import LatentCodec
-from models.pipeline_parts import load_part, weights_digest
+from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
 from training.checkpoint import WEIGHTS, load_weights, trained_file_of
@@ -212,7 +212,7 @@ def check_same_weights(family: Backbone, part: str, source: dict, script: int) -
     base = family.base
     if source.get("model", base) == base:
         return
-    if weights_digest(load_part(base, part, family.revision)) != source["weights_sha256"]:
+    if weights_digest(family.load(part)) != source["weights_sha256"]:
         raise UserError(
             f"the cache was made with the {part} of {source['model']}, which is not that of {base}: run script {script} with "
             f"--base {base}"

@@ -5,11 +5,11 @@ from functools import cached_property
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from common.errors import UserError
 from models.backbone import Backbone
-from models.pipeline_parts import load_part
 from models.taps import Tap
 
 # The blocks around the bottleneck: what LoRA and partial fine-tuning touch.
@@ -44,10 +44,15 @@ class SD15(Backbone):
     checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
     load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
     kohya_base = "sd_v1"
-
-    @cached_property
-    def network_class(self) -> type[nn.Module]:
-        return diffusers.UNet2DConditionModel
+    parts = {  # noqa: RUF012
+        "unet": lambda: diffusers.UNet2DConditionModel,
+        "vae": lambda: diffusers.AutoencoderKL,
+        "text_encoder": lambda: transformers.CLIPTextModel,
+        "tokenizer": lambda: transformers.CLIPTokenizer,
+        "scheduler": lambda: (
+            diffusers.DDPMScheduler
+        ),  # reads the config of any scheduler of the same noise schedule
+    }
 
     def check(self, network: nn.Module) -> None:
         found = tuple(network.config.down_block_types), tuple(network.config.up_block_types)
@@ -100,8 +105,8 @@ class SD15(Backbone):
 
     @cached_property
     def _text_encoder(self) -> nn.Module:
-        return load_part(self.base, "text_encoder", self.revision).eval()
+        return self.load("text_encoder").eval()
 
     @cached_property
     def _tokenizer(self):
-        return load_part(self.base, "tokenizer", self.revision)
+        return self.load("tokenizer")

@@ -454,7 +454,7 @@ class TestWhileTraining:
         def fail(*_, **__):
             raise UserError("the decoder made no picture")
 
-        monkeypatch.setattr("evaluation.sample.decode_latents", fail)
+        monkeypatch.setattr("evaluation.sample.decode_images", fail)
         run = train(miniature, tmp_path / "run", "train.eval_every=6")
         assert run.checkpoint_steps()[-1] == 6
         assert "step 6 was not evaluated: the decoder made no picture" in capsys.readouterr().out

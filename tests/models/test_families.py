@@ -9,7 +9,6 @@ from common.errors import UserError
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import FAMILIES, family_of
-from models.pipeline_parts import load_part
 
 # Where the fixture `miniature` keeps the small pipeline of each family: a new family is one line here.
 PIPELINES = {"sd15": "models/sd15-mini"}
@@ -122,7 +121,7 @@ def test_encode_and_decode_are_inverse_in_their_normalisation(family):
 )
 def test_a_codec_shifts_and_scales_by_its_config(miniature, normalisation):
     codec_class = type(family_of(str(miniature / "models/sd15-mini")).load_codec())
-    vae = load_part(str(miniature / "models/sd15-mini"), "vae")
+    vae = family_of(str(miniature / "models/sd15-mini")).load("vae")
     vae.register_to_config(**normalisation)
     codec = codec_class(vae)
     z = torch.randn(2, 4, 3, 3)

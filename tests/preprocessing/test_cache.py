@@ -20,7 +20,7 @@ from cache.reader import FieldReader
 from cache.text import read_table
 from cache.views import read_view
 from common.errors import UserError
-from models.pipeline_parts import load_part
+from models.families.table import family_of
 from models.teachers.dinov2 import DINOv2Encoder
 from preprocessing import pipeline
 
@@ -105,7 +105,7 @@ class TestValues:
         cached = FieldReader(miniature / "cache" / "tokens", "tokens").read([chosen.id])[0].float()
         assert (cached - expected).abs().max() < 1e-3
         assert (cached.norm(dim=-1) - 1).abs().max() < 1e-3
-        vae = load_part(str(miniature / "models" / "sd15-mini"), "vae")
+        vae = family_of(str(miniature / "models" / "sd15-mini")).load("vae")
         with torch.no_grad():
             mode = vae.encode(pixels * 2 - 1).latent_dist.mode()[0] * vae.config.scaling_factor
         cached = FieldReader(miniature / "cache" / "latents", "latents").read([chosen.id])[0].float()
