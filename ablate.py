@@ -27,7 +27,7 @@ from report.ablation import markdown, plot_arms, summarise
 from report.curves import headline, kind_of, protocols, read_points
 from training.run_folder import flat_settings, this_command
 
-# What is compared, with its format in the table.
+# The measures that are compared, with their formats in the table.
 MEASURES = {
     "Fréchet distance ↓": ".2f",
     "class accuracy ↑": ".1%",
@@ -74,10 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         for arm, file in arms.items()
     }
     for (arm, _), config in runs.items():
-        insist_measurable(arm, config)
+        check_measurable(arm, config)
     record = Record(args.out / "stages.json")
-    chains = {key: chain(args, arms[key[0]], *key, config) for key, config in runs.items()}
-    missing = [left for key, stages in chains.items() if (left := what_is_left(stages, record, runs[key]))]
+    chains = {key: stages_of_run(args, arms[key[0]], *key, config) for key, config in runs.items()}
+    missing = [
+        left for key, stages in chains.items() if (left := remaining_stages(stages, record, runs[key]))
+    ]
     total = sum(map(len, chains.values()))
     with tqdm(total=total, initial=total - sum(map(len, missing)), desc="stages", unit="stage") as bar:
 
@@ -89,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         run_chains(missing, jobs=args.jobs, logs=args.out / "logs", ended=ended)
     results = {arm: {seed: measures_of(runs[arm, seed]) for seed in args.seeds} for arm in arms}
     conditions = {arm: conditions_of(runs[arm, args.seeds[0]]) for arm in arms}
-    alien = {
+    incomparable = {
         arm: {measure for measure in MEASURES if found[measure] != conditions[reference][measure]}
         for arm, found in conditions.items()
     }
-    write_results(args, results, reference, alien, runs[reference, args.seeds[0]])
+    write_results(args, results, reference, incomparable, runs[reference, args.seeds[0]])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -124,8 +126,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def insist_measurable(arm: str, config: Config) -> None:
-    """Raise `UserError` before the first training for what the evaluation would miss after the last."""
+def check_measurable(arm: str, config: Config) -> None:
+    """Check before the first training that the evaluation after it has everything it needs; raises `UserError`."""
     missing = [name for name in ("csv", "latents", "tokens") if getattr(config.eval, name) is None]
     if missing:
         raise UserError(
@@ -134,8 +136,8 @@ def insist_measurable(arm: str, config: Config) -> None:
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 
 
-def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
-    """The commands of one run: train, then measure its last checkpoint."""
+def stages_of_run(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
+    """The stages of one run: train, then measure its last checkpoint."""
     run, name = config.run, f"{arm} seed {seed}"
     train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
     last = f"--checkpoint {config.train.steps}"
@@ -155,11 +157,11 @@ def chain(args: argparse.Namespace, file: str, arm: str, seed: int, config: Conf
     ]
 
 
-def what_is_left(stages: list[Stage], record: Record, config: Config) -> list[Stage]:
-    """From the first stage that was not done with this very config; what comes after a stage depends on it."""
+def remaining_stages(stages: list[Stage], record: Record, config: Config) -> list[Stage]:
+    """The stages from the first one on that was not done with this very config: each depends on those before it."""
     file = config.run / "config.yaml"
     if not file.exists() or load_config(file) != config:
-        return stages  # the training notices what it cannot go on from, and does nothing where it is complete
+        return stages  # training itself refuses a run that it cannot resume, and does nothing where it is complete
     done = [record.of(stage) is not None for stage in stages]
     return [] if all(done) else stages[done.index(False) :]
 
@@ -207,9 +209,10 @@ def conditions_of(config: Config) -> dict[str, dict]:
 
 
 def write_results(
-    args: argparse.Namespace, results: dict, reference: str, alien: dict, config: Config
+    args: argparse.Namespace, results: dict, reference: str, incomparable: dict, config: Config
 ) -> None:
-    table = summarise(results, reference, alien)
+    """Write table.md, results.json and arms.png, and print the table. `config` is that of a run of the reference arm."""
+    table = summarise(results, reference, incomparable)
     text = markdown(table, MEASURES, DIFFERENCES)
     drawn = config.eval
     note = (
@@ -218,14 +221,14 @@ def write_results(
         f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
         f"guidance {drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
     )
-    if any(alien.values()):
+    if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."
     write_atomically(args.out / "table.md", f"{text}\n\n{note}\n\n`{this_command()}`\n".encode())
     content = {
         "command": this_command(),
         "note": note,
         "reference": reference,
-        "not_comparable": {arm: sorted(measures) for arm, measures in alien.items() if measures},
+        "not_comparable": {arm: sorted(measures) for arm, measures in incomparable.items() if measures},
         "results": results,
         "summary": table,
     }
@@ -236,7 +239,7 @@ def write_results(
         reference,
         {name: name for name in PLOTTED},
         f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}",
-        alien,
+        incomparable,
     )
     print(f"{text}\n\n{note}\n{args.out / 'arms.png'}")
 

@@ -132,16 +132,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def is_done(stage: Stage, record: Record, config: str) -> bool:
-    """Whether a stage ran to its end as it would run now: a changed demo.yaml is noticed, and the training says so."""
+    """Whether a stage ran to its end with the present demo.yaml."""
     entry = record.of(stage)
     changed = entry is not None and str(CONFIG) in stage.command and entry["config"] != config
     return entry is not None and not changed
 
 
 def run_group(group: list[Stage], ended) -> None:
-    """Run stages side by side, and say how those that did not speak for themselves ended."""
+    """Run stages side by side, and print the last line of each log."""
     if len(group) > 1:
-        print(f"  side by side; what they say goes to {LOGS}", flush=True)
+        print(f"  side by side; their output goes to {LOGS}", flush=True)
     run_chains([[stage] for stage in group], jobs=len(group), logs=LOGS, ended=ended)
     if len(group) > 1:
         for stage in group:

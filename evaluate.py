@@ -88,7 +88,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def metrics(args: argparse.Namespace) -> None:
-    """FID, sFID, IS, precision, recall, KID of a run's samples, or of any images.
+    """Measure FID, sFID, IS, precision, recall and KID of a run's samples, or of any images.
 
     Draws the samples first if they are missing. A RUN may also be a folder of images, or an .npz of them (arr_0) such as ADM's
     published samples: then eval.reference is needed, and --out FILE.json keeps the numbers. Metrics carry protocol and number
@@ -108,10 +108,10 @@ def metrics(args: argparse.Namespace) -> None:
 
 
 def reference(args: argparse.Namespace) -> None:
-    """Statistics of real images, for samples to be held against.
+    """Make statistics of real images, with which samples are compared (eval.reference).
 
-    For eval.reference. A run's training images need no such file: theirs is made by itself, once. This is for
-    other images, such as the whole training set. One file for each protocol: OUT.adm.npz and OUT.clean.npz.
+    A run's training images need no such command: their statistics are made when they are first needed. This is for other
+    images, such as the whole training set. Writes a file for each protocol: OUT.adm.npz and OUT.clean.npz.
     """
     if args.size < 8:
         raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
@@ -123,11 +123,11 @@ def reference(args: argparse.Namespace) -> None:
 
 
 def curve(args: argparse.Namespace) -> None:
-    """Metrics of every checkpoint's moving average, against steps and images seen.
+    """Measure every checkpoint's moving average, and draw metrics against steps and images seen.
 
     All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps), with the
     same seeds and labels. Points are lines of RUN/eval/points.jsonl, also those that training measured (train.eval_every).
-    Draws OUT/curve.png and curve_all.png, and says after how many steps each run had the baseline's final value.
+    Draws OUT/curve.png and curve_all.png, and prints after how many steps each run reached the baseline's final value.
     """
     device, ranks = open_device(args)
     groups = targets_of(args, alike=True)
@@ -146,7 +146,7 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def final(args: argparse.Namespace) -> None:
-    """The plan's protocol for final numbers, and metrics over guidance scales.
+    """Measure final numbers by the plan's protocol, and metrics over guidance scales.
 
     250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
@@ -163,11 +163,11 @@ def final(args: argparse.Namespace) -> None:
 
 
 def align(args: argparse.Namespace) -> None:
-    """How much of the teacher a run's hidden features hold, on held-out images.
+    """Measure how similar a run's hidden features are to the teacher's, on held-out images.
 
-    Beside its bare base model's, at all three taps and several timesteps, before and after the heads: held-out CCA, CKNNA,
-    unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
-    (metrics/similarity_rows.py); and the held-out diffusion loss. The null prompt, and for each image the same noise.
+    Beside those of its bare base model, at all three taps and several timesteps, before and after the heads: held-out CCA,
+    CKNNA, unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with
+    its null (metrics/similarity_rows.py); and the held-out diffusion loss. The null prompt, and the same noise for each image.
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
@@ -189,10 +189,10 @@ def align(args: argparse.Namespace) -> None:
 
 
 def pictures(args: argparse.Namespace) -> None:
-    """Pictures of the same seeds from several runs.
+    """Draw a picture of the same seeds from several runs.
 
-    Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Not chosen: each is
-    the first image of its class. Only what is shown is drawn, if it is missing.
+    Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Nobody selects the
+    images: each is the first of its class. Only the images that are shown are drawn, if they are missing.
     """
     from evaluation.pictures import draw_pictures
 
@@ -205,10 +205,10 @@ def pictures(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """One self-contained page of all that was measured of these runs.
+    """Write one self-contained page of everything that was measured of these runs.
 
-    Made of what curve, final, metrics, align and training left in the run folders; measures nothing. The figures are left in
-    PAGE_figures/ too, each with the JSON that it was drawn from. --times adds the durations of a JSON list of stages.
+    Made of the records that curve, final, metrics, align and training left in the run folders; measures nothing. The figures
+    are kept in PAGE_figures/ too, each with the JSON that it was drawn from. --times adds durations from a JSON list of stages.
     """
     from evaluation.report import make_report
 
@@ -232,13 +232,13 @@ def targets_of(args: argparse.Namespace, *, alike: bool = False) -> list[list[Ta
 
 
 def open_device(args: argparse.Namespace):
-    """The device, and this process's place among several."""
+    """The device, and the rank of this process among several."""
     device = pick_device(args.device)
     return device, Ranks(cpu=device.type == "cpu")
 
 
 def is_images(path: Path) -> bool:
-    """Whether this is a set of images and no run."""
+    """Whether this is a set of images, and not a run."""
     if path.is_dir() and not (path / "config.yaml").exists():
         return any(file.suffix.lower() in PICTURES for file in path.rglob("*"))
     return path.suffix == ".npz"

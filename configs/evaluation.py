@@ -24,8 +24,8 @@ class Eval(Section):
     )
     reference: tuple[Path, ...] = Field(
         (),
-        description="reference statistics, .npz: ADM's own file, or those of `reference`; empty = made of the training images, "
-        "once, and kept beside data.csv",
+        description="reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "
+        "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
     )
     num_samples: int = Field(10_000, ge=2, description="images that are drawn and measured")
     sampler: Literal["ddim", "ddpm", "dpm++"] = Field("ddim", description="diffusers' scheduler")

@@ -89,7 +89,7 @@ def measure_alignment(
     device: torch.device,
     num_images: int | None = None,
 ) -> tuple[dict, dict[tuple[str, str], Source]]:
-    """Returns the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
+    """Return the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
 
     Args:
         config: the run's, which names held-out images, teacher, noise schedule and batch size.
@@ -173,7 +173,8 @@ def draw_alignment(
     embedding: str = "tsne",
 ) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
-    conditions = f"{result['num_images']} held-out images, EMA weights, null prompt"
+    weights = {"ema": "EMA"}.get(result["weights"], result["weights"])
+    conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
     h, w = result["tap_grids"][EMBEDDED_TAP]
     shown = nearest_timestep(result["timesteps"])

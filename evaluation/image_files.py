@@ -1,4 +1,4 @@
-"""Images of a sample folder: `{index:06d}.png`, each written whole or not at all."""
+"""Read and write images: samples as `{index:06d}.png`, each written whole or not at all, and any other folder of images."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_path(folder: str | Path, index: int) -> Path:
-    """Where image `index` of a sample folder lies."""
+    """The file path of image `index` in a folder of samples."""
     return Path(folder) / f"{index:06d}.png"
 
 
 def missing_images(folder: str | Path, indices: Sequence[int]) -> list[int]:
-    """Those of `indices` that are not there, whole to the last byte."""
+    """Those of `indices` whose files are absent or truncated."""
     return [i for i in indices if not _is_whole(image_path(folder, i))]
 
 
@@ -46,7 +46,7 @@ def save_images(images: np.ndarray, folder: str | Path, indices: Sequence[int]) 
 def load_images(folder: str | Path, indices: Sequence[int]) -> np.ndarray:
     """The images of these indices, (n, H, W, 3) uint8.
 
-    One that is missing is a `UserError`, never a shorter mean; so are unreadable files and mixed sizes.
+    Raises `UserError` for missing or unreadable files and for mixed sizes, so that no metric is taken of fewer images.
     """
     if missing := missing_images(folder, indices):
         raise UserError(

@@ -16,8 +16,10 @@ COLUMNS = 8
 
 
 class Previews:
-    """Draws `train.preview_images` images with the settings of `eval`, in rows of eight classes, evenly spread; image i starts
-    from the noise of seed i at every step, so that the grids of a run show the same pictures growing."""
+    """Draws `train.preview_images` images with the settings of `eval`, in rows of eight evenly spread classes.
+
+    Image i starts from the noise of seed i at every step, so that the grids of a run show the same images improve.
+    """
 
     def __init__(self, parts: Parts):
         self.parts, config = parts, parts.config
@@ -29,7 +31,7 @@ class Previews:
         self.labels = [i % self.columns * classes // self.columns for i in range(count)]
 
     def draw(self, folder: Path, state: TrainingState) -> Path:
-        """Write `step-….png` of the moving average; returns its path. Weights, modes and random states are as before."""
+        """Write `step-….png` of the moving average and return its file path. Weights, modes and random states stay."""
         settings, dataset = self.parts.config.eval, self.parts.dataset
         with self.parts.showing(state.ema.shadow_params):
             images = self._images()
@@ -42,7 +44,7 @@ class Previews:
         return path
 
     def _images(self) -> np.ndarray:
-        """The pictures `(n, H, W, 3)`, uint8, of the weights that the U-Net has."""
+        """The images `(n, H, W, 3)`, uint8, of the U-Net's present weights."""
         parts, settings, dataset = self.parts, self.parts.config.eval, self.parts.dataset
         latents = sample_latents(
             parts.model.predict,

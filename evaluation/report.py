@@ -15,8 +15,8 @@ from evaluation.sample import labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
 from report.curves import draw_curves, protocols
+from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, points_at
 from report.section_alignment import alignment_figures
-from report.section_metrics import MADE_BY, Material, Pictures, RunFacts, points_at, sentence
 from training.run_folder import RunFolder
 
 GRID_ROWS, GRID_COLUMNS = 6, 10
@@ -43,7 +43,7 @@ def make_report(
         curve = draw_curves(folder, curves, compared, base_models=base_models, run_order=list(labelled))
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = class_names(read_manifest(runs[0].config.data.text, "text"))
-    shown = Shown(labelled, facts, names)
+    drawn = DrawnImages(labelled, facts, names)
     return write_report(
         page,
         Material(
@@ -51,9 +51,9 @@ def make_report(
             baseline=compared,
             curve=curve,
             curve_figures=[path for path in figures if path.exists()],
-            grids=shown.grids(protocol),
+            grids=drawn.grids(protocol),
             grid_columns=[names.get(i, f"class {i}") for i in range(min(GRID_COLUMNS, len(names)))],
-            pictures=shown.pictures(protocol),
+            pictures=drawn.pictures(protocol),
             times=times,
             command=command,
             folder=folder,
@@ -62,7 +62,7 @@ def make_report(
 
 
 def facts_of(run: RunFolder) -> RunFacts:
-    """What a run folder holds."""
+    """Read the records of a run folder."""
     alignment = run.path / "eval" / "align.json"
     try:
         found = json.loads(alignment.read_text(encoding="utf-8")) if alignment.exists() else None
@@ -82,7 +82,7 @@ def facts_of(run: RunFolder) -> RunFacts:
 
 
 def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
-    """Of the protocols of curves the one that most runs share, then the one with most points, then with most images."""
+    """The protocol of curves that most runs share; of equals the one with most points, then the one with most images."""
     points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
     known = protocols(points)
     if not known:
@@ -93,8 +93,8 @@ def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
     )
 
 
-class Shown:
-    """Images that were drawn before, as rows and columns."""
+class DrawnImages:
+    """Arranges images that were drawn before in rows and columns."""
 
     def __init__(
         self, runs: Mapping[str, RunFolder], facts: Mapping[str, RunFacts], names: Mapping[int, str]
@@ -102,7 +102,7 @@ class Shown:
         self.runs, self.facts, self.names = runs, facts, names
 
     def grids(self, protocol: Mapping | None) -> dict[str, np.ndarray]:
-        """The first images of each run at its last step by a protocol; nothing where classes are random."""
+        """The first images of each run at its last step under a protocol; none where classes are random."""
         if protocol is None or protocol["labels"] != "balanced":
             return {}
         columns = min(GRID_COLUMNS, len(self.names))
@@ -116,7 +116,7 @@ class Shown:
         return {label: images for label, images in found.items() if images is not None and count}
 
     def pictures(self, protocol: Mapping | None) -> list[Pictures]:
-        """How one image grows over the checkpoints, and classes by the protocols of final numbers."""
+        """A few images at every checkpoint, and an image of each class under the protocols of final numbers."""
         made = [] if protocol is None else [self._by_step(protocol)]
         finals = [p for run in self.facts.values() for p in run.points if p["kind"] == "final"]
         made += [self._by_class(protocol) for protocol in protocols(finals)]
@@ -161,13 +161,13 @@ class Shown:
         return Pictures(
             rows,
             columns,
-            f"The first image of {few} classes, by the protocol of the final numbers: {sentence(protocol)}",
+            f"The first image of {few} classes, by the protocol of the final numbers: {describe_protocol(protocol)}",
         )
 
     def _at(self, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:
         return points_at(self.facts, protocol, kinds)
 
     def _images(self, label: str, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:
-        """Images of a point, None where they were deleted."""
+        """Images of a point; None where they were deleted."""
         folder = self.runs[label].path / point["samples"]
         return None if missing_images(folder, indices) else load_images(folder, indices)

@@ -1,8 +1,7 @@
 """Joint embeddings of the U-Net's projected tokens and the teacher's in the plane, by t-SNE or UMAP.
 
-An offset or a scale alone separates two clouds, and distances between clusters mean nothing: so both sides are
-L2-normalised, each source is drawn as it is and again with each side centred by itself, and the numbers that
-count stand below.
+A mere offset or scale separates two clouds, and distances between clusters mean nothing. So both sides are L2-normalised, each
+source is drawn as it is and again with each side centred by itself, and the meaningful numbers stand below.
 """
 
 import importlib.util
@@ -30,7 +29,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Panel:
-    """One scatter plot: `projected` and `teacher` (M, 2), `classes` (M,), and the `numbers` that its caption says."""
+    """One scatter plot: `projected` and `teacher` (M, 2), `classes` (M,), and the `numbers` of its caption."""
 
     projected: np.ndarray
     teacher: np.ndarray
@@ -41,7 +40,7 @@ class Panel:
 def embed_sources(
     sources: Mapping[str, Source], *, seed: int, method: str = "tsne"
 ) -> dict[str, dict[str, Panel]]:
-    """{source: {"raw": Panel, "centred": Panel}}: the same few tokens of each, of ten classes at most."""
+    """{source: {"raw": Panel, "centred": Panel}}; both panels show the same tokens, of ten classes at most."""
     return {
         name: {
             kind: _panel(source, centre=kind == "centred", seed=seed, method=method)
@@ -56,8 +55,8 @@ def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
     cells = source.projected.shape[1]
     images, places = np.nonzero(np.isin(source.classes, few)[:, None] & np.ones(cells, bool))
     rng = np.random.default_rng([seed, 7])
-    chosen = rng.permutation(len(images))[:TOKENS]
-    images, places = images[chosen], places[chosen]
+    drawn = rng.permutation(len(images))[:TOKENS]
+    images, places = images[drawn], places[drawn]
     x, y = (_prepared(side[images, places], centre) for side in (source.projected, source.teacher))  # (M, D)
     means = (_prepared(side.mean(axis=1), centre) for side in (source.projected, source.teacher))  # (n, D)
     shared = cknna(*means, k=min(10, len(source.classes) - 4), seed=seed)

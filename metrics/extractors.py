@@ -1,4 +1,4 @@
-"""The feature extractors by the settings that name them."""
+"""Load the feature extractors that the settings name."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from metrics.inception import find_weights, load_inception
 def load_extractors(
     setting: str | Path, device: str | torch.device, *, dinov2: str | Path | None = None
 ) -> list[Extractor]:
-    """The extractors that a setting names, all fed by one reading of the images.
+    """The extractors that a setting names; all can be fed by one reading of the images.
 
     "inception", or a .pth of its weights: the protocols "adm" and "clean", which share one network. A transformers folder of an
     image classifier: "classifier". `dinov2` is a transformers folder whose features are given beside these, never alone.
-    Nothing is ever downloaded; what is missing or foreign is a `UserError`.
+    Nothing is ever downloaded; raises `UserError` for files that are missing or of another kind.
     """
     device = torch.device(device)
     if str(setting) == "inception" or Path(setting).suffix == ".pth":

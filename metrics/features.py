@@ -21,9 +21,9 @@ from metrics.moments import Moments
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of N images; None where its protocol has no such thing."""
+    """An extractor's output for N images; None where its protocol lacks that output."""
 
-    pool: np.ndarray  # (N, D) float32: what Fréchet distances, KID, precision and recall are taken of
+    pool: np.ndarray  # (N, D) float32: for Fréchet distances, KID, precision and recall
     logits: np.ndarray | None = None  # (N, K) float32: for the Inception Score
     spatial: np.ndarray | None = None  # (N, 2023) float32: for sFID
     labels: np.ndarray | None = None  # (N,) int64: the predicted class
@@ -35,7 +35,7 @@ class Features:
 class Extractor(Protocol):
     """What every extractor offers: the `protocol` for metric names, an `identity`, and `features`.
 
-    `identity` holds all that two results must share: protocol, network, weights_sha256, resize, layout, ...; JSON values only.
+    Two results can be compared if `identity` is equal: protocol, network, weights_sha256, resize, layout, …; JSON values only.
     """
 
     protocol: str
@@ -104,7 +104,7 @@ class FeatureSet:
 
 
 def check_images(images: np.ndarray) -> None:
-    """Insist on (N, H, W, 3) uint8 with N >= 1."""
+    """Check that images are (N, H, W, 3) uint8 with N >= 1."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
 

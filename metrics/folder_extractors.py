@@ -17,12 +17,12 @@ DINOV2_SIDE = 224  # pixels, as edm2's FD_DINOv2
 
 
 class FolderExtractor:
-    """What both have in common: how an image is prepared, and who the network is."""
+    """The part that both extractors share: how images are prepared, and the identity of the network."""
 
     protocol: str
 
     def __init__(self, model: torch.nn.Module, sha256: str, *, mean: list, std: list, size: tuple[int, int]):
-        """`mean`, `std` per RGB channel, pixels in [0, 1]; `size` (height, width) is what the network sees."""
+        """`mean`, `std` per RGB channel, pixels in [0, 1]; `size` (height, width) is the size of the network's input."""
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.size = size
@@ -50,14 +50,14 @@ class FolderExtractor:
         return (x / 255 - self.mean) / self.std  # (b, 3, h, w)
 
     def check(self, images: np.ndarray) -> None:
-        """Insist on images of the network's proportions."""
+        """Check that images have the proportions that the network expects."""
         check_images(images)
         if images.shape[1] * self.size[1] != images.shape[2] * self.size[0]:
             raise ValueError(f"images {images.shape[1:3]} would be squashed to {self.size}")
 
 
 class ClassifierExtractor(FolderExtractor):
-    """A transformers image classifier; its features are what its last linear layer reads."""
+    """A transformers image classifier; its features are the input of its last linear layer."""
 
     protocol = "classifier"
 
@@ -108,7 +108,7 @@ class Dinov2Extractor(FolderExtractor):
 
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:
-    """A transformers folder of an image classifier; anything else is a `UserError` that says what it is."""
+    """Load an image classifier from a transformers folder; raises `UserError` for a folder of anything else."""
     from transformers import AutoModelForImageClassification
 
     kind = _architecture(path)
@@ -130,7 +130,7 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
 
 
 def load_dinov2(path: Path, device: torch.device) -> Extractor:
-    """A transformers folder of DINOv2; anything else is a `UserError` that says what it is."""
+    """Load DINOv2 from a transformers folder; raises `UserError` for a folder of anything else."""
     from transformers import AutoModel
 
     kind = _architecture(path)
@@ -149,7 +149,7 @@ def load_dinov2(path: Path, device: torch.device) -> Extractor:
 
 
 def _load(loader: type, path: Path, what: str) -> tuple[torch.nn.Module, str]:
-    """The model, whole, and the checksum of its weights."""
+    """Load the whole model; returns it with the checksum of its weights."""
     logging.disable_progress_bar()
     try:
         model, report = loader.from_pretrained(
@@ -166,7 +166,7 @@ def _load(loader: type, path: Path, what: str) -> tuple[torch.nn.Module, str]:
 
 
 def _architecture(path: Path) -> str:
-    """What config.json says the folder holds."""
+    """The architecture that the folder's config.json names, or the words that say what is missing."""
     if not path.exists():
         raise UserError(f"no feature extractor at {path}: no such folder")
     if not (path / "config.json").is_file():
@@ -184,7 +184,7 @@ def _normalisation(path: Path, preprocessing: dict) -> tuple[list[float], list[f
 
 
 def _network_size(path: Path, preprocessing: dict) -> tuple[int, int]:
-    """(height, width) of what the network was trained on: the crop where there is one, else the resize."""
+    """(height, width) of the images that the network was trained on: the crop if there is one, else the resize."""
     size = preprocessing.get("crop_size", preprocessing.get("size"))
     if isinstance(size, dict):
         side = size.get("shortest_edge")

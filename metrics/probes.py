@@ -1,11 +1,16 @@
-"""A linear map from the U-Net's features to the teacher's tokens: what the features hold, whether or not a run has a head."""
+"""Linear probes of features: a ridge map to the teacher's tokens, and a linear classifier of an image's class.
+
+Both are fitted on one half of the images and scored on the other, and need no head, so a base model can be probed too.
+"""
 
 import numpy as np
 
-from metrics.similarity import mispair, paired_cosine, split_by_image
+from metrics.similarity import NULLS, mispair, paired_cosine, split_by_image
 from metrics.token_sums import mapped, parts, product_sum, token_pair
 
-PENALTIES = tuple(10.0**e for e in range(-5, 4))  # relative to the mean variance of the features
+RIDGE_PENALTIES = tuple(10.0**e for e in range(-5, 4))  # relative to the mean variance of the features
+PROBE_PENALTIES = tuple(10.0**e for e in range(-1, 6))
+MIN_PROBED = 4  # images of a class, fitted and scored together
 
 
 def ridge_alignment(
@@ -14,7 +19,7 @@ def ridge_alignment(
     """Map tokens x (N, T, Dx) to the space of y (N, T, Dy) by ridge regression, fitted on half of the images.
 
     Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
-    seed. It gives a run without a head, or the base model, a view in the teacher's space.
+    seed. So a run without a head, or the base model, can be shown in the teacher's space.
 
     - cosine: `paired_cosine` of the projection with y, in [-1, 1]; a map that only knows y's mean has the cosine of
       the tokens with their mean, so look at `null_cosine` too.
@@ -22,7 +27,7 @@ def ridge_alignment(
       most 1, and below 0 where the mean alone does better.
     - null_cosine, null_r2: the same of a map fitted on images paired at random, and reported alike.
 
-    `ridge` is the penalty relative to the mean variance of x; 0 is plain least squares. None chooses one of `PENALTIES`
+    `ridge` is the penalty relative to the mean variance of x; 0 is plain least squares. None chooses one of `RIDGE_PENALTIES`
     for each map by images of the fit half alone, a quarter of them held back: with fewer fit images than channels, as
     there are at full size, a fixed small penalty overfits so that the map does worse than the mean.
     """
@@ -55,6 +60,43 @@ def ridge_alignment(
     return numbers | {"ridge": penalty, "n_fit": len(fit), "n_test": len(test)}, projected
 
 
+def probe_accuracy(features: np.ndarray, classes: np.ndarray, *, seed: int) -> dict[str, float | int] | None:
+    """Accuracy of a linear classifier on features (N, D) of classes (N,), fitted on half of the images.
+
+    Ridge regression to one-hot targets on standardised features, its penalty chosen by leave-one-out on the fit images: as
+    robust with 1280 features and 500 images as with 60 and 5000, and seconds where logistic regression takes minutes. Scored
+    on the other half, of the split that all metrics share. Only classes with `MIN_PROBED` images or more, some of them in
+    either half, take part; None where fewer than two are left.
+
+    Returns accuracy; null_accuracy, the mean over shuffles of the fit images' labels; chance, the accuracy of always naming
+    the fit images' most frequent class; and num_classes, n_fit, n_test of what took part.
+    """
+    if features.ndim != 2 or len(features) != len(classes):
+        raise ValueError(f"features must be (N, D) and classes (N,), got {features.shape}, {classes.shape}")
+    fit, test = split_by_image(len(features), seed)
+    names, counts = np.unique(classes, return_counts=True)
+    names = names[counts >= MIN_PROBED]
+    names = names[np.isin(names, classes[fit]) & np.isin(names, classes[test])]
+    if len(names) < 2:
+        return None
+    fit, test = (half[np.isin(classes[half], names)] for half in (fit, test))
+    mean, std = features[fit].mean(axis=0, dtype=np.float64), features[fit].std(axis=0, dtype=np.float64)
+    scaled = (features - mean) / np.where(std > 0, std, 1)  # (N, D)
+    rng = np.random.default_rng([seed, 6])
+    labels, truth = classes[fit], classes[test]
+    found = np.unique(labels, return_counts=True)
+    return {
+        "accuracy": _score(scaled[fit], labels, scaled[test], truth),
+        "null_accuracy": float(
+            np.mean([_score(scaled[fit], rng.permutation(labels), scaled[test], truth) for _ in range(NULLS)])
+        ),
+        "chance": float((truth == found[0][found[1].argmax()]).mean()),
+        "num_classes": len(names),
+        "n_fit": len(fit),
+        "n_test": len(test),
+    }
+
+
 def _weights(gram: tuple[np.ndarray, np.ndarray], cross: np.ndarray, ridge: float) -> np.ndarray:
     """(Dx, Dy) of the normal equations, given the eigenvalues (Dx,) and -vectors (Dx, Dx) of their matrix."""
     return gram[1] @ (_inverse(gram[0], ridge)[:, None] * (gram[1].T @ cross))
@@ -70,10 +112,17 @@ def _best(gram, cross: np.ndarray, own_back: np.ndarray, cross_back: np.ndarray)
         weights = _inverse(values, ridge)[:, None] * cross  # (Dx, Dy)
         return (weights * (own_back @ weights)).sum() - 2 * (weights * cross_back).sum()
 
-    return min(PENALTIES, key=error)
+    return min(RIDGE_PENALTIES, key=error)
 
 
 def _inverse(values: np.ndarray, ridge: float) -> np.ndarray:
     """(Dx,) 1 / (value + penalty); with ridge 0 the features may be rank-deficient: no variance, no weight."""
     damped = values + ridge * values.mean()
     return np.where(damped > damped.max() * 1e-12, 1 / np.where(damped > 0, damped, 1), 0)
+
+
+def _score(x_fit: np.ndarray, labels: np.ndarray, x_test: np.ndarray, truth: np.ndarray) -> float:
+    from sklearn.linear_model import RidgeClassifierCV
+
+    probe = RidgeClassifierCV(alphas=PROBE_PENALTIES).fit(x_fit, labels)
+    return float((probe.predict(x_test) == truth).mean())

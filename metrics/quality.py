@@ -1,4 +1,4 @@
-"""Numbers about sets of images, from their features: each by the definition its name is published under.
+"""Metrics of sets of images, computed from their features; each follows the definition that was published under its name.
 
 Inception Score, precision and recall as ADM's evaluator has them, KID as torch-fidelity. Values of different protocols or
 different numbers of images are different measures, so both are part of a name: `adm_fid10k`, never a bare "FID".
@@ -11,7 +11,7 @@ from metrics.features import FeatureSet, full_precision
 from metrics.moments import Moments, frechet_distance, trace_of_root
 from metrics.reference import Reference
 
-OFFERS = {  # what each protocol is measured by
+METRICS = {  # of each protocol
     "adm": ("fid", "sfid", "is", "precision", "recall", "kid"),
     "clean": ("fid", "kid"),
     "classifier": ("fd", "is", "precision", "recall", "kid", "accuracy"),
@@ -31,12 +31,12 @@ def score(
     intended: np.ndarray | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict]:
-    """All that the protocol offers: {name: {value, error, error_kind, notes}}.
+    """All metrics of the reference's protocol: {name: {value, error, error_kind, notes}}.
 
     `n` is the number of images asked for, `intended` (n,) the class each was asked to show (for the accuracy). `error` is of
     the kind "bootstrap" (standard error, 0 resamples leave it out), "splits" or "subsets" (standard deviation over the
-    Inception Score's splits, KID's subsets), or None. `notes` say what a reader must know to read the value. What the
-    reference cannot answer (no features, no spatial moments) is left out.
+    Inception Score's splits, KID's subsets), or None. `notes` are what a reader must know to read the value. Metrics for
+    which the reference lacks features or spatial moments are left out.
     """
     if len(drawn) != n:
         raise ValueError(f"{n} images were asked for, there are features of {len(drawn)}")
@@ -48,7 +48,7 @@ def score(
         name = metric_name(protocol, metric, n)
         results[name] = {"value": value, "error": error, "error_kind": kind, "notes": list(notes)}
 
-    for metric in OFFERS[protocol]:
+    for metric in METRICS[protocol]:
         if metric in ("fid", "fd"):
             error = bootstrap_fd(pool, reference.pool, bootstrap, seed) if bootstrap else None
             put(metric, frechet_distance(Moments().update(pool), reference.pool), error, "bootstrap")
@@ -79,10 +79,10 @@ def metric_name(protocol: str, metric: str, n: int) -> str:
 
 
 def bootstrap_fd(pool: np.ndarray, reference: Moments, resamples: int = BOOTSTRAP, seed: int = 0) -> float:
-    """The standard error of a Fréchet distance that drawing other images would bring, from resampled images.
+    """Bootstrap standard error of the Fréchet distance.
 
-    `pool` (N, D) is drawn from with replacement. Only the spread of these distances means anything: their mean is too large,
-    since a resample holds but 63 % of the images. The reference counts as exact. Holds three float64 copies of `pool`.
+    Resamples `pool` (N, D) with replacement. Only the spread of these distances is meaningful: their mean is too large, since a
+    resample holds only 63 % of the images. The reference is taken as exact. Holds three float64 copies of `pool`.
     """
     if resamples < 2:
         raise ValueError(f"a spread needs 2 resamples, got {resamples}")
@@ -166,7 +166,7 @@ def precision_recall(
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"{k} neighbours need more images than {len(samples)} and {len(reference)}")
     device = torch.device(device)
-    centre = reference.mean(axis=0)  # distances do not see it, but round less near the origin
+    centre = reference.mean(axis=0)  # distances do not change, but round less near the origin
     x, y = (
         torch.from_numpy(np.asarray(side - centre, np.float32)).to(device) for side in (samples, reference)
     )
@@ -192,7 +192,7 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor):
 
 
 def class_accuracy(predicted: np.ndarray, intended: np.ndarray) -> float:
-    """Share, in [0, 1], of images taken for the class they were asked to show; both labels are (N,)."""
+    """Share, in [0, 1], of images whose predicted class is the intended one; both labels are (N,)."""
     predicted, intended = np.asarray(predicted), np.asarray(intended)
     if predicted.shape != intended.shape or predicted.ndim != 1 or len(predicted) == 0:
         raise ValueError(

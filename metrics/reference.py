@@ -1,4 +1,4 @@
-"""The real images that samples are held against: moments, some features, and how all that was made, in one file.
+"""References: statistics of the real images that samples are compared with, and some of their features, in one file.
 
 The file has the keys of ADM's reference files (mu, sigma, mu_s, sigma_s) beside its own, and ADM's own files can stand in
 its place.
@@ -26,7 +26,7 @@ CHUNK = 500  # images in memory at a time
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as an extractor sees them; None where a file does not say."""
+    """Statistics of real images in an extractor's features; None where a file lacks them."""
 
     name: str  # the file's
     protocol: str
@@ -38,7 +38,7 @@ class Reference:
 
     @property
     def identity(self) -> dict:
-        """What two results must share to be compared: the file's name, the checksum of its moments, its metadata."""
+        """The file's name, the checksum of its moments, and its metadata: two results can be compared if these are equal."""
         digest = hashlib.sha256()
         for moments in filter(None, (self.pool, self.spatial)):
             digest.update(moments.mean.tobytes() + moments.cov.tobytes())
@@ -67,7 +67,7 @@ class ReferenceBuilder:
         if count < 4:
             raise UserError(f"a reference needs at least 4 images, there are {count}")
         rng = np.random.default_rng(seed)
-        self._chosen = rng.permutation(count) < kept  # (count,)
+        self._is_kept = rng.permutation(count) < kept  # (count,)
         self._first = (
             rng.permutation(count) < count // 2
         )  # (count,); at random: files are often sorted by class
@@ -82,22 +82,22 @@ class ReferenceBuilder:
         if len(indices) != len(features) or self._seen[indices].any() or len(set(indices)) != len(indices):
             raise ValueError("each image of the set must be added once, with its index")
         self._seen[indices] = True
-        first, chosen = self._first[indices], self._chosen[indices]  # (N,)
-        for half, mine in zip(self._halves, (first, ~first), strict=True):
-            if mine.any():
-                half.update(features.pool[mine])
+        first, is_kept = self._first[indices], self._is_kept[indices]  # (N,)
+        for half, in_half in zip(self._halves, (first, ~first), strict=True):
+            if in_half.any():
+                half.update(features.pool[in_half])
         if features.spatial is not None:
             self._spatial = (self._spatial or Moments()).update(features.spatial)
-        self._features.append((indices[chosen], features.pool[chosen]))
+        self._features.append((indices[is_kept], features.pool[is_kept]))
         return self
 
     def merge(self, other: "ReferenceBuilder") -> "ReferenceBuilder":
-        """Add what another process collected of the same set; returns itself."""
+        """Add the images that another process collected of the same set; returns itself."""
         if (self._seen & other._seen).any():
             raise ValueError("each image of the set must be added once")
         self._seen |= other._seen
-        for mine, theirs in zip(self._halves, other._halves, strict=True):
-            mine.merge(theirs)
+        for own, theirs in zip(self._halves, other._halves, strict=True):
+            own.merge(theirs)
         if other._spatial is not None:
             self._spatial = (self._spatial or Moments()).merge(other._spatial)
         self._features += other._features

@@ -1,9 +1,9 @@
-"""How much of the teacher the U-Net holds: held-out CCA, CKNNA, unbiased CKA, paired cosine.
+"""Similarity of the U-Net's features to the teacher's tokens: held-out CCA, CKNNA, unbiased CKA, paired cosine.
 
-Alignment numbers lie easily. CCA reads 1.0 on independent data once there are as many dimensions as
-samples, and the tokens of one image are not independent samples; biased CKA reads 0.8 there. So everything
-fitted here is fitted on one half of the *images* and reported on the other, with the layout all images share
-removed where it would count, beside a null in which images are paired at random.
+Such numbers mislead easily. CCA is 1.0 on independent data once there are as many dimensions as data points, and the tokens of
+one image are not independent data points; biased CKA is 0.8 there. So everything that is fitted here is fitted on one half of
+the *images* and reported on the other. The layout that all images share is removed where it would raise the value, and a null
+is given, in which images are paired at random.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ NULLS = 5  # random pairings of images that a null is the mean of
 
 
 class RankError(ValueError):
-    """More directions are wanted than the tokens have: constant or collapsed features, or too few images."""
+    """The tokens have fewer directions than are wanted: constant or collapsed features, or too few images."""
 
 
 def split_by_image(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Rows of `align.json`: all metrics of one model's features at one tap and timestep, each as {value, null}; and their reader.
+"""Make and read the rows of `align.json`: all metrics of one model's features at one tap and timestep, each {value, null}.
 
 A row has `model` (run or base), `tap`, `timestep`, `features` (tap: the U-Net's own, before the head; head: the head's
 tokens, after it) and `metrics`. Every metric compares with the teacher's tokens averaged over the cells of the tap's grid, and
@@ -23,8 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metrics.linear_probe import probe_accuracy
-from metrics.probes import ridge_alignment
+from metrics.probes import probe_accuracy, ridge_alignment
 from metrics.similarity import (
     RankError,
     cknna,
@@ -45,8 +44,11 @@ Metrics = dict[str, dict[str, float | None]]
 
 @dataclass(frozen=True)
 class TeacherSide:
-    """What the rows of one grid are measured against: `tokens` (n, T, D) on `grid` (h, w), their `components` (n, T, k) for
-    CCA, the images' `classes` (n,), and the seed of the split and of all nulls."""
+    """The teacher's side of a comparison on one grid.
+
+    `tokens` (n, T, D) lie on `grid` (h, w); `components` (n, T, k) are their principal components for CCA; `classes` (n,) are
+    those of the images; `seed` decides the split and all nulls.
+    """
 
     tokens: np.ndarray
     components: np.ndarray
@@ -70,7 +72,7 @@ class TeacherSide:
         return cls(tokens, reduce_tokens(tokens, k=k, seed=seed), classes, grid, seed)
 
     def metrics(self) -> Metrics:
-        """The metrics that look at one side only, of the teacher itself."""
+        """The teacher's own values of the metrics that need one side only."""
         return _one_side(self.tokens, self)
 
 

@@ -1,7 +1,7 @@
-"""How tokens of one image relate to where they lie: iREPA's LDS, CDS and RMSC on any grid (arXiv 2512.10794).
+"""Spatial structure of the tokens of one image: iREPA's LDS, CDS and RMSC on any grid (arXiv 2512.10794).
 
-They look at one side only, so they are read beside those of the teacher's tokens *on the same grid*: a step on a coarse grid
-crosses more of the image. iREPA's fourth, SRSS, compares tokens inside and outside a foreground mask; a cache of latents and
+They need one side only, so compare them with those of the teacher's tokens *on the same grid*: a step on a coarse grid crosses
+more of the image. iREPA's fourth, SRSS, compares tokens inside and outside a foreground mask; a cache of latents and
 tokens holds no masks, so it is left out.
 """
 
@@ -47,7 +47,7 @@ def spatial_metrics(
     - rmsc: root mean square distance of an image's L2-normalised tokens from their mean, in [0, 1]; 0 where all tokens are
       equal.
 
-    The null shuffles the positions within each image. RMSC does not look at positions, so it has none.
+    The null shuffles the positions within each image. RMSC does not depend on positions, so it has no null.
     """
     h, w = grid
     if tokens.ndim != 3 or tokens.shape[1] != h * w or h * w < 2:

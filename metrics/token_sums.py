@@ -1,4 +1,4 @@
-"""Sums over the tokens of many images in float64, some images at a time: the tokens keep their own precision and memory."""
+"""Sums over the tokens of many images in float64, a few images at a time, so that no float64 copy of all tokens is made."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ CHUNK = 32  # images turned to float64 at a time: 21 MB of mid-block features at
 
 
 def parts(n: int) -> Iterator[slice]:
-    """Slices of n images."""
+    """Slices that cover n images, a few images each."""
     return (slice(start, start + CHUNK) for start in range(0, n, CHUNK))
 
 

@@ -18,12 +18,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarise(
-    results: Results, reference: str, alien: Mapping[str, set[str]] | None = None
+    results: Results, reference: str, incomparable: Mapping[str, set[str]] | None = None
 ) -> dict[str, dict[str, dict]]:
     """{arm: {measure: {mean, error, n, comparable, difference, difference_error}}}.
 
     The difference from the reference arm is taken seed by seed: two arms of one seed share their first weights, batches and
-    noise, so that much of what is due to chance goes out. Its error is that of the mean of these differences. `alien` names
+    noise, so that much of the chance cancels. Its error is that of the mean of these differences. `incomparable` names
     the measures of an arm that cannot be compared with the reference's: they have no difference.
     """
     table = {}
@@ -34,7 +34,7 @@ def summarise(
             if not values:
                 continue
             mean, error = mean_and_error(list(values.values()))
-            comparable = measure not in (alien or {}).get(arm, ())
+            comparable = measure not in (incomparable or {}).get(arm, ())
             row = {"mean": mean, "error": error, "n": len(values), "comparable": comparable}
             others = results[reference]
             pairs = [
@@ -53,7 +53,7 @@ def markdown(
 ) -> str:
     """A table with one row an arm: each measure of {name: format} as mean ± error, n, and for some the difference beside it.
 
-    A dagger marks what cannot be compared.
+    A dagger marks a value that cannot be compared with the reference's.
     """
     heads = ["arm", "n"]
     for name in measures:
@@ -80,11 +80,11 @@ def plot_arms(
     reference: str,
     measures: Mapping[str, str],
     title: str,
-    alien: Mapping[str, set[str]] | None = None,
+    incomparable: Mapping[str, set[str]] | None = None,
 ) -> None:
     """One panel a measure of {name: label}: each arm's seeds as dots, its mean ± standard error, and the reference's mean.
 
-    What cannot be compared with the reference (`alien`, as in `summarise`) is left out.
+    Measures of an arm that cannot be compared with the reference's (`incomparable`, as in `summarise`) are left out.
     """
     plt = pyplot()
     arms = list(results)
@@ -99,7 +99,7 @@ def plot_arms(
     for panel, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for row, arm in enumerate(arms):
             values = [r[measure] for r in results[arm].values() if r.get(measure) is not None]
-            if not values or measure in (alien or {}).get(arm, ()):
+            if not values or measure in (incomparable or {}).get(arm, ()):
                 continue
             mean, error = mean_and_error(values)
             colour = "#555555" if arm == reference else run_style(0)["color"]

@@ -42,10 +42,10 @@ def plot_embedding(
         layout="constrained",
     )
     for column, (name, panels) in enumerate(sources.items()):
-        for row, (kind, said) in enumerate(KINDS.items()):
+        for row, (kind, subtitle) in enumerate(KINDS.items()):
             axes, panel = grid[row, column], panels[kind]
             _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
-            axes.set_title(f"{fill(name, 44)}\n{said}" if row == 0 else said, fontsize=10)
+            axes.set_title(f"{fill(name, 44)}\n{subtitle}" if row == 0 else subtitle, fontsize=10)
             axes.set_xlabel(caption(panel.numbers), fontsize=8.5, linespacing=1.35)
     dot = {"linestyle": "", "markersize": 6}
     handles = [
@@ -91,17 +91,17 @@ def plot_embedding(
 
 def caption(numbers: Mapping[str, float | int]) -> str:
     """A panel's numbers in three short lines."""
-    said = {name: f"{round(value, 2) + 0.0:.2f}" for name, value in numbers.items()}  # no minus before 0.00
+    text = {name: f"{round(value, 2) + 0.0:.2f}" for name, value in numbers.items()}  # no minus before 0.00
     return (
-        f"paired cosine {said['paired_cosine']} (random pairs {said['null_paired_cosine']})\n"
-        f"CKNNA {said['cknna']} (random pairs {said['null_cknna']}), {numbers['cknna_images']} images, "
+        f"paired cosine {text['paired_cosine']} (random pairs {text['null_paired_cosine']})\n"
+        f"CKNNA {text['cknna']} (random pairs {text['null_cknna']}), {numbers['cknna_images']} images, "
         f"k = {numbers['cknna_k']}\n"
         f"drawn: {numbers['tokens']} tokens a side of {numbers['images']} images"
     )
 
 
 def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
-    """Draw CKNNA and CCA of the taps' features against the timestep, of what `align.json` holds.
+    """Draw CKNNA and CCA of the taps' features against the timestep, from the contents of align.json.
 
     Colour and marker = tap, solid = the run, dashed = the bare base model; faint and dotted: their nulls.
     """

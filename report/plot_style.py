@@ -1,4 +1,4 @@
-"""What every figure shares: the look, the colours of runs and classes, and saving a PNG beside its data."""
+"""The style of all figures: the look, the colours of runs and classes, and saving a PNG beside its data."""
 
 import io
 import json
@@ -93,7 +93,7 @@ def ordered(runs: Iterable[str], run_order: Sequence[str] | None) -> list[str]:
 
 
 def plain(values):
-    """Numbers as JSON takes them: nested lists of floats, None where not finite."""
+    """Numbers in a form that JSON allows: nested lists of floats, None where not finite."""
     if np.ndim(values):
         return [plain(v) for v in values]
     return float(values) if math.isfinite(values) else None

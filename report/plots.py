@@ -212,7 +212,7 @@ def _running_mean(ys: np.ndarray, window: int) -> np.ndarray:
 
 
 def _label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
-    """Write each run's name right of its last point, moved apart vertically, as little as needed."""
+    """Write each run's name to the right of its last point; names that would overlap are moved apart vertically."""
     from scipy.optimize import isotonic_regression
 
     if not ends:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from metrics.similarity_rows import nearest_timestep, value_of
+from report.material import Material
 from report.page import Block, Command, Figure, Heading, Paragraph, Table
 from report.plots import plot_panels
 
@@ -40,8 +41,9 @@ PICTURES = {
 }
 
 
-def alignment_sections(runs: Mapping, folder: Path) -> list[Block]:
-    """Table, conditions and pictures of the runs that were measured; what to run for those that were not."""
+def alignment_section(material: Material) -> list[Block]:
+    """Table, conditions and pictures of the runs that were measured, and the command for those that were not."""
+    runs = material.runs
     measured = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
     blocks: list[Block] = [Heading("Alignment on held-out images")]
     missing = [name for name, run in runs.items() if run.alignment is None and not run.is_base]
@@ -52,8 +54,8 @@ def alignment_sections(runs: Mapping, folder: Path) -> list[Block]:
     first = next(iter(measured.values()))
     differing = [name for name, found in measured.items() if _conditions(found) != _conditions(first)]
     if differing:
-        said = f"Measured under other conditions than {next(iter(measured))}, so not shown: {', '.join(differing)}."
-        blocks.append(Paragraph(said))
+        note = f"Measured under other conditions than {next(iter(measured))}, so not shown: {', '.join(differing)}."
+        blocks.append(Paragraph(note))
     alike = {name: found for name, found in measured.items() if name not in differing}
     timestep = nearest_timestep(first["timesteps"])
     h, w = first["tap_grids"]["mid"]
@@ -71,7 +73,7 @@ def alignment_sections(runs: Mapping, folder: Path) -> list[Block]:
             "test half and of mapped tokens."
         ),
         Command("\n".join(dict.fromkeys(found["command"] for found in alike.values()))),
-        _across(alike, folder),
+        _across(alike, material.folder),
     ]
     for name, run in runs.items():
         if name not in alike:
@@ -85,10 +87,9 @@ def alignment_sections(runs: Mapping, folder: Path) -> list[Block]:
 
 
 def _across(measured: Mapping[str, Mapping], folder: Path) -> Figure:
-    """The mid-block of all runs and of the bare base model, against the timestep."""
+    """Figure of the mid-block's metrics of all runs and of the bare base model, against the timestep."""
     timesteps = next(iter(measured.values()))["timesteps"]
-    trained = {name: found for name, found in measured.items() if found["heldout_loss_diff"] is not None}
-    base = next((found for found in measured.values() if found["heldout_loss_diff_base"] is not None), None)
+    trained, base = _trained_and_base(measured)
     lines = [(name, found, "run") for name, found in trained.items()]
     lines += [] if base is None else [(BASE, base, "base")]
     panels = {
@@ -107,14 +108,20 @@ def _across(measured: Mapping[str, Mapping], folder: Path) -> Figure:
     return Figure(file, "The mid-block of all runs against the timestep at which it is read.")
 
 
+def _trained_and_base(measured: Mapping[str, Mapping]) -> tuple[dict[str, Mapping], Mapping | None]:
+    """The results that have a run, by its label, and the first result that has the bare base model."""
+    trained = {name: found for name, found in measured.items() if found["heldout_loss_diff"] is not None}
+    base = next((found for found in measured.values() if found["heldout_loss_diff_base"] is not None), None)
+    return trained, base
+
+
 def _conditions(found: Mapping) -> tuple:
     return tuple(str(found.get(key)) for key in ALIKE)
 
 
 def _table(measured: Mapping[str, Mapping], timestep: int) -> Table:
-    """A row each metric, a column each run, the bare base model, and the teacher itself where it has the metric."""
-    base = next((found for found in measured.values() if found["heldout_loss_diff_base"] is not None), None)
-    trained = {name: found for name, found in measured.items() if found["heldout_loss_diff"] is not None}
+    """A table with a row for each metric, and a column for each run, for the bare base model, and for the teacher itself."""
+    trained, base = _trained_and_base(measured)
     columns = [*trained, *([BASE] if base else []), "teacher"]
     rows = []
     for features, metrics in (("tap", BEFORE_HEAD), ("head", AFTER_HEAD)):

@@ -1,84 +1,31 @@
-"""What a page about several runs is made of, and its sections of numbers: results, curves, final numbers and guidance."""
+"""The page's sections of numbers: results, curves, final numbers and guidance."""
 
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
-from report.curves import headline, kind_of, lower_is_better, points_under, protocols
+from report.curves import headline, kind_of, lower_is_better, protocols
+from report.material import MADE_BY, Material, RunFacts, describe_protocol, fold_command, last_points
 from report.page import Block, Command, Figure, Heading, Paragraph, Table
 from report.plots import plot_sweep
 
-SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
-GUIDANCE = ("cfg", "guidance_interval", "guidance_space")  # what differs within a sweep
-MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Images `(H, W, 3)` uint8 that were drawn before: {row: images} under `columns`; None where there is none."""
-
-    rows: Mapping[str, Sequence[np.ndarray | None]]
-    columns: Sequence[str]
-    caption: str
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What one run recorded. `points` are the lines of its points.jsonl, `log` those of its metrics.jsonl, `alignment` its
-    align.json (None where `align` was not run) and `figures` the pictures beside that."""
-
-    is_base: bool
-    settings: Mapping[str, object]
-    commands: Sequence[str]
-    log: Sequence[Mapping[str, float]]
-    points: Sequence[Mapping]
-    alignment: Mapping | None = None
-    figures: Sequence[Path] = ()
-
-
-@dataclass(frozen=True)
-class Material:
-    """All that the page shows: the runs by label, the one that others are compared with, `curve.json`'s content and figures,
-    grids of samples, rows of pictures, stages with their times, and the command that makes the page."""
-
-    runs: Mapping[str, RunFacts]
-    baseline: str | None
-    curve: Mapping | None
-    curve_figures: Sequence[Path]
-    grids: Mapping[str, np.ndarray]
-    grid_columns: Sequence[str]
-    pictures: Sequence[Pictures]
-    times: Sequence[Mapping]
-    command: str
-    folder: Path
+GUIDANCE = ("cfg", "guidance_interval", "guidance_space")  # the settings that differ within a sweep
 
 
 def results_section(material: Material) -> list[Block]:
+    """The table of the runs' last checkpoints by the shared protocol."""
     blocks: list[Block] = [Heading("Results")]
     if material.curve is None:
         how = f"python evaluate_sd15.py curve {' '.join(material.runs)}"
         return [*blocks, Paragraph(f"No protocol was used for these runs: `{how}` measures them.")]
-    last = {name: points[-1] for name, points in points_at(material.runs, material.curve["protocol"]).items()}
-    blocks += [_table(last, material.runs), Paragraph(_scale(last)), _commands(last.values())]
+    last = last_points(material.runs, material.curve["protocol"])
+    blocks += [_table(last), Paragraph(_reading_note(last)), _commands(last.values())]
     absent = [name for name in material.runs if name not in last]
     if absent:
         blocks.append(Paragraph(f"Not measured by this protocol: {', '.join(absent)}."))
     return blocks
 
 
-def points_at(
-    runs: Mapping[str, RunFacts], protocol: Mapping, kinds: Sequence[str] = MADE_BY
-) -> dict[str, list[Mapping]]:
-    """The points of each run under a protocol by step, the last one of each step; runs without any are left out."""
-    found = {name: points_under(run.points, protocol, kinds) for name, run in runs.items()}
-    return {name: points for name, points in found.items() if points}
-
-
-def _table(points: Mapping[str, Mapping], runs: Mapping[str, RunFacts]) -> Table:
-    """One row a metric, one column a run, the protocol below."""
+def _table(points: Mapping[str, Mapping]) -> Table:
+    """A table of one point of each run: a row is a metric, a column is a run, and the caption describes the protocol."""
     names = list(dict.fromkeys(name for point in points.values() for name in point["metrics"]))
     rows = [
         [
@@ -99,9 +46,9 @@ def _table(points: Mapping[str, Mapping], runs: Mapping[str, RunFacts]) -> Table
         "splits": "over splits (IS)",
         "subsets": "over subsets (KID)",
     }
-    said = f" ± is the deviation {', '.join(kinds[kind] for kind in errors)}." if errors else ""
+    spread = f" ± is the deviation {', '.join(kinds[kind] for kind in errors)}." if errors else ""
     more = f" Notes: {'; '.join(notes)}." if notes else ""
-    return Table(["metric", *points], rows, sentence(first["protocol"]) + said + more)
+    return Table(["metric", *points], rows, describe_protocol(first["protocol"]) + spread + more)
 
 
 def _value(found: Mapping | None) -> str | float | None:
@@ -112,10 +59,10 @@ def _value(found: Mapping | None) -> str | float | None:
     return f"{found['value']:.4g} ± {found['error']:.2g}"
 
 
-def _scale(points: Mapping[str, Mapping]) -> str:
-    """What a reader must know before reading a table of metrics."""
+def _reading_note(points: Mapping[str, Mapping]) -> str:
+    """How to read a table of metrics, and how far apart two halves of the real images are."""
     first = next(iter(points.values()))
-    said = "".join(
+    scale = "".join(
         f" For scale: two random halves of the real images are {value:.3g} apart ({name})."
         for name, value in first["distance_of_halves"].items()
         if value is not None
@@ -127,15 +74,16 @@ def _scale(points: Mapping[str, Mapping]) -> str:
     )
     return (
         "A metric's name says its protocol and the number of images: only equal names, against one reference, compare. "
-        f"Distances of fewer images read higher, by about 1 / N.{said}{warning}"
+        f"Distances of fewer images read higher, by about 1 / N.{scale}{warning}"
     )
 
 
-def _commands(points) -> Command:
-    return Command("\n".join(dict.fromkeys(folded(point["command"]) for point in points)))
+def _commands(points: Iterable[Mapping]) -> Command:
+    return Command("\n".join(dict.fromkeys(fold_command(point["command"]) for point in points)))
 
 
 def curve_section(material: Material) -> list[Block]:
+    """Curves against steps and images seen, and the steps to the baseline's final values."""
     if material.curve is None or not material.curve_figures:
         return []
     metric = material.curve["metric"]
@@ -177,27 +125,27 @@ def final_section(material: Material) -> list[Block]:
     """Tables of final numbers, a figure for each sweep of guidance scales, and tables of whatever else was measured."""
     runs, blocks = material.runs, []
     for protocol in _protocols_of(runs, ("final",)):
-        last = {name: points[-1] for name, points in points_at(runs, protocol, ("final",)).items()}
-        blocks += [_table(last, runs), _commands(last.values())]
+        last = last_points(runs, protocol, ("final",))
+        blocks += [_table(last), _commands(last.values())]
     for number, sweep in enumerate(sweeps(runs)):
         x, y = sweep["metrics"]
         file = material.folder / f"sweep_{kind_of(y)}{f'_{number}' if number else ''}.png"
         plot_sweep(
             file, sweep["series"], f"{x} (higher is better)", f"{y} (lower is better)", run_order=list(runs)
         )
-        said = (
+        caption = (
             f"{y} against {x} over guidance scales (the numbers at the points). Strong guidance buys {kind_of(x).upper()} with "
-            f"diversity: compare curves, not points. {sentence(sweep['protocol'], scale='these scales')}"
+            f"diversity: compare curves, not points. {describe_protocol(sweep['protocol'], scale='these scales')}"
         )
-        blocks += [Figure(file, said), _commands(sweep["points"])]
+        blocks += [Figure(file, caption), _commands(sweep["points"])]
     blocks = [Heading("Final numbers and guidance"), *blocks] if blocks else []
     shown = None if material.curve is None else material.curve["protocol"]
     others = [protocol for protocol in _protocols_of(runs, MADE_BY) if protocol != shown]
     if others:
         blocks.append(Heading("Other measurements"))
     for protocol in others:
-        last = {name: points[-1] for name, points in points_at(runs, protocol).items()}
-        blocks += [_table(last, runs), _commands(last.values())]
+        last = last_points(runs, protocol)
+        blocks += [_table(last), _commands(last.values())]
     return blocks
 
 
@@ -206,8 +154,11 @@ def _protocols_of(runs: Mapping[str, RunFacts], kinds: Sequence[str]) -> list[Ma
 
 
 def sweeps(runs: Mapping[str, RunFacts]) -> list[dict]:
-    """The sweeps of these runs, one for each protocol but for its guidance: `protocol` (of one point), `points`, `metrics`
-    (the IS and the distance that are drawn) and `series` {run: {scales, x, y}}, at each run's last step."""
+    """The sweeps of guidance scales of these runs, each run at its last step.
+
+    Points of one sweep have protocols that differ in their guidance alone. A sweep has `protocol` (of one of its points),
+    `points`, `metrics` (the Inception Score and the distance that are drawn) and `series` {run: {scales, x, y}}.
+    """
     groups: list[dict] = []
     for name, run in runs.items():
         for point in run.points:
@@ -245,39 +196,3 @@ def sweeps(runs: Mapping[str, RunFacts]) -> list[dict]:
             {"protocol": points[-1]["protocol"], "points": points, "metrics": (x, y), "series": series}
         )
     return made
-
-
-def sentence(protocol: Mapping, scale: str | None = None) -> str:
-    """How images were made and measured, in words; `scale` stands for the guidance scale."""
-    p = protocol
-    guided = "unguided"
-    if p["cfg"] > 1:
-        low, high = p["guidance_interval"]
-        where = (
-            "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g} ({p['guidance_space']})"
-        )
-        guided = f"guidance {scale or format(p['cfg'], 'g')}{where}"
-    eta = f", η = {p['eta']:g}" if p["eta"] else ""
-    judged = "; ".join(
-        f"{name}: {judge['extractor']['network']} {judge['extractor']['weights_sha256'][:8]}, {judge['extractor']['resize']}, "
-        f"against {judge['reference']['name']}"
-        + (
-            f" ({judge['reference']['num_images']:,} real images)"
-            if "num_images" in judge["reference"]
-            else ""
-        )
-        for name, judge in p["judges"].items()
-    )
-    return (
-        f"{p['num_samples']:,} samples of {p['weights'].upper() if p['weights'] == 'ema' else 'raw'} weights, "
-        f"{SAMPLER_NAMES[p['sampler']]} {p['steps']} steps{eta}, {guided}, {p['labels']} labels, seeds from {p['seed']}, "
-        f"{p['dtype']}. {judged}."
-    )
-
-
-def folded(command: str) -> str:
-    """A long command over several lines that can be pasted as they are."""
-    lines = textwrap.wrap(
-        command, 96, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-    )
-    return " \\\n".join(lines)

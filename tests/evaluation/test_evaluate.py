@@ -586,6 +586,7 @@ class TestReport:
             "Inception's weights are missing: put https",
         ),
         (["metrics", "{root}/urepa", "eval.reference=nowhere.npz"], "nowhere.npz cannot be read"),
+        (["metrics", "{root}/urepa", "eval.reference=[nowhere.npz,b.npz]"], "nowhere.npz cannot be read"),
         (["metrics", "{root}/urepa", "eval.bootstrap=1"], "gives no spread"),
         (["metrics", "nowhere.npz"], "give eval.reference"),
         (["sample", "{root}/urepa", "eval.cfg=0.5"], "eval.cfg = 0.5"),

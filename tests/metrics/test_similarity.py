@@ -11,8 +11,7 @@ from common.errors import UserError
 from metrics import embedding, probes
 from metrics import similarity as alignment_metrics
 from metrics.embedding import Panel, Source, embed_sources, joint_embedding
-from metrics.linear_probe import probe_accuracy
-from metrics.probes import ridge_alignment
+from metrics.probes import probe_accuracy, ridge_alignment
 from metrics.similarity_rows import entry, nearest_timestep, row_of, value_of
 from metrics.spatial import Distances, distances_on, spatial_metrics
 from report.plot_alignment import plot_embedding, plot_timesteps
@@ -251,7 +250,7 @@ def test_the_penalty_is_the_best_of_the_ladder_on_images_held_back():
     y = x @ rng.normal(size=(6, 3)) + 4 * rng.normal(size=(40, 3))
     a, b, c, d = x[:12], y[:12], x[12:], y[12:]
     errors = {}
-    for penalty in probes.PENALTIES:
+    for penalty in probes.RIDGE_PENALTIES:
         strength = penalty * np.trace(a.T @ a) / 6
         weights = np.linalg.solve(a.T @ a + strength * np.eye(6), a.T @ b)
         errors[penalty] = ((c @ weights - d) ** 2).sum()
