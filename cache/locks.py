@@ -14,8 +14,8 @@ NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class NumberedLocks:
     """Locks 0, 1, 2, … of a folder, kept in its file `.lock`; they end with the process, however it ends.
 
-    They are POSIX locks, which forked decoding workers do not inherit: those may outlive a killed writer by seconds. Where the
-    file system has no locks, that is said once and every lock is given.
+    They are POSIX locks, which forked decoding workers do not inherit: those may outlive a killed writer by seconds. On file
+    systems without locks, they warn and treat every lock as acquired.
     """
 
     def __init__(self, folder: Path):

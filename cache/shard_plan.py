@@ -1,4 +1,4 @@
-"""Which image goes to which shard: decided before the first one is written, added to when images are added, never changed."""
+"""The assignment of images to shards. It is made before the first shard is written, grows with the list, and never changes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def insist_on_settings(folder: Path, settings: dict, shard_size: int | None) -> 
 
 
 def read_plan(folder: Path) -> list[list[str]]:
-    """The ids of every shard, in order; none for a new folder."""
+    """Return the ids of every shard, in order; the list is empty for a new folder."""
     path = folder / PLAN
     plan = read_json(path).get("shards") if path.exists() else []
     if not isinstance(plan, list) or not all(isinstance(ids, list) for ids in plan):
@@ -44,9 +44,9 @@ def read_plan(folder: Path) -> list[list[str]]:
 
 
 def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:
-    """The plan after these ids were added to it; ids that it holds keep their places.
+    """Add ids to the assignment and return it; ids that it holds already keep their places.
 
-    Raises `UserError` unless the ids contain all of the plan's, or the plan all of them and no other shard is unfinished:
+    Raises `UserError` unless the ids contain all assigned ones, or all are assigned and no other shard is unfinished:
     images of some other list given to a wrong folder must not be mixed in.
     """
     plan = read_plan(folder)

@@ -171,8 +171,10 @@ class RunFolder:
         return [step_of(path) for path in checkpoints(self.checkpoint_folder)]
 
     def insist_same_data(self, before: dict, now: dict, ranks: int) -> None:
-        """Raise `UserError` unless a step takes as many images as it did, and they are the same images (or `data.csv` may
-        change): then the order of the data goes on as it was."""
+        """Check that the data and the images per step have not changed since the checkpoint.
+
+        Raises `UserError` when they have; other images are accepted where a change of `data.csv` is allowed.
+        """
         if (old := before["images_per_step"]) != (new := now["images_per_step"]):
             raise UserError(
                 f"{self.path} took {old} images a step, now it would be {new} on {ranks} process(es): choose "
