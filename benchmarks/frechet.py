@@ -25,7 +25,7 @@ DIM, IMAGES = 2048, 10_000
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--dim", type=int, default=DIM, help=f"dimensions (default {DIM})")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each arm (default 3)")
     args = parser.parse_args()

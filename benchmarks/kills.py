@@ -25,7 +25,7 @@ from training.run_folder import RunFolder
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--kills", type=positive, default=20, help="(default 20)")
     parser.add_argument("--steps", type=positive, default=400, help="of the training (default 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")

@@ -60,7 +60,7 @@ RIVALS = {
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--images", type=positive, default=64, help="of 196 tokens each (default 64)")
     parser.add_argument(
         "--repeats", type=positive, default=7, help="of each timing, the median counts (default 7)"

@@ -31,7 +31,7 @@ from preprocessing.options import positive
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--example", type=Path, required=True, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
     parser.add_argument("--batch", type=positive, default=48, help="(default 48)")

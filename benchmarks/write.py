@@ -49,7 +49,7 @@ FILES = 512  # are in the page cache anyway; a longer run goes over them again
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
     parser.add_argument("--seconds", type=positive, default=20, help="of a bare run (default 20)")
