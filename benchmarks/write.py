@@ -114,9 +114,9 @@ def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace) -> Fie
     common = ["--device", args.device, "--precision", args.precision]
     if name == "vae":
         add_latent_options(parser)
-        return latent_job(parser.parse_args([*common, "--base", str(weights)]), out, "float16")
+        return latent_job(parser.parse_args([*common, "--base", str(weights)]), out)
     add_teacher_options(parser)
-    return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out, "float16")
+    return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out)
 
 
 def measure(name: str, job: FieldJob, paths: list[str], args: argparse.Namespace) -> dict:
