@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.manifest import read_manifest
 from common.device import compute_dtype, pick_device
@@ -47,6 +47,7 @@ def print_plan(config: Config) -> None:
         f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({cost.forward / 1e9:.3g} forward and "
         f"{cost.backward / 1e9:.3g} backward GFLOP an image)",
     )
+    plan_parts(cost, model)
     plan_memory(
         config, model, dtype, saved_bytes(partial(forward_of(model, shape), 1), list(model.parameters()))
     )
@@ -115,6 +116,17 @@ def plan_parameters(config: Config, model: SD15UNetAligned) -> None:
         "weights",
         f"{unet:,} of the U-Net are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
     )
+
+
+def plan_parts(cost: StepCost, model: SD15UNetAligned) -> None:
+    """Print the forward operations of each top-level module of the network, of a list those of each item."""
+    (network,) = (name for name, module in model.named_children() if module is model.unet)
+    parts = {}
+    for name, module in model.unet.named_children():
+        items = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+        parts |= {item: cost.modules.get(f"{network}.{item}", 0.0) for item in items}
+    parts["alignment"] = cost.forward - cost.modules[network]
+    say("forward GFLOP", ", ".join(f"{name} {flops / 1e9:.4g}" for name, flops in parts.items() if flops > 0))
 
 
 def plan_memory(config: Config, model: SD15UNetAligned, dtype: torch.dtype, saved: float) -> None:
