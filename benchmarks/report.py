@@ -40,10 +40,6 @@ class Target:
         bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
         return {"what": self.what, "value": self.value} | bound | {"pass": self.met}
 
-    def __str__(self) -> str:
-        bound = f"at least {self.at_least:g}" if self.at_most is None else f"at most {self.at_most:g}"
-        return f"{'PASS' if self.met else 'FAIL'}  {self.what}: {self.value:.3g} ({bound})"
-
 
 def benchmark_parser(
     doc: str, *parts: Callable[[argparse.Namespace], None]
@@ -84,7 +80,7 @@ def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], *
     print()
     print(table(rows))
     for target in targets:
-        print(target)
+        print(format_target(target.as_json()))
     content = {
         "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -106,7 +102,7 @@ def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], *
 
 
 def refreshed(page: str) -> str:
-    """The page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json: nothing there is typed in."""
+    """Returns the page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json."""
 
     def block(match: re.Match) -> str:
         if not (RESULTS / f"{match[1]}.json").exists():
@@ -116,15 +112,19 @@ def refreshed(page: str) -> str:
         where = f"{here['cores']} cores ({here['cpu']}), {here['memory_gb']} GB, {here['gpu'] or 'no GPU'}"
         versions = f"Python {here['python']}, torch {here['packages']['torch']}"
         head = f"{result['date'][:10]}, {where}, {versions}: `{result['command']}`"
-        targets = [
-            f"- {'PASS' if target['pass'] else '**FAIL**'} {target['what']}: {_shown(target['value'])} "
-            f"(at {'least' if 'at_least' in target else 'most'} {target.get('at_least', target.get('at_most')):g})"
-            for target in result["targets"]
-        ]
+        targets = map(format_target, result["targets"])
         body = "\n".join([head, "", table(result["rows"]), "", *targets])
         return f"<!-- {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def format_target(target: dict) -> str:
+    """One target as a line of a Markdown list."""
+    bound = next(name for name in ("at_least", "at_most") if name in target)
+    verdict = "PASS" if target["pass"] else "**FAIL**"
+    number = f"{_shown(target['value'])} ({bound.replace('_', ' ')} {target[bound]:g})"
+    return f"- {verdict} {target['what']}: {number}"
 
 
 def table(rows: list[dict]) -> str:
