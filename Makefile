@@ -29,12 +29,12 @@ study: demo                    ## variants of the method on the miniature, 3 see
 	$(ABLATE) --base configs/study/base.yaml --out runs/study $(ARMS:%=configs/ablations/%.yaml) $(OWN_ARMS:%=configs/study/%.yaml)
 	$(ABLATE) --base configs/study/grid4.yaml --out runs/study_grid4 configs/ablations/baseline.yaml configs/ablations/urepa.yaml
 
-BENCHMARKS = read_warm read_cold full_size_cache token_encodings
+BENCHMARKS = 'read_cache.py warm' 'read_cache.py cold' 'read_cache.py full_size' token_encodings.py
 
 # --no-deps: with its own dependencies mosaicml-streaming would downgrade numpy and transformers.
-bench: .venv/installed         ## our cache against other formats, into benchmarks/results (10 min, 6 GB; encoders: BENCHMARKS=write)
+bench: .venv/installed         ## our cache against other formats, into benchmarks/results (10 min, 6 GB; encoders: BENCHMARKS=write.py)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
-	@for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$name.py || exit 1; done
+	@for name in $(BENCHMARKS); do OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$$name || exit 1; done
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'

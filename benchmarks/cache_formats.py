@@ -1,13 +1,14 @@
-"""The same samples in every format that people keep caches in, written and read as its own manual says.
+"""The same samples in every format that people keep caches in, written and read as each format's own manual says.
 
-`FORMATS` is the table.
+A sample is a latent (4, 64, 64) and tokens (196, 1024), fp16: 434,176 bytes. `FORMATS` is the table.
 """
 
 import importlib
+import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,88 +16,66 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.our_cache import FIELDS, VALUE_BYTES, Delivered, OursPerItem, Values, files_of, write_cache
+from benchmarks.machine import files_of
+from benchmarks.synthetic_run import SIZES, write_cache
 from cache.batch_stream import BatchStream
+from cache.dataset import AlignedDataset
 
 # PyTorch warns of read-only memory; nobody writes into these tensors.
 warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
 
+FIELDS = {name: SIZES["full"][name] for name in ("latents", "tokens")}  # SD-1.5 at 512 px, DINOv2-L at 196 px
+VALUE_BYTES = {name: 2 * math.prod(shape) for name, shape in FIELDS.items()}
+SAMPLE_BYTES = sum(VALUE_BYTES.values())
+NAMES_OF_OURS = {"latents": "latent", "tokens": "dino_tokens"}
+BATCH = 64
+Values = dict[str, Tensor]  # of n samples, latents (n, 4, 64, 64) and tokens (n, 196, 1024)
+Delivered = tuple[list[int], Values]  # which samples, and their values as one batch in host memory
+Read = Callable[
+    [Path, Iterable[list[int]], int], Iterator[Delivered]
+]  # of a folder, batches, workers or threads
 
-class LazyDataset(Dataset):
-    """Opens its files in the process that reads them, when it first does."""
 
-    def __init__(self, folder: Path):
-        self.folder, self._opened = folder, None
+def random_values(count: int) -> Values:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(count, *shape, generator=generator).half() for name, shape in FIELDS.items()}
 
-    @property
-    def opened(self):
-        if self._opened is None:
-            self._opened = self.open()
-        return self._opened
+
+def write_random(
+    folder: Path, count: int, values_of: Callable[[str, list[int]], Tensor], shard_size: int, classes: int
+) -> None:
+    """Write our cache at full size; its ids are like ImageNet's, so that those of one class are neighbours."""
+    ids = [f"n{index // 200:08d}/n{index // 200:08d}_{index}" for index in range(count)]
+    write_cache(folder, ids, SIZES["full"], values_of, classes=classes, shard_size=shard_size)
 
 
 def write_ours(folder: Path, values: Values) -> None:
     count = len(values["latents"])
     # Few classes: the text table is read when a training starts, not when a batch is.
-    write_cache(folder, count, lambda field, rows: values[field][rows], count // 2, classes=10)
+    write_random(folder, count, lambda field, rows: values[field][rows], count // 2, classes=10)
 
 
-def write_lmdb(folder: Path, records: Iterator[bytes]) -> None:
+def samples_of(values: Values) -> Iterator[dict[str, np.ndarray]]:
+    for latents, tokens in zip(values["latents"].numpy(), values["tokens"].numpy(), strict=True):
+        yield {"latents": latents, "tokens": tokens}
+
+
+def bytes_of(sample: dict[str, np.ndarray]) -> bytes:
+    return sample["latents"].tobytes() + sample["tokens"].tobytes()
+
+
+def write_lmdb(folder: Path, values: Values, encode: Callable[[dict], bytes] = bytes_of) -> None:
     with lmdb.open(str(folder / "data.lmdb"), subdir=False, map_size=1 << 40, lib_version=0) as environment:
-        for index, record in enumerate(records):
+        for index, sample in enumerate(samples_of(values)):
             with environment.begin(write=True) as transaction:
-                transaction.put(b"%08d" % index, record)
+                transaction.put(b"%08d" % index, encode(sample))
 
 
 def write_pickled_lmdb(folder: Path, values: Values) -> None:
-    rows = zip(values["latents"].numpy(), values["tokens"].numpy(), strict=True)
-    write_lmdb(folder, (pickle.dumps({"latents": latent, "tokens": tokens}) for latent, tokens in rows))
-
-
-def write_raw_lmdb(folder: Path, values: Values) -> None:
-    rows = zip(values["latents"].numpy(), values["tokens"].numpy(), strict=True)
-    write_lmdb(folder, (latent.tobytes() + tokens.tobytes() for latent, tokens in rows))
-
-
-class PickledLmdb(LazyDataset):
-    """What one writes first: pickled samples, LMDB's own flags, a transaction for each sample."""
-
-    def open(self):
-        return lmdb.open(str(self.folder / "data.lmdb"), subdir=False, readonly=True, lib_version=0)
-
-    def __getitem__(self, index: int) -> Values:
-        with self.opened.begin() as transaction:
-            sample = pickle.loads(transaction.get(b"%08d" % index))
-        return {name: torch.from_numpy(value) for name, value in sample.items()}
-
-
-class RawLmdb(LazyDataset):
-    """Raw bytes, no copy before the batch, one long transaction, the flags that blogs recommend."""
-
-    readahead = False
-
-    def open(self):
-        environment = lmdb.open(
-            str(self.folder / "data.lmdb"), subdir=False, readonly=True, lock=False, readahead=self.readahead,
-            meminit=False, lib_version=0,
-        )  # fmt: skip
-        return environment.begin(buffers=True)
-
-    def __getitem__(self, index: int) -> Values:
-        return split(self.opened.get(b"%08d" % index))
-
-
-class RawLmdbReadahead(RawLmdb):
-    readahead = True
-
-
-def split(record: bytes | memoryview) -> Values:
-    """Both values of a record, without a copy."""
-    latents = torch.frombuffer(record, dtype=torch.float16, count=VALUE_BYTES["latents"] // 2)
-    tokens = torch.frombuffer(record, dtype=torch.float16, offset=VALUE_BYTES["latents"])
-    return {"latents": latents.view(FIELDS["latents"]), "tokens": tokens.view(FIELDS["tokens"])}
+    write_lmdb(folder, values, pickle.dumps)
 
 
 def write_flat(folder: Path, values: Values) -> None:
@@ -104,66 +83,17 @@ def write_flat(folder: Path, values: Values) -> None:
         value.numpy().tofile(folder / f"{name}.bin")
 
 
-class FlatFiles(LazyDataset):
-    """One file for each field, mapped into memory."""
-
-    def open(self) -> dict[str, np.memmap]:
-        maps = {name: np.memmap(self.folder / f"{name}.bin", np.float16, "r") for name in FIELDS}
-        return {name: mapped.reshape(-1, *FIELDS[name]) for name, mapped in maps.items()}
-
-    def __getitem__(self, index: int) -> Values:
-        return {name: torch.from_numpy(mapped[index]) for name, mapped in self.opened.items()}
-
-    def read_batch(self, indices: Sequence[int], raw: Values) -> None:
-        for name, mapped in self.opened.items():
-            out = raw[name].view(torch.float16).view(-1, *FIELDS[name]).numpy()
-            for place, index in enumerate(indices):
-                out[place] = mapped[index]
-
-
-def stream_flat(
-    folder: Path, batches: Sequence[list[int]], threads: int, *, mapped: bool
-) -> Iterator[Delivered]:
-    """The least that a random read can cost: one copy, into memory that is used again, by memory map or by system call."""
-    dataset = FlatFiles(folder)
-    with ExitStack() as files:
-        opened = {name: files.enter_context(open(folder / f"{name}.bin", "rb")).fileno() for name in FIELDS}
-
-        def read_by_calls(indices: Sequence[int], raw: Values) -> None:
-            for name, size in VALUE_BYTES.items():
-                out = raw[name].numpy()
-                for place, index in enumerate(indices):
-                    os.preadv(opened[name], [out[place]], index * size)
-
-        _ = dataset.opened
-        read = dataset.read_batch if mapped else read_by_calls
-        for batch in BatchStream(batches, read, VALUE_BYTES, {}, threads=threads):
-            values = {
-                name: raw.view(torch.float16).view(-1, *FIELDS[name]) for name, raw in batch.raw.items()
-            }
-            yield batch.indices, values
-
-
 def write_mds(folder: Path, values: Values) -> None:
     from streaming import MDSWriter
 
     columns = {name: f"ndarray:float16:{','.join(map(str, shape))}" for name, shape in FIELDS.items()}
     with MDSWriter(out=str(folder / "mds"), columns=columns) as writer:
-        for latent, tokens in zip(values["latents"].numpy(), values["tokens"].numpy(), strict=True):
-            writer.write({"latents": latent, "tokens": tokens})
-
-
-class Mds(LazyDataset):
-    def open(self):
-        from streaming import LocalDataset
-
-        return LocalDataset(str(self.folder / "mds"))
-
-    def __getitem__(self, index: int) -> Values:
-        return {name: torch.from_numpy(value) for name, value in self.opened[index].items()}
+        for sample in samples_of(values):
+            writer.write(sample)
 
 
 def write_hdf5(folder: Path, values: Values) -> None:
+    """Write a chunk for each value."""
     import h5py
 
     with h5py.File(folder / "data.h5", "w") as file:
@@ -171,66 +101,37 @@ def write_hdf5(folder: Path, values: Values) -> None:
             file.create_dataset(name, data=value.numpy(), chunks=(1, *FIELDS[name]))
 
 
-class Hdf5(LazyDataset):
-    """A chunk for each value."""
-
-    def open(self):
-        import h5py
-
-        file = h5py.File(self.folder / "data.h5", "r")
-        return {name: file[name] for name in FIELDS}
-
-    def __getitem__(self, index: int) -> Values:
-        return {name: torch.from_numpy(stored[index]) for name, stored in self.opened.items()}
-
-
 def write_tars(folder: Path, values: Values) -> None:
     import webdataset
 
     with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=128, verbose=0) as writer:
-        for index, (latent, tokens) in enumerate(
-            zip(values["latents"].numpy(), values["tokens"].numpy(), strict=True)
-        ):
-            writer.write({"__key__": f"{index:08d}", "latents": latent.tobytes(), "tokens": tokens.tobytes()})
-
-
-def open_tars(folder: Path) -> IterableDataset:
-    """Whole tar files in random order, then a buffer of samples to draw from: no random access."""
-    import webdataset
-
-    tars = sorted(str(path) for path in folder.glob("*.tar"))
-    return webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(128).map(_tar_sample)
-
-
-def _tar_sample(sample: dict) -> Values:
-    values = {name: torch.frombuffer(sample[name], dtype=torch.float16) for name in FIELDS}
-    return {name: value.view(FIELDS[name]) for name, value in values.items()} | {
-        "index": int(sample["__key__"])
-    }
+        for index, sample in enumerate(samples_of(values)):
+            writer.write(
+                {"__key__": f"{index:08d}"} | {name: value.tobytes() for name, value in sample.items()}
+            )
 
 
 @dataclass(frozen=True)
 class Format:
     write: Callable[[Path, Values], None]
-    dataset: Callable[[Path], Dataset]
     needs: str | None = None  # a module that is not in requirements.txt
 
 
 FORMATS = {
-    "ours": Format(write_ours, OursPerItem),
-    "lmdb, pickled": Format(write_pickled_lmdb, PickledLmdb),
-    "lmdb, raw": Format(write_raw_lmdb, RawLmdb),
-    "flat": Format(write_flat, FlatFiles),
-    "mds": Format(write_mds, Mds, "streaming"),
-    "hdf5": Format(write_hdf5, Hdf5, "h5py"),
-    "tar": Format(write_tars, open_tars, "webdataset"),
+    "ours": Format(write_ours),
+    "lmdb, pickled": Format(write_pickled_lmdb),
+    "lmdb, raw": Format(write_lmdb),
+    "flat": Format(write_flat),
+    "mds": Format(write_mds, "streaming"),
+    "hdf5": Format(write_hdf5, "h5py"),
+    "tar": Format(write_tars, "webdataset"),
 }
 
 
 def write_formats(
-    folder: Path, names: Sequence[str], values: Values
+    folder: Path, names: Iterable[str], values: Values
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Write each format into a folder of its own and make it durable; returns the folders, and why others are absent."""
+    """Write each format into a durable folder of its own; returns the folders, and the reasons why others are absent."""
     folders, absent = {}, {}
     for name in names:
         try:
@@ -248,15 +149,170 @@ def write_formats(
     return folders, absent
 
 
-def load(dataset: Dataset, batches: Sequence[list[int]], workers: int) -> Iterator[Delivered]:
-    """An ordinary DataLoader with PyTorch's own collation."""
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-    for indices, batch in zip(batches, loader, strict=True):
-        yield indices, {name: batch[name] for name in FIELDS}
+class LazyDataset(Dataset):
+    """Opens its files in the process that reads them, when it first does."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._opened = folder, None
+
+    @property
+    def opened(self):
+        if self._opened is None:
+            self._opened = self.open()
+        return self._opened
+
+    def __getitem__(self, index: int) -> Values:
+        return {name: torch.from_numpy(value) for name, value in self.arrays(index).items()}
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        return {name: stored[index] for name, stored in self.opened.items()}
 
 
-def load_tars(folder: Path, count: int, batch_size: int, workers: int) -> Iterator[Delivered]:
-    """So many samples, in the order in which the tar files give them."""
-    loader = DataLoader(open_tars(folder).repeat(), batch_size=batch_size, num_workers=workers)
-    for batch, _ in zip(loader, range(count // batch_size), strict=False):
+class Ours(LazyDataset):
+    """Our dataset under the names of this file; its items also carry the text embedding of their class."""
+
+    def open(self) -> AlignedDataset:
+        return AlignedDataset(
+            self.folder / "list.csv", *(self.folder / name for name in ("latents", "tokens", "text"))
+        )
+
+    def __getitems__(self, indices: list[int]) -> list[Values]:
+        of_here = {ours: name for name, ours in NAMES_OF_OURS.items()}
+        items = self.opened.__getitems__(indices)
+        return [{of_here.get(name, name): value for name, value in item.items()} for item in items]
+
+
+class PickledLmdb(LazyDataset):
+    """The obvious way: pickled samples, LMDB's own flags, a transaction for each sample."""
+
+    def open(self):
+        return lmdb.open(str(self.folder / "data.lmdb"), subdir=False, readonly=True, lib_version=0)
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        with self.opened.begin() as transaction:
+            return pickle.loads(transaction.get(b"%08d" % index))
+
+
+class RawLmdb(LazyDataset):
+    """Raw bytes, no copy before the batch, one long transaction, the flags that blogs recommend."""
+
+    readahead = False
+
+    def open(self):
+        environment = lmdb.open(
+            str(self.folder / "data.lmdb"), subdir=False, readonly=True, lock=False, readahead=self.readahead,
+            meminit=False, lib_version=0,
+        )  # fmt: skip
+        return environment.begin(buffers=True)
+
+    def __getitem__(self, index: int) -> Values:
+        record, start = self.opened.get(b"%08d" % index), VALUE_BYTES["latents"]
+        return shaped({"latents": record[:start], "tokens": record[start:]})
+
+
+class RawLmdbReadahead(RawLmdb):
+    readahead = True
+
+
+def shaped(parts: dict[str, bytes]) -> Values:
+    """The bytes of one sample as values, without a copy."""
+    return {
+        name: torch.frombuffer(part, dtype=torch.float16).view(FIELDS[name]) for name, part in parts.items()
+    }
+
+
+class FlatFiles(LazyDataset):
+    """One file for each field, mapped into memory."""
+
+    def open(self) -> dict[str, np.memmap]:
+        maps = {name: np.memmap(self.folder / f"{name}.bin", np.float16, "r") for name in FIELDS}
+        return {name: mapped.reshape(-1, *FIELDS[name]) for name, mapped in maps.items()}
+
+
+class Mds(LazyDataset):
+    def open(self):
+        from streaming import LocalDataset
+
+        return LocalDataset(str(self.folder / "mds"))
+
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        return self.opened[index]
+
+
+class Hdf5(LazyDataset):
+    def open(self):
+        import h5py
+
+        file = h5py.File(self.folder / "data.h5", "r")
+        return {name: file[name] for name in FIELDS}
+
+
+def loaded(dataset: type[Dataset]) -> Read:
+    """Read by an ordinary DataLoader with PyTorch's own collation."""
+
+    def read(folder: Path, batches: Sequence[list[int]], workers: int) -> Iterator[Delivered]:
+        loader = DataLoader(dataset(folder), batch_sampler=batches, num_workers=workers)
+        for indices, batch in zip(batches, loader, strict=True):
+            yield indices, {name: batch[name] for name in FIELDS}
+
+    return read
+
+
+def load_tars(folder: Path, batches: Sequence[list[int]], workers: int) -> Iterator[Delivered]:
+    """Read as many batches of whole tar files in random order through a buffer of samples: no random access."""
+    import webdataset
+
+    tars = sorted(str(path) for path in folder.glob("*.tar"))
+    dataset = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(128).map(_tar_sample)
+    loader = DataLoader(dataset.repeat(), batch_size=BATCH, num_workers=workers)
+    for batch, _ in zip(loader, batches, strict=False):
         yield batch["index"].tolist(), {name: batch[name] for name in FIELDS}
+
+
+def _tar_sample(sample: dict) -> dict:
+    return shaped({name: sample[name] for name in FIELDS}) | {"index": int(sample["__key__"])}
+
+
+def stream_ours(folder: Path, batches: Iterable[list[int]], threads: int) -> Iterator[Delivered]:
+    """Read as training does."""
+    dataset = Ours(folder).opened
+    stream = BatchStream(batches, dataset.read_batch, dataset.value_bytes, dataset.decode, threads=threads)
+    cpu = torch.device("cpu")
+    for batch in stream:
+        yield batch.indices, {name: batch.on(cpu, ours) for name, ours in NAMES_OF_OURS.items()}
+
+
+def stream_mapped(folder: Path, batches: Sequence[list[int]], threads: int) -> Iterator[Delivered]:
+    """The least that a random read can cost: one copy of a memory map into memory that is used again."""
+    maps = {
+        name: mapped.reshape(len(mapped), -1).view(np.uint8)
+        for name, mapped in FlatFiles(folder).opened.items()
+    }
+
+    def copy(name: str, index: int, out: np.ndarray) -> None:
+        out[:] = maps[name][index]
+
+    yield from _stream_flat(copy, batches, threads)
+
+
+def stream_preadv(folder: Path, batches: Sequence[list[int]], threads: int) -> Iterator[Delivered]:
+    """The same by system calls, which are safe where a file shrinks or a disk fails; a map ends the process."""
+    with ExitStack() as files:
+        opened = {name: files.enter_context(open(folder / f"{name}.bin", "rb")).fileno() for name in FIELDS}
+
+        def copy(name: str, index: int, out: np.ndarray) -> None:
+            os.preadv(opened[name], [out], index * VALUE_BYTES[name])
+
+        yield from _stream_flat(copy, batches, threads)
+
+
+def _stream_flat(copy: Callable[[str, int, np.ndarray], None], batches, threads: int) -> Iterator[Delivered]:
+    def read(indices: Sequence[int], raw: Values) -> None:
+        for name in FIELDS:
+            out = raw[name].numpy()  # (n, value_bytes)
+            for place, index in enumerate(indices):
+                copy(name, index, out[place])
+
+    for batch in BatchStream(batches, read, VALUE_BYTES, {}, threads=threads):
+        values = {name: raw.view(torch.float16).view(-1, *FIELDS[name]) for name, raw in batch.raw.items()}
+        yield batch.indices, values

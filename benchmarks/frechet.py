@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 import numpy as np
 import scipy.linalg
 
-from benchmarks.report import Target, benchmark_parser, publish
+from benchmarks.report import Target, add_counts, benchmark_parser, publish
 from metrics.moments import Moments, frechet_distance
 from metrics.quality import bootstrap_fd
 
@@ -25,9 +25,8 @@ DIM, IMAGES = 2048, 10_000
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--dim", type=int, default=DIM, help=f"dimensions (default {DIM})")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each arm (default 3)")
+    parser, _ = benchmark_parser(__doc__)
+    add_counts(parser, dim=(DIM, "dimensions"), repeats=(3, "timings of each arm"))
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(args.dim, args.dim)) * (np.arange(1, args.dim + 1) ** -0.5)  # (D, D)

@@ -17,17 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.report import ROOT, Target, benchmark_parser, publish, temporary_folder
+from benchmarks.report import ROOT, Target, add_counts, benchmark_parser, publish, temporary_folder
 from benchmarks.synthetic_run import make_synthetic
-from preprocessing.options import positive
 from training.meter import RATES
 from training.run_folder import RunFolder
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--kills", type=positive, default=20, help="(default 20)")
-    parser.add_argument("--steps", type=positive, default=400, help="of the training (default 400)")
+    parser, _ = benchmark_parser(__doc__)
+    add_counts(parser, kills=(20, "of the training"), steps=(400, "of the training"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
     with temporary_folder(args.dir) as folder:

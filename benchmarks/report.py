@@ -2,29 +2,23 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import multiprocessing
-import os
-import platform
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from benchmarks.machine import machine
 from common.files import write_json
-from preprocessing.options import new_parser
+from preprocessing.options import new_parser, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
-PACKAGES = ["torch", "numpy", "lmdb", "diffusers", "transformers", "mosaicml-streaming", "webdataset", "h5py"]
 
 
 @dataclass(frozen=True)
@@ -46,27 +40,29 @@ class Target:
         bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
         return {"what": self.what, "value": self.value} | bound | {"pass": self.met}
 
-    def __str__(self) -> str:
-        bound = f"at least {self.at_least:g}" if self.at_most is None else f"at most {self.at_most:g}"
-        return f"{'PASS' if self.met else 'FAIL'}  {self.what}: {self.value:.3g} ({bound})"
 
-
-def benchmark_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have."""
+def benchmark_parser(
+    doc: str, *parts: Callable[[argparse.Namespace], None]
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """A parser, and that of each part by its name, which is the first argument; a chosen part is `part`, and `run`."""
     parser = new_parser(doc)
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        default=ROOT / "data",
-        help="disk for temporary data, removed at the end (default data/)",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        help="folder of the JSON that is written",
-    )
-    return parser
+    subparsers = parser.add_subparsers(dest="part", required=True) if parts else None
+    found = {part.__name__: subparsers.add_parser(part.__name__) for part in parts}
+    for part in parts:
+        found[part.__name__].set_defaults(run=part)
+    for each in found.values() or [parser]:
+        each.add_argument(
+            "--dir", type=Path, default=ROOT / "data", help="disk for temporary data (default data/)"
+        )
+        each.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON that is written")
+    return parser, found
+
+
+def add_counts(parser: argparse.ArgumentParser, **counts: tuple[int, str]) -> None:
+    """Add options that are positive numbers, each with its default and its meaning."""
+    for name, (default, meaning) in counts.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=positive, default=default, help=f"{meaning} (default {default})")
 
 
 @contextmanager
@@ -79,16 +75,21 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], **also) -> None:
     """Print rows as a table and targets with PASS or FAIL, and write both, with where and how they arose, as JSON."""
-    name = Path(sys.argv[0]).stem
+    script, part = Path(sys.argv[0]).stem, getattr(args, "part", None)
+    name = f"{script}_{part}" if part else script
     print()
     print(table(rows))
     for target in targets:
-        print(target)
+        print(format_target(target.as_json()))
     content = {
-        "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "options": {key: value for key, value in vars(args).items() if not isinstance(value, Path)},
+        "options": {
+            key: value
+            for key, value in vars(args).items()
+            if not isinstance(value, Path) and key not in ("part", "run")
+        },
         **also,
         "rows": rows,
         "targets": [target.as_json() for target in targets],
@@ -101,7 +102,7 @@ def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], *
 
 
 def refreshed(page: str) -> str:
-    """The page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json: nothing there is typed in."""
+    """Returns the page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json."""
 
     def block(match: re.Match) -> str:
         if not (RESULTS / f"{match[1]}.json").exists():
@@ -111,15 +112,19 @@ def refreshed(page: str) -> str:
         where = f"{here['cores']} cores ({here['cpu']}), {here['memory_gb']} GB, {here['gpu'] or 'no GPU'}"
         versions = f"Python {here['python']}, torch {here['packages']['torch']}"
         head = f"{result['date'][:10]}, {where}, {versions}: `{result['command']}`"
-        targets = [
-            f"- {'PASS' if target['pass'] else '**FAIL**'} {target['what']}: {_shown(target['value'])} "
-            f"(at {'least' if 'at_least' in target else 'most'} {target.get('at_least', target.get('at_most')):g})"
-            for target in result["targets"]
-        ]
+        targets = map(format_target, result["targets"])
         body = "\n".join([head, "", table(result["rows"]), "", *targets])
         return f"<!-- {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def format_target(target: dict) -> str:
+    """One target as a line of a Markdown list."""
+    bound = next(name for name in ("at_least", "at_most") if name in target)
+    verdict = "PASS" if target["pass"] else "**FAIL**"
+    number = f"{_shown(target['value'])} ({bound.replace('_', ' ')} {target[bound]:g})"
+    return f"- {verdict} {target['what']}: {number}"
 
 
 def table(rows: list[dict]) -> str:
@@ -142,43 +147,3 @@ def _shown(value) -> str:
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def machine() -> dict:
-    """What the numbers depend on and the code does not decide."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def family() -> list[int]:
-    """This process and its living children, such as a DataLoader's workers."""
-    return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-
-
-def cpu_seconds() -> float:
-    """CPU time of the family so far, all threads, to a hundredth of a second."""
-    ticks = 0
-    for pid in family():
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime, stime
-    return ticks / os.sysconf("SC_CLK_TCK")

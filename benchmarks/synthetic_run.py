@@ -1,9 +1,11 @@
 """A base model with random weights and a cache of random values: a training's shapes without anything to download."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from cache.image_list import Sample, write_samples
 from cache.manifest import FieldSpec
@@ -22,35 +24,24 @@ SIZES = {
         "latents": (4, 16, 16), "tokens": (16, 64), "text": (77, 32), "classes": 10,
     },
 }  # fmt: skip
+ABOUT = {
+    "latents": {"details": {"posterior": "mode", "scaled": True, "scaling_factor": 0.18215}},
+    "tokens": {"source": {"model": "facebook/dinov2-large"}},
+}
 
 
 def make_synthetic(folder: Path, size: str = "full", images: int = 256) -> list[str]:
     """Write base model and cache below `folder`; returns the settings that make a config use them."""
     shapes = SIZES[size]
     make_base(folder / "sd15", shapes["unet"])
-    ids = [f"{i:06d}" for i in range(images)]
-    classes = min(shapes["classes"], images)
-    write_samples(
-        folder / "list.csv",
-        [Sample(key, "unused", i % classes, f"n{i % classes}") for i, key in enumerate(ids)],
-    )
     generator = torch.Generator().manual_seed(0)
-    about = {
-        "latents": {"details": {"posterior": "mode", "scaled": True, "scaling_factor": 0.18215}},
-        "tokens": {"source": {"model": "facebook/dinov2-large"}},
-    }
-    for field in ("latents", "tokens"):
-        spec = FieldSpec(field, shapes[field], "float16", "random", **about[field])
-        writer = FieldWriter(folder / field, spec, ids)
-        for shard, batch in writer.pending(64):
-            values = torch.randn(len(batch), *shapes[field], generator=generator)
-            if field == "tokens":
-                values = torch.nn.functional.normalize(values, dim=-1)
-            writer.put(shard, batch, writer.spec.encode(values))
-        writer.finish()
-    text = torch.randn(classes + 1, *shapes["text"], generator=generator).half()
-    fields = {"prompt_embeds": text}
-    write_table(folder / "text", fields, text_spec(fields, "random"))
+
+    def values_of(field: str, indices: list[int]) -> Tensor:
+        values = torch.randn(len(indices), *shapes[field], generator=generator)
+        return torch.nn.functional.normalize(values, dim=-1) if field == "tokens" else values
+
+    ids = [f"{i:06d}" for i in range(images)]
+    write_cache(folder, ids, shapes, values_of, classes=min(shapes["classes"], images))
     return [
         f"model.base={folder}/sd15",
         f"data.csv={folder}/list.csv",
@@ -61,8 +52,29 @@ def make_synthetic(folder: Path, size: str = "full", images: int = 256) -> list[
     ]
 
 
+def write_cache(
+    folder: Path, ids: Sequence[str], shapes: dict, values_of: Callable[[str, list[int]], Tensor], *,
+    classes: int, shard_size: int | None = None,
+) -> None:  # fmt: skip
+    """Write a cache as scripts 1 to 4 do, with random text; `values_of(field, indices)` gives the values `(n, *shape)`."""
+    write_samples(
+        folder / "list.csv",
+        [Sample(key, "unused", i % classes, f"n{i % classes}") for i, key in enumerate(ids)],
+    )
+    index_of = {key: index for index, key in enumerate(ids)}
+    for field, about in ABOUT.items():
+        spec = FieldSpec(field, shapes[field], "float16", "random numbers", **about)
+        writer = FieldWriter(folder / field, spec, ids, shard_size=shard_size)
+        for shard, batch in writer.pending(64):
+            writer.put(shard, batch, spec.encode(values_of(field, [index_of[key] for key in batch])))
+        writer.finish()
+    text = torch.randn(classes + 1, *shapes["text"], generator=torch.Generator().manual_seed(1)).half()
+    fields = {"prompt_embeds": text}
+    write_table(folder / "text", fields, text_spec(fields, "random numbers"))
+
+
 def make_base(folder: Path, unet_config: dict) -> None:
-    """A diffusers folder with a U-Net of random weights and SD-1.5's noise schedule."""
+    """Write a diffusers folder with a U-Net of random weights and SD-1.5's noise schedule."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**unet_config)
     unet = unet.to_empty(device="cpu")
@@ -70,6 +82,5 @@ def make_base(folder: Path, unet_config: dict) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     unet.save_pretrained(folder / "unet")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
-        folder / "scheduler"
-    )
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule.save_pretrained(folder / "scheduler")

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from benchmarks.report import Target, benchmark_parser, publish
+from benchmarks.report import Target, add_counts, benchmark_parser, publish
 from cache.encodings import ENCODINGS
-from preprocessing.options import positive
 
 SHAPE = (196, 1024)
 OURS = ["float16", "bfloat16", "int8"]
@@ -60,11 +59,8 @@ RIVALS = {
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--images", type=positive, default=64, help="of 196 tokens each (default 64)")
-    parser.add_argument(
-        "--repeats", type=positive, default=7, help="of each timing, the median counts (default 7)"
-    )
+    parser, _ = benchmark_parser(__doc__)
+    add_counts(parser, images=(64, "of 196 tokens each"), repeats=(7, "of each timing, the median counts"))
     args = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)

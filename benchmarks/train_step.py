@@ -39,7 +39,7 @@ CONFIG = ROOT / "configs" / "A.yaml"
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
     parser.add_argument(
         "--train", nargs="+", choices=("lora", "partial", "full"), default=["lora", "partial", "full"]

@@ -23,20 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 import torch
 from torch import nn
 
-from benchmarks.report import Target, benchmark_parser, publish, temporary_folder
+from benchmarks.report import Target, add_counts, benchmark_parser, publish, temporary_folder
 from benchmarks.synthetic_run import SIZES, make_synthetic
 from benchmarks.train_step import matmul_rate, measure, memory_gb, replaced, reset_memory
 from models.sd15_unet_aligned import lora_config
-from preprocessing.options import positive
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--example", type=Path, required=True, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
-    parser.add_argument("--batch", type=positive, default=48, help="(default 48)")
-    parser.add_argument("--steps", type=positive, default=60, help="of each of their runs (default 60)")
-    parser.add_argument("--runs", type=positive, default=3, help="of each loop, in turn (default 3)")
+    add_counts(
+        parser,
+        batch=(48, "images of a step"),
+        steps=(60, "of each of their runs"),
+        runs=(3, "of each loop, in turn"),
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of ours")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

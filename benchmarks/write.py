@@ -49,7 +49,7 @@ FILES = 512  # are in the page cache anyway; a longer run goes over them again
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
     parser.add_argument("--seconds", type=positive, default=20, help="of a bare run (default 20)")
@@ -114,9 +114,9 @@ def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace) -> Fie
     common = ["--device", args.device, "--precision", args.precision]
     if name == "vae":
         add_latent_options(parser)
-        return latent_job(parser.parse_args([*common, "--base", str(weights)]), out, "float16")
+        return latent_job(parser.parse_args([*common, "--base", str(weights)]), out)
     add_teacher_options(parser)
-    return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out, "float16")
+    return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out)
 
 
 def measure(name: str, job: FieldJob, paths: list[str], args: argparse.Namespace) -> dict:

@@ -15,22 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
-from configs.aliases import own_name, rename_aliases
+from configs.aliases import own_name, rename_aliases, suggestion
 from configs.evaluation import Eval
 from configs.schema import Config
-
-# What the papers and other trainers call our knobs.
-FAMILIAR = {
-    "lambda": "align.coeff",
-    "repa_lambda": "align.coeff",
-    "proj_coeff": "align.coeff",
-    "align_coeff": "align.coeff",
-    "w": "align.manifold_coeff",
-    "layer": "align.taps",
-    "encoder_depth": "align.taps",
-    "enc_type": "teacher.model",
-    "projector_dim": "align.head_hidden",
-}
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
@@ -79,7 +66,7 @@ def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section."""
+    """Lay `above` over `below`, section by section."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -91,6 +78,7 @@ def parse_config(
     data: dict[str, Any], overrides: list[str] | None = None, *, where: str = "config"
 ) -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
+    given = set()
     for override in overrides or []:
         key, value = _parse_override(override)
         node = data
@@ -102,7 +90,7 @@ def parse_config(
             if not isinstance(node, dict):
                 raise UserError(f"'{override}': {section} is a value, not a section")
         node[name] = value
-    given = {own_name(text.partition("=")[0], None)[0] for text in overrides or []}
+        given.add(key)
     return _checked(data, given, where)
 
 
@@ -115,7 +103,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
         value = text if " #" in text else yaml.safe_load(text)  # a path, not a comment
     except yaml.YAMLError:
         raise UserError(f"cannot read the value of '{override}'") from None
-    return own_name(key, value)
+    return own_name(key, value), value
 
 
 def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
@@ -132,7 +120,7 @@ def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def with_settings(config: Config, changes: dict[str, Any]) -> Config:
-    """A config with other values under these dotted keys, checked as a whole; raises `UserError` with one line."""
+    """Returns the config with other values under these dotted keys, checked as a whole; raises `UserError` with one line."""
     data = config.model_dump()
     for key, value in changes.items():
         section, name = key.split(".")
@@ -141,7 +129,7 @@ def with_settings(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def eval_settings(changes: dict[str, Any]) -> Eval:
-    """The settings of `eval` where there is no run, by their dotted keys; raises `UserError` with one line."""
+    """Returns settings of `eval` for where there is no run, by their dotted keys; raises `UserError` with one line."""
     try:
         return Eval.model_validate({key.removeprefix("eval."): value for key, value in changes.items()})
     except ValidationError as error:
@@ -149,7 +137,7 @@ def eval_settings(changes: dict[str, Any]) -> Eval:
 
 
 def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
-    """The config of these settings; a complaint names the file, unless it is about one of those `given` by hand."""
+    """Check these settings; an error names the file, unless it is about one of those `given` by hand."""
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -208,9 +196,7 @@ def _unknown_key(key: str) -> str:
     known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
     if key in known:
         return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
-    if (word := key.rsplit(".", 1)[-1]) in FAMILIAR:
-        return f"unknown key '{key}'; did you mean '{FAMILIAR[word]}'?"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = [suggestion(key)] if suggestion(key) else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:  # the right name in the wrong section
         near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all keys")

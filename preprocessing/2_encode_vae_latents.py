@@ -21,13 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 from common.errors import UserError, run_script
-from preprocessing.options import (
-    add_encoding_options,
-    add_latent_options,
-    add_teacher_options,
-    new_parser,
-    part_of,
-)
+from preprocessing.options import add_encoding_options, add_latent_options, add_teacher_options, new_parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,21 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.fused and args.fused.resolve() == args.out.resolve():
         raise UserError("--fused and --out name the same folder: each field needs its own")
 
-    from preprocessing.encoders import latent_job, token_job
-    from preprocessing.pipeline import encode_fields, read_images_to_encode
+    from preprocessing.encoders import encode_images
 
-    samples = read_images_to_encode(args.csv)
-    jobs = [latent_job(args, args.out, args.dtype)]
-    if args.fused:
-        jobs.append(token_job(args, args.fused, args.teacher_dtype))
-    encode_fields(
-        samples,
-        jobs,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        part=part_of(args),
-        shard_size=args.shard_size,
-    )
+    encode_images(args, latents=args.out, tokens=args.fused)
 
 
 if __name__ == "__main__":

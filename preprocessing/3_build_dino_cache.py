@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 from common.errors import run_script
-from preprocessing.options import add_encoding_options, add_teacher_options, new_parser, part_of
+from preprocessing.options import add_encoding_options, add_teacher_options, new_parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,18 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     add_teacher_options(parser)
     args = parser.parse_args(argv)
 
-    from preprocessing.encoders import token_job
-    from preprocessing.pipeline import encode_fields, read_images_to_encode
+    from preprocessing.encoders import encode_images
 
-    samples = read_images_to_encode(args.csv)
-    encode_fields(
-        samples,
-        [token_job(args, args.out, args.dtype)],
-        batch_size=args.batch_size,
-        workers=args.workers,
-        part=part_of(args),
-        shard_size=args.shard_size,
-    )
+    encode_images(args, tokens=args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The encoders of scripts 2 and 3: what makes latents and tokens of pixels, and what their fields say of themselves."""
+"""The encoders of scripts 2 and 3: they make latents and tokens of pixels and describe what they made."""
 
 import argparse
 import hashlib
@@ -15,7 +15,8 @@ from common.errors import UserError
 from models.families.table import family_of
 from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
-from preprocessing.pipeline import FieldJob
+from preprocessing.options import part_of
+from preprocessing.pipeline import FieldJob, encode_fields, read_images_to_encode
 
 MEANING = {
     "mode": "mode of the VAE's posterior",
@@ -24,7 +25,24 @@ MEANING = {
 }
 
 
-def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
+def encode_images(
+    args: argparse.Namespace, *, latents: Path | None = None, tokens: Path | None = None
+) -> None:
+    """Encode every listed image into the folders that are given: the whole of scripts 2 and 3 after their options."""
+    samples = read_images_to_encode(args.csv)
+    folders = ((latent_job, latents), (token_job, tokens))
+    jobs = [job(args, folder) for job, folder in folders if folder is not None]
+    encode_fields(
+        samples,
+        jobs,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        part=part_of(args),
+        shard_size=args.shard_size,
+    )
+
+
+def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
     """Latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, of the base model's VAE (options of `add_latent_options`)."""
     device = pick_device(args.device)
     codec = family_of(args.base, args.revision).load_codec().to(device)
@@ -49,7 +67,7 @@ def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
     spec = FieldSpec(
         field="latents",
         shape=(channels * (2 if args.posterior == "moments" else 1), cells, cells),
-        dtype=dtype,
+        dtype=args.dtype,
         meaning=MEANING[args.posterior] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, precision_of(device, args.precision)),
         view={"kind": "aligned", "size": args.image_size},
@@ -62,7 +80,7 @@ def latent_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
     return FieldJob(folder, spec, encode, device)
 
 
-def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
+def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
     """L2-normalised DINOv2 patch tokens `(grid², D)` (options of `add_teacher_options`)."""
     device = pick_device(args.device)
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
@@ -76,7 +94,7 @@ def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
         teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
     if teacher.grid < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
-    if dtype == "int8" and teacher.dim % GROUP:
+    if args.teacher_dtype == "int8" and teacher.dim % GROUP:
         raise UserError(
             f"int8 needs a width that is a multiple of {GROUP}, the teacher's is {teacher.dim}: use float16"
         )
@@ -90,7 +108,7 @@ def token_job(args: argparse.Namespace, folder: Path, dtype: str) -> FieldJob:
     spec = FieldSpec(
         field="tokens",
         shape=(teacher.grid**2, teacher.dim),
-        dtype=dtype,
+        dtype=args.teacher_dtype,
         meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
         source=source_of(
             args.teacher, args.teacher_revision, teacher.model, precision_of(device, args.precision)

@@ -13,7 +13,7 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_encoding_options(parser: argparse.ArgumentParser) -> None:
-    """What scripts 2 and 3 have in common."""
+    """Add the options that scripts 2 and 3 have in common."""
     parser.add_argument("--csv", type=Path, required=True, help="images to encode: CSV of script 1")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of this field; the same command resumes"
@@ -45,14 +45,14 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_workers() -> int:
-    """Cores of this process, shared with the other ranks of this machine; 8 at most."""
+    """Returns how many cores each rank of this machine has to itself, 8 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(8, cores // int(ranks) if ranks.isdecimal() and int(ranks) else cores))
 
 
 def part_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Which shards this process writes: --shard, else its rank under torchrun or accelerate launch, else all."""
+    """Returns which shards this process writes: --shard, else its rank under a launcher, else all."""
     if args.shard is not None:
         return args.shard
     rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
@@ -65,7 +65,7 @@ def part_of(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
-    """What is kept of the VAE's posterior."""
+    """Add the options that say what is kept of the VAE's posterior."""
     add_base_options(parser)
     parser.add_argument(
         "--image-size", type=positive, default=512, help="side of the square in pixels (default 512)"
@@ -80,11 +80,16 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unscaled", action="store_true", help="store without the VAE's scaling factor; training applies it"
     )
-    add_dtype_option(parser, "--dtype", ["float16", "bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        default="float16",
+        help="stored as (default float16)",
+    )
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
-    """Which teacher sees what; `prefix` where other options have these names already."""
+    """Add the options that say which teacher sees what; `prefix` sets their names apart from other options."""
     parser.add_argument(
         "--teacher",
         default="facebook/dinov2-large",
@@ -111,18 +116,17 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
         default="aligned",
         help="of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%",
     )
-    add_dtype_option(parser, f"--{prefix}dtype", ["float16", "bfloat16", "float32", "int8"])
-
-
-def add_dtype_option(parser: argparse.ArgumentParser, name: str, choices: list[str]) -> None:
-    compact = "; int8 = half the size, an fp16 scale for every 64 channels" if "int8" in choices else ""
     parser.add_argument(
-        name, choices=choices, default="float16", help=f"stored as (default float16{compact})"
+        f"--{prefix}dtype",
+        dest="teacher_dtype",
+        choices=["float16", "bfloat16", "float32", "int8"],
+        default="float16",
+        help="stored as (default float16; int8 = half the size, an fp16 scale for every 64 channels)",
     )
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Which Stable Diffusion the script reads a part of."""
+    """Add the options that name the Stable Diffusion of which the script reads a part."""
     parser.add_argument(
         "--base",
         default="stable-diffusion-v1-5/stable-diffusion-v1-5",

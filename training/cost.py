@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one image: operations of forward and backward."""
+    """Of one image: operations of forward and backward, and of forward by each module's name below the network, whose
+    own are under the empty name."""
 
     forward: float
     backward: float
+    modules: dict[str, float]
 
     @property
     def flops(self) -> float:
@@ -31,7 +33,10 @@ def count_step(forward: Callable[[int], Tensor], batch: int = 1) -> StepCost:
         loss = forward(batch)
     with FlopCounterMode(display=False) as back:
         loss.backward()
-    return StepCost(there.get_total_flops() / batch, back.get_total_flops() / batch)
+    modules = {
+        name.partition(".")[2]: sum(flops.values()) / batch for name, flops in there.get_flop_counts().items()
+    }
+    return StepCost(there.get_total_flops() / batch, back.get_total_flops() / batch, modules)
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:

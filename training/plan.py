@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
@@ -45,6 +45,7 @@ def print_plan(config: Config) -> None:
         f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({cost.forward / 1e9:.3g} forward and "
         f"{cost.backward / 1e9:.3g} backward GFLOP an image)",
     )
+    plan_parts(cost, model)
     plan_memory(
         config, model, dtype, saved_bytes(partial(forward_of(model, shape), 1), list(model.parameters()))
     )
@@ -109,6 +110,16 @@ def plan_parameters(config: Config, model: AlignedModel) -> None:
         "weights",
         f"{network:,} of the {model.family.noun} are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
     )
+
+
+def plan_parts(cost: StepCost, model: AlignedModel) -> None:
+    """Print the forward operations of each top-level module of the network, of a list those of each item."""
+    parts = {}
+    for name, module in model.backbone.named_children():
+        items = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+        parts |= {item: cost.modules.get(item, 0.0) for item in items}
+    parts["alignment"] = cost.forward - cost.modules[""]
+    say("forward GFLOP", ", ".join(f"{name} {flops / 1e9:.4g}" for name, flops in parts.items() if flops > 0))
 
 
 def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:

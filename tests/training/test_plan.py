@@ -19,6 +19,10 @@ def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeyp
     said = capsys.readouterr().out
     assert "7,462,912 of the U-Net are trained (lora), 1,312,768 of heads, 859,520,964 are frozen" in said
     assert "48 images: 69.01 TFLOP (804 forward and 633 backward GFLOP an image)" in said
+    line = next(line for line in said.splitlines() if line.startswith("  forward GFLOP"))
+    parts = {name: float(flops) for name, flops in map(str.split, line.split("GFLOP")[1].split(","))}
+    assert sum(parts.values()) == pytest.approx(804.4, abs=0.3)  # each is rounded
+    assert (parts["mid_block"], parts["alignment"]) == (12.39, 0.1678)
     assert "2.26 it/s" in said  # an A100 at half of its peak
     assert not (tmp_path / "A").exists()
 

@@ -1,0 +1,112 @@
+"""What the operating system says of this machine, and of the time, memory and disk that this process and its children took."""
+
+import ctypes
+import importlib.metadata
+import mmap
+import multiprocessing
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PACKAGES = ["torch", "numpy", "lmdb", "diffusers", "transformers", "mosaicml-streaming", "webdataset", "h5py"]
+
+
+def machine() -> dict:
+    """What the numbers depend on and the code does not decide."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def family() -> list[int]:
+    """This process and its living children, such as a DataLoader's workers."""
+    return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+
+
+def cpu_seconds() -> float:
+    """CPU time of the family so far, all threads, to a hundredth of a second."""
+    ticks = 0
+    for pid in family():
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime, stime
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mb() -> dict[str, float]:
+    """Resident memory of the family, and the same with shared pages divided among those who share them."""
+    total = {"Rss": 0.0, "Pss": 0.0, "processes": len(family())}
+    for pid in family():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            key, _, rest = line.partition(":")
+            if key in ("Rss", "Pss"):
+                total[key] += int(rest.split()[0]) / 1000
+    return total
+
+
+def disk_bytes() -> int:
+    """What this process and its children had to fetch from a disk so far."""
+    lines = [line for pid in family() for line in Path(f"/proc/{pid}/io").read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def disk_of(folder: Path) -> dict:
+    """The device under a folder and how far its kernel reads ahead."""
+    number = os.stat(folder).st_dev
+    name = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not name.exists():
+        return {"device": f"{os.major(number)}:{os.minor(number)}"}
+    queue = next((at / "queue" for at in (name, name.resolve().parent) if (at / "queue").exists()), None)
+    readahead = (queue / "read_ahead_kb").read_text().strip() if queue else None
+    return {"device": name.resolve().name, "read_ahead_kb": readahead}
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    """Raise when more than a hundredth of the files stays in memory."""
+    files = [path for path in files_of(folder) if path.stat().st_size]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # a dirty page cannot be dropped
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    resident, size = sum(map(resident_bytes, files)), sum(path.stat().st_size for path in files)
+    if resident > size / 100:
+        raise RuntimeError(
+            f"{resident:,} of {size:,} bytes of {folder} are still in memory: is it on a tmpfs?"
+        )
+
+
+def resident_bytes(path: Path) -> int:
+    """How much of a file is in the page cache."""
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    view = np.frombuffer(mapped, np.uint8)
+    pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(mapped)), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return int((np.frombuffer(pages, np.uint8) & 1).sum()) * mmap.PAGESIZE
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
