@@ -211,6 +211,8 @@ class RawLmdb(LazyDataset):
 
 
 class RawLmdbReadahead(RawLmdb):
+    """The same with the kernel's read-ahead."""
+
     readahead = True
 
 

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.report import Target, benchmark_parser, publish, temporary_folder
+from benchmarks.report import Target, add_counts, benchmark_parser, publish, temporary_folder
 from cache.image_list import Sample
 from cache.views import read_view
 from common.device import pick_device
@@ -52,10 +52,10 @@ def main() -> None:
     parser, _ = benchmark_parser(__doc__)
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
-    parser.add_argument("--seconds", type=positive, default=20, help="of a bare run (default 20)")
-    parser.add_argument("--batch-size", type=positive, default=4, help="(default 4)")
+    add_counts(
+        parser, seconds=(20, "of a bare run"), batch_size=(4, "images of a forward"), rounds=(2, "of all")
+    )
     parser.add_argument("--workers", type=not_negative, default=1, help="that decode images (default 1)")
-    parser.add_argument("--rounds", type=positive, default=2, help="(default 2)")
     parser.add_argument(
         "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default auto)"
     )
