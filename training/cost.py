@@ -15,8 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one image: operations of forward and backward, and of forward by each module's name below the network, whose
-    own are under the empty name."""
+    """Of one image: operations of forward and backward, and of forward by the name of each module inside the network."""
 
     forward: float
     backward: float

@@ -118,7 +118,7 @@ def plan_parts(cost: StepCost, model: AlignedModel) -> None:
     for name, module in model.backbone.named_children():
         items = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
         parts |= {item: cost.modules.get(item, 0.0) for item in items}
-    parts["alignment"] = cost.forward - cost.modules[""]
+    parts["alignment"] = cost.forward - sum(parts.values())
     say("forward GFLOP", ", ".join(f"{name} {flops / 1e9:.4g}" for name, flops in parts.items() if flops > 0))
 
 
