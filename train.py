@@ -246,7 +246,7 @@ def report_skipped(parts: Parts, run: RunFolder, state: TrainingState) -> None:
         tqdm.write(
             f"step {line['step']} was skipped: its gradient is not finite; see {run.path / 'skipped.jsonl'}"
         )
-    state.guard.insist(run.path / "skipped.jsonl")
+    state.guard.check(run.path / "skipped.jsonl")
 
 
 def draw_preview(previews: Previews, run: RunFolder, state: TrainingState, log: MetricLog) -> None:

@@ -109,7 +109,7 @@ def ids_digest(ids: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
-def insist_same(folder: Path, known: dict, wanted: dict) -> None:
+def check_same(folder: Path, known: dict, wanted: dict) -> None:
     """Raise `UserError` unless a folder's settings are those that are wanted."""
     for key, value in wanted.items():
         if known.get(key) != value:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache.manifest import MANIFEST, SETTINGS, insist_same, read_json
+from cache.manifest import MANIFEST, SETTINGS, check_same, read_json
 from common.errors import UserError
 from common.files import write_json
 
@@ -16,12 +16,12 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.lmdb"
 
 
-def insist_on_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
+def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
     """Record what a new folder is for; raise `UserError` where it is for something else. Returns its settings."""
     path = folder / SETTINGS
     if path.exists():
         known = read_json(path)
-        insist_same(folder, known, settings)
+        check_same(folder, known, settings)
         if shard_size not in (None, known.get("shard_size")):
             raise UserError(
                 f"{folder} has shards of {known.get('shard_size')} images: leave --shard-size out"

@@ -37,7 +37,7 @@ from cache.manifest import (
     read_manifest,
 )
 from cache.reader import row_checksum
-from cache.shard_plan import extend_plan, insist_on_settings, read_plan, shard_path
+from cache.shard_plan import check_settings, extend_plan, read_plan, shard_path
 from common.errors import UserError
 from common.files import sync_folder, write_atomically, write_json
 
@@ -79,7 +79,7 @@ class FieldWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = NumberedLocks(self.folder)
             with self._locks.held(PLANNING):
-                settings = insist_on_settings(self.folder, spec.as_json(), shard_size)
+                settings = check_settings(self.folder, spec.as_json(), shard_size)
                 self.plan = extend_plan(self.folder, ids, settings["shard_size"])
         self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
         self.complete = self._is_complete()

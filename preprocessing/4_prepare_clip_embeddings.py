@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [args.template.replace("{class_name}", name) for _, name in classes] + [""]
     synsets = [synset for synset, _ in classes]
 
-    from cache.manifest import MANIFEST, insist_same
+    from cache.manifest import MANIFEST, check_same
     from cache.text import read_table, text_spec, write_table
     from common.device import pick_device
     from models.families.table import family_of
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         | ({"synsets": synsets} if None not in synsets else {}),
     )
     if (args.out / MANIFEST).exists():  # a training may have read it
-        insist_same(args.out, read_table(args.out)[1], spec.as_json())
+        check_same(args.out, read_table(args.out)[1], spec.as_json())
         print(f"{args.out} is complete: embeddings of {len(classes)} classes and the null prompt")
         return
     fields = family.encode_text(prompts, pick_device(args.device))  # {name: (n_classes + 1, …)}

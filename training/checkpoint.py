@@ -144,12 +144,12 @@ def _sealed(state: dict) -> dict:
 
 def contents_of(path: Path) -> dict[str, dict[str, int]]:
     """Sizes and CRC-32 of a checkpoint's files, as they were written; raises `UserError` where nobody can say."""
-    return _insist_whole(path, ())["files"]
+    return _check_whole(path, ())["files"]
 
 
 def images_per_step_of(path: Path) -> int:
     """Images that each step up to a checkpoint took."""
-    return _insist_whole(path, ())["extra"]["data"]["images_per_step"]
+    return _check_whole(path, ())["extra"]["data"]["images_per_step"]
 
 
 def step_of(path: Path) -> int:
@@ -181,12 +181,12 @@ def restore_checkpoint(
 def load_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
     """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into parameters of the same names; raises `UserError` for
     damage."""
-    _insist_whole(file.parent, (file.name,))
+    _check_whole(file.parent, (file.name,))
     for name, value in _matching(file, parameters).items():
         parameters[name].copy_(value)
 
 
-def _insist_whole(path: Path, names: tuple[str, ...]) -> dict:
+def _check_whole(path: Path, names: tuple[str, ...]) -> dict:
     """`_verify`, whose complaint is the user's."""
     try:
         return _verify(path, names)
@@ -209,7 +209,7 @@ def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
             f"{source} is no run, no checkpoint and no trained.safetensors: a new run cannot start from it"
         )
     if (file.parent / STATE).exists():  # else somebody has taken the file elsewhere
-        _insist_whole(file.parent, (file.name,))
+        _check_whole(file.parent, (file.name,))
     return file, _load(file)
 
 

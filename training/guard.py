@@ -47,7 +47,7 @@ class Guard:
         self._seen.clear()
         return found
 
-    def insist(self, log: Path) -> None:
+    def check(self, log: Path) -> None:
         """Raise `UserError` when too many steps in a row were skipped."""
         if self.in_a_row >= self.limit:
             raise UserError(

@@ -170,7 +170,7 @@ class RunFolder:
         """The steps of all finished checkpoints, ascending."""
         return [step_of(path) for path in checkpoints(self.checkpoint_folder)]
 
-    def insist_same_data(self, before: dict, now: dict, ranks: int) -> None:
+    def check_same_data(self, before: dict, now: dict, ranks: int) -> None:
         """Check that the data and the images per step have not changed since the checkpoint.
 
         Raises `UserError` when they have; other images are accepted where a change of `data.csv` is allowed.
@@ -190,7 +190,7 @@ class RunFolder:
             )
         self._forced.append(f"data: {what}")
 
-    def insist_not_beyond(self, step: int, steps: int) -> None:
+    def check_not_beyond(self, step: int, steps: int) -> None:
         """Raise `UserError` when the run has gone further than it is asked to."""
         if step > steps:
             raise UserError(f"{self.path} is at step {step} already, beyond train.steps={steps}: choose more")

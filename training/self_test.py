@@ -85,7 +85,7 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
         say("tokens", f"{shape_of(tokens[0])} of {made_by}, {how}; norms within {off:.2g} of 1")
         if off > NORM_ERROR:
             fail(f"tokens of {dataset.tokens.folder} are not L2-normalised: run script 3 again")
-        insist_spatial(tokens)
+        check_spatial(tokens)
     check_text(parts)
 
 
@@ -173,7 +173,7 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     if model.heads:
         teacher = teacher_of(parts, values, latents)
         tokens = model.get_aligned_tokens(parts.batches.grid or square(teacher))  # {tap: (b, N, D)}
-        insist_equal(tokens, teacher)
+        check_equal(tokens, teacher)
         terms = loss.alignment(tokens, teacher)
     model.clear_hooks()
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
@@ -225,7 +225,7 @@ def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tens
         "teacher",
         f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
     )
-    insist_spatial(tokens)
+    check_spatial(tokens)
     return tokens
 
 
@@ -251,7 +251,7 @@ def report_tap(
         )
 
 
-def insist_spatial(tokens: Tensor) -> None:
+def check_spatial(tokens: Tensor) -> None:
     """End the run when tokens `(n, N, D)` are all the same within images, as copies of a CLS vector are, or for all images."""
     flat = (tokens - tokens[:, :1]).abs().flatten(1).amax(1) < EQUAL  # (n,)
     if flat.float().mean() > 0.1:
@@ -262,7 +262,7 @@ def insist_spatial(tokens: Tensor) -> None:
         fail("the teacher's tokens are the same for all images: run script 3 again")
 
 
-def insist_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
+def check_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
     for tap, x in tokens.items():
         if x.shape[1:] != teacher.shape[1:]:
             fail(

@@ -122,8 +122,8 @@ class TrainingState:
             step, extra = restore_checkpoint(
                 newest, parameters=self.parameters, optimizer=self.optimizer, ema=self.ema
             )
-            run.insist_same_data(extra["data"], self.data, self.ranks.world)
-            run.insist_not_beyond(step, self.config.train.steps)
+            run.check_same_data(extra["data"], self.data, self.ranks.world)
+            run.check_not_beyond(step, self.config.train.steps)
             self.step = step
             self.lr_schedule = self._lr_schedule_from(step)
             self.masters.publish()

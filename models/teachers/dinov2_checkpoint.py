@@ -54,7 +54,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
     state = read_backbone(path)
     config = infer_config(state, path)
     state.setdefault("mask_token", torch.zeros(1, config.hidden_size))  # only training masks patches
-    insist_complete(state, shapes_of(config), path)
+    check_complete(state, shapes_of(config), path)
     model_class = transformers.MODEL_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
         None,
@@ -196,7 +196,7 @@ def shapes_of(config: transformers.PretrainedConfig) -> dict[str, tuple[int, ...
     return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
-def insist_complete(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
+def check_complete(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
     """Raise `UserError` unless the keys are these, each a tensor of real numbers of this shape."""
     if unknown := sorted(state.keys() - shapes.keys()):
         raise UserError(f"{path} has {unknown[0]}, which is no part of such a DINOv2: give another file")

@@ -88,7 +88,7 @@ def test_metrics_name_each_tap(batch):
 
 def test_the_options_of_the_alignment_reach_it(batch):
     model = small_model()
-    for knobs in ({"manifold": "token"}, {"upper_only": True}, {"alpha": 0.5}, {"manifold": "both"}):
+    for knobs in ({"manifold": "token"}, {"upper_only": True}, {"spatial_norm": 0.5}, {"manifold": "both"}):
         assert evaluate(batch, model, **knobs)["loss_align"] != evaluate(batch, model)["loss_align"], knobs
 
 

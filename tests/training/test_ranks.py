@@ -51,9 +51,9 @@ def train_and_note(rank, argv, note, stop_at=None):
     """Train; write down the weights that this rank ends with and the seeds it drew from, and stop it when a step is done."""
     states, seeds, update, loss_of = [], [], TrainingState.update, train_script.loss_of
 
-    def loss_of_and_note(parts, prompts, batch, generator, *args):
+    def loss_of_and_note(parts, batch, generator, *args):
         seeds.append(generator.initial_seed())
-        return loss_of(parts, prompts, batch, generator, *args)
+        return loss_of(parts, batch, generator, *args)
 
     def update_and_keep(state):
         update(state)
@@ -127,7 +127,7 @@ def _gradients(rank, argv, note, world):
     images = torch.arange(4) if world == 1 else torch.arange(4)[rank::2]
     latents = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))[images]
     text, timesteps = torch.zeros(4, 5, 32)[images], torch.tensor([1, 300, 600, 900])[images]
-    errors = parts.model(latents, timesteps, text, capture=False).square().flatten(1).mean(1)
+    errors = parts.model.predict(latents, timesteps, {"prompt_embeds": text}).square().flatten(1).mean(1)
     state.backward({"loss": errors.mean()}, images.tolist(), errors)
     found = [p for p in state.parameters.values() if p.grad is not None]
     parts.ranks.mean([p.grad for p in found])

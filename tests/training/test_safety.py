@@ -13,7 +13,7 @@ from small_runs import CONFIG, FILES, assert_same_run, equal, stop_after, stoppe
 import export
 import train as train_script
 from benchmarks.kills import differences, kill_again_and_again
-from cache.dataset import SD15AlignedDataset
+from cache.dataset import AlignedDataset
 from common.errors import UserError
 from training import checkpoint
 from training.guard import Guard
@@ -23,7 +23,7 @@ from training.run_folder import RunFolder
 def poison(monkeypatch, batches):
     """Let one image of the given batches (counted from 0 in a process) be NaN; returns the ids that were poisoned."""
     monkeypatch.setattr(train_script, "self_test", lambda *_, **__: None)  # would find it
-    read, poisoned, count = SD15AlignedDataset.read_batch, [], iter(range(10**6))
+    read, poisoned, count = AlignedDataset.read_batch, [], iter(range(10**6))
 
     def read_and_poison(dataset, indices, raw):
         read(dataset, indices, raw)
@@ -31,7 +31,7 @@ def poison(monkeypatch, batches):
             raw["latent"][1].view(torch.float16).fill_(float("nan"))
             poisoned.append(dataset.ids[indices[1]])
 
-    monkeypatch.setattr(SD15AlignedDataset, "read_batch", read_and_poison)
+    monkeypatch.setattr(AlignedDataset, "read_batch", read_and_poison)
     return poisoned
 
 
@@ -110,11 +110,11 @@ def test_a_guard_counts_in_a_row_and_starts_anew_after_a_good_step():
         guard.judge(step, torch.tensor(norm), torch.tensor(norm), [7, 8], torch.tensor([1.0, float("nan")]))
     assert [line["step"] for line in guard.report()] == [2, 4]
     assert (guard.skipped, guard.in_a_row, guard.report()) == (2, 1, [])
-    guard.insist(Path("log"))
+    guard.check(Path("log"))
     guard.judge(5, torch.tensor(float("nan")), torch.tensor(1.0), [7, 8], torch.tensor([1.0, 1.0]))
     assert guard.report() == [{"step": 5, "loss_finite": True, "images": [7, 8], "broken": []}]
     with pytest.raises(UserError, match="last 2 steps"):
-        guard.insist(Path("log"))
+        guard.check(Path("log"))
 
 
 def test_of_several_ranks_only_the_broken_images_are_blamed():
