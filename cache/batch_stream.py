@@ -1,8 +1,8 @@
-"""Batches read ahead by threads, into memory that is used again and again.
+"""Read batches ahead of their use, in threads, into buffers that are reused.
 
-Reader threads fill a ring of buffers straight from the shards; no worker processes, no pickling, no fresh memory, which cost
-more than the reading (`benchmarks/`). On a machine with a GPU the buffers are pinned, and one is filled again only after
-the copy from it has ended.
+Reader threads fill the buffers straight from the shards. There are no worker processes, no pickling and no fresh memory: these
+would cost more than the reading itself (`benchmarks/`). On a machine with a GPU the buffers are pinned, and a buffer is filled
+again only after the copy from it has ended.
 """
 
 import time
@@ -19,10 +19,10 @@ Read = Callable[[Sequence[int], dict[str, Tensor]], None]
 
 @dataclass
 class Batch:
-    """One batch: `indices (B,)` of the dataset, and of each field the raw bytes, uint8 `(B, value_bytes)`.
+    """One batch: the dataset's `indices (B,)`, and the stored bytes of each field, uint8 `(B, value_bytes)`, in `raw`.
 
-    The bytes are valid until the next batch is asked for; `on` moves them to a device and decodes them there, `rows` the
-    indices. Neither waits for a GPU.
+    The bytes are valid until the next batch is requested. `on` moves the bytes of a field to a device and decodes them there;
+    `rows` moves the indices. Neither waits for the GPU.
     """
 
     indices: list[int]
@@ -31,11 +31,11 @@ class Batch:
     decode: dict[str, Callable[[Tensor], Tensor]]
 
     def on(self, device: torch.device, name: str) -> Tensor:
-        """The values of a field on `device`, `(B, *shape)`; on the CPU a view of the reused memory."""
+        """Return the values `(B, *shape)` of a field on `device`; on the CPU they may be a view of the reused buffer."""
         return self.decode[name](self.raw[name].to(device, non_blocking=True))
 
     def rows(self, device: torch.device) -> Tensor:
-        """The indices `(B,)` on `device`; on the CPU the reused memory itself."""
+        """Return the indices `(B,)` on `device`; on the CPU this is the reused buffer itself."""
         return self.index.to(device, non_blocking=True)
 
 
@@ -47,18 +47,18 @@ class _Slot:
 
 
 class BatchStream:
-    """Iterate once over batches of indices, as `Batch`es in their order.
+    """Iterates once over lists of indices and yields a `Batch` for each, in the same order.
 
     Args:
         batches: lists of dataset indices, all of one length.
-        read: fills the buffers of all fields for some indices; called in the reader threads.
+        read: fills the buffers of all fields for the given indices; called in the reader threads.
         value_bytes: {field: bytes of one value}.
-        decode: {field: from raw bytes to values}.
-        threads: how many batches are read at the same time; 0 reads each when it is asked for.
-        ahead: how many batches are ready or being read beside the one in use.
+        decode: {field: function from stored bytes to values}.
+        threads: how many batches are read at the same time; with 0 each batch is read when it is requested.
+        ahead: how many batches are ready or being read besides the one in use.
         pin: whether the buffers are page-locked, for asynchronous copies to a GPU.
 
-    `waited` is how many seconds its user has waited for batches so far.
+    `waited` counts the seconds that the loop over the stream has waited for batches so far.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a batch of stored bytes to what a training step needs, on the device."""
+"""Turn a batch of stored bytes into the tensors that a training step needs, on the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,14 @@ from cache.text import drop_captions
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """x_0 `(B, C, h, w)` in fp32, the text fields `(B, …)`, and the teacher's tokens `(B, N, D)` on their `grid` (h, w), both
-    None where they were not asked for."""
+    """The tensors of one training batch.
+
+    Attributes:
+        x_0: scaled latents `(B, C, h, w)` in fp32.
+        text: the text fields, each `(B, …)`.
+        tokens: the teacher's tokens `(B, N, D)`; None where they were not requested.
+        grid: the grid (h, w) of the tokens; None where they were not requested.
+    """
 
     x_0: Tensor
     text: dict[str, Tensor]
@@ -23,14 +29,16 @@ class TrainingBatch:
 
 
 class TrainingBatches:
-    """Makes batches ready for a step. The text of all classes stays on the device, so that none travels with an image.
+    """Makes a `TrainingBatch` of each `Batch`.
+
+    The text of all classes stays on the device, so that no text needs to be copied with the images.
 
     Args:
         dataset: the cached fields.
-        device, dtype: where the step computes, and the precision of its text.
-        caption_dropout: share of captions that the null prompt replaces, for classifier-free guidance.
-        teacher: makes tokens `(B, N, D)` of x_0 where none are cached; None reads the cached ones.
-        grid: the grid (h, w) of that teacher's tokens.
+        device, dtype: the device of the step, and the precision of the text fields.
+        caption_dropout: the share of captions that are replaced by the null prompt, for classifier-free guidance.
+        teacher: computes tokens `(B, N, D)` from x_0, for runs without cached tokens; None uses the cached ones.
+        grid: the grid (h, w) of the tokens of `teacher`.
     """
 
     def __init__(
@@ -49,7 +57,10 @@ class TrainingBatches:
         self.grid = dataset.token_grid if teacher is None else grid
 
     def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
-        """The batch on the device; `generator` draws latents from stored moments, then drops captions."""
+        """Move the batch to the device and decode it.
+
+        `generator` first draws the latents (where the cache holds moments) and then chooses the captions to drop.
+        """
         x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
         text = self.text.rows(self.class_ids[batch.rows(self.device)])
         text = drop_captions(text, self.text.null, self.dropout, generator)

@@ -1,4 +1,4 @@
-"""Cached latents, teacher tokens and text embeddings as a dataset."""
+"""A dataset that joins cached latents, teacher tokens and text embeddings."""
 
 import math
 import zlib
@@ -16,18 +16,18 @@ from common.errors import UserError
 
 
 class AlignedDataset(Dataset):
-    """Items of one image: `latent (C, h, w)`, `dino_tokens (N, D)`, the text fields (such as `prompt_embeds`), `class_id`.
+    """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and `class_id`.
 
-    Latents and tokens are joined by id. An image of the CSV that is not in both caches is left out, and `left_out` counts
-    them; row c of `text` belongs to class c. Any DataLoader can use the dataset, with any
-    start method; training reads raw batches instead (`read_batch`), several times faster.
+    Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
+    such images. Row c of `text` belongs to class c. The dataset works with any DataLoader and any start method of processes.
+    Training calls `read_batch` instead, which reads stored bytes and is several times faster.
 
     Args:
-        csv_path: CSV of script 1.
-        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4. Without a `dino_dir` there are no tokens.
-        need_tokens: False leaves the tokens unread (a run with λ = 0 does no alignment work).
+        csv_path: the CSV of script 1.
+        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4. Without a `dino_dir` items have no tokens.
+        need_tokens: with False the tokens are not read (for a run with λ = 0, which does not align).
 
-    Raises `UserError` when a field is missing, unfinished or does not fit the others.
+    Raises `UserError` when a field is missing, is unfinished or does not fit the others.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class AlignedDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        # Memory of its own for each item: fresh blocks of a whole batch cost page faults and are kept by the allocator.
+        # Each item has its own memory: a new block for the whole batch causes page faults, and the allocator keeps it.
         raw = {
             name: [torch.empty(size, dtype=torch.uint8) for _ in indices]
             for name, size in self.value_bytes.items()
@@ -86,17 +86,17 @@ class AlignedDataset(Dataset):
 
     @property
     def value_bytes(self) -> dict[str, int]:
-        """Stored bytes of one value of each field."""
+        """The number of stored bytes of one value, for each field."""
         return {name: reader.spec.value_bytes for name, reader in self.readers.items()}
 
     @property
     def decode(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """For each field, from stored bytes `(n, value_bytes)` to values `(n, *shape)`, on any device."""
+        """For each field the function that decodes stored bytes `(n, value_bytes)` to values `(n, *shape)`, on any device."""
         return {name: reader.spec.decode for name, reader in self.readers.items()}
 
     @property
     def identity(self) -> dict[str, int]:
-        """How many images there are, and the CRC-32 of their ids and classes: what the order of a training depends on."""
+        """The number of images and the CRC-32 of their ids and classes, on which the order of a training depends."""
         lines = "".join(
             f"{key},{number}\n" for key, number in zip(self.ids, self.class_ids.tolist(), strict=True)
         )
@@ -104,35 +104,41 @@ class AlignedDataset(Dataset):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """`(C, h, w)` of `latent`."""
+        """The shape `(C, h, w)` of an item's `latent`."""
         return latent_shape(self.latents.spec.shape, self.latents.spec.details)
 
     @property
     def token_grid(self) -> tuple[int, int] | None:
-        """The grid (h, w) of the cached teacher tokens; None without them."""
+        """The grid (h, w) of the cached teacher tokens; None if there are none."""
         if self.tokens is None:
             return None
         side = (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
         return side, side
 
     def read_batch(self, indices: Sequence[int], raw: dict[str, Tensor]) -> None:
-        """Fill `raw[name] (len(indices), value_bytes)` with what is stored of these items."""
+        """Fill `raw[name] (len(indices), value_bytes)` with the stored bytes of these items, for every field."""
         for name, reader in self.readers.items():
             reader.read_rows(self._rows[name][indices], raw[name].numpy())
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents `(B, C, h, w)` in fp32 of what script 2 stored; of moments, a draw by `generator` or else the mean."""
+        """Return scaled latents `(B, C, h, w)` in fp32 from the values that script 2 stored.
+
+        Where it stored moments, `generator` draws the latents; without a generator the mean is returned.
+        """
         return latents_of(stored, self.latents.spec.details, generator)
 
 
 def latent_shape(stored: Sequence[int], details: dict) -> tuple[int, ...]:
-    """`(C, h, w)` of a latent by the shape of what script 2 stored: half the channels where that is mean and deviation."""
+    """Return the shape `(C, h, w)` of a latent. Where script 2 stored mean and deviation, that is half the stored channels."""
     channels, *size = stored
     return (channels // 2 if details["posterior"] == "moments" else channels, *size)
 
 
 def latents_of(stored: Tensor, details: dict, generator: torch.Generator | None = None) -> Tensor:
-    """What the network trains on, fp32 `(B, C, h, w)`, of values and details that script 2 stored."""
+    """Return the scaled latents that the network is trained on, fp32 `(B, C, h, w)`, from script 2's values and details.
+
+    Where it stored moments, `generator` draws the latents; without a generator the mean is returned.
+    """
     latents = stored.float()
     if details["posterior"] == "moments":
         mean, std = latents.chunk(2, dim=1)  # (B, C, h, w) each

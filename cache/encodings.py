@@ -1,10 +1,10 @@
-"""How a value becomes the bytes that a shard stores, and back again, on any device.
+"""Convert values to the bytes that a shard stores, and back again, on any device.
 
-`encode` runs where the encoder ran and `decode` where the values are used, so that only stored bytes travel: int8 tokens cost
-half the disk, half the reading and half the copy to the GPU.
+`encode` runs on the device of the encoder, and `decode` on the device that uses the values. Only stored bytes travel in
+between, so int8 tokens need half the disk space, half the reading and half the copying to the GPU.
 
-Bytes of one image's tokens (196, 1024): float16 and bfloat16 401,408, int8 206,976. What each loses is measured by
-`benchmarks/token_encodings.py`.
+The tokens of one image, (196, 1024), take 401,408 bytes as float16 or bfloat16 and 206,976 bytes as int8.
+`benchmarks/token_encodings.py` measures how much precision each encoding loses.
 """
 
 import math
@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 SMALLEST_FP16 = 2.0**-24
-GROUP = 64  # channels that share one scale in int8; divides the width of every DINOv2
+GROUP = 64  # in int8 so many channels share one scale; the width of every DINOv2 is a multiple
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """`value_bytes(shape)`; `encode`: float `(n, *shape)` to uint8 `(n, value_bytes)`; `decode` the other way, without a copy
-    where the bytes already are numbers."""
+    """The three functions of one stored type.
+
+    Attributes:
+        value_bytes: returns the number of bytes of one value of a given shape.
+        encode: converts floats `(n, *shape)` to uint8 `(n, value_bytes)`.
+        decode: converts uint8 `(n, value_bytes)` to numbers `(n, *shape)`; plain types are only viewed, not copied.
+    """
 
     value_bytes: Callable[[Sequence[int]], int]
     encode: Callable[[Tensor], Tensor]
@@ -45,9 +50,13 @@ def _int8_bytes(shape: Sequence[int]) -> int:
 
 
 def _encode_int8(values: Tensor) -> Tensor:
-    """Symmetric int8 with one fp16 scale for every 64 channels: all integers of a value first, then all its scales."""
+    """Encode as symmetric int8 with one fp16 scale for every 64 channels.
+
+    The bytes of a value are all its integers, followed by all its scales.
+    """
     groups = values.float().view(len(values), -1, GROUP)  # (n, G, 64)
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).half()  # (n, G, 1); rounded before it is used
+    # Rounded to fp16 before the division below, because that is what `decode` multiplies by.
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).half()  # (n, G, 1)
     integers = (groups / scale.float().clamp_min(SMALLEST_FP16)).round().clamp(-127, 127)
     parts = (integers.to(torch.int8), scale)
     return torch.cat([part.view(len(values), -1).view(torch.uint8) for part in parts], dim=1)

@@ -1,4 +1,4 @@
-"""The list of images a cache or a training uses: a CSV `id, img_path, class_id, synset`."""
+"""The list of images that a cache or a training uses: a CSV with the columns `id, img_path, class_id, synset`."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ COLUMNS = ["id", "img_path", "class_id", "synset"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image. `id` is the key under which every cached field stores it; `class_id` counts from 0."""
+    """One item, that is one row of the list. Every cached field uses `id` as its key; `class_id` counts from 0."""
 
     id: str
     img_path: str
@@ -23,7 +23,7 @@ class Sample:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Read the CSV of script 1; raise `UserError` when it is missing, empty, malformed or names an id twice."""
+    """Read the CSV of script 1; raises `UserError` when it is missing, empty or malformed, or contains an id twice."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

@@ -1,8 +1,9 @@
-"""Where LMDB put each value: a reader of its page layout (data format 1, LMDB 0.9), so that values can be read as byte ranges.
+"""Find the byte range of every value in an LMDB file by reading its page layout (data format 1, LMDB 0.9).
 
-Only b-tree pages are read, about 40 bytes a value. With the ranges known a whole batch can be asked of the disk at once;
-`txn.get` instead touches a cold value page by page through the memory map, about twenty times slower, and ends the process
-with SIGBUS where a file is shorter than it says. Layout: `struct MDB_page`, `MDB_node`, `MDB_meta` of LMDB's mdb.c.
+Only the pages of the b-tree are read, about 40 bytes for each value. Once the ranges are known, a whole batch can be requested
+from the disk at once. LMDB's own `txn.get` would load a cold value page by page through the memory map, which is about twenty
+times slower, and a truncated file would end the process with SIGBUS. The layout is that of `struct MDB_page`, `MDB_node` and
+`MDB_meta` in LMDB's mdb.c.
 """
 
 import os
@@ -22,13 +23,13 @@ MAX_DEPTH = 32
 
 
 class DamagedFile(ValueError):
-    """Not a whole LMDB file of the known format; the message says what is wrong."""
+    """The file is not a whole LMDB file of the known format; the message says what is wrong."""
 
 
 def value_ranges(file: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield `(key, offset, size)` of every value of an open LMDB file, in the order of its keys.
 
-    Raises `DamagedFile` where a page contradicts the format or lies outside the file; nothing is mapped.
+    The file is read without a memory map. Raises `DamagedFile` where a page contradicts the format or lies outside the file.
     """
     pages = _Pages(file)
     if pages.root != NO_ROOT:
@@ -41,7 +42,8 @@ class _Pages:
         first = os.pread(file, 4096, 0)
         if len(first) < 4096 or HEADER.unpack_from(first)[2] & META_PAGE == 0:
             raise DamagedFile("it is no LMDB file")
-        self.size = struct.unpack_from("<I", first, 16 + 24)[0]  # kept in the free list's record
+        # LMDB stores the page size in the record of its free list.
+        self.size = struct.unpack_from("<I", first, 16 + 24)[0]
         if self.size < 512 or self.size & (self.size - 1):
             raise DamagedFile(f"a page size of {self.size} bytes")
         second = os.pread(file, 4096, self.size)
@@ -62,7 +64,7 @@ class _Pages:
         return page
 
     def will_need(self, numbers: list[int]) -> None:
-        """Let the kernel fetch these pages together, where it can be told."""
+        """Ask the kernel to load these pages in advance, on systems that offer that."""
         if hasattr(os, "posix_fadvise"):
             for number in numbers:
                 os.posix_fadvise(self.file, number * self.size, self.size, os.POSIX_FADV_WILLNEED)
@@ -96,7 +98,7 @@ def _value(pages: _Pages, page: bytes, number: int, start: int) -> tuple[bytes, 
     low, high, flags, key_size = NODE.unpack_from(page, start)
     size, data = low | high << 16, start + NODE.size + key_size
     key = page[start + NODE.size : data]
-    if flags & BIG_DATA:  # a run of pages of its own, behind one header
+    if flags & BIG_DATA:  # the value fills pages of its own, after a single header
         (first,) = struct.unpack_from("<Q", page, data)
         offset = first * pages.size + HEADER.size
     else:

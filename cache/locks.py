@@ -1,4 +1,4 @@
-"""Locks of a folder that several processes write, on local and network file systems."""
+"""Locks for a folder that several processes write, on local and network file systems."""
 
 import errno
 import fcntl
@@ -12,10 +12,10 @@ NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class NumberedLocks:
-    """Locks 0, 1, 2, … of a folder, kept in its file `.lock`; they end with the process, however it ends.
+    """Locks 0, 1, 2, … of a folder, in its file `.lock`. The system releases them when the process ends, however it ends.
 
-    They are POSIX locks, which forked decoding workers do not inherit: those may outlive a killed writer by seconds. On file
-    systems without locks, they warn and treat every lock as acquired.
+    They are POSIX locks because forked decoding workers, which may outlive a killed writer by seconds, do not inherit those. On
+    file systems without locks, a warning is printed and every lock counts as acquired.
     """
 
     def __init__(self, folder: Path):
@@ -23,7 +23,7 @@ class NumberedLocks:
         self._file = open(folder / ".lock", "a")  # noqa: SIM115 (held until close)
 
     def take(self, number: int, *, wait: bool = False) -> bool:
-        """Whether the lock is now this process's; `wait` until it is."""
+        """Try to acquire a lock and return whether this process now has it; with `wait`, block until it has."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
         except OSError as error:
@@ -38,14 +38,14 @@ class NumberedLocks:
 
     @contextmanager
     def held(self, number: int) -> Iterator[None]:
-        """Wait for a lock and give it back at the end of the block."""
+        """Wait for a lock and release it at the end of the block."""
         self.take(number, wait=True)
         try:
             yield
         finally:
-            with suppress(OSError):  # where there are no locks
+            with suppress(OSError):  # fails on file systems without locks
                 fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
 
     def close(self) -> None:
-        """Give all of them back."""
+        """Release all locks."""
         self._file.close()

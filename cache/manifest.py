@@ -1,7 +1,8 @@
-"""What a cached field says of itself: its specification and its manifest.
+"""The two JSON files that describe a cached field: its settings and its manifest.
 
-A field is a folder. `settings.json` is written first and says what the folder is for; `manifest.json` is written last and
-says what it holds. Whoever reads a field insists on its manifest. The format as a whole: `cache/shards.py`.
+A field is a folder. The writer creates `settings.json` first, which records the specification that the folder is meant for,
+and `manifest.json` last, which records what the folder contains. A folder without a manifest is unfinished, and readers refuse
+it. `cache/shards.py` describes the whole format.
 """
 
 import hashlib
@@ -19,16 +20,21 @@ FORMAT, VERSION = "urepa-cache", 3
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 TABLE_KEYS = {"rows", "sha256"}
 SHARD_KEYS = {"num_samples", "ids_sha256", "shards"}
-SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # of each of `shards`
+SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # keys of each entry of `shards`
 
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """What one field holds. All of it is recorded in the manifest, and a reader insists on it.
+    """The specification of a field. The manifest records every attribute, and reading fails where one is missing.
 
-    `dtype` is a key of `ENCODINGS`; numbers are little-endian. `source` names the model (id, revision, digest of its weights,
-    precision it ran in); `view` says which pixels it saw (kind, size in px, grid); `details` holds what is particular to
-    the field, such as the VAE's scaling factor.
+    Attributes:
+        field: the name, `latents`, `tokens` or `text`.
+        shape: the shape of one value, without a batch dimension.
+        dtype: the stored type, a key of `ENCODINGS`; numbers are little-endian.
+        meaning: what a value is, in words.
+        source: the model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
+        view: the pixels that the model saw: the kind of view, its size in px, the grid of the tokens.
+        details: what only this field needs, such as the VAE's scaling factor.
     """
 
     field: str
@@ -41,21 +47,24 @@ class FieldSpec:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of one stored value."""
+        """The number of bytes of one stored value."""
         return ENCODINGS[self.dtype].value_bytes(self.shape)
 
     def encode(self, values: Tensor) -> Tensor:
-        """What is stored of `values (n, *shape)`: uint8 `(n, value_bytes)` on the same device."""
+        """Encode `values (n, *shape)` to the bytes that are stored, uint8 `(n, value_bytes)`, on the same device."""
         if values.shape[1:] != self.shape:
             raise ValueError(f"{self.field}: expected (n, *{self.shape}), got {tuple(values.shape)}")
         return ENCODINGS[self.dtype].encode(values)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Values `(n, *shape)` of stored bytes `raw (n, value_bytes)`, on the same device; a view of them where possible."""
+        """Decode stored bytes `raw (n, value_bytes)` to values `(n, *shape)`, on the same device.
+
+        The result is a view of `raw` where the encoding allows that.
+        """
         return ENCODINGS[self.dtype].decode(raw, self.shape)
 
     def agrees_with(self, other: "FieldSpec") -> bool:
-        """Whether both hold values of the same kind: field, shape, view, details and the weights that made them."""
+        """Return whether both have the same field, shape, view and details, and come from the same weights."""
 
         def kind(spec: FieldSpec):
             return spec.field, spec.shape, spec.view, spec.details, spec.source.get("weights_sha256")
@@ -72,7 +81,10 @@ class FieldSpec:
 
 
 def read_manifest(folder: str | Path, field: str) -> dict:
-    """The manifest of a finished field; raises `UserError` when there is none, or it is of another format or field."""
+    """Return the manifest of a finished field.
+
+    Raises `UserError` when there is none, when it is damaged, or when it belongs to another format, field or folder.
+    """
     path = Path(folder) / MANIFEST
     if not path.exists():
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
@@ -95,7 +107,7 @@ def read_manifest(folder: str | Path, field: str) -> dict:
     )
     if not whole or any(not isinstance(shard, dict) or shard.keys() != SHARD_ENTRY for shard in shards):
         raise UserError(f"{path} is damaged: delete it and run the preprocessing script again")
-    if field != "text" and (path.parent / SETTINGS).exists():  # of another cache, put here
+    if field != "text" and (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
         settings = read_json(path.parent / SETTINGS)
         if other := [key for key in sorted(described) if settings.get(key) != manifest[key]]:
             raise UserError(
@@ -105,12 +117,12 @@ def read_manifest(folder: str | Path, field: str) -> dict:
 
 
 def ids_digest(ids: Iterable[str]) -> str:
-    """A digest of a list of ids in this order."""
+    """Return the SHA-256 of a list of ids; their order matters."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def check_same(folder: Path, known: dict, wanted: dict) -> None:
-    """Raise `UserError` unless a folder's settings are those that are wanted."""
+    """Raise `UserError` where the `known` settings of a folder differ from the `wanted` ones."""
     for key, value in wanted.items():
         if known.get(key) != value:
             raise UserError(
@@ -120,7 +132,7 @@ def check_same(folder: Path, known: dict, wanted: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; `UserError` for anything else."""
+    """Read a JSON object; raises `UserError` when the file cannot be read or contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

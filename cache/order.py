@@ -10,11 +10,12 @@ from common.errors import UserError
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of indices as a pure function of the step: each epoch is a permutation drawn from (seed, epoch).
+    """Yields batches of indices that depend only on the step. The order of an epoch is a permutation drawn from (seed, epoch).
 
-    Iteration starts at `first_step` and ends before `last_step`. A step takes `accumulate` · n batches in a row for n ranks; of
-    each n this rank, `ranks = (r, n)`, reads the r-th, so that ranks read disjoint images, and that a step sees the same images
-    whatever shares they come in. What is too little for a step at the end of an epoch is dropped.
+    Iteration starts at `first_step` and ends before `last_step`. With n ranks a step uses `accumulate` · n consecutive batches.
+    Of every n batches, the rank with `ranks = (r, n)` reads number r, so that ranks read disjoint images. A step sees the same
+    images however they are divided between accumulation and ranks. If too few images for a whole step are left at the end of an
+    epoch, they are dropped.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ PURPOSES = {"order": 0, "noise": 1}
 
 
 def seed_of(purpose: str, seed: int, counter: int, rank: int = 0) -> int:
-    """A seed for `torch.Generator`: of an epoch's order, or of the noise of a step on one rank."""
+    """Return a seed for `torch.Generator`.
+
+    `purpose` is "order", where `counter` is the epoch, or "noise", where `counter` is the step.
+    """
     key = (PURPOSES[purpose], seed, counter, rank)
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

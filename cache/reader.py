@@ -1,7 +1,8 @@
-"""Read cached values: byte ranges of shards, straight into memory that the caller owns.
+"""Read cached values from shards, straight into memory that the caller owns.
 
-A shard is an LMDB file, and is read as what it is on disk: values at known offsets (`cache/lmdb_pages.py`). Nothing is
-mapped, locked or shared, so a reader may be forked, pickled, opened twice, and used on read-only and network file systems.
+A shard is an LMDB file. The reader finds the byte offset of every value once (`cache/lmdb_pages.py`) and then reads values as
+byte ranges of an ordinary file. It maps, locks and shares nothing, so a reader may be forked, pickled or opened twice, and it
+works on read-only and network file systems.
 """
 
 import csv
@@ -22,7 +23,7 @@ from common.errors import UserError
 
 
 class FieldReader:
-    """Values of one finished field, by id or by row.
+    """Reads the values of one finished field, by id or by row. A row is the position of an id in `ids`.
 
         reader = FieldReader(folder, "tokens")
         tokens = reader.read(["n01440764/n01440764_10026"])       # (1, N, D)
@@ -31,7 +32,7 @@ class FieldReader:
         reader.read_rows(rows[batch], raw.numpy())                # many times, into uint8 (B, value_bytes)
         tokens = reader.spec.decode(raw)                          # (B, N, D), on whatever device `raw` is
 
-    Raises `UserError` for a folder that is unfinished, damaged, of another format, or whose files differ from its manifest.
+    Raises `UserError` when the folder is unfinished, damaged or of another format, or when its files differ from its manifest.
     """
 
     def __init__(self, folder: str | Path, field: str):
@@ -54,11 +55,11 @@ class FieldReader:
         return self.manifest["num_samples"]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # open files do not travel to another process
+        return self.__dict__ | {"_open": {}}  # another process must open the files itself
 
     @property
     def unreadable(self) -> list[str]:
-        """Ids of images that are known to be unreadable, and so have no value."""
+        """The ids of the images that script 2 or 3 could not read; they have no value."""
         path = self.folder / UNREADABLE
         if not path.exists():
             return []
@@ -72,11 +73,11 @@ class FieldReader:
 
     @property
     def ids(self) -> list[str]:
-        """Every stored id; its place is its row."""
+        """All stored ids; the position of an id in this list is its row."""
         return self._indexed().ids
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """The rows `(len(ids),)` of these ids; raises `UserError` for one that the field lacks."""
+        """Return the rows `(len(ids),)` of these ids; raises `UserError` for an id that the field lacks."""
         row_of = self._indexed().row_of
         if lacking := next((key for key in ids if key not in row_of), None):
             raise UserError(
@@ -85,13 +86,16 @@ class FieldReader:
         return np.fromiter((row_of[key] for key in ids), np.int64, len(ids))
 
     def read(self, ids: Sequence[str]) -> Tensor:
-        """Values `(len(ids), *shape)` in the order of `ids`."""
+        """Return the values `(len(ids), *shape)` in the order of `ids`."""
         raw = torch.empty(len(ids), self.spec.value_bytes, dtype=torch.uint8)
         self.read_rows(self.rows(ids), raw.numpy())
         return self.spec.decode(raw)
 
     def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
-        """Fill a buffer `(value_bytes,)`, uint8, for each of the rows; an array `(len(rows), value_bytes)` is that many."""
+        """Read the value of row i into buffer i, uint8 `(value_bytes,)`.
+
+        `buffers` may be a list of arrays or one array `(len(rows), value_bytes)`.
+        """
         index = self._indexed()
         shards, offsets = index.shards[rows], index.offsets[rows]
         order = np.lexsort((offsets, shards))
@@ -104,12 +108,12 @@ class FieldReader:
             if read < len(buffer):
                 _will_need(file, offset + read, len(buffer) - read)
                 missing.append((file, buffer[read:], offset + read))
-        # All that was not in memory has been asked of the disk before the first of it is waited for.
+        # By now the disk has been asked for everything that was not in memory, so these waits overlap.
         for file, buffer, offset in missing:
             self._fill(file, offset, buffer)
 
     def damaged_shards(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
-        """Compare every checksum; returns the files whose content is not what was written. Reads everything.
+        """Read every value and return the names of the shards whose checksum differs from the manifest's.
 
         `progress` is called with 1 after each value.
         """
@@ -128,9 +132,9 @@ class FieldReader:
     def _file(self, shard: int) -> int:
         if shard not in self._open:
             file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
-            if hasattr(os, "posix_fadvise"):  # read what is asked for, not what lies behind it
+            if hasattr(os, "posix_fadvise"):  # switches read-ahead off, which would read unwanted values
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            return self._open.setdefault(shard, file).fileno()  # another thread may have been faster
+            return self._open.setdefault(shard, file).fileno()  # another thread may have opened it first
         return self._open[shard].fileno()
 
     def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
@@ -148,7 +152,7 @@ class FieldReader:
 
 
 class _Index:
-    """Ids, shard numbers `(n,)` and byte offsets `(n,)` of all values of a field."""
+    """The ids, the shard numbers `(n,)` and the byte offsets `(n,)` of all values of a field."""
 
     def __init__(self, reader: FieldReader):
         self.ids, shards, offsets = [], [], []
@@ -183,7 +187,10 @@ class _Index:
 
 
 def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
-    """Bytes that the page cache had, without waiting for the disk; 0 where the system cannot say."""
+    """Fill the buffer as far as the page cache can without waiting for the disk, and return the number of bytes read.
+
+    Returns 0 on systems that cannot read this way.
+    """
     if not hasattr(os, "RWF_NOWAIT"):
         return 0
     try:
@@ -200,9 +207,10 @@ def _will_need(file: int, offset: int, size: int) -> None:
 
 
 def row_checksum(key: bytes, value) -> int:
-    """A checksum of an id and its bytes. A shard's is the sum over its rows, whatever their order.
+    """Return the checksum of an id and its value. A shard's checksum is the sum over its rows, in any order.
 
-    A product, because the CRC of both together is linear: the sum would miss some values given to each other's ids.
+    The two CRCs are multiplied because a CRC of id and value together is linear, and a sum of those could miss that two values
+    were swapped between their ids.
     """
     return (zlib.crc32(key) + 1) * (zlib.crc32(value) + 1)
 

@@ -1,4 +1,7 @@
-"""The assignment of images to shards. It is made before the first shard is written, grows with the list, and never changes."""
+"""The assignment of images to shards, stored in `plan.json`.
+
+The assignment is made before the first shard is written. More images may be added to it later, but an image never moves.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +15,15 @@ SHARD_SIZE = 10_000
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a complete shard."""
+    """Return the file path of a complete shard."""
     return folder / f"shard-{shard:05d}.lmdb"
 
 
 def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
-    """Record what a new folder is for; raise `UserError` where it is for something else. Returns its settings."""
+    """Write the settings of a new folder, or check those of an existing one, and return them.
+
+    Raises `UserError` when the folder was made with other settings.
+    """
     path = folder / SETTINGS
     if path.exists():
         known = read_json(path)
@@ -44,10 +50,10 @@ def read_plan(folder: Path) -> list[list[str]]:
 
 
 def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:
-    """Add ids to the assignment and return it; ids that it holds already keep their places.
+    """Add ids to the assignment and return it; ids that are already assigned keep their places.
 
-    Raises `UserError` unless the ids contain all assigned ones, or all are assigned and no other shard is unfinished:
-    images of some other list given to a wrong folder must not be mixed in.
+    The new list must contain every assigned id, or else be a part of them that covers all unfinished shards. Any other list
+    probably belongs to another folder, so `UserError` is raised instead of mixing the two.
     """
     plan = read_plan(folder)
     wanted, planned = set(ids), {key for shard in plan for key in shard}

@@ -1,18 +1,19 @@
-"""The on-disk format of the cache, and its writer. The only file that uses the LMDB library.
+"""The on-disk format of the cache, and its writer. No other file uses the LMDB library.
 
-A *field* is one cached quantity: `latents` or `tokens`, one value of fixed size per image. Its folder holds
+A *field* is one cached quantity, `latents` or `tokens`, with one value of fixed size for each image. Its folder contains
 
-    settings.json        written first: what this folder is for, so that no other settings are mixed in
-    plan.json            which ids go to which shard; grows when images are added, and never changes otherwise
+    settings.json        written first: the specification of the values, so that no other settings are mixed in
+    plan.json            the ids of each shard; the file grows when images are added, and never changes otherwise
     shard-00000.lmdb     up to 10,000 values, key = image id, value = raw bytes (`cache/encodings.py`); no pickle
     shard-00000.json     count, bytes and checksum of that shard, and the images that could not be read
     unreadable.csv       those images, of all shards, if there are any
-    manifest.json        written last: what the values are, from which model, shape, dtype, counts, digest of ids, shards
+    manifest.json        written last: meaning, model, shape and dtype of the values, their counts, digest of ids, shards
 
-A shard is written as `shard-00000.lmdb.partial` in synchronous transactions and renamed when it is complete, so a file named
-`.lmdb` is always whole; until then `shard-00000.unreadable` notes its unreadable images, and `.lock` holds who writes. A folder
-without `manifest.json` is not a cache yet. Several processes may write one field, each its own shards (`part`); whoever seals
-the last one writes the manifest. `cache/reader.py` reads all this without LMDB.
+The writer fills `shard-00000.lmdb.partial` in synchronous transactions. It *seals* a complete shard: it writes the description
+and renames the file, so a file named `.lmdb` is always whole. Until then `shard-00000.unreadable` lists the images of the shard
+that could not be read, and the file locks on `.lock` keep a second writer out. A folder without `manifest.json` is not a cache
+yet. Several processes may write one field if each has its own shards (`part`); the process that seals the last shard writes the
+manifest. `cache/reader.py` reads the shards without LMDB.
 """
 
 import csv
@@ -43,20 +44,21 @@ from common.files import sync_folder, write_atomically, write_json
 
 MAX_KEY_BYTES = 511
 PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
-PLANNING = 0  # the lock of the folder's own files; lock n + 1 is that of shard n
+PLANNING = 0  # the number of the lock for the folder's JSON files; shard n has lock n + 1
 
 
 class FieldWriter:
-    """Write one field for a list of ids, shard by shard; a second writer with the same settings goes on where one stopped.
+    """Write one field for a list of ids, shard by shard. A new writer with the same settings resumes an interrupted one.
 
         writer = FieldWriter(folder, spec, ids)
-        for shard, batch in writer.pending(batch_size):      # fixed batches, so a resumed run encodes the same ones
+        for shard, batch in writer.pending(batch_size):      # the batches do not depend on where a run stopped
             writer.put(shard, batch, spec.encode(values))    # durable on return
-        writer.finish()                                      # seals what is open, writes the manifest
+        writer.finish()                                      # seals the open shards and writes the manifest
 
-    A list that holds all images of a finished field and more adds shards and rewrites none. `shard_size` is 10,000 unless it is
-    given or the folder has another. With `part = (i, n)` only the shards i, i + n, i + 2n, … are this writer's. Raises
-    `UserError` when the folder holds a cache of other settings or images, or another process writes one of its shards.
+    A list that contains all images of a finished field and more adds shards and rewrites none. `shard_size` defaults to that of
+    the folder, or 10,000 for a new one. With `part = (i, n)` this writer writes only the shards i, i + n, i + 2n, …
+    Raises `UserError` when the folder contains a cache of other settings or images, or when another process is writing one of
+    this writer's shards.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class FieldWriter:
     ):
         self.folder, self.spec = Path(folder), spec
         self._open: tuple[int, lmdb.Environment] | None = None
-        self._checksum: int | None = None  # of the open shard, while every row of it was put by this process
+        self._checksum: int | None = None  # of the open shard; None if it had rows when it was opened
         if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
             raise UserError(
                 f"the id {long} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
@@ -85,7 +87,10 @@ class FieldWriter:
         self.complete = self._is_complete()
 
     def pending(self, batch_size: int) -> list[tuple[int, list[str]]]:
-        """The batches `(shard, ids)` of this writer that are not durable yet, in order; claims their shards until `close`."""
+        """Return this writer's batches `(shard, ids)` that are not on disk yet, in order.
+
+        Their shards stay locked until `close`.
+        """
         batches = []
         for number in self.mine:
             if self.complete or self._path(number).exists():
@@ -101,15 +106,15 @@ class FieldWriter:
     def put(
         self, shard: int, ids: Sequence[str], raw: Tensor, unreadable: Mapping[str, str] | None = None
     ) -> None:
-        """Store `raw (len(ids), value_bytes)` (`spec.encode`, on the CPU) in one synchronous transaction.
+        """Store `raw (len(ids), value_bytes)`, made by `spec.encode` and moved to the CPU, in one synchronous transaction.
 
-        `unreadable` maps the other ids of the batch to what is wrong with their images; they are left out for good.
+        `unreadable` maps the ids of the batch whose images could not be read to the reason; the shard will lack them.
         """
         if raw.shape != (len(ids), self.spec.value_bytes):
             raise ValueError(
                 f"{self.spec.field}: expected ({len(ids)}, {self.spec.value_bytes}), got {tuple(raw.shape)}"
             )
-        # The extremes carry any NaN or infinity, and cost far less than isfinite() on fp16.
+        # Minimum and maximum are finite only if all values are, and finding them is far cheaper than isfinite() on fp16.
         if len(ids) and not torch.stack(torch.aminmax(self.spec.decode(raw))).isfinite().all():
             raise UserError(
                 f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers in {self.spec.dtype}: run "
@@ -127,7 +132,7 @@ class FieldWriter:
             self._checksum += sum(row_checksum(key.encode(), row) for key, row in zip(ids, rows, strict=True))
 
     def finish(self) -> dict | None:
-        """Seal this writer's shards; returns the manifest, or None while shards of other writers are missing."""
+        """Seal this writer's shards and return the manifest, or None while shards of other writers are missing."""
         with self._writing():
             for number in self.mine:
                 if not self._path(number).exists():
@@ -142,13 +147,13 @@ class FieldWriter:
         return read_manifest(self.folder, self.spec.field) if self.complete else None
 
     def close(self) -> None:
-        """Let go of the folder; what was put is durable."""
+        """Release the files and locks of the folder; everything that was put is already on disk."""
         self._close_shard()
         self._locks.close()
 
     @property
     def bytes_to_write(self) -> int:
-        """Disk that all unfinished shards of the field still need, of this writer and of others."""
+        """The bytes of disk that all unfinished shards still need, those of other writers included."""
         unsealed = [n for n in range(len(self.plan)) if not self._path(n).exists()]
         written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._partial(n)).exists())
         return max(0, sum(self._stored_bytes(len(self.plan[n])) for n in unsealed) - written)
@@ -157,7 +162,7 @@ class FieldWriter:
         return all(self._path(number).exists() for number in range(len(self.plan)))
 
     def _is_complete(self) -> bool:
-        """Whether the manifest describes the shards that are there, and all of the plan."""
+        """Return whether every assigned shard is sealed and the manifest describes exactly these shards."""
         manifest = self.folder / MANIFEST
         return (
             self._all_sealed()
@@ -166,7 +171,7 @@ class FieldWriter:
         )
 
     def _sealed(self) -> list[tuple[dict, dict[str, str]]]:
-        """What every shard says of itself, and which of its images could not be read."""
+        """Return for every shard its manifest entry and {id: reason} of its unreadable images."""
         shards = []
         for number in range(len(self.plan)):
             path = self._path(number).with_suffix(".json")
@@ -189,20 +194,20 @@ class FieldWriter:
         return self._path(shard).with_suffix(".lmdb.partial")
 
     def _stored_bytes(self, count: int) -> int:
-        """What LMDB needs for so many values: whole pages for each, and about 64 bytes in its tree."""
+        """Estimate the bytes that LMDB needs for `count` values: whole pages for each, and twice 64 bytes for its tree."""
         pages = -(-(PAGE_HEADER + self.spec.value_bytes) // PAGE)
         return count * (pages * PAGE + 2 * 64) + 16 * PAGE
 
     def _environment(self, shard: int) -> lmdb.Environment:
-        """The open partial shard; the one that was open before is sealed if it is complete."""
+        """Return this partial shard, opened. If another shard was open, close it, and seal it if it is complete."""
         if self._open and self._open[0] != shard:
             self._seal(self._open[0], only_if_complete=True)
         if not self._open:
             path = self._partial(shard)
-            # Shorter where the disk was full before its first pages were whole.
+            # The file is this short if the disk was full before the first two pages were written.
             if path.exists() and path.stat().st_size < 2 * PAGE:
                 path.unlink()
-            # LMDB wants its room ahead; on disk it is sparse.
+            # LMDB must know the largest size beforehand; the file is sparse, so the unused rest takes no disk.
             room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
             self._checksum = None if path.exists() else 0
             try:
@@ -222,9 +227,9 @@ class FieldWriter:
         return read_json(path) if path.exists() else {}
 
     def _durable(self, shard: int) -> set[str]:
-        """The ids of a partial shard that need no more work."""
+        """Return the ids of a partial shard that are stored or known to be unreadable."""
         if not self._partial(shard).exists():
-            # What is noted of a shard that was deleted since says nothing of the new one.
+            # Notes about unreadable images may remain from a shard that somebody deleted; the new shard starts without.
             self._path(shard).with_suffix(".unreadable").unlink(missing_ok=True)
             return set()
         with self._writing():
@@ -237,7 +242,7 @@ class FieldWriter:
         planned = set(self.plan[shard])
         with self._environment(shard).begin() as transaction:
             stored = _keys(transaction)
-            # An image may have been mended, or damaged, between two runs: what is stored counts.
+            # An image noted as unreadable may have been repaired before a later run; a stored value takes precedence.
             unreadable = {key: why for key, why in self._unreadable(shard).items() if key not in stored}
             if stored | unreadable.keys() != planned:
                 if not only_if_complete:
@@ -251,7 +256,7 @@ class FieldWriter:
                 checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
         self._close_shard()
         path, partial = self._path(shard), self._partial(shard)
-        # The description goes first: a shard that carries its final name always has one.
+        # The description is written first, so that a shard with its final name always has one.
         write_json(
             path.with_suffix(".json"),
             {"file": path.name, "count": len(stored), "bytes": partial.stat().st_size, "checksum": checksum}
@@ -265,7 +270,7 @@ class FieldWriter:
         sealed = self._sealed()
         unreadable = {key: (shard["file"], why) for shard, bad in sealed for key, why in bad.items()}
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
-        if unreadable:  # before the manifest, so that a finished field always says what it lacks
+        if unreadable:  # written before the manifest, so that a finished field always lists what it lacks
             text = io.StringIO()
             rows = [("id", "shard", "problem"), *((key, *where) for key, where in unreadable.items())]
             csv.writer(text, lineterminator="\n").writerows(rows)
@@ -282,7 +287,10 @@ class FieldWriter:
         )
 
     def _claim(self, shard: int) -> None:
-        """LMDB's own lock is off, as readers on shared file systems need it."""
+        """Lock a shard until `close`; raises `UserError` if another process has it.
+
+        LMDB's own locking is off, because readers on shared file systems need that.
+        """
         if not self._locks.take(shard + 1):
             raise UserError(
                 f"another process is writing {self._path(shard)}: wait for it, or give each process its own --shard i/n"
@@ -290,7 +298,7 @@ class FieldWriter:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Tell of a full disk or a read-only folder in one line."""
+        """Turn errors such as a full disk or a read-only folder into a one-line `UserError`."""
         try:
             yield
         except (lmdb.Error, OSError) as error:

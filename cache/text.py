@@ -1,4 +1,4 @@
-"""The text of all classes: one row of named fields for each prompt, and the null prompt of guidance as the last row."""
+"""The table of text embeddings: a row for the prompt of each class, and a last row for the null prompt of guidance."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,10 @@ TABLE = "text.safetensors"
 
 @dataclass(frozen=True)
 class TextTable:
-    """The fields of all prompts, each `(n_prompts + 1, …)` with the null prompt last, such as `prompt_embeds (n + 1, 77, 768)`.
+    """The text fields of all prompts, such as `prompt_embeds (n + 1, 77, 768)`.
 
-    The names are those of the pipeline's own call; row c belongs to class c.
+    Each field is `(n_prompts + 1, …)`: row c belongs to class c, and the last row is the null prompt. Fields are named after
+    the arguments of the pipeline's call that they are passed to.
     """
 
     fields: dict[str, Tensor]
@@ -30,7 +31,7 @@ class TextTable:
         return len(next(iter(self.fields.values()))) - 1
 
     def rows(self, indices: Tensor | Sequence[int]) -> dict[str, Tensor]:
-        """The fields `(B, …)` of these prompts."""
+        """Return the fields `(B, …)` of the prompts with these indices."""
         return {name: values[indices] for name, values in self.fields.items()}
 
     @property
@@ -44,7 +45,7 @@ class TextTable:
         return {name: values[-1] for name, values in self.fields.items()}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextTable":
-        """The table on a device, floating-point numbers as `dtype`; masks keep their type."""
+        """Return the table on a device, with floating-point fields converted to `dtype`; masks keep their type."""
         return TextTable(
             {
                 name: values.to(device, dtype) if values.is_floating_point() else values.to(device)
@@ -56,7 +57,10 @@ class TextTable:
 def drop_captions(
     text: Mapping[str, Tensor], null: Mapping[str, Tensor], probability: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Replace each caption, the fields `(B, …)`, by the null prompt `(…)` with the given probability (for guidance)."""
+    """Replace each caption of a batch by the null prompt with the given probability, for classifier-free guidance.
+
+    `text` has the fields `(B, …)` of the batch, `null` the fields `(…)` of the null prompt.
+    """
     first = next(iter(text.values()))
     dropped = torch.rand(len(first), device=first.device, generator=generator) < probability  # (B,)
     return {
@@ -79,14 +83,14 @@ def write_table(folder: str | Path, fields: Mapping[str, Tensor], spec: FieldSpe
 def text_spec(
     fields: Mapping[str, Tensor], meaning: str, *, source: dict | None = None, details: dict | None = None
 ) -> FieldSpec:
-    """What a table says of itself: the shape of a row of each field is in its details."""
+    """Return the specification of a table; its details record the shape of one row of each field."""
     shapes = {name: list(values.shape[1:]) for name, values in fields.items()}
     dtype = str(next(iter(fields.values())).dtype).removeprefix("torch.")
     return FieldSpec("text", (), dtype, meaning, source or {}, {}, {"fields": shapes} | (details or {}))
 
 
 def read_table(folder: str | Path) -> tuple[TextTable, dict]:
-    """The table that `write_table` stored, and its manifest; raises `UserError` where it is not as it was written."""
+    """Return the table that `write_table` stored, and its manifest; raises `UserError` when the file has changed since."""
     folder = Path(folder)
     manifest = read_manifest(folder, "text")
     try:
@@ -101,7 +105,7 @@ def read_table(folder: str | Path) -> tuple[TextTable, dict]:
 
 
 def class_names(text_manifest: dict) -> dict[int, str]:
-    """Names of the classes, out of the prompts that the text table records; empty where it records none."""
+    """Return the names of the classes, taken from the prompts in the manifest; empty if the manifest has no template."""
     details = text_manifest["details"]
     if "template" not in details:
         return {}

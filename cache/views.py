@@ -1,8 +1,8 @@
-"""Read an image and cut the view of it that an encoder sees.
+"""Read an image and cut out the view that an encoder sees.
 
-The VAE sees the central square, resized to `size`. With the `aligned` view the teacher sees the same square, so that its
-token grid lies over the grid of latent cells. The `official` view is DINOv2's evaluation transform, which covers only the
-central 87.5 % of the square; it is kept for comparison with published features.
+The VAE sees the central square of the image, resized to `size` px. In the `aligned` view the teacher sees the same square, so
+that its grid of tokens covers the same area as the grid of latent cells. The `official` view is DINOv2's evaluation transform,
+which covers only the central 87.5 % of the square's sides; it exists for comparison with published features.
 """
 
 import io
@@ -17,8 +17,8 @@ from PIL import ExifTags, Image
 from common.errors import UserError
 
 VIEWS = ("aligned", "official")
-OFFICIAL_RESIZE = 256 / 224  # DINOv2: shorter side to 256, then the central 224
-# What PIL raises for a damaged file.
+OFFICIAL_RESIZE = 256 / 224  # DINOv2 resizes the shorter side to 256 px and crops the central 224 px
+# The exceptions that PIL raises for a damaged file.
 DAMAGE = (
     OSError,
     ValueError,
@@ -30,8 +30,8 @@ DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# EXIF's orientation and the turn that undoes it. PIL's own `exif_transpose` also writes the tags anew and fails at damaged
-# ones, although the image is fine.
+# Maps EXIF's orientation to the operation that turns the image upright. PIL's own `exif_transpose` also rewrites the tags, and
+# so fails on damaged tags although the image is fine.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,19 +44,19 @@ UPRIGHT = {
 
 
 class UnreadableImage(ValueError):
-    """A file that does not hold a readable image; the message says which and why."""
+    """The file is not a readable image; the message names the file and the reason."""
 
 
 def read_view(path: str | Path, size: int, view: str = "aligned") -> np.ndarray:
-    """Read an image file as uint8 RGB `(size, size, 3)` of the given view; raises what `read_image` raises."""
+    """Read an image file and return the given view as uint8 RGB `(size, size, 3)`; raises what `read_image` raises."""
     return np.asarray(cut_view(read_image(path), size, view))
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file to RGB, 8 bits a channel, upright; transparency is dropped, as torchvision's loader does.
+    """Decode an image file to upright RGB with 8 bits per channel; transparency is dropped, as in torchvision's loader.
 
-    Raises `UnreadableImage` for a file that is empty, truncated or not an image, and `UserError` when the file system does
-    not give the file: an unmounted disk must not pass for a thousand damaged images.
+    Raises `UnreadableImage` when the file is empty, truncated or not an image. Raises `UserError` when the file system cannot
+    read it: otherwise an unmounted disk would look like a thousand damaged images.
     """
     try:
         data = Path(path).read_bytes()
@@ -64,28 +64,28 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(
             f"cannot read {path}: {error.strerror}; is the disk still mounted? The same command goes on from here"
         ) from None
-    # From here on the file system has no part, so an OSError is PIL's word for damage.
+    # The file system is not involved from here on, so an OSError comes from PIL and means damage.
     try:
         with warnings.catch_warnings():
-            # Large images and odd metadata are usable; PIL would tell of each on the terminal.
+            # Large images and odd metadata are usable, so PIL need not warn of each on the terminal.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
                 return _eight_bits(_upright(image)).convert("RGB")
     except DAMAGE as error:
-        # PIL names the buffer where it would name the file.
+        # PIL's own message would name the memory buffer instead of the file.
         why = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise UnreadableImage(f"{path}: {' '.join(why.split())}") from None
 
 
 def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Image:
-    """Cut the view from an RGB image; both views resize with antialiased bicubic interpolation."""
+    """Cut the view out of an RGB image; both views resize with antialiased bicubic interpolation."""
     if view == "aligned":
         return _central(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
     if view == "official":
         shorter = round(size * OFFICIAL_RESIZE)
-        # torchvision truncates the longer side and rounds the place of the crop.
+        # As torchvision does, truncate the longer side and round the position of the crop.
         resized = image.resize(
             [shorter * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC
         )
@@ -94,13 +94,13 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF orientation asks."""
+    """Turn the image upright according to its EXIF orientation."""
     turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     return image if turn is None else image.transpose(turn)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits a pixel to 8, which PIL would clip; other images as they are."""
+    """Scale pixels of 16 bits to 8, because PIL would clip them; return other images unchanged."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if not image.mode.startswith("I"):

@@ -1,17 +1,17 @@
-"""Make the embedded miniature: real images and small real models, in the formats of the real ones.
+"""Make the demo's data: real images and small trained models, in the formats of the full-size ones.
 
-Writes, on nothing but a CPU and in about a minute:
+It needs only a CPU and about a minute, and writes:
 
     OUT/ILSVRC/Data/CLS-LOC/{train,val}/...  scikit-learn's handwritten digits in ImageNet's layout
     OUT/imagenet_classes.json                class index -> name
     OUT/models/sd15-mini/                    a Stable Diffusion folder; its U-Net is untrained
     OUT/models/dinov2-mini/                  the teacher
-    OUT/models/classifier/                   an independent judge of generated images
+    OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
-    OUT/models/quality.json                  what was measured, against which floor, and how long it took
+    OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
 
-Only what is missing is made: start the same command again after an interruption. One seed gives the same weights,
-byte for byte, on one machine.
+After an interruption, run the same command again: it makes only what is missing. On one machine the same seed gives
+the same weights, byte for byte.
 
     python preprocessing/0_make_demo.py --out data/demo
 """
@@ -34,7 +34,7 @@ from miniature import make as miniature
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make whatever is missing under `--out`, then print the table of qualities."""
+    """Make whatever is missing under `--out`, then print the measured quality of each model."""
     args = parse(argv)
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings)
@@ -74,9 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def claim(out: Path, settings: dict) -> None:
-    """Create `out`, or check that it was made by this script with the same settings.
+    """Create `out`, or check that this script made it with the same settings.
 
-    Refuses a folder that holds anything else: it may be somebody's ImageNet.
+    Raises `UserError` when the folder contains anything else, because it may be somebody's ImageNet.
     """
     record = out / miniature.SETTINGS
     try:
@@ -97,7 +97,7 @@ def claim(out: Path, settings: dict) -> None:
 
 
 def make_models(names: list[str], out: Path, settings: dict) -> None:
-    """Make the named models: in this process when quick, else in two processes of one thread each."""
+    """Make the named models: with `quick` in this process, otherwise in two processes of one thread each."""
     if settings["quick"]:
         for name in names:
             report(name, miniature.make_model(name, out, **settings))
@@ -116,7 +116,7 @@ def make_models(names: list[str], out: Path, settings: dict) -> None:
 
 
 def die_with_parent() -> None:
-    """End this process when its parent is gone, so that a killed run leaves nobody behind who still writes."""
+    """End this process when its parent has ended, so that no process goes on writing after a run was killed."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -126,14 +126,14 @@ def die_with_parent() -> None:
 
 
 def report(name: str, measures: dict[str, float]) -> None:
-    """Print one finished model as a line."""
+    """Print one line about a finished model: its name, its seconds and its measures."""
     seconds = f"{measures['seconds']:5.1f} s"
     listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
     print(f"{name:<22}{seconds}  {listed}", flush=True)
 
 
 def summarised(out: Path) -> list[str]:
-    """Return the models whose measures `models/quality.json` holds: none when it is not there."""
+    """Return the names of the models in `models/quality.json`, or no names when there is no such file."""
     record = out / miniature.QUALITY
     return list(json.loads(record.read_text(encoding="utf-8"))["models"]) if record.is_file() else []
 

@@ -1,17 +1,18 @@
-"""Script 1: choose the images: the same number of each class, as a CSV `id, img_path, class_id, synset`.
+"""Script 1: choose the same number of images of each class and list them in a CSV `id, img_path, class_id, synset`.
 
     python preprocessing/1_sample_imagenet_subset.py --imagenet ILSVRC --split train --per-class 200 \\
         --out data/imagenet/train_200k.csv
 
-Reads ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. A val folder without class
-folders, as Kaggle's download has it, is sorted by LOC_val_solution.csv, looked for in --imagenet and in the folder above.
+It reads ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. The val folder of Kaggle's
+download has no class folders; its images are assigned to classes by LOC_val_solution.csv, which is searched for in --imagenet
+and in the folder above.
 
-class_id is the place of the synset in sorted order, as in torchvision's ImageFolder. LOC_synset_mapping.txt, looked for in
-the same two places, says which synsets there are; a folder too few or too many is then an error. Without such a file the
-class folders decide (or the labels, where there are none), so every split must have the same classes.
+class_id is the position of the synset in sorted order, as in torchvision's ImageFolder. If LOC_synset_mapping.txt is in one of
+the same two places, it defines the synsets, and a missing or an additional class folder is an error. Without such a file the
+class folders define them (or the labels, where there are no folders), so every split must have the same classes.
 
-Reproducible by --seed; rows go round the classes, so that with the same seed the list of 200 per class is the beginning of
-the list of 500.
+The same --seed chooses the same images. Each round of rows has one image of every class, so with the same seed the list of 200
+per class is the beginning of the list of 500.
 """
 
 import csv
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
 from preprocessing.options import new_parser, positive
 
-# Those of torchvision's ImageFolder.
+# The same extensions as in torchvision's ImageFolder.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 VAL_LABELS, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = find_split(args.imagenet, args.split)
     classes = args.classes or find_beside(args.imagenet, SYNSETS)
-    synsets = read_synsets(classes) if classes else None  # before the scan, which takes longer
+    # The file is read before the long scan, so that damage is reported at once.
+    synsets = read_synsets(classes) if classes else None
     found = images_by_synset(folder, args.val_labels, args.imagenet)
     if synsets is None:
         synsets = sorted(found)
@@ -76,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             skipped += 1
             continue
-        # Shuffled whole, so that a longer list begins with the shorter one.
+        # All names are shuffled, not only those chosen, so that a longer list begins with the shorter one.
         random.Random(f"{args.seed}/{synset}").shuffle(names)
         chosen[class_id] = [
             Sample(f"{synset}/{stem(name)}", os.path.join(folder, name), class_id, synset)
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_split(root: Path, split: str) -> Path:
-    """The folder of a split: ILSVRC's layout, Kaggle's with ILSVRC inside, then a plain ImageFolder tree."""
+    """Return the folder of a split. Tried are ILSVRC's layout, Kaggle's with ILSVRC inside, then a plain ImageFolder tree."""
     candidates = [
         root / "Data" / "CLS-LOC" / split,
         root / "ILSVRC" / "Data" / "CLS-LOC" / split,
@@ -111,13 +113,19 @@ def find_split(root: Path, split: str) -> Path:
 
 
 def find_beside(root: Path, name: str) -> Path | None:
-    """A file of Kaggle's download, which lies in the folder that holds ILSVRC; the root may be either."""
+    """Find a file of Kaggle's download, or return None.
+
+    The file lies in the folder that contains ILSVRC; `root` may be that folder or ILSVRC itself.
+    """
     places = [root / name, Path(os.path.abspath(root)).parent / name]
     return next((path for path in places if path.is_file()), None)
 
 
 def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str, list[str]]:
-    """Sorted image files of every class, as paths relative to `folder`: by class folders, else by the file of labels."""
+    """Return the sorted image files of every class, as paths relative to `folder`.
+
+    The class folders decide the class of an image or, where there are none, the file of labels.
+    """
     with os.scandir(folder) as scan:
         entries = [entry for entry in scan if entry.name[0] != "."]
     synsets = sorted(entry.name for entry in entries if entry.is_dir())
@@ -129,14 +137,14 @@ def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str,
     if loose:
         print(f"{folder}: {len(loose)} images beside the class folders are not used", file=sys.stderr)
     found = {}
-    for synset in tqdm(synsets, desc="classes", unit="class", disable=None):  # no bar where no terminal is
-        # Names only: a look at each of 1.3 million files would take minutes on a network disk.
+    for synset in tqdm(synsets, desc="classes", unit="class", disable=None):  # None: a bar only on a terminal
+        # Only names are read: opening or checking each of 1.3 million files would take minutes on a network disk.
         found[synset] = [f"{synset}/{name}" for name in image_names(os.listdir(folder / synset))]
     return found
 
 
 def sort_by_labels(folder: Path, names: list[str], labels: Path | None, root: Path) -> dict[str, list[str]]:
-    """Image files of every labelled class, from a folder that holds all of them side by side."""
+    """Return the image files of every labelled class, from one folder that contains the images of all classes."""
     if not names:
         raise UserError(f"{folder} holds neither class folders ({{synset}}/*.JPEG) nor images")
     labels = labels or find_beside(root, VAL_LABELS)
@@ -158,7 +166,10 @@ def sort_by_labels(folder: Path, names: list[str], labels: Path | None, root: Pa
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Synset by image id, from `ImageId,PredictionString`; a prediction is `synset x y x y ...`, the synset first."""
+    """Read the synset of each image id from a CSV `ImageId,PredictionString`.
+
+    A prediction string is `synset x y x y ...`; only its synset is used.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
@@ -171,7 +182,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classes: Path) -> None:
-    """The classes found are those of the file: otherwise the numbers would not mean the same in every split."""
+    """Check that the classes found are those of the file, so that class numbers mean the same in every split."""
     if unknown := sorted(set(found) - set(synsets)):
         raise UserError(
             f"{folder} has class {few(unknown)}, which {classes} does not list: move it away, or list it with --classes"
@@ -184,7 +195,7 @@ def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classe
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """The image files among the names, sorted; hidden ones (macOS writes ._*.JPEG) are none."""
+    """Return the image files among the names, sorted, without hidden files (macOS writes ._*.JPEG)."""
     return sorted(
         name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
     )
@@ -195,7 +206,7 @@ def stem(name: str) -> str:
 
 
 def few(names: list[str]) -> str:
-    """Up to three names, and how many more there are."""
+    """Format up to three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

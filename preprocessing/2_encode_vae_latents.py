@@ -1,4 +1,4 @@
-"""Script 2: cache the VAE latent of every image, and with --fused the teacher's tokens in the same pass.
+"""Script 2: cache the VAE latent of every image, and with --fused also the teacher's tokens, in the same pass.
 
     python preprocessing/2_encode_vae_latents.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/latents
 
@@ -10,15 +10,15 @@
     torchrun --nproc-per-node 4 preprocessing/2_encode_vae_latents.py --csv data/imagenet/train_200k.csv \\
         --out data/imagenet/cache_200k/latents
 
-The VAE of the base model sees the central square of the image at --image-size. Stored is the mode of its posterior times
-the VAE's scaling factor, (4, S/8, S/8) for Stable Diffusion: what the U-Net is trained on. Run the same command again to
-resume; a longer list of images is added to a finished cache.
+The VAE of the base model sees the central square of the image, resized to --image-size S. The script stores the mode of the
+posterior times the VAE's scaling factor, (4, S/8, S/8) for Stable Diffusion; the U-Net is trained on these values. Run the same
+command again to resume; a longer list of images is added to a finished cache.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
 from common.errors import UserError, run_script
 from preprocessing.options import add_encoding_options, add_latent_options, add_teacher_options, new_parser

@@ -6,15 +6,16 @@
     python preprocessing/3_build_dino_cache.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/tokens \\
         --dtype int8
 
-Stored are the L2-normalised patch tokens (grid², D): 196 × 1024 for ViT-L/14 at the default grid 14, that is 196 px. With
-the default view the teacher sees the same central square as the VAE, so that its tokens lie over the latent cells. Run the
-same command again to resume; a longer list of images is added to a finished cache. Several GPUs: torchrun, as in script 2.
+The script stores L2-normalised patch tokens (grid², D). For ViT-L/14 at the default grid of 14, that is at 196 px, they are
+(196, 1024). With the default view the teacher sees the same central square as the VAE, so its tokens and the latent cells cover
+the same area. Run the same command again to resume; a longer list of images is added to a finished cache. To use several GPUs,
+start it with torchrun, as in script 2.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
 from common.errors import run_script
 from preprocessing.options import add_encoding_options, add_teacher_options, new_parser

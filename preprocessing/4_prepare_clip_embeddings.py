@@ -1,9 +1,10 @@
-"""Script 4: the text embedding of every class, and of the null prompt.
+"""Script 4: make the text embeddings of the prompt of every class, and of the null prompt.
 
     python preprocessing/4_prepare_clip_embeddings.py --class-names data/imagenet/imagenet_classes.json --out data/imagenet/text
 
-Writes a table of named fields, for Stable Diffusion 1.5 prompt_embeds (n_classes + 1, 77, 768): row c is the prompt of class c,
-the last row is the null prompt that caption dropout and classifier-free guidance use. The file of class names is one of
+The script writes a table of named fields. For Stable Diffusion 1.5 there is one, prompt_embeds (n_classes + 1, 77, 768). Row c
+is the prompt of class c; the last row is the null prompt, which caption dropout and classifier-free guidance use. The file of
+class names has one of these formats:
 
     {"0": "tench", ...}                     names by class number
     {"0": ["n01440764", "tench"], ...}      imagenet_class_index.json
@@ -13,7 +14,7 @@ the last row is the null prompt that caption dropout and classifier-free guidanc
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
 from common.errors import UserError, run_script
 from preprocessing.classes import read_classes
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     family = family_of(args.base, args.revision)
     digest = weights_digest(family.text_weights())
-    null = family.encode_text([""], pick_device(args.device))  # says which fields there are
+    null = family.encode_text([""], pick_device(args.device))  # gives the names and shapes of the fields
     spec = text_spec(
         null,
         "text fields as the base model's pipeline makes them; row c = class c, last row = null prompt",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         details={"template": args.template, "prompts": prompts, "n_classes": len(classes)}
         | ({"synsets": synsets} if None not in synsets else {}),
     )
-    if (args.out / MANIFEST).exists():  # a training may have read it
+    if (args.out / MANIFEST).exists():  # a training may have used this table, so it is not replaced
         check_same(args.out, read_table(args.out)[1], spec.as_json())
         print(f"{args.out} is complete: embeddings of {len(classes)} classes and the null prompt")
         return

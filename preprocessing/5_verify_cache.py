@@ -3,25 +3,30 @@
     python preprocessing/5_verify_cache.py --csv data/imagenet/train_200k.csv --latents data/imagenet/cache_200k/latents \\
         --tokens data/imagenet/cache_200k/tokens --text data/imagenet/text --sheet data/imagenet/cache_200k/sheet.png
 
-Checks manifests and shard sizes, that every image of the CSV is in both fields, that the text table has the classes of the
-CSV, which square VAE and teacher saw, and the values of random samples: finite, token norms near 1, latents in range, tokens
-that differ within an image. --sheet also decodes eight latents, compares them with the images they came from, and draws both
-beside the tokens. --full also compares every checksum, which reads everything. Exit code 1 when a check fails.
+The script checks that
+
+    - the manifests are valid and the shards have the recorded sizes,
+    - every image of the CSV is in both fields,
+    - the text table has the classes of the CSV,
+    - the VAE and the teacher saw the same square, or the teacher its official view of it,
+    - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
+      image differ.
+
+With --sheet it also decodes eight latents, compares them with their images, and draws image, decoded latent and tokens. With
+--full it also compares every checksum, which reads the whole cache. The exit code is 1 when a check fails.
 """
 
 import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
 from common.errors import run_script
 from preprocessing.options import add_device_option, new_parser, positive
 
 SHEET_IMAGES = 8
-PSNR_FLOOR = (
-    12  # dB of a decoded latent against its image; an assumption, far below what a working VAE reaches
-)
+PSNR_FLOOR = 12  # dB between decoded latent and image; an assumed limit, far below what a working VAE reaches
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
-    """Decode the latents of a few samples, compare them with their images, and draw the sheet."""
+    """Decode the latents of a few images, compare them with the images, and draw the contact sheet."""
     import numpy as np
 
     from cache.views import read_view
@@ -151,7 +156,7 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
 
 
 def check_classes(checks: "Checks", samples, details: dict) -> None:
-    """The text table must hold the classes of the list, in its numbers."""
+    """Check that the text table has all classes of the image list, under the same numbers."""
     synset_of = {sample.class_id: sample.synset for sample in samples}
     prompts, synsets = details["prompts"][:-1], details.get("synsets")
     enough = max(synset_of) < len(prompts)
@@ -172,7 +177,7 @@ def check_classes(checks: "Checks", samples, details: dict) -> None:
 
 
 class Checks:
-    """Print each check as it is made, with a remedy where it fails, and remember whether one did."""
+    """Prints the result of each check, with a remedy where it failed, and counts the failures."""
 
     def __init__(self):
         self.failed = 0

@@ -1,12 +1,12 @@
-"""Class files: which classes there are, in which order, and what they are called.
+"""Read a class file, which lists the classes, their order and their names.
 
-Three formats, told apart by their content:
+There are three formats, recognised by their content:
 
     {"0": "tench", ...}                        names by class number
     {"0": ["n01440764", "tench"], ...}         imagenet_class_index.json
     n01440764 tench, Tinca tinca               LOC_synset_mapping.txt, one line a class; the name ends at the comma
 
-Everywhere a class's number is the place of its synset in sorted order, as in torchvision's `ImageFolder`.
+In all of them the number of a class is the position of its synset in sorted order, as in torchvision's `ImageFolder`.
 """
 
 import json
@@ -18,12 +18,12 @@ WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """Names by class number; `UserError` when the file is none of the formats, or is damaged."""
+    """Return the class names in the order of class numbers; raises `UserError` when the file has none of the formats."""
     return [name for _, name in read_classes(path)]
 
 
 def read_synsets(path: str | Path) -> list[str]:
-    """The sorted synsets, so that a synset's place is its class number; `UserError` for a file of names only."""
+    """Return the synsets in the order of class numbers; raises `UserError` when the file has names only."""
     synsets = [synset for synset, _ in read_classes(path)]
     if None in synsets:
         raise UserError(f"{path} holds names but no synsets: give {WITH_SYNSETS}")
@@ -31,7 +31,10 @@ def read_synsets(path: str | Path) -> list[str]:
 
 
 def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
-    """(synset or None, name) by class number."""
+    """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only.
+
+    Raises `UserError` when the file has none of the formats.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except OSError as error:
@@ -57,7 +60,7 @@ def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
 
 def _from_json(path, text: str) -> list[tuple[str | None, str]]:
     try:
-        # Pairs, because a dict would swallow a number that is there twice.
+        # Pairs are kept because a dict would hide that a number occurs twice.
         pairs = json.loads(text, object_pairs_hook=tuple)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
@@ -71,7 +74,7 @@ def _from_json(path, text: str) -> list[tuple[str | None, str]]:
             case str(name) if name.strip():
                 classes.append((None, name))
             case [str(synset), str(name)] if synset.strip() and name.strip():
-                # This file writes great_white_shark where the others write great white shark.
+                # imagenet_class_index.json has great_white_shark where the other formats have great white shark.
                 classes.append((synset.strip(), name.strip().replace("_", " ")))
             case _:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""One picture of a few cached samples: image, what its latent decodes to, and its tokens in three principal components."""
+"""Draw a few cached images: the image, its decoded latent, and its tokens as colours of three principal components."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 CELL, GAP, MARGIN, LINE = 192, 8, 150, 22  # px
-# The font that Pillow brings knows ASCII alone.
+# These labels are ASCII because the font that Pillow includes has no other characters.
 ROWS = ("image", "VAE decode", "tokens, PCA")
 
 
 def draw_contact_sheet(
     path: Path, ids: Sequence[str], images: np.ndarray, decoded: np.ndarray, tokens: np.ndarray
 ) -> None:
-    """Write a PNG with a column for each sample.
+    """Write a PNG with one column for each image.
 
-    `images` and `decoded` are uint8 `(n, S, S, 3)`, `tokens (n, N, D)` with N a square. The tokens of all samples share one
-    PCA, so that a colour means the same in every column.
+    `images` and `decoded` are uint8 `(n, S, S, 3)`; `tokens` is `(n, N, D)`, where N is a square number. One PCA is computed
+    over the tokens of all images, so a colour has the same meaning in every column.
     """
     grid = round(tokens.shape[1] ** 0.5)
     colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(len(ids), grid, grid, 3)
@@ -30,7 +30,7 @@ def draw_contact_sheet(
             (10, top + CELL // 2 - 8), f"{name}\n{pictures.shape[1]} x {pictures.shape[2]}", "black", font
         )
         for column, picture in enumerate(pictures):
-            # Small pictures keep their pixels, large ones are reduced.
+            # Small pictures are enlarged with sharp pixels; large ones are reduced smoothly.
             kind = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
             cell = Image.fromarray(picture).resize((CELL, CELL), kind)
             sheet.paste(cell, (MARGIN + column * (CELL + GAP), top))
@@ -44,7 +44,10 @@ def draw_contact_sheet(
 
 
 def principal_colours(vectors: np.ndarray) -> np.ndarray:
-    """Three principal components of `vectors (m, D)` as uint8 RGB `(m, 3)`, each stretched from its 1st to 99th percentile."""
+    """Return the first three principal components of `vectors (m, D)` as uint8 RGB `(m, 3)`.
+
+    Each component is scaled so that its 1st percentile becomes 0 and its 99th becomes 255.
+    """
     centred = vectors.astype(np.float64) - vectors.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     components = np.zeros((len(vectors), 3))

@@ -1,4 +1,4 @@
-"""The encoders of scripts 2 and 3: they make latents and tokens of pixels and describe what they made."""
+"""The encoders of scripts 2 and 3, which turn pixels into latents and tokens, and the specifications of their values."""
 
 import argparse
 import hashlib
@@ -28,7 +28,10 @@ MEANING = {
 def encode_images(
     args: argparse.Namespace, *, latents: Path | None = None, tokens: Path | None = None
 ) -> None:
-    """Encode every listed image into the folders that are given: the whole of scripts 2 and 3 after their options."""
+    """Encode every image of the list into each folder that is given.
+
+    Scripts 2 and 3 call this with the options of their command line.
+    """
     samples = read_images_to_encode(args.csv)
     folders = ((latent_job, latents), (token_job, tokens))
     jobs = [job(args, folder) for job, folder in folders if folder is not None]
@@ -43,7 +46,10 @@ def encode_images(
 
 
 def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
-    """Latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, of the base model's VAE (options of `add_latent_options`)."""
+    """Return the job that makes latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, with the base model's VAE.
+
+    `args` has the options of `add_latent_options`; S is the image size in px.
+    """
     device = pick_device(args.device)
     codec = family_of(args.base, args.revision).load_codec().to(device)
     down = codec.down
@@ -81,7 +87,10 @@ def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
 
 
 def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
-    """L2-normalised DINOv2 patch tokens `(grid², D)` (options of `add_teacher_options`)."""
+    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)`.
+
+    `args` has the options of `add_teacher_options`.
+    """
     device = pick_device(args.device)
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
     patch, size = teacher.model.config.patch_size, args.teacher_image_size
@@ -124,7 +133,7 @@ def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
 
 
 def source_of(model: str, revision: str | None, module: torch.nn.Module, precision: str) -> dict:
-    """Which weights made a field, and in which precision."""
+    """Describe the weights that make a field and the precision they run in, for `FieldSpec.source`."""
     return {
         "model": model,
         "revision": revision,
@@ -134,11 +143,14 @@ def source_of(model: str, revision: str | None, module: torch.nn.Module, precisi
 
 
 def precision_of(device: torch.device, wanted: str) -> str:
-    """What `autocast(device, wanted)` will compute in, as the command line calls it."""
+    """Return the precision that `autocast(device, wanted)` computes in, by its name on the command line."""
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(device, wanted)]
 
 
 def noise_of(key: str, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise that only an image's id decides, so that neither batches nor interruptions change a cache."""
+    """Return standard normal noise that depends only on the id of an image.
+
+    A cache therefore has the same values whatever the batches are and wherever a run was interrupted.
+    """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

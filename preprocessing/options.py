@@ -1,4 +1,4 @@
-"""Command-line options that several preprocessing scripts share. Imports nothing heavy, so that `--help` is instant."""
+"""Command-line options that several preprocessing scripts share. The imports are light, so that `--help` is instant."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from common.errors import UserError
 
 
 def new_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` is the script's own docstring."""
+    """Return a parser whose `--help` begins with the docstring of the script."""
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -45,14 +45,17 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_workers() -> int:
-    """Returns how many cores each rank of this machine has to itself, 8 at most."""
+    """Return the number of cores for each rank of this machine, 8 at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(8, cores // int(ranks) if ranks.isdecimal() and int(ranks) else cores))
 
 
 def part_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Returns which shards this process writes: --shard, else its rank under a launcher, else all."""
+    """Return (i, n): of every n shards, this process writes number i.
+
+    This is --shard if it is given, otherwise rank and world size under a launcher, otherwise (0, 1), which means all shards.
+    """
     if args.shard is not None:
         return args.shard
     rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
@@ -65,7 +68,7 @@ def part_of(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is kept of the VAE's posterior."""
+    """Add the options that choose the VAE and what is stored of its posterior."""
     add_base_options(parser)
     parser.add_argument(
         "--image-size", type=positive, default=512, help="side of the square in pixels (default 512)"
@@ -89,7 +92,10 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
-    """Add the options that say which teacher sees what; `prefix` sets their names apart from other options."""
+    """Add the options that choose the teacher and the view of the image that it sees.
+
+    `prefix` keeps two of the names apart from other options of the same script.
+    """
     parser.add_argument(
         "--teacher",
         default="facebook/dinov2-large",
@@ -126,7 +132,7 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the Stable Diffusion of which the script reads a part."""
+    """Add the options that choose the Stable Diffusion model, of which each script loads only a part."""
     parser.add_argument(
         "--base",
         default="stable-diffusion-v1-5/stable-diffusion-v1-5",

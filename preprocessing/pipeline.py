@@ -1,6 +1,7 @@
-"""From a list of images to cached fields: decode in worker processes, encode in batches on the device, write in a thread.
+"""Turn a list of images into cached fields.
 
-Scripts 2 and 3 differ only in the `FieldJob` that they hand to `encode_fields`; given two, it decodes every image once.
+Worker processes decode the images, the device encodes them in batches, and a thread writes the values. Scripts 2 and 3 differ
+only in the `FieldJob` that they pass to `encode_fields`. Given two jobs, it decodes every image once.
 """
 
 import os
@@ -27,14 +28,19 @@ from cache.views import UnreadableImage, cut_view, read_image
 from common.errors import UserError
 from common.signals import StopSignal, leave_signals_to_the_parent
 
-IN_FLIGHT = 3  # batches encoded and not yet written: enough for the device not to wait for the disk
+# At most so many encoded batches wait to be written; that is enough to keep the device from waiting for the disk.
+IN_FLIGHT = 3
 
 
 @dataclass(frozen=True, eq=False)
 class FieldJob:
-    """One field to make: where it goes, what it holds, and the encoder, which sees the square that `spec.view` names.
+    """One field to make.
 
-    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
+    Attributes:
+        folder: the folder of the field.
+        spec: the specification of its values; `spec.view` names the square of the image that the encoder sees.
+        encode: maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
+        device: the device of the encoder.
     """
 
     folder: Path
@@ -49,7 +55,10 @@ class FieldJob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Ids that are decoded, encoded and made durable together, and for which jobs: `(job, shard number)`."""
+    """A batch of images that are decoded, encoded and written together.
+
+    `jobs` lists the fields that need these images, each as `(job, shard number)`.
+    """
 
     ids: list[str]
     jobs: list[tuple[FieldJob, int]]
@@ -64,10 +73,10 @@ def encode_fields(
     part: tuple[int, int] = (0, 1),
     shard_size: int | None = None,
 ) -> None:
-    """Encode every sample for every job and store the values by id; a second call goes on where the first stopped.
+    """Encode every item of the list for every job and store the values by id. A second call resumes an interrupted one.
 
-    Unreadable images are left out and listed in `unreadable.csv`. Ctrl-C and SIGTERM let the batches in flight become durable
-    and then end the process with exit code 130. `part = (i, n)`: only every n-th shard, from the i-th on.
+    Unreadable images are left out and listed in `unreadable.csv`. After Ctrl-C or SIGTERM, the batches that are already encoded
+    are still written before the process ends with exit code 130. `part = (i, n)` writes only every n-th shard, starting at i.
     """
     ids = [sample.id for sample in samples]
     writers = {job: FieldWriter(job.folder, job.spec, ids, shard_size=shard_size, part=part) for job in jobs}
@@ -84,12 +93,12 @@ def encode_fields(
 
 
 def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk]:
-    """What is left to do; where two fields lack the same ids, they share the decoding."""
+    """Return the batches that are left to do. Where two fields lack the same ids, one chunk serves both."""
     chunks: dict[tuple[str, ...], Chunk] = {}
     for job, writer in writers.items():
         for shard, ids in writer.pending(batch_size):
             chunks.setdefault(tuple(ids), Chunk(ids, [])).jobs.append((job, shard))
-    # Shard after shard, also where one field is further than the other.
+    # Chunks are sorted by shard, so that shards are completed one after the other even if one field is ahead.
     place = {
         key: n for n, key in enumerate(key for shard in next(iter(writers.values())).plan for key in shard)
     }
@@ -97,17 +106,17 @@ def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk
 
 
 def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -> bool:
-    """Returns whether a signal stopped it early."""
+    """Encode and store all chunks; return whether a signal stopped this early."""
     paths = {sample.id: sample.img_path for sample in samples}
     mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
     left = sum(len(chunk.ids) for chunk in chunks)
-    total = max(len(mine), left)  # where two fields lack different ids, an image may be read twice
+    total = max(len(mine), left)  # larger when two fields lack different ids: images are then read twice
     on_gpu = any(job.device.type == "cuda" for job in writers)
     wanted = [(chunk.ids, list(dict.fromkeys(job.view for job, _ in chunk.jobs))) for chunk in chunks]
     loader = DataLoader(
         _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
-        # Forked workers notice when this process is killed; those of a fork server would stay.
+        # Forked workers end when this process is killed; those of a fork server would go on running.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     name = " and ".join(job.spec.field for job in writers)
@@ -116,7 +125,7 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
         desc=name if part[1] == 1 else f"{name} {part[0]}/{part[1]}",
     )  # fmt: skip
     in_flight: deque[Future] = deque()
-    # All writing happens in one thread, so that the device is given the next batch while the disk takes the last.
+    # One thread does all the writing, so that the device encodes the next batch while the last one is written.
     with _failures_explained(), bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
         for chunk, decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
@@ -139,7 +148,10 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
 
 @contextmanager
 def _failures_explained() -> Iterator[None]:
-    """Say what a lack of memory means to the user. A worker's death may be reported at any line of the loop."""
+    """Turn the errors that a lack of memory causes into a `UserError` that says what to do.
+
+    This wraps the whole loop because the death of a worker may be reported at any line of it.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -150,9 +162,8 @@ def _failures_explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         with suppress(RuntimeError):
-            time.sleep(
-                0.5
-            )  # the end of the connection is noticed first, and torch's signal handler raises once more
+            # The closed connection is noticed first; torch's signal handler raises once more during this sleep.
+            time.sleep(0.5)
         raise UserError(
             "a decoding process died, for want of memory or of shared memory (docker: --shm-size=8g): lower --workers or "
             "--batch-size; the same command goes on from here"
@@ -160,7 +171,10 @@ def _failures_explained() -> Iterator[None]:
 
 
 def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The bytes to store, on their way to host memory, and the event after which they are there."""
+    """Encode a batch and start copying the bytes to store to host memory.
+
+    Returns the bytes, uint8 `(n, value_bytes)`, and the CUDA event after which they are complete, or None if they already are.
+    """
     if not ids:
         return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
     raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
@@ -180,9 +194,10 @@ def _store(stored) -> None:
 
 
 class _ViewDataset(Dataset):
-    """Item = one chunk: ids of the readable images, {view: uint8 `(n, 3, S, S)`}, {unreadable id: problem}.
+    """Decodes one chunk per index, in a worker process of the DataLoader.
 
-    A `UserError` is an item too, because a DataLoader would bury it in the traceback of its worker.
+    Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`} and {id: problem} of the unreadable ones. A `UserError`
+    is returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
     """
 
     def __init__(self, chunks: list[tuple[list[str], list[tuple[int, str]]]], paths: dict[str, str]):
@@ -216,7 +231,10 @@ class _ViewDataset(Dataset):
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:
-    """The CSV's samples, after a look whether every image is there: one listing for each folder of images."""
+    """Return the items of the CSV; raises `UserError` when an image does not exist.
+
+    The check lists each folder of images once instead of looking at every file.
+    """
     samples = read_samples(path)
     present: dict[str, set[str]] = {}
     absent = []
@@ -235,7 +253,7 @@ def read_images_to_encode(path: Path) -> list[Sample]:
 
 
 def _check_disk(writers: dict[FieldJob, FieldWriter]) -> None:
-    """Say how much will be written and refuse when a disk cannot hold it."""
+    """Print how much will be written; raises `UserError` when a disk has too little space for it."""
     needed: dict[int, int] = {}
     for job, writer in writers.items():
         device, free = os.stat(job.folder).st_dev, shutil.disk_usage(job.folder).free
@@ -282,5 +300,5 @@ def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tup
 
 
 def _is_a_silent_rank() -> bool:
-    """One progress bar for each machine under torchrun."""
+    """Return whether this process hides its progress bar: under torchrun, only one process per machine shows one."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
