@@ -1,4 +1,4 @@
-"""Which device and which precision."""
+"""Choose the device and the precision that a command computes with."""
 
 import os
 from contextlib import AbstractContextManager
@@ -9,7 +9,10 @@ from common.errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` = cuda when present (under torchrun this rank's GPU), else cpu; raises `UserError` for one that is not there."""
+    """Return the device of this name; `auto` is cuda when present (under torchrun this rank's GPU), else cpu.
+
+    Raises `UserError` for a device that cannot be used.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -25,14 +28,14 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """The dtype that a training computes in: what `autocast` would, with the same errors."""
+    """Return the dtype in which `autocast` would compute; raises the same errors."""
     with autocast(device, precision):
         on = torch.is_autocast_enabled(device.type)
     return torch.bfloat16 if on else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 autocast, or nothing. `auto` = bf16 on a GPU that has it, fp32 elsewhere."""
+    """Return a bf16 autocast, switched off where the precision is fp32. `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("this GPU has no bf16: choose the precision fp32")

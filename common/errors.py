@@ -1,7 +1,7 @@
-"""The one error that is meant for the user's eyes. Every floor may import it; it imports nothing of ours.
+"""`UserError`, the one error that is written for the user. Every room may import this file; it imports nothing of ours.
 
-`UserError` is for what only the user can mend: a wrong path, an unknown key, half a cache. Scripts print it as a single
-line. Everything else (a shape that contradicts a contract, say) is a bug and keeps its traceback.
+`UserError` is for what only the user can fix: a wrong path, an unknown key, an incomplete cache. Scripts print it as a
+single line. Every other error (a tensor of an unexpected shape, say) is a bug and keeps its traceback.
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something only the user can mend; the message is one line that says what to do."""
+    """A problem that only the user can fix; the message is one line that says what to do."""
 
 
 def run_script(main: Callable[[], None]) -> None:

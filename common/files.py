@@ -1,4 +1,4 @@
-"""Write files and folders so that they are either whole or absent. Every floor may import it; it imports nothing of ours."""
+"""Write files and folders so that they are either whole or absent. Every room may import this; it imports nothing of ours."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from typing import BinaryIO
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a file that is whole or absent; missing parent folders are made."""
+    """Write `data` to a file, all of it or nothing; missing parent folders are created."""
     with file_written_whole(path) as file:
         file.write(data)
 
 
 @contextmanager
 def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a file to write into, under a temporary name beside `path`, that is made durable and renamed when the block ends.
+    """Yield an open temporary file beside `path`; when the block ends, it is synced to disk and renamed to `path`.
 
-    An interruption leaves no half file, and two processes that write the same file do not tear each other's. Missing parent
-    folders are made.
+    An interrupted write leaves no partial file, and two processes that write the same file do not mix their contents.
+    Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,9 +43,9 @@ def write_json(path: str | Path, content) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `target` when the block ends, and vanishes when it fails."""
+    """Yield a temporary folder that is renamed to `target` when the block ends, and deleted when the block fails."""
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have left it
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -60,7 +60,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Sync a folder to disk, so that renames in it survive a crash."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

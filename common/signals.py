@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM as a request that a loop honours where nothing is lost. Imports nothing of ours."""
+"""Turn Ctrl-C and SIGTERM into a request, so that a loop can save before it ends. This file imports nothing of ours."""
 
 import signal
 
 
 class StopSignal:
-    """While entered, SIGTERM and Ctrl-C only set `requested`, for the loop to end where that is safe; a second one stops it."""
+    """Inside the `with`, a first SIGTERM or Ctrl-C only sets `requested`, which the loop checks; a second one interrupts it."""
 
     requested = False
 
@@ -23,6 +23,6 @@ class StopSignal:
 
 
 def leave_signals_to_the_parent(_worker: int) -> None:
-    """For DataLoader workers: a signal to the whole process group must not end them before the parent has saved."""
+    """Ignore SIGTERM and Ctrl-C in a DataLoader worker, so that it does not end before its parent has saved."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)

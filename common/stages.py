@@ -1,4 +1,4 @@
-"""Commands that are run one after the other or side by side, recorded when they end well, and skipped the next time."""
+"""Run commands in order or side by side, record those that succeed, and skip them the next time."""
 
 import ctypes
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of this repository, without its `python`, and the file that it writes last."""
+    """A command of this repository, written without `python`, and the file that the command writes last."""
 
     name: str
     command: str
@@ -33,7 +33,7 @@ class Stage:
 
 
 class Record:
-    """Which stages ran to their end: a JSON list of {stage, command, seconds, …}."""
+    """The record of the stages that have finished, kept as a JSON list of {stage, command, seconds, …}."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -41,7 +41,7 @@ class Record:
         self.entries = {entry["command"]: entry for entry in entries}
 
     def of(self, stage: Stage) -> dict | None:
-        """What was recorded of this very command, if what it made is still there."""
+        """Return the entry of a stage's command; None if the command was not recorded or its product no longer exists."""
         return self.entries.get(stage.pasted) if stage.product.exists() else None
 
     def add(self, stage: Stage, seconds: float, **more) -> None:
@@ -55,16 +55,17 @@ def run_chains(
 ) -> None:
     """Run the stages of each chain in order, `jobs` chains side by side, one thread each.
 
-    A single stage speaks to the terminal, several to files in `logs`. `ended(stage, seconds)` is called when a stage ended
-    well, which means that what it makes is there. One that does not, Ctrl-C and SIGTERM ask the others to stop and wait until
-    they have saved; the first raises `UserError`, the others `KeyboardInterrupt`.
+    A single stage prints to the terminal; several stages write to files in `logs`. `ended(stage, seconds)` is called for each
+    stage that succeeded, which means that it returned 0 and its product exists. When a stage fails, or at Ctrl-C or SIGTERM,
+    the running stages are asked to stop, and this function waits until they have saved. A failed stage then raises
+    `UserError`; Ctrl-C and SIGTERM raise `KeyboardInterrupt`.
     """
     shown = len(chains) == 1 and len(chains[0]) == 1
     live = not shown and sys.stderr.isatty()
     logs.mkdir(parents=True, exist_ok=True)
     waiting = deque(deque(chain) for chain in chains if chain)
     running: dict[Stage, tuple[subprocess.Popen, float, deque[Stage]]] = {}
-    # Both raise KeyboardInterrupt.
+    # Let both signals raise KeyboardInterrupt.
     before = {
         name: signal.signal(name, signal.default_int_handler) for name in (signal.SIGTERM, signal.SIGHUP)
     }
@@ -102,11 +103,12 @@ def run_chains(
 
 def start(stage: Stage, log: Path | None) -> subprocess.Popen:
     """Start a stage; its output goes to the terminal, or to its log."""
-    output = None if log is None else open(log, "w")  # noqa: SIM115 (the child keeps it)
+    output = None if log is None else open(log, "w")  # noqa: SIM115 (the child process keeps it open)
     # Two busy threads on a shared core are slower than one.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, *arguments = shlex.split(stage.command)
-    # A session of its own: Ctrl-C reaches this process alone, which passes it on once; a second would stop the saving.
+    # The child gets a session of its own, so that Ctrl-C reaches only this process, which passes it on once. A second signal
+    # would stop the child's saving.
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments], stdout=output, stderr=output, env=environment,
         start_new_session=True, preexec_fn=die_with_parent,
@@ -114,7 +116,7 @@ def start(stage: Stage, log: Path | None) -> subprocess.Popen:
 
 
 def die_with_parent() -> None:
-    """On Linux: a child does not outlive a parent that was killed, and so cannot collide with the next one."""
+    """On Linux, end this child when its parent is killed, so that it cannot collide with the children of the next parent."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -133,6 +135,6 @@ def log_of(stage: Stage, logs: Path) -> Path:
 
 
 def last_line(log: Path, width: int = 60) -> str:
-    """The last thing a stage said, be it a progress bar."""
+    """Return the last line of a log that is not empty, or the last state of a progress bar, cut to `width`."""
     said = [line for line in log.read_text().replace("\r", "\n").split("\n") if line.strip()]
     return said[-1].strip()[:width] if said else f"{log.stem} …"

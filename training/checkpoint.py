@@ -1,14 +1,14 @@
-"""Checkpoints: safetensors and JSON, written aside and renamed, so that a folder named `step-…` is always whole.
+"""Checkpoints as safetensors and JSON, written under a temporary name and then renamed, so that `step-…` is always whole.
 
 step-0000600/
     trained.safetensors     every trained weight by name: backbone.… (LoRA or plain) and heads.…
-    ema.safetensors         their moving average, same names: what evaluation uses
-    optimizer.safetensors   the tensors of the optimiser's state by parameter, such as unet.…/exp_avg
-    state.json              step, running sums of the metrics, what else the optimiser's state holds,
-                        sizes and CRC-32 of the files above and of itself
+    ema.safetensors         the moving average of these weights under the same names, which evaluation uses
+    optimizer.safetensors   the tensors of the optimiser's state by parameter, such as backbone.…/exp_avg
+    state.json              step, running sums of the metrics, plain values of the optimiser's state,
+                            size and CRC-32 of each file above, and the CRC-32 of state.json itself
 
-Whatever reads one checks that it is as it was written. A training renames a damaged one to `damaged-step-…` and goes on from
-the one before.
+Every reader checks the files against these sizes and CRC-32. A training renames a damaged checkpoint to `damaged-step-…` and
+continues from the one before.
 """
 
 import json
@@ -32,7 +32,7 @@ TRAINED, EMA, OPTIMIZER, STATE = (
     "optimizer.safetensors",
     "state.json",
 )
-WEIGHTS = {"ema": EMA, "raw": TRAINED}  # by the name that evaluation has for them
+WEIGHTS = {"ema": EMA, "raw": TRAINED}  # from the name that evaluation uses to the file
 
 
 def save_checkpoint(
@@ -46,10 +46,11 @@ def save_checkpoint(
     keep: int,
     keep_every: int = 0,
 ) -> Path:
-    """Write `folder/step-…` and delete all but the newest `keep` and those at multiples of `keep_every`; returns its path.
+    """Write `folder/step-…` and return its path; delete old checkpoints.
 
-    `parameters` are the trained ones by name, in the order `ema` was built with; `extra` is anything JSON can hold. Raises
-    `UserError` when it cannot be written; what was there before is then still there.
+    The newest `keep` checkpoints stay, and those at multiples of `keep_every`. `parameters` are the trained parameters by name,
+    in the order with which `ema` was built; `extra` is anything that JSON can hold. Raises `UserError` when the checkpoint
+    cannot be written; the earlier checkpoints are then untouched.
     """
     final = folder / f"step-{step:07d}"
     moments, values = flat_state(optimizer, parameters)
@@ -79,7 +80,7 @@ def save_checkpoint(
 
 
 def fingerprint(file: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file."""
+    """Return the size and the CRC-32 of a file."""
     checksum, size = 0, 0
     with open(file, "rb") as opened:
         while block := opened.read(2**24):
@@ -88,10 +89,11 @@ def fingerprint(file: Path) -> dict[str, int]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, None where there never was one.
+    """Return the newest undamaged checkpoint, or None where the folder has no checkpoint.
 
-    Newer ones are reported and renamed to `damaged-…`. Raises `UserError`, and renames none, when one cannot be read for now,
-    or when all are damaged: a training of days must not start anew by itself, neither now nor when the command is repeated.
+    Damaged checkpoints that are newer are reported and renamed to `damaged-…`. Raises `UserError`, and renames nothing, when a
+    checkpoint cannot be read at the moment, or when all are damaged: a training of several days must not start from step 0
+    without being asked, neither now nor when the command is repeated.
     """
     damaged: list[tuple[Path, _DamagedError]] = []
     for path in sorted(filter(_is_named, folder.glob("step-*")), key=step_of, reverse=True):
@@ -117,11 +119,11 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 class _DamagedError(Exception):
-    """Something in a checkpoint is not as it was written."""
+    """A file of a checkpoint is missing or has changed since it was written."""
 
 
 def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> dict:
-    """Compare files of a checkpoint with what its state says of them; returns the state."""
+    """Compare files of a checkpoint with the sizes and CRC-32 in its state.json, and return the state."""
     try:
         state = json.loads((path / STATE).read_bytes())
         if not isinstance(state, dict) or state != _sealed(state) or state["step"] != step_of(path):
@@ -137,23 +139,23 @@ def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> d
 
 
 def _sealed(state: dict) -> dict:
-    """The state with the CRC-32 of itself."""
+    """Return the state with its own CRC-32 added."""
     bare = {key: value for key, value in state.items() if key != "crc32"}
     return bare | {"crc32": zlib.crc32(json.dumps(bare, sort_keys=True).encode())}
 
 
 def contents_of(path: Path) -> dict[str, dict[str, int]]:
-    """Sizes and CRC-32 of a checkpoint's files, as they were written; raises `UserError` where nobody can say."""
+    """Return sizes and CRC-32 of a checkpoint's files from its state.json; raises `UserError` where that is damaged."""
     return _check_whole(path, ())["files"]
 
 
 def images_per_step_of(path: Path) -> int:
-    """Images that each step up to a checkpoint took."""
+    """Return the number of images that each step before a checkpoint took."""
     return _check_whole(path, ())["extra"]["data"]["images_per_step"]
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """Return the step that a checkpoint's folder is named after."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -165,29 +167,31 @@ def _is_named(path: Path) -> bool:
 def restore_checkpoint(
     path: Path, *, parameters: dict[str, nn.Parameter], optimizer, ema
 ) -> tuple[int, dict]:
-    """Put everything back as it was when a whole checkpoint was written; returns its step and `extra`."""
+    """Restore parameters, optimiser and moving average from an undamaged checkpoint; returns its step and `extra`."""
     state = json.loads((path / STATE).read_bytes())
     for name, value in _matching(path / TRAINED, parameters).items():
         parameters[name].copy_(value)
     for shadow, value in zip(ema.shadow_params, _matching(path / EMA, parameters).values(), strict=True):
         shadow.copy_(value)
     ema.optimization_step = state["ema_step"]
-    values = state.get("optimizer", {})  # absent where a checkpoint is older than optim.name
+    values = state.get("optimizer", {})  # checkpoints from before optim.name existed have none
     load_flat_state(optimizer, parameters, _load(path / OPTIMIZER), values)
     return state["step"], state["extra"]
 
 
 @torch.no_grad()
 def load_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into parameters of the same names; raises `UserError` for
-    damage."""
+    """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into the parameters of the same names.
+
+    Raises `UserError` where the file is damaged.
+    """
     _check_whole(file.parent, (file.name,))
     for name, value in _matching(file, parameters).items():
         parameters[name].copy_(value)
 
 
 def _check_whole(path: Path, names: tuple[str, ...]) -> dict:
-    """`_verify`, whose complaint is the user's."""
+    """Call `_verify`, and raise its errors as `UserError`."""
     try:
         return _verify(path, names)
     except (_DamagedError, OSError) as error:
@@ -195,7 +199,10 @@ def _check_whole(path: Path, names: tuple[str, ...]) -> dict:
 
 
 def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The weights that `source` means, a run, a checkpoint (their moving average) or a file, as (file, weights by name)."""
+    """Find the weights of `source` and return (file, weights by name).
+
+    `source` is a run or a checkpoint, of which the moving average is taken, or a file of weights.
+    """
     file = source
     if (source / "checkpoints").is_dir():
         found = checkpoints(source / "checkpoints")
@@ -208,19 +215,19 @@ def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
         raise UserError(
             f"{source} is no run, no checkpoint and no trained.safetensors: a new run cannot start from it"
         )
-    if (file.parent / STATE).exists():  # else somebody has taken the file elsewhere
+    if (file.parent / STATE).exists():  # a file that was copied elsewhere has no state.json
         _check_whole(file.parent, (file.name,))
     return file, _load(file)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder by step number."""
+    """Return the finished checkpoints of a folder, sorted by step."""
     found = (path for path in folder.glob("step-*") if _is_named(path) and (path / STATE).exists())
     return sorted(found, key=step_of)
 
 
 def _matching(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The file's tensors in the order of `parameters`; raises `UserError` unless names and shapes agree."""
+    """Return the file's tensors in the order of `parameters`; raises `UserError` unless names and shapes agree."""
     stored = _load(file)
     if any(name.startswith("unet.") for name in stored):
         raise UserError(
@@ -247,5 +254,5 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of them, since safetensors refuses those that share memory."""
+    """Return copies on the CPU, because safetensors refuses tensors that share memory."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""What a step of a network costs, counted on shapes alone: nothing is computed and no weight is read.
+"""Count what a step of a network costs, from shapes only: nothing is computed and no weight is read.
 
 One multiply-add is two operations; norms, activations, softmax and resizing are not counted.
 """
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one image: operations of forward and backward, and of forward by the name of each module inside the network."""
+    """Operations per image: of forward, of backward, and of forward by the name of each module inside the network."""
 
     forward: float
     backward: float
@@ -27,7 +27,7 @@ class StepCost:
 
 
 def count_step(forward: Callable[[int], Tensor], batch: int = 1) -> StepCost:
-    """Count `forward(batch)`, which returns a loss, and its backward; all of it on the device "meta"."""
+    """Count the operations of `forward(batch)`, which returns a loss, and of its backward; both run on the device "meta"."""
     with FlopCounterMode(display=False) as there:
         loss = forward(batch)
     with FlopCounterMode(display=False) as back:
@@ -39,10 +39,13 @@ def count_step(forward: Callable[[int], Tensor], batch: int = 1) -> StepCost:
 
 
 def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps for backward, each storage once and weights left out, with attention as a GPU does it."""
+    """Return the bytes that autograd keeps for backward, for a GPU's attention.
+
+    Each storage counts once, and the weights are left out.
+    """
     known = {_storage(p) for p in parameters}
     saved: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no storage is used again while we count
+    kept: list[Tensor] = []  # a freed storage could be reused, and would then be counted once only
 
     def pack(tensor: Tensor) -> Tensor:
         if (place := _storage(tensor)) not in known:
@@ -56,7 +59,7 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
 
 
 class _FlashAttention(TorchFunctionMode):
-    """Attention that keeps no N×N matrix: on "meta" PyTorch would choose the one that does."""
+    """Use attention that keeps no N×N matrix; on the device "meta" PyTorch would choose the kernel that does."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped, counted, and blamed on the images that caused them."""
+"""Skip and count steps whose gradient is not finite, and find the images that caused them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from common.errors import UserError
 
 
 class Guard:
-    """Watches the gradient norm of each step without waiting for the device.
+    """Checks the gradient norm of each step without waiting for the device.
 
-    `judge` says on the device whether a step is to be skipped; what happened is read when `report` is called, at the latest
-    before the next checkpoint. Nothing is lost by reading late: a skipped step has changed no weight.
+    `judge` decides on the device whether a step is skipped. The host reads these decisions when `report` is called, at the
+    latest before the next checkpoint. Reading late does no harm, because a skipped step has changed no weight.
     """
 
     def __init__(self, limit: int):
@@ -25,14 +25,17 @@ class Guard:
     def judge(
         self, step: int, grad_norm: Tensor, loss: Tensor, indices: Sequence[int], errors: Tensor
     ) -> Tensor:
-        """Whether to skip `step`, a scalar bool on the device; `errors (n,)` are the images' diffusion losses."""
+        """Return whether to skip `step`, as a scalar bool on the device; `errors (n,)` are the images' diffusion losses."""
         skip = ~grad_norm.isfinite()
         self._seen.append((step, list(indices), skip, loss.detach().isfinite(), errors.detach().isfinite()))
         return skip
 
     def report(self) -> list[dict]:
-        """What was skipped since the last report, on this rank: step, whether the loss was finite, all images of the step, and
-        those with a diffusion loss that was not finite. Counts the steps, and knows how many were the last in a row."""
+        """Return one dict for each step that this rank skipped since the last report, and update the counts of skipped steps.
+
+        `step` is the step and `loss_finite` says whether its loss was finite. `images` are all images of the step, and `broken`
+        are those whose diffusion loss was not finite.
+        """
         if not self._seen:
             return []
         skips = torch.stack([skip for _, _, skip, _, _ in self._seen]).tolist()
@@ -57,7 +60,10 @@ class Guard:
 
     @staticmethod
     def merged(reports: Sequence[dict]) -> list[dict]:
-        """One line for each step from the reports of all ranks: the broken images of any of them, or all images if none is."""
+        """Merge the reports of all ranks into one line per step, with the broken images of all ranks.
+
+        Where no rank found a broken image, the line lists all images of the step.
+        """
         lines = []
         for step in sorted({report["step"] for report in reports}):
             parts = [report for report in reports if report["step"] == step]

@@ -1,4 +1,4 @@
-"""fp32 master weights of a network that computes in bf16, and nothing at all for one that computes in fp32."""
+"""fp32 master weights for a network that computes in bf16; a network that computes in fp32 is its own master."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 class Masters:
-    """What is trained, in fp32, by name: what the optimiser, the moving average and checkpoints hold.
+    """Holds the trained weights in fp32, by name. The optimiser, the moving average and checkpoints use these.
 
-    In bf16 the whole network is turned to bf16, frozen weights included, so that nothing is cast from step to step; of what is
-    trained an fp32 copy is kept, because an update of one part in a thousand is lost in bf16's eight bits. Where the network
-    computes in fp32, `parameters` are its own.
+    For bf16 the whole network is converted, frozen weights included, so that no step has to cast weights. An fp32 copy of the
+    trained weights is kept, because bf16 has eight bits of precision and would lose an update of one part in a thousand. Where
+    the network computes in fp32, `parameters` are the network's own.
 
     Args:
-        model: anything with `trained_parameters()`, on its device; it is turned to `dtype` in place.
+        model: a module with `trained_parameters()`, already on its device; it is converted to `dtype` in place.
         dtype: torch.float32 or torch.bfloat16.
     """
 
@@ -31,12 +31,12 @@ class Masters:
 
     @property
     def separate(self) -> bool:
-        """Whether the network's own weights are copies."""
+        """Whether the masters are separate from the network's own weights."""
         return self.dtype != torch.float32
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the network's gradients to the masters', in fp32, and forget them; where there is none, nothing changes."""
+        """Add the network's gradients to those of the masters, in fp32, and remove them from the network."""
         if not self.separate:
             return
         fresh, added, onto = [], [], []
@@ -57,13 +57,13 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the network the masters' values."""
+        """Copy the masters' values into the network."""
         if self.separate:
             torch._foreach_copy_(self._working, self._masters)
 
     @contextmanager
     def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Let the network have other values, in the order of `parameters`, and take them back unchanged at the end."""
+        """Put `values` into the network, in the order of `parameters`; at the end of the block restore the values it had."""
         with torch.no_grad():
             before = [p.detach().clone() for p in self._working]
             torch._foreach_copy_(self._working, list(values))

@@ -1,4 +1,4 @@
-"""Means of what a training measures, kept on the device until they are logged."""
+"""Running means of the metrics of a training, kept on the device until they are logged."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,19 +10,20 @@ Measured = tuple[str, Tensor, Tensor | float]  # name, sum, weight
 
 
 class Means:
-    """Weighted means by name since they were last read, each over the steps that had the term.
+    """Weighted means by name since the last `read`, each over the steps that measured that name.
 
-    Nothing waits for the device until `read`. A value that is a vector is a mean for each of its entries, which `read` names
-    `name/1`, `name/2`, …; an entry of weight 0 is left out.
+    Nothing waits for the device until `read`. A vector has one mean for each of its entries, which `read` names `name/1`,
+    `name/2`, …; an entry whose weights add up to 0 is left out.
     """
 
     def __init__(self) -> None:
-        # For each set of names that came together, with their lengths, (2, n): weighted sums, and weights. In fp64, where sums
-        # of fp32 values are as good as exact, so that neither a stop nor the number of ranks shows in them.
+        # From the (name, length) pairs of one `add` to a tensor (2, n): the weighted sums, and the sums of the weights. They
+        # are fp64, in which sums of fp32 values are almost exact, so that neither an interruption nor another number of ranks
+        # changes the means.
         self._totals: dict[tuple[tuple[str, int], ...], Tensor] = {}
 
     def add(self, measured: Sequence[Measured], skip: Tensor | None = None) -> None:
-        """Add sums and their weights, both scalars, or vectors of one length; nothing where `skip`, a scalar bool, is true."""
+        """Add sums and their weights, each scalars or vectors of one length; add 0 where `skip`, a scalar bool, is true."""
         names = tuple((name, total.numel()) for name, total, _ in measured)
         totals = [total.detach().reshape(-1) for _, total, _ in measured]
         weights = [
@@ -35,7 +36,10 @@ class Means:
         self._totals[names] = self._totals[names] + pair if names in self._totals else pair
 
     def state_dict(self, reduce: Reduce | None = None) -> list:
-        """All sums, over all processes where `reduce` sums a list of tensors in place, as JSON can hold them."""
+        """Return all sums as JSON can hold them.
+
+        `reduce` adds a list of tensors over all processes, in place; without it the sums are those of this process.
+        """
         if not self._totals:
             return []
         values = torch.cat(list(self._totals.values()), dim=1)  # (2, Σn)
@@ -47,14 +51,14 @@ class Means:
         ]
 
     def load_state_dict(self, state: list, device: torch.device, *, zero: bool = False) -> None:
-        """Go on from saved sums; with `zero` from none of the same names, as all processes but one do."""
+        """Continue from saved sums. All processes but one pass `zero`: they get the same names with sums of 0."""
         self._totals = {}
         for names, values in state:
             pair = torch.tensor(values, dtype=torch.float64, device=device)
             self._totals[tuple(map(tuple, names))] = pair.zero_() if zero else pair
 
     def read(self, reduce: Reduce | None = None) -> dict[str, float]:
-        """The means; the sums start anew."""
+        """Return the means and reset the sums."""
         sums: dict[str, list[float]] = {}
         for names, (totals, weights) in self.state_dict(reduce):
             entries = [

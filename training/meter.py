@@ -1,4 +1,4 @@
-"""How fast a training goes: steps, images, operations and the wait for data."""
+"""Measure how fast a training runs: steps, images and operations per second, and the time spent waiting for data."""
 
 import time
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ RATES = (
     "data_wait",
     "mfu",
     "memory_gb",
-)  # what a line has of them
+)  # the rates that a line of metrics may have
 # Dense bf16 operations per second, by a part of the device's name (NVIDIA's data sheets).
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
 
 
 def peak_of(device: torch.device) -> float | None:
-    """The device's bf16 operations per second, or None where we do not know them."""
+    """Return the device's peak of bf16 operations per second, or None where `PEAKS` does not list the device."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -27,13 +27,13 @@ def peak_of(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Rates between two readings.
+    """Measures rates between one reading and the next.
 
     Args:
         flops: operations of one step on this process.
         images: images of one step on all processes.
-        device: where it runs.
-        stream: anything with `waited`, the seconds spent waiting for data so far.
+        device: the device that the training runs on.
+        stream: an object whose `waited` is the number of seconds spent waiting for data so far.
     """
 
     def __init__(self, flops: float, images: int, device: torch.device, stream):
@@ -47,17 +47,20 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is no part of a step: checkpoints and previews."""
+        """Leave the time of this block out of the rates; it is used for checkpoints and previews."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what was launched before belongs to the steps
+            torch.cuda.synchronize(self.device)  # work that was launched before counts as part of the steps
         since, waited = time.perf_counter(), self.stream.waited
         yield
         self._since += time.perf_counter() - since
         self._waited += self.stream.waited - waited
 
     def read(self) -> dict[str, float]:
-        """Since the last reading: it/s, images/s, TFLOP/s, MFU (share of the device's peak), share of the time spent waiting
-        for data, and the most memory that was in use so far, in GB."""
+        """Return the rates since the last reading, and start a new one.
+
+        These are it/s, images/s, TFLOP/s and the share of the time spent waiting for data; where the device's peak is known the
+        MFU (share of that peak), and on a GPU the peak memory of the training so far in GB.
+        """
         now, waited = time.perf_counter(), self.stream.waited
         seconds = max(now - self._since, 1e-9)
         rate = self._steps / seconds

@@ -1,4 +1,4 @@
-"""Where a training's metrics and pictures go: the run folder, TensorBoard and, if asked, Weights & Biases."""
+"""Log metrics and pictures of a training to the run folder, to TensorBoard and, if asked, to Weights & Biases."""
 
 import uuid
 from pathlib import Path
@@ -14,7 +14,7 @@ from training.run_folder import RunFolder
 
 
 class MetricLog:
-    """Used in a `with`; on a rank that is not the first it does nothing."""
+    """Writes the logs of a run, which a `with` closes. With `active=False`, on all ranks but the first, it writes nothing."""
 
     def __init__(self, run: RunFolder, step: int, *, active: bool):
         self.run, self._active = run, active
@@ -32,14 +32,14 @@ class MetricLog:
                 self._wandb.finish()
 
     def line(self, line: dict[str, float]) -> None:
-        """One line of metrics, its `step` among them."""
+        """Log one line of metrics, of which `step` is one: to metrics.jsonl, TensorBoard and Weights & Biases."""
         if not self._active:
             return
         self.run.append(line)
         self.scalars(line, line["step"])
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Values that are no line of the run's metrics."""
+        """Log values to TensorBoard and Weights & Biases, but not to metrics.jsonl."""
         if not self._active:
             return
         for name, value in values.items():
@@ -48,7 +48,7 @@ class MetricLog:
             self._wandb.log(values, step=step)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """A picture that lies at `path`."""
+        """Log the picture in the file `path`."""
         if not self._active:
             return
         self._board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
@@ -59,7 +59,7 @@ class MetricLog:
 
 
 def _wandb_id(run: RunFolder) -> str:
-    """A name for the run that stays when it is resumed, and that no run of the same folder name elsewhere has."""
+    """Return the run's id, created once and kept in its folder: a resumed run keeps it, and no other run has the same."""
     file = run.path / "wandb_id"
     if not file.exists():
         write_atomically(file, uuid.uuid4().hex.encode())

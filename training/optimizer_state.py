@@ -1,4 +1,4 @@
-"""An optimiser's state as named tensors and plain values, and back into the optimiser that holds it."""
+"""Turn an optimiser's state into named tensors and plain values, and load them back into the optimiser."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from common.errors import UserError
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and plain values of nested dicts, lists and tuples, each with its path, such as `/exp_avg/codes`.
+    """Yield the tensors and plain values of nested dicts, lists and tuples, each with its keys, such as `/exp_avg/codes`.
 
-    A tensor that wraps others, as a quantised one does, is those that it wraps.
+    Of a tensor that wraps other tensors, as a quantised one does, these inner tensors are yielded.
     """
     if isinstance(tree, Tensor) and is_traceable_wrapper_subclass(tree):
         inner, _ = tree.__tensor_flatten__()
@@ -29,7 +29,10 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def flat_state(optimizer: Optimizer, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """The state of named parameters as (tensors, plain values), both by `name/key`; those without a state have no entry."""
+    """Return the state of named parameters as (tensors, plain values), both by `name/key`.
+
+    Parameters without a state have no entry.
+    """
     held = {name: optimizer.state[p] for name, p in parameters.items() if p in optimizer.state}
     found = [leaf for name, state in held.items() for leaf in leaves(state, name)]
     return (
@@ -42,10 +45,11 @@ def flat_state(optimizer: Optimizer, parameters: dict[str, Tensor]) -> tuple[dic
 def load_flat_state(
     optimizer: Optimizer, parameters: dict[str, Tensor], tensors: dict[str, Tensor], values: dict
 ) -> None:
-    """Restore what `flat_state` gave.
+    """Load what `flat_state` returned.
 
-    A state that the optimiser has not created yet it creates by a step with gradients of 0; the values are then copied into it.
-    So each tensor has the class, device and memory format that the optimiser gives it, which the fused kernel insists on.
+    Where the optimiser has not created a parameter's state yet, a step with gradients of 0 makes it do so, and the values are
+    then copied into it. Each tensor thus has the class, device and memory format that the optimiser chooses, which the fused
+    kernel requires.
     Raises `UserError` where names, shapes or dtypes are not those of this optimiser.
     """
     with_state = {path.partition("/")[0] for path in (*tensors, *values)}
@@ -70,7 +74,7 @@ def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 
 def _create_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Let the optimiser create the state of those that have none; the parameters keep their values."""
+    """Make the optimiser create the state of parameters that have none; the parameters keep their values."""
     missing = [p for p in parameters if not optimizer.state.get(p)]
     if not missing:
         return
@@ -83,7 +87,7 @@ def _create_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
 
 
 def _with_values(tree: Any, values: dict, path: str) -> Any:
-    """The tree with its own tensors, and the plain values that are given by path."""
+    """Return the tree with its tensors kept and its plain values replaced by those in `values`."""
     if isinstance(tree, Tensor):
         return tree
     if isinstance(tree, dict):

@@ -1,8 +1,8 @@
-"""Every optimiser that `optim.name` can choose, one row each, and a step of any of them that can be undone.
+"""The table of optimisers for `optim.name`, and a step that can be undone, for any of them.
 
 A row takes the parameter groups, each with its own "lr", and the keywords `betas`, `eps` and `weight_decay`; it returns a
-`torch.optim.Optimizer`. What changes from step to step must lie in `optimizer.state`, since checkpoints save nothing else of
-it. An optimiser that keeps such values in its groups, as Prodigy and the schedule-free ones do, does not fit.
+`torch.optim.Optimizer`. Every value that changes from step to step must be in `optimizer.state`, because checkpoints save only
+that. An optimiser that keeps such values in its groups, as Prodigy and the schedule-free ones do, does not fit.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ def _adamw8bit(groups: Iterable[dict], **options) -> Optimizer:
             f"optim.name = adamw8bit needs torchao ({error}): pip install torchao, or choose optim.name=adamw"
         ) from None
     optimizer = AdamW8bit(groups, **options)
-    # torchao would do this at the first step, with the step counts on the host, which nothing could undo without waiting.
+    # torchao creates the state at the first step, with step counts on the host, which cannot be undone without waiting.
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=parameter.device),
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 def build_optimizer(
     name: str, groups: Iterable[dict], *, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> Optimizer:
-    """The optimiser of a row of the table; raises `UserError` for a name that is not in it or a library that is missing.
+    """Build the optimiser of this name; raises `UserError` for a name not in the table or for a library that is missing.
 
     Args:
         groups: dicts of "params" and "lr"; those without parameters are left out.
@@ -57,11 +57,12 @@ def build_optimizer(
 
 @torch.no_grad()
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """One step, of which nothing remains where `skip`, a scalar bool on the parameters' device, is true.
+    """Take an optimiser step, and undo it where `skip`, a scalar bool on the parameters' device, is true.
 
-    Fused AdamW leaves weights, moments and step counts alone by itself. For all others weights and state are copied before the
-    step and chosen after it, on the device. The host waits for `skip` only where no copy can help: a parameter has no state
-    yet, or the optimiser keeps some of it on the host, such as PyTorch's step counts without `capturable`.
+    Fused AdamW itself leaves weights, moments and step counts unchanged. For every other optimiser, weights and state are
+    copied before the step, and after it the device keeps either the copies or the new values. The host waits for `skip` only
+    where a copy cannot help: a parameter has no state yet, or the optimiser keeps some of its state on the host, such as
+    PyTorch's step counts without `capturable`.
     """
     if _heeds_found_inf(optimizer):
         optimizer.found_inf = skip.float()
@@ -75,25 +76,25 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
     before = [tensor.clone() for tensor in _held(optimizer, parameters)]
     optimizer.step()
     for old, new in zip(before, _held(optimizer, parameters), strict=True):
-        torch.where(skip, old, new, out=new)  # no product, in which NaN would survive a factor of 0
+        torch.where(skip, old, new, out=new)  # multiplying by 0 would not remove NaN
 
 
 def _heeds_found_inf(optimizer: Optimizer) -> bool:
-    """Whether its kernel skips the step where `found_inf` is 1, as for GradScaler.
+    """Whether the optimiser's kernel skips the step where `found_inf` is 1, as it does for GradScaler.
 
-    Fused SGD does too, but would go on from momentum that was never written if the first step was skipped.
+    Fused SGD does so too, but if its first step is skipped, the next one uses momentum that was never written.
     """
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults["fused"])
 
 
 def _lies_on(device: torch.device, state: dict | None) -> bool:
-    """Whether a parameter's state exists and consists of tensors on the device alone."""
+    """Whether a parameter's state exists and holds nothing but tensors on this device."""
     return bool(state) and all(
         isinstance(value, Tensor) and value.device == device for _, value in leaves(state)
     )
 
 
 def _held(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
-    """The parameters and all tensors of their state, in a fixed order."""
+    """Return the parameters and all tensors of their state, in a fixed order."""
     states = (value for p in parameters for _, value in leaves(optimizer.state[p]))
     return [*(p.detach() for p in parameters), *states]

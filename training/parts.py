@@ -1,4 +1,4 @@
-"""From a config to the cache, the model and the loss: what training and evaluation build alike."""
+"""Build the dataset, the model and the loss from a config, for training and for evaluation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a training is made of."""
+    """The objects that a training uses, built from one config."""
 
     config: Config
     ranks: Ranks
@@ -47,12 +47,12 @@ class Parts:
 
     @contextmanager
     def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Let the network have these trained weights, in eval mode; afterwards it is as it was."""
+        """Give the network these trained weights and eval mode; at the end of the block restore weights and mode."""
         network = self.model.backbone
         was_training = network.training
         network.eval()
         try:
-            # Compiled for another batch, the network would be compiled again.
+            # Run without the compiled graph, because another batch size would compile the network again.
             with self.masters.showing(values), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
@@ -60,7 +60,7 @@ class Parts:
 
 
 def build_parts(config: Config) -> Parts:
-    """All parts, checked against each other; raises `UserError` where they do not fit."""
+    """Build all parts and check that they fit together; raises `UserError` where they do not."""
     device = pick_device(config.train.device)
     dtype = compute_dtype(device, config.train.precision)
     family = family_for(config)
@@ -73,7 +73,7 @@ def build_parts(config: Config) -> Parts:
     last = config.train.channels_last
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
         model.backbone.to(memory_format=torch.channels_last)
-    masters = Masters(model, dtype)  # turns the model to its precision
+    masters = Masters(model, dtype)  # converts the model to this dtype
     online = build_online_teacher(config.teacher, family, device, dataset) if aligned else None
     batches = TrainingBatches(
         dataset,
@@ -99,12 +99,12 @@ def build_parts(config: Config) -> Parts:
 
 
 def family_for(config: Config) -> Backbone:
-    """The family of the config's base model."""
+    """Return the family of the config's base model."""
     return family_of(config.model.base, config.model.revision)
 
 
 def start_from(settings: Model, model: AlignedModel) -> None:
-    """Give the model the weights that `model.init_from` names; raises `UserError` where they would mean something else here."""
+    """Load the weights that `model.init_from` names; raises `UserError` where they were trained with another LoRA scale."""
     file, weights = trained_file_of(settings.init_from)
     if settings.train == "lora" and (file.parents[2] / "config.yaml").exists():
         theirs = RunFolder(file.parents[2]).config.model
@@ -118,7 +118,7 @@ def start_from(settings: Model, model: AlignedModel) -> None:
 
 
 def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDataset:
-    """The training data, after checking that its tokens are the teacher's that the config names."""
+    """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
     if dataset.tokens is None:
@@ -141,7 +141,7 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
 def build_online_teacher(
     settings: Teacher, family: Backbone, device: torch.device, dataset: AlignedDataset
 ) -> OnlineTeacher | None:
-    """The teacher of `teacher.source=online` on `device`; None where tokens are cached."""
+    """Build the teacher of `teacher.source=online` on `device`; returns None where tokens are cached."""
     if settings.source == "cached":
         return None
     encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
@@ -159,7 +159,7 @@ def build_online_teacher(
 
 
 def build_model(config: Config, family: Backbone, network: nn.Module | None = None) -> AlignedModel:
-    """The base model's network (or another), what is trained of it, and (unless λ is 0) its alignment heads."""
+    """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads."""
     settings, taps = config.model, config.align.taps if config.align.coeff > 0 else ()
     family.check_trained(taps, settings.train, settings.lora_targets)
     model = AlignedModel(
@@ -179,7 +179,10 @@ def build_model(config: Config, family: Backbone, network: nn.Module | None = No
 
 
 def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: AlignedDataset) -> None:
-    """Raise `UserError` unless the network reads latents and text of the cached widths, made by its own base model."""
+    """Check that the cached latents and text have the shapes that the network reads, and were made by its base model.
+
+    Raises `UserError` where they do not fit.
+    """
     base = family.base
     wanted = family.text_shapes(network)
     found = {name: tuple(values.shape[1:]) for name, values in dataset.text.fields.items()}
@@ -205,9 +208,9 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
 
 
 def check_same_weights(family: Backbone, part: str, source: dict, script: int) -> None:
-    """Raise `UserError` where a field was made by a model of another name whose weights differ from the base's.
+    """Raise `UserError` where a field was made by another model whose weights differ from those of the base model.
 
-    The weights are only read when the names differ: a fine-tune often shares its VAE and text encoder with its base.
+    The weights are read only where the names differ, since a fine-tune often shares its VAE and text encoder with its base.
     """
     base = family.base
     if source.get("model", base) == base:
@@ -220,18 +223,18 @@ def check_same_weights(family: Backbone, part: str, source: dict, script: int) -
 
 
 def build_path(config: Config, family: Backbone) -> DiffusionPath:
-    """The path from data to noise on the base model's own noise schedule, for what the network outputs."""
+    """Build the path from data to noise, with the base model's noise schedule and with what its network outputs."""
     return family.path(**config.diffusion.model_dump())
 
 
 def build_objective(align: Align, path: DiffusionPath) -> Objective:
-    """The objective on a path."""
+    """Build the training objective on a path from data to noise."""
     names = ("manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm")
     return Objective(path, align_coeff=align.coeff, **{name: getattr(align, name) for name in names})
 
 
 def build_coefficient(align: Align, steps: int) -> Coefficient:
-    """λ at each of the training's steps."""
+    """Build the function that gives λ at each step of the training."""
     names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
     schedule = CoefficientSchedule(**{name: getattr(align, name) for name in names}, total_steps=steps)
     if align.similarity_threshold is None:
@@ -248,7 +251,7 @@ def build_coefficient(align: Align, steps: int) -> Coefficient:
 
 
 def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:
-    """The run's model with the weights of a checkpoint ("ema", "raw") or its bare base model ("base"), in eval mode."""
+    """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
     config = run.config
     family = family_for(config)
     model = build_model(config, family) if weights != "base" else bare_model(config, family)
@@ -258,7 +261,7 @@ def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: 
 
 
 def bare_model(config: Config, family: Backbone) -> AlignedModel:
-    """The base model as it was before any training: no LoRA, no heads."""
+    """Build the base model as it was before any training, without LoRA and without heads."""
     plain = {
         "model": config.model.model_copy(update={"train": "full"}),
         "align": config.align.model_copy(update={"coeff": 0}),
@@ -267,5 +270,5 @@ def bare_model(config: Config, family: Backbone) -> AlignedModel:
 
 
 def output_of(config: Config) -> str:
-    """What the network of a run outputs, "epsilon" or "v"."""
+    """Return what the network of a run outputs, "epsilon" or "v"."""
     return family_for(config).output_of(config.diffusion.parameterization)

@@ -1,4 +1,4 @@
-"""Before a training starts: what it will cost, in operations, memory, disk and time, counted and not guessed."""
+"""The plan: forecast the operations, memory, disk and time of a training before it starts, by counting on shapes."""
 
 import math
 import shutil
@@ -19,19 +19,20 @@ from training.cost import StepCost, count_step, saved_bytes
 from training.meter import PEAKS, peak_of
 from training.parts import build_model, family_for
 
-SHARES = (0.3, 0.5)  # of a device's peak: usual, and very good
-PROMPTS = 1001  # of ImageNet's classes, and the null prompt
-CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85  # GB that cards have; the share that a plan may fill
+SHARES = (0.3, 0.5)  # shares of a device's peak: 0.3 is usual, 0.5 very good
+PROMPTS = 1001  # one prompt for each class of ImageNet, and the null prompt
+# Memory of cards in GB, and the share of it that a training should fill at most.
+CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85
 GB = 1e9
 _COUNTED: dict[tuple, float] = {}
 
 
 def print_plan(config: Config) -> None:
-    """Print the plan of a training, of one process; nothing is loaded but configs and manifests."""
+    """Print the plan of one process of a training; this loads only configs and manifests."""
     device = pick_device(config.train.device)
     dtype = compute_dtype(device, config.train.precision)
     if device.type == "cpu" and config.train.precision == "auto":
-        dtype = torch.bfloat16  # a plan made on a laptop is for the GPU
+        dtype = torch.bfloat16  # a plan printed on a machine without GPU is meant for a GPU
     model, known = model_of_shapes(config, dtype)
     images = config.data.batch_size * config.optim.accumulate
     shape = shape_of_latents(config) or model.family.latent_shape(model.backbone)
@@ -54,7 +55,7 @@ def print_plan(config: Config) -> None:
 
 
 def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, bool]:
-    """The model on the device "meta", in the precision of the training, and whether its base was at hand."""
+    """Return the model on the device "meta", in the precision of the training, and whether its base model was found."""
     family = family_for(config)
     network, known = family.network_of_shapes(local=config.model.base == family.default_base)
     with torch.device("meta"):
@@ -62,8 +63,8 @@ def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, b
 
 
 def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """A function from a number of latents `(C, h, w)` to a loss; `model` is on the device "meta"."""
-    grid = tuple(shape[-2:])  # the losses and the resizing cost nothing beside the network
+    """Return a function from a batch size to a loss on latents `(C, h, w)`; `model` is on the device "meta"."""
+    grid = tuple(shape[-2:])  # any grid will do, because losses and resizing cost almost nothing
 
     def forward(batch: int) -> Tensor:
         with torch.device("meta"):
@@ -75,7 +76,7 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], T
             loss = output.float().square().mean()
             if model.heads:
                 tokens = model.get_aligned_tokens(grid).values()
-                loss = loss + sum(x.square().mean() for x in tokens)  # the losses are reductions
+                loss = loss + sum(x.square().mean() for x in tokens)  # as cheap as the real losses
         model.clear_hooks()
         return loss
 
@@ -83,7 +84,7 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], T
 
 
 def step_flops(config: Config) -> float:
-    """Operations of one step on one process; counting takes a second, and is done once for each kind of model."""
+    """Return the operations of one step on one process; the count takes a second, and is kept for each kind of model."""
     shape = shape_of_latents(config)
     key = (config.model, config.align, config.teacher, shape)
     if key not in _COUNTED:
@@ -93,7 +94,7 @@ def step_flops(config: Config) -> float:
 
 
 def shape_of_latents(config: Config) -> tuple[int, ...] | None:
-    """`(C, h, w)` of the cached latents, or None where there is no cache yet."""
+    """Return the shape `(C, h, w)` of the cached latents, or None where there is no cache yet."""
     try:
         manifest = read_manifest(config.data.latents, "latents")
     except UserError:
@@ -113,7 +114,7 @@ def plan_parameters(config: Config, model: AlignedModel) -> None:
 
 
 def plan_parts(cost: StepCost, model: AlignedModel) -> None:
-    """Print the forward operations of each top-level module of the network, of a list those of each item."""
+    """Print the forward operations of each top-level module of the network, and of each module in a list of modules."""
     parts = {}
     for name, module in model.backbone.named_children():
         items = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
@@ -145,7 +146,7 @@ def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: 
 def plan_disk(config: Config, model: AlignedModel) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     train = config.train
-    one = 16 * trained  # weights, their average, two moments; fp32
+    one = 16 * trained  # weights, their moving average and two moments, in fp32
     kept = min(train.keep_checkpoints + 1, -(-train.steps // train.checkpoint_every))
     if train.keep_every:
         kept += train.steps // train.keep_every
@@ -158,8 +159,10 @@ def plan_disk(config: Config, model: AlignedModel) -> None:
 
 
 def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
-    """Say how large the cached fields are, or will be for latents of `shape`; returns the bytes that training reads of an
-    image, 0 where no cache is there."""
+    """Print how large the cached fields are, or will be for latents of `shape`.
+
+    Returns the bytes that training reads for each image, 0 where there is no cache.
+    """
     read_in_all = 0.0
     for name, folder in (("latents", config.data.latents), ("tokens", config.data.tokens)):
         if folder is None or (name == "tokens" and config.align.coeff == 0):
@@ -214,5 +217,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """Return the folder, or the nearest folder above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

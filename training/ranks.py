@@ -1,8 +1,8 @@
-"""The processes of one training, started by `accelerate launch` or torchrun, and what they do together.
+"""Communication among the processes of one training, which `accelerate launch` or torchrun started.
 
-One process alone is a group of one, for which everything here is free. Gradients are averaged after backward, and not by
-DistributedDataParallel: a step whose λ is 0 has heads without gradients, and heads run outside the network's forward, which
-DDP takes for an error. All ranks agree about λ, so that they agree about which gradients there are.
+With a single process nothing here communicates. Gradients are averaged after backward, and not by DistributedDataParallel: at a
+step whose λ is 0 the heads have no gradients, and heads run outside the network's forward, both of which DDP treats as errors.
+All ranks use the same λ, and therefore have the same set of gradients.
 """
 
 import io
@@ -21,18 +21,18 @@ from torch import Tensor
 
 from common.errors import UserError
 
-PATIENCE = timedelta(hours=2)  # with a rank that works alone: it may be writing 40 GB
-BUCKET = 2**25  # entries of gradients that travel together: 128 MiB
+PATIENCE = timedelta(hours=2)  # how long ranks wait for one that works alone: it may be writing 40 GB
+BUCKET = 2**25  # entries of gradients that are sent together: 128 MiB
 
 
 class Ranks:
-    """This process's place among `world` processes."""
+    """This process's rank among `world` processes, and what the processes exchange."""
 
     def __init__(self, cpu: bool = False):
         self._state = PartialState(cpu=cpu, timeout=PATIENCE)
         self.rank: int = self._state.process_index
         self.world: int = self._state.num_processes
-        # What `accelerate launch` leaves behind when it was asked for several processes and starts one, in silence.
+        # `accelerate launch` sets these variables when it was asked for several processes but silently started one.
         if self.world == 1 and {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys():
             raise UserError(
                 "accelerate launch was asked for several processes and started one, as it does where it sees no second GPU: "
@@ -44,7 +44,10 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on the first rank while the others wait; its result, or its `UserError`, is everyone's."""
+        """Do `work` on the first rank while the others wait, and return its result on all ranks.
+
+        Where it raises `UserError` or `OSError`, the first rank raises `UserError` and the other ranks exit.
+        """
         if self.world == 1:
             return work()
         outcome: list[Any] = [None, None]
@@ -57,17 +60,17 @@ class Ranks:
         if outcome[1] is not None:
             if self.main:
                 raise UserError(outcome[1])
-            raise SystemExit(2)  # the first rank has said why
+            raise SystemExit(2)  # the first rank prints the reason
         return outcome[0]
 
     @contextmanager
     def only_main_speaks(self) -> Iterator[None]:
-        """What the other ranks print is not shown."""
+        """Hide what all ranks but the first print."""
         with nullcontext() if self.main else redirect_stdout(io.StringIO()):
             yield
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether any rank says so; all ranks get the same answer."""
+        """Return on all ranks whether `flag` is true on any rank."""
         if self.world == 1:
             return flag
         value = torch.tensor(float(flag), device=device)
@@ -75,7 +78,7 @@ class Ranks:
         return bool(value)
 
     def gather(self, what: list) -> list:
-        """The lists of all ranks, one after the other."""
+        """Return the lists of all ranks, joined in the order of the ranks."""
         if self.world == 1:
             return what
         gathered: list[list] = [[] for _ in range(self.world)]
@@ -100,7 +103,7 @@ class Ranks:
 
 
 def part() -> None:
-    """Leave the group once all are done: a process that ends first can take the others' connections, and them, with it."""
+    """Leave the group once all processes are done; one that ended earlier could break the others' connections."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,14 +1,14 @@
-"""A run folder: everything one training leaves behind, and all that evaluation needs to know about it.
+"""The run folder, which holds everything that a training writes, and all that evaluation needs to know about the run.
 
 config.yaml       the resolved config
-run.json          command, versions, when; settings that were changed on the way
+run.json          command, versions and start time; settings that were changed when the run was resumed
 metrics.jsonl     one JSON object per logged step
-skipped.jsonl     steps whose loss or gradient was not finite, and the images to blame
+skipped.jsonl     steps whose loss or gradient was not finite, and the images that caused it
 checkpoints/      see checkpoint.py
-previews/         sample grids of the moving average, while training
+previews/         grids of samples that the moving average made during training
 tensorboard/      the same metrics for TensorBoard
-export/           weights for other tools, EMA and raw, and of which checkpoint they were made
-samples/ eval/    what evaluate_sd15.py makes
+export/           weights for other tools, EMA and raw, and from which checkpoint they were made
+samples/ eval/    samples and results, which evaluate_sd15.py writes
 """
 
 import fcntl
@@ -30,7 +30,7 @@ from training.checkpoint import checkpoints, newest_whole, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
-# What may differ between the start of a run and its continuation, because it cannot change the result.
+# Settings that may differ when a run is resumed, because they cannot change its result.
 OPERATIONAL = (
     "run",
     "data.read_threads",
@@ -44,7 +44,7 @@ OPERATIONAL = (
     "train.eval_every",
     "train.wandb",
 )
-LOGS = ("metrics.jsonl", "skipped.jsonl", "eval/points.jsonl")  # what is of a step
+LOGS = ("metrics.jsonl", "skipped.jsonl", "eval/points.jsonl")  # logs whose lines have a step
 
 
 class RunFolder:
@@ -52,7 +52,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: Config | None = None, allowed: Sequence[str] = ()):
         self.path, self._allowed = Path(path), allowed
-        self._forced: list[str] = []  # what was allowed and is no setting
+        self._forced: list[str] = []  # changes that were allowed but are not settings, such as other images
         if config is None and not self.config_file.exists():
             raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
         self.config = load_config(self.config_file) if config is None else config
@@ -60,11 +60,11 @@ class RunFolder:
     @classmethod
     @contextmanager
     def claimed(cls, config: Config, allowed: Sequence[str] = ()) -> Iterator["RunFolder"]:
-        """The run of this config, its folder made when it is new, while no other process trains there.
+        """Lock the run folder of this config, creating it when it is new, and yield the run.
 
-        Nothing in it changes before `adopt`. Raises `UserError` when the run has a checkpoint and was started with another
-        config, unless all that differs is in `allowed`, dotted keys; or when another process holds the folder, whose lock goes
-        with the process, however that ends.
+        Apart from the lock file, nothing is written before `adopt`. Raises `UserError` when another process holds the lock, or
+        when the run has a checkpoint and was started with another config, unless every setting that differs is in `allowed`, a
+        list of dotted keys. The operating system releases the lock when the process ends, even if it is killed.
         """
         path = config.run
         try:
@@ -90,7 +90,7 @@ class RunFolder:
 
     @classmethod
     def of_base_model(cls, config: Config) -> "RunFolder":
-        """A folder for what is measured of the bare base model that a config names: RUN_base, without checkpoints."""
+        """Create the folder for results of the bare base model that a config names: RUN_base, which has no checkpoints."""
         config = config.model_copy(update={"run": config.run.with_name(f"{config.run.name}_base")})
         run = cls(config.run, config)
         if not run.is_base_model:
@@ -102,7 +102,7 @@ class RunFolder:
 
     @property
     def is_base_model(self) -> bool:
-        """Whether nothing is trained here: see `of_base_model`."""
+        """Whether this folder holds results of a bare base model (see `of_base_model`)."""
         return self._record_file.exists() and "base_model" in self._record()
 
     def _record(self) -> dict:
@@ -115,7 +115,7 @@ class RunFolder:
         return record
 
     def adopt(self) -> None:
-        """Write down the config, once it is clear that the run can go on with it, and what it changes."""
+        """Write config.yaml, and the changed settings to run.json; call it once the run is known to go on with this config."""
         changes = [*self.changed_settings().values(), *self._forced]
         newest = self.newest_checkpoint()
         if not self._record_file.exists() or (changes and newest is None):
@@ -124,11 +124,11 @@ class RunFolder:
             record = self._record()
             note = {"from_step": step_of(newest), "command": this_command(), "changed": changes}
             write_json(self._record_file, record | {"changes": [*record.get("changes", ()), note]})
-        # Also where only what cannot change the training differs, such as eval.*: the newest word is evaluated.
+        # Write it also where only settings differ that cannot change the training, such as eval.*: evaluation uses the newest.
         write_atomically(self.config_file, resolved_yaml(self.config).encode())
 
     def changed_settings(self) -> dict[str, str]:
-        """`{key: "key: before -> now"}` for every setting that matters to the result and differs from what is written down."""
+        """Return `{key: "key: before -> now"}` for each setting that affects the result and differs from config.yaml."""
         if not self.config_file.exists():
             return {}
         old, new = _deciding(load_config(self.config_file)), _deciding(self.config)
@@ -155,19 +155,19 @@ class RunFolder:
         return self.path.name
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Return the folder of the checkpoint of a step."""
         return self.checkpoint_folder / f"step-{step:07d}"
 
     def newest_checkpoint(self) -> Path | None:
-        """The finished checkpoint with the highest step, or None."""
+        """Return the finished checkpoint with the highest step, or None."""
         return (checkpoints(self.checkpoint_folder) or [None])[-1]
 
     def newest_whole_checkpoint(self) -> Path | None:
-        """The same after reading it through; damaged ones are reported and put aside."""
+        """Return the newest checkpoint whose files are undamaged, or None; newer damaged ones are reported and renamed."""
         return newest_whole(self.checkpoint_folder)
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of all finished checkpoints, ascending."""
+        """Return the steps of all finished checkpoints, in ascending order."""
         return [step_of(path) for path in checkpoints(self.checkpoint_folder)]
 
     def check_same_data(self, before: dict, now: dict, ranks: int) -> None:
@@ -191,27 +191,27 @@ class RunFolder:
         self._forced.append(f"data: {what}")
 
     def check_not_beyond(self, step: int, steps: int) -> None:
-        """Raise `UserError` when the run has gone further than it is asked to."""
+        """Raise `UserError` when the run is already beyond its last step, `steps`."""
         if step > steps:
             raise UserError(f"{self.path} is at step {step} already, beyond train.steps={steps}: choose more")
 
     def settings(self) -> dict[str, object]:
-        """The settings that decide the result, as dotted keys."""
+        """Return the settings that affect the result, by dotted key."""
         return _deciding(self.config)
 
     def commands(self) -> list[str]:
-        """The command lines that started the run and that changed it on the way."""
+        """Return the command line that started the run and those that changed its settings later."""
         record = self._record()
         return [record["command"], *(change["command"] for change in record.get("changes", ()))]
 
     def metrics(self, log: str = "metrics.jsonl") -> list[dict]:
-        """All logged metrics in order; what a crash left of a line is left out."""
+        """Return all logged lines in order, without lines that a crash left incomplete."""
         file = self.path / log
         lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
         return [line for text in lines if (line := _parsed(text)) is not None]
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged after the checkpoint a run resumes from; it will be logged again."""
+        """Delete the lines that were logged after the step from which a run resumes; they will be logged again."""
         for log in LOGS:
             kept = [line for line in self.metrics(log) if line["step"] <= step]
             if kept or (self.path / log).exists():
@@ -225,7 +225,7 @@ class RunFolder:
 
 
 def this_command() -> str:
-    """The command line of this process, as one would paste it in the repository."""
+    """Return the command line of this process, as one would paste it in the repository."""
     script, *arguments = sys.argv
     path = Path(script).resolve()
     own = path.relative_to(ROOT) if path.is_relative_to(ROOT) else script
@@ -263,7 +263,7 @@ def _deciding(config: Config) -> dict[str, object]:
 
 
 def flat_settings(config: Config) -> dict[str, object]:
-    """Every setting by its dotted key."""
+    """Return every setting of a config by its dotted key."""
     return _flat(config.model_dump(mode="json"))
 
 

@@ -1,9 +1,9 @@
-"""Before a training starts: is every part of the method alive? One small forward and backward, and a page of what was found.
+"""The self-test: run one small forward and backward before a training starts, check every part of the method, and report.
 
-    python train_sd15.py --config configs/A.yaml --self-test     # this alone, without a run folder
+    python train_sd15.py --config configs/A.yaml --self-test     # runs the self-test only, without a run folder
 
-It changes nothing: neither weights, gradients nor random states. Anything that is 0, not finite or not as it should be ends
-the run with the reason.
+It changes no weights, no gradients and no random states. A value that is 0, not finite or not as expected ends the run with the
+reason.
 """
 
 import math
@@ -20,15 +20,18 @@ from method.objective import square, squared_error
 from models.aligned import BACKBONE, HEADS
 from training.parts import Parts
 
-PROBED = 64  # images read, evenly spread over the list, and so over the shards
-FED = 4  # of them go through the network
-LATENT_STD = (0.3, 3.0)  # of scaled latents: about 1. SD-1.5's are 5.5 unscaled, and 0.18 scaled twice
-EQUAL = 1e-3  # of entries of tokens of unit length
-NORM_ERROR = 0.05  # int8 tokens are off by less
+PROBED = 64  # number of images that are read, spread evenly over the list and so over the shards
+FED = 4  # number of these images that go through the network
+LATENT_STD = (
+    0.3,
+    3.0,
+)  # allowed for scaled latents, which have about 1. SD-1.5's have 5.5 unscaled and 0.18 scaled twice
+EQUAL = 1e-3  # tokens of unit length that differ by less in every entry count as equal
+NORM_ERROR = 0.05  # largest deviation of a norm from 1; int8 tokens deviate by less
 
 
 def self_test(parts: Parts, *, step: int = 0) -> None:
-    """Test all parts as they are at `step` and print what was found; raises `UserError` with the reason."""
+    """Test all parts as they are at `step` and print the findings; raises `UserError` with the reason when a test fails."""
     started = time.perf_counter()
     print("self-test")
     values = read_probe(parts)
@@ -41,9 +44,12 @@ def self_test(parts: Parts, *, step: int = 0) -> None:
 
 
 def read_probe(parts: Parts) -> dict[str, Tensor]:
-    """Decoded values of a few images of every part of the data, `{field: (n, …)}` on the CPU; raises for NaN and infinity."""
+    """Read a few images spread over the data and return their decoded values, `{field: (n, …)}` on the CPU.
+
+    Raises `UserError` for NaN and infinity.
+    """
     dataset = parts.dataset
-    # Raises for fewer images than a batch.
+    # This raises `UserError` where there are fewer images than a batch takes.
     StepSampler(len(dataset), batch_size=parts.config.data.batch_size, seed=0, first_step=0, last_step=1)
     count = min(PROBED, len(dataset))
     indices = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
@@ -90,7 +96,7 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
 
 
 def check_text(parts: Parts) -> None:
-    """Every field of the text is finite, and all of them together tell classes and the null prompt apart."""
+    """Check that every text field is finite, and that classes differ from each other and from the null prompt."""
     text, folder = parts.dataset.text, parts.config.data.text
     listed = ", ".join(f"{name} {shape_of(values)}" for name, values in text.fields.items())
     say("text", f"{listed}, the null prompt last")
@@ -133,7 +139,7 @@ def check_trained(parts: Parts) -> None:
 def check_coefficient(parts: Parts) -> None:
     schedule, align, steps = parts.coefficient.schedule, parts.config.align, parts.config.train.steps
     named = {0: "", align.warmup_steps: " (end of warm-up)", steps // 2: " (middle)", steps - 1: " (end)"}
-    named[0] = ""  # also where there is no warm-up
+    named[0] = ""  # step 0 has no name, even where the warm-up ends at step 0
     values = ", ".join(f"{schedule(at):.3g} at {at:,}{named[at]}" for at in sorted(named) if at < steps)
     also = f"; 0 from step {align.cutoff_step:,}" if align.cutoff_step else ""
     if align.similarity_threshold is not None:
@@ -157,7 +163,7 @@ def check_coefficient(parts: Parts) -> None:
 
 
 def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
-    """One forward of a few images; the gradients that each loss sends to weights, and the alignment to its taps."""
+    """Run a few images forward; check the gradients of both losses at the weights, and those of the alignment at its taps."""
     config, model, device, loss = parts.config, parts.model, parts.device, parts.loss
     latents = values["latent"][:FED].to(device)  # (b, C, h, w)
     generator = torch.Generator(device).manual_seed(0)
@@ -202,7 +208,7 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
         report_tap(parts, tap, feature, gradient, terms[f"cosine/{tap}"].item(), step)
     if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
         fail("no weight of a head gets gradient: the heads must be trained")
-    # LoRA by module: its first matrix gets no gradient while its second is 0, as it is at the start.
+    # Count LoRA by module: its first matrix gets no gradient while its second is 0, as at the start of a training.
     places = {name.split(".lora_")[0] for name in weights}
     found = zip(weights, gradients[len(features) + len(heads) :], strict=True)
     reached = {name.split(".lora_")[0] for name, g in found if g is not None and g.any()}
@@ -216,7 +222,7 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
 
 
 def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
-    """The teacher's tokens `(b, N, D)` of the few images; of an online teacher, made and looked at."""
+    """Return the teacher's tokens `(b, N, D)` of the few images; those of an online teacher are computed and checked."""
     if parts.online is None:
         return values["dino_tokens"][:FED].to(parts.device)
     tokens = parts.online(latents)
@@ -252,7 +258,7 @@ def report_tap(
 
 
 def check_spatial(tokens: Tensor) -> None:
-    """End the run when tokens `(n, N, D)` are all the same within images, as copies of a CLS vector are, or for all images."""
+    """End the run when tokens `(n, N, D)` are equal within images, as copies of a CLS vector are, or equal for all images."""
     flat = (tokens - tokens[:, :1]).abs().flatten(1).amax(1) < EQUAL  # (n,)
     if flat.float().mean() > 0.1:
         fail(
@@ -278,7 +284,7 @@ def norm_of(gradients: Sequence[Tensor | None]) -> float:
 
 
 def block_of(place: str) -> str:
-    """The block that a module's path lies in: its first name, with the number that follows it if there is one."""
+    """Return the block of a module: the first part of its dotted name, with the number that follows, if there is one."""
     first, *rest = place.split(".")
     return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() else first
 

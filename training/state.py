@@ -1,4 +1,4 @@
-"""What changes from step to step in a training, and how it is saved and restored."""
+"""The state of a training, which changes at each step, and how it is saved and restored."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,12 @@ from training.run_folder import RunFolder
 
 
 class TrainingState:
-    """What changes from step to step: trained weights, optimiser, learning rates, moving average, means of the metrics, what
-    was skipped, and `coefficient`, anything with a `state_dict` that JSON can hold. `images` says which images it learns from
-    (`AlignedDataset.identity`)."""
+    """Holds everything in a training that changes from step to step, and takes its steps.
+
+    These are the trained weights, the optimiser, the learning rates, the moving average, the means of the metrics, the counts
+    of skipped steps, and `coefficient`, an object whose `state_dict` JSON can hold. `images` identifies the images that the
+    training uses (`AlignedDataset.identity`).
+    """
 
     def __init__(self, config: Config, masters: Masters, coefficient, ranks: Ranks, images: dict):
         optim = config.optim
@@ -44,15 +47,16 @@ class TrainingState:
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
         self.means = Means()
         self.guard = Guard(config.train.max_skipped)
-        self._measured: list[Measured] = []  # of this step
+        self._measured: list[Measured] = []  # measured in this step
         self._losses: list[Tensor] = []
         self._images: list[int] = []
         self._errors: list[Tensor] = []
 
     def backward(self, terms: dict[str, Tensor], images: Sequence[int], errors: Tensor) -> None:
-        """Add a batch's gradients to the step's: of `terms["loss"]`, divided by the number of batches in a step.
+        """Add the gradients of a batch to those of the step.
 
-        The scalars among `terms` are logged; `errors (B,)` are the losses of `images`, indices of the data.
+        They are those of `terms["loss"]`, divided by the number of batches in a step. All `terms` are logged. `errors (B,)` are
+        the diffusion losses of the batch, and `images` are the indices of its images in the dataset.
         """
         (terms["loss"] / self.config.optim.accumulate).backward()
         self.masters.collect()
@@ -62,12 +66,14 @@ class TrainingState:
         self._errors.append(errors)
 
     def measure(self, name: str, total: Tensor, weight: Tensor | float) -> None:
-        """Log a mean beside the terms of the loss, `total / weight`; vectors are several (see `Means`)."""
+        """Log the mean `total / weight` beside the terms of the loss; vectors give one mean per entry (see `Means`)."""
         self._measured.append((name, total, weight))
 
     def update(self) -> None:
-        """One optimiser step from the gradients in place, unless they are not finite. Nothing here waits for the device, except
-        for some optimisers outside the table (see `step_unless`)."""
+        """Take an optimiser step with the collected gradients, and skip it where they are not finite.
+
+        Nothing here waits for the device, except for some optimisers outside the table (see `step_unless`).
+        """
         parameters = list(self.parameters.values())
         self.ranks.mean([p.grad for p in parameters if p.grad is not None])
         grad_norm = clip_grad_norm_(parameters, self.config.optim.grad_clip)
@@ -83,14 +89,17 @@ class TrainingState:
         self.step += 1
 
     def summary(self) -> dict[str, float]:
-        """Means since the last summary over all ranks, each over the steps that had the term, and the learning rates."""
+        """Return the learning rates, and the means over all ranks since the last summary.
+
+        Each mean is taken over the steps that measured its term.
+        """
         means = self.means.read(self.ranks.sum)
         rates = dict(zip(("lr", "lr_heads"), map(float, self.lr_schedule.get_last_lr()), strict=False))
         skipped = {"skipped": self.guard.skipped} if self.guard.skipped else {}
         return {"step": self.step, **means, **rates, **skipped}
 
     def save(self, run: RunFolder) -> None:
-        """Write a checkpoint, by the first rank; raises `UserError` when it cannot."""
+        """Write a checkpoint on the first rank; raises `UserError` where it cannot be written."""
         extra = {
             "data": self.data,
             "means": self.means.state_dict(self.ranks.sum),
@@ -114,8 +123,8 @@ class TrainingState:
     def resume(self, run: RunFolder) -> None:
         """Continue from the run's newest whole checkpoint; a run without one starts at step 0.
 
-        Raises `UserError` where the run could not go on as it began: it is beyond the last step, a step took another number of
-        images, or the images are others.
+        Raises `UserError` where the checkpoint is beyond the last step, where its steps took another number of images, or where
+        it was trained on other images.
         """
         newest = self.ranks.on_main(run.newest_whole_checkpoint)
         if newest is not None:
@@ -133,7 +142,10 @@ class TrainingState:
         self.ranks.on_main(lambda: run.forget_after(self.step))
 
     def _lr_schedule_from(self, step: int) -> LRScheduler:
-        """Warm-up and cosine decay, standing at `step`; config and step decide it, so that no checkpoint holds it."""
+        """Return the schedule of the learning rate (warm-up and cosine decay) at `step`.
+
+        It follows from config and step, so that checkpoints need not hold it.
+        """
         steps = self.config.train.steps
         warmup = round(self.config.optim.warmup_fraction * steps)
         return get_cosine_schedule_with_warmup(self.optimizer, warmup, steps, last_epoch=step - 1)
