@@ -1,7 +1,7 @@
-"""What alignment is, with nothing about diffusion: the heads that project tapped features, and the losses.
+"""The alignment, without anything about diffusion: the heads that project tapped features, and the losses.
 
-Tokens are `(B, N, D)`. The losses take the head's tokens x and the teacher's tokens y, insist on equal shapes, compute in fp32
-also under autocast, and return a scalar.
+Tokens are `(B, N, D)`. The losses take the head's tokens x and the teacher's tokens y, which must have equal shapes. They
+compute in fp32, even under autocast, and return a scalar.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch.distributed.nn.functional import all_gather
 
 
 class PerCell(nn.Sequential):
-    """Layers on the channels of each cell by itself; features `(B, C, h, w)` in and out."""
+    """Applies layers to the channels of each cell separately; maps features `(B, C, h, w)` to features of the same grid."""
 
     def forward(self, feat: Tensor) -> Tensor:
         return super().forward(feat.movedim(1, -1)).movedim(-1, 1)
@@ -23,7 +23,7 @@ class PerCell(nn.Sequential):
 
 # From (channels C of the features, width D of the teacher, hidden width) to the projection (B, C, h, w) -> (B, D, h, w).
 PROJECTIONS: dict[str, Callable[[int, int, int], nn.Module]] = {
-    # U-REPA as the plan has it
+    # U-REPA in the version of the plan
     "conv1x1": lambda C, D, _: nn.Sequential(nn.Conv2d(C, D, 1, bias=False), nn.GroupNorm(32, D), nn.GELU()),
     "linear": lambda C, D, _: PerCell(nn.LayerNorm(C), nn.Linear(C, D)),
     # REPA, arXiv 2410.06940
@@ -56,20 +56,22 @@ class AlignHead(nn.Module):
     def forward(self, feat: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's `grid` (H, W).
 
-        Of a video, `(B, in_ch, f, h, w)`, each frame is mapped as an image, which gives `(B, f·N, D)`, frame by frame.
+        For a video, `(B, in_ch, f, h, w)`, each frame is mapped like an image, and the result is `(B, f·N, D)`, frame by frame.
         """
         if feat.ndim == 5:
             frames = self(feat.transpose(1, 2).flatten(0, 1), grid)  # (B·f, N, D)
             return frames.unflatten(0, (len(feat), -1)).flatten(1, 2)
-        # Some backbones hand out hidden states in another precision than they hold their weights.
+        # The hidden states of some backbones have another precision than their weights.
         x = self.proj(feat.to(next(self.proj.parameters()).dtype))  # (B, D, h, w)
         x = resize_cells(x, grid).flatten(2).transpose(1, 2)  # (B, N, D)
         return F.normalize(x.float(), dim=-1)
 
 
 def resize_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bring `(B, D, h, w)` to `grid` (H, W): averages of areas where that is coarser, so that every cell counts and none is
-    skipped, as it would be for a CLS vector; bilinear where it is finer."""
+    """Resize `(B, D, h, w)` to `grid` (H, W): average areas where it is coarser, interpolate bilinearly where it is finer.
+
+    Bilinear interpolation to a coarser grid would skip cells; averages use them all.
+    """
     coarser = tuple(min(wanted, found) for wanted, found in zip(grid, x.shape[2:], strict=True))
     if coarser != x.shape[2:]:
         x = F.adaptive_avg_pool2d(x, coarser)
@@ -79,7 +81,7 @@ def resize_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _in_fp32(loss):
-    """Check both token tensors at the door and compute in fp32, autocast or not."""
+    """Wrap a loss so that it checks the shapes of both token tensors and computes in fp32, even under autocast."""
 
     @functools.wraps(loss)
     def checked(x_tokens: Tensor, y_tokens: Tensor, *args, **kwargs) -> Tensor:
@@ -109,9 +111,9 @@ def manifold_gram_loss(
 ) -> Tensor:
     """Mean squared difference of the two B×B Gram matrices of normalised mean-pooled tokens ("sample Gram").
 
-    `upper_only` averages over pairs i < j instead of all B² entries, whose diagonal is 0 and whose halves are equal.
-    `gather` takes the batch of all ranks together, with gradients. Every rank then holds the same loss, and the mean of the
-    ranks' gradients, which is what DistributedDataParallel forms, is the gradient of one process with the whole batch.
+    `upper_only` averages over pairs i < j instead of all B² entries, of which the diagonal is 0 and the two halves are equal.
+    `gather` joins the batches of all ranks, with gradients. Every rank then has the same loss, and the mean of the ranks'
+    gradients, which DistributedDataParallel would also compute, is the gradient of one process with the whole batch.
     Raises ValueError for B = 1, where there is no pair.
     """
     pooled_x = F.normalize(x_tokens.mean(1), dim=-1)  # (B, D)
@@ -136,12 +138,12 @@ def token_gram_loss(x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False
 def both_grams_loss(
     x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, gather: bool = False
 ) -> Tensor:
-    """Sample Gram plus token Gram."""
+    """Return the sum of the sample Gram loss and the token Gram loss."""
     sample = manifold_gram_loss(x_tokens, y_tokens, upper_only, gather)
     return sample + token_gram_loss(x_tokens, y_tokens, upper_only)
 
 
-# From (x, y, upper_only, gather) to a scalar; the Gram within an image has nothing to gather.
+# Functions of (x, y, upper_only, gather) that return a scalar; the Gram within an image needs no other ranks.
 MANIFOLD_LOSSES = {
     "sample": manifold_gram_loss,
     "token": lambda x, y, upper_only, _: token_gram_loss(x, y, upper_only),
@@ -160,8 +162,8 @@ def _gram_distance(gram_x: Tensor, gram_y: Tensor, upper_only: bool) -> Tensor:
 def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:
     """iREPA's normalisation of teacher tokens `(B, N, D)`: (y − α·mean) / (std + 1e-6) per image and channel, over its tokens.
 
-    It takes away what all tokens of an image share, so that what tells them apart weighs more (arXiv 2512.10794). α = 1 takes
-    the whole mean, and with it all that the sample Gram compares.
+    It removes what all tokens of an image share, so that their differences weigh more (arXiv 2512.10794). α = 1 removes the
+    whole mean, and the mean is all that the sample Gram compares.
     """
     tokens = tokens.float()
     mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (B, 1, D)
@@ -169,7 +171,7 @@ def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:
 
 
 class AlignmentLoss:
-    """L_token + w · L_manifold, each the mean over taps.
+    """Computes L_token + w · L_manifold, each averaged over the taps.
 
     Args:
         manifold_coeff: w; 0 means that the manifold loss is not computed.
@@ -192,7 +194,7 @@ class AlignmentLoss:
         self._options = (upper_only, gather)
 
     def __call__(self, tokens: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
-        """The terms for each tap's tokens `(B, N, D)` and the teacher's.
+        """Compute the terms of the loss from the tokens `(B, N, D)` of each tap and those of the teacher.
 
         Returns `loss_token`, `loss_manifold`, `loss_align`, and for each tap `cosine/TAP` in [−1, 1] and, unless w is 0,
         `loss_manifold/TAP`.

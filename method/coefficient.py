@@ -1,7 +1,8 @@
-"""The coefficient λ(t): how strongly the alignment acts at each step.
+"""The coefficient λ: the weight of the alignment loss at each step.
 
-`CoefficientSchedule` is a pure function of the step. `SimilarityCutoff` silences it once the teacher is matched, which takes
-memory; `Coefficient` is both together, and what training asks before it touches a head or a teacher token.
+`CoefficientSchedule` is a function of the step only. `SimilarityCutoff` keeps a moving average of the similarity, and sets λ
+to 0 once the average reaches a threshold. `Coefficient` combines both; training asks it at each step whether to evaluate the
+heads.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class CoefficientSchedule:
-    """λ at a step: linear warm-up from 0 to `coeff`, then a decay to `coeff_end`, then `coeff_end` for good.
+    """The schedule of λ: a linear warm-up from 0 to `coeff`, then a decay to `coeff_end`, then `coeff_end` until the end.
 
     The decay is counted from the end of the warm-up: 100 warm-up and 5000 decay steps end at step 5100. `decay_steps = 0`
     stretches it to `total_steps`. From `cutoff_step` on (0 = never) λ is 0.
@@ -30,7 +31,7 @@ class CoefficientSchedule:
     total_steps: int
 
     def __call__(self, step: int) -> float:
-        """λ at `step`, counted from 0."""
+        """Return λ at `step`, which is counted from 0."""
         if self.coeff == 0 or (self.cutoff_step and step >= self.cutoff_step):
             return 0.0
         if step < self.warmup_steps:
@@ -40,7 +41,7 @@ class CoefficientSchedule:
         return self.coeff_end + (self.coeff - self.coeff_end) * DECAYS[self.schedule](progress, self.power)
 
 
-# Share of the way from coeff_end back to coeff, at progress 0 … 1 through the decay.
+# From the progress of the decay (0 to 1) to a factor that is 1 where λ is coeff and 0 where it is coeff_end.
 DECAYS = {
     "constant": lambda progress, power: 1.0,
     "linear": lambda progress, power: 1 - progress,
@@ -50,18 +51,18 @@ DECAYS = {
 
 
 class SimilarityCutoff:
-    """Off once the moving average of the similarity has reached a threshold.
+    """Turns the alignment off once the moving average of the similarity has reached a threshold.
 
-    The similarity is the mean cosine of the heads' tokens and the teacher's, in [−1, 1]. Its exponential moving average is
-    corrected for its start at 0 (as Adam's moments are), and decides nothing before it has seen as many values as it
-    averages over, 1 / (1 − decay), so that no single batch can end the alignment. Under torch.distributed the mean over
-    ranks is observed, so that all ranks decide alike.
+    The similarity is the mean cosine between the heads' tokens and the teacher's, in [−1, 1]. Its exponential moving average is
+    corrected for its start at 0, as Adam's moments are. Nothing is decided before the average has seen as many values as it
+    averages over, 1 / (1 − decay), so that no single batch can end the alignment. Under torch.distributed the cutoff uses the
+    mean over ranks, so that all ranks decide the same.
 
     Args:
-        threshold: in [−1, 1].
+        threshold: the average at which the alignment is turned off, in [−1, 1].
         ema_decay: in [0, 1); 0.99 averages over about 100 values.
-        mode: "permanent" stays off, "recoverable" comes back when the average falls below the threshold.
-        every: while off and recoverable, the similarity is measured at every so many steps.
+        mode: "permanent" stays off; "recoverable" turns the alignment on again when the average falls below the threshold.
+        every: while the alignment is off in the mode "recoverable", the similarity is measured every `every` steps.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SimilarityCutoff:
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def observe(self, similarity: Tensor) -> None:
-        """Take a step's similarity, a scalar on any device. It is read when it is next asked for: nothing waits here."""
+        """Record the similarity of a step, a scalar on any device. It is read later, so that nothing waits for the device."""
         value = similarity.detach().float().clone()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(value)
@@ -89,18 +90,18 @@ class SimilarityCutoff:
 
     @property
     def off(self) -> bool:
-        """Whether λ is to be 0, after all that was observed."""
+        """Whether λ must be 0, according to the similarities observed so far."""
         self._settle()
         return self._off
 
     @property
     def average(self) -> float | None:
-        """The bias-corrected moving average, or None before the first value."""
+        """Return the bias-corrected moving average, or None before the first value."""
         self._settle()
         return self._sum / (1 - self.decay**self._count) if self._count else None
 
     def measures(self, step: int) -> bool:
-        """Whether the similarity is wanted at this step although λ is 0."""
+        """Whether the similarity must be measured at this step although λ is 0."""
         return self.mode == "recoverable" and step % self.every == 0
 
     def state_dict(self) -> dict:
@@ -117,7 +118,7 @@ class SimilarityCutoff:
         if copied is not None:
             copied.synchronize()
         if not math.isfinite(value.item()):
-            return  # of a step that is skipped
+            return  # the optimiser skips this step, so its similarity does not count
         self._sum = self.decay * self._sum + (1 - self.decay) * value.item()
         self._count += 1
         if self._count >= self.enough:
@@ -126,28 +127,28 @@ class SimilarityCutoff:
 
 
 class Coefficient:
-    """λ at each step of a training: the schedule, unless the similarity has silenced it."""
+    """λ at each step of a training: that of the schedule, or 0 while the cutoff has turned the alignment off."""
 
     def __init__(self, schedule: CoefficientSchedule, cutoff: SimilarityCutoff | None = None):
         self.schedule, self.cutoff = schedule, cutoff
 
     def __call__(self, step: int) -> float:
-        """λ; steps are asked for in their order."""
+        """Return λ at `step`. Steps must be asked for in their order."""
         return 0.0 if self.cutoff is not None and self.cutoff.off else self.schedule(step)
 
     def needs_teacher(self, step: int) -> bool:
-        """Whether this step evaluates the heads, be it only to measure the similarity."""
+        """Whether this step must evaluate the heads, for the alignment loss or only to measure the similarity."""
         if self.schedule(step) == 0:
             return False
         return self.cutoff is None or not self.cutoff.off or self.cutoff.measures(step)
 
     def observe(self, similarity: Tensor) -> None:
-        """Take the mean cosine of a step that evaluated the heads."""
+        """Record the mean cosine of a step that evaluated the heads."""
         if self.cutoff is not None:
             self.cutoff.observe(similarity)
 
     def metrics(self) -> dict[str, float]:
-        """What is logged beside λ: the moving average, where one decides."""
+        """Return the values to log beside λ: the moving average of the similarity, where there is a cutoff."""
         average = None if self.cutoff is None else self.cutoff.average
         return {} if average is None else {"similarity_ema": average}
 
@@ -155,5 +156,5 @@ class Coefficient:
         return {} if self.cutoff is None else self.cutoff.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.cutoff is not None and state:  # empty where the run had no cutoff until now
+        if self.cutoff is not None and state:  # the state is empty where the run had no cutoff before
             self.cutoff.load_state_dict(state)

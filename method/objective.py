@@ -16,8 +16,8 @@ class Objective:
     """Diffusion loss plus alignment of the tapped features with the teacher's tokens (U-REPA, arXiv 2503.18414).
 
     Args:
-        path: from x_0 and noise to x_t, target and weight.
-        align_coeff: λ. 0 means that alignment is absent: no tap listens and no head is evaluated.
+        path: maps x_0, noise and t to x_t, target and weight.
+        align_coeff: λ. With 0 there is no alignment: no tap is active and no head is evaluated.
         alignment: options of `AlignmentLoss`, such as manifold_coeff = w.
     """
 
@@ -39,17 +39,17 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Draw noise and timesteps from `generator` and return the terms of the loss.
 
-        These are `TERMS` and, where the heads were evaluated, `AlignmentLoss`'s terms of each tap, all of them scalars; and for
-        each image, both `(B,)`, its `errors`, whose mean is loss_diff, and its `timesteps`.
+        These are the scalars `TERMS` and, where the heads were evaluated, the scalars of each tap from `AlignmentLoss`.
+        Two more are `(B,)`, one value per image: `errors`, whose mean is loss_diff, and `timesteps`.
 
         Args:
             model: an `AlignedModel`, or anything with its `predict`, `get_aligned_tokens` and `clear_hooks`.
             x_0: clean latents `(B, C, h, w)`.
-            tokens: the teacher's, `(B, N, D)`; not read while λ is 0, when no tap listens and no head is evaluated.
+            tokens: the teacher's tokens `(B, N, D)`; None will do where the heads are not evaluated.
             text: the fields of the prompts, each `(B, …)`.
             grid: (h, w) of the teacher's tokens; None where they are a square.
-            align_coeff: λ at this step, when it is scheduled.
-            measure: where λ is 0, evaluate the heads all the same; the alignment then has no part in `loss`, and no gradient.
+            align_coeff: λ at this step; None takes the λ of the constructor.
+            measure: evaluate the heads even where λ is 0; the alignment is then not part of `loss` and has no gradient.
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
         aligned = coeff > 0 or measure
@@ -74,12 +74,12 @@ class Objective:
 
 
 def squared_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The weighted squared error of each image `(B,)`, the mean over its values, in fp32."""
+    """Return the weighted squared error of each image `(B,)`, averaged over its values, in fp32."""
     return (weight * (prediction.float() - target.float()).square()).flatten(1).mean(1)
 
 
 def square(tokens: Tensor) -> tuple[int, int]:
-    """The grid (h, w) of tokens `(B, N, D)` that lie on a square; raises ValueError where N is no square number."""
+    """Return the grid (h, w) of tokens `(B, N, D)` that form a square; raises ValueError where N is no square number."""
     side = round(tokens.shape[1] ** 0.5)
     if side**2 != tokens.shape[1]:
         raise ValueError(f"{tokens.shape[1]} tokens are no square: say which grid they lie on")

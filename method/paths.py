@@ -1,4 +1,4 @@
-"""The path from data to noise, x_t = α_t x_0 + σ_t ε, and the three spaces a network's output can live in.
+"""The path from data to noise, x_t = α_t x_0 + σ_t ε, and conversions between the predictions ε, v and x_0.
 
 With α² + σ² = 1 and v = α ε − σ x_0 (Salimans & Ho, arXiv 2202.00512):
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' names -> ours
-QUARTERS = 4  # of the path, for the diffusion loss of each
+QUARTERS = 4  # the diffusion loss is also logged for each quarter of the path
 SCHEDULER_TYPES = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
 
 
 class NoiseSchedule:
-    """α_t and σ_t of a discrete diffusion with `num_steps` noise levels, from its cumulative products ᾱ_t.
+    """α_t and σ_t of a discrete diffusion with `num_steps` noise levels, computed from its cumulative products ᾱ_t.
 
-    `alphas_cumprod (T,)` is what every diffusers scheduler carries.
+    Every scheduler of diffusers has the `alphas_cumprod (T,)`.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -29,41 +29,16 @@ class NoiseSchedule:
         return len(self.alpha)
 
     def at(self, timesteps: Tensor, ndim: int = 4) -> tuple[Tensor, Tensor]:
-        """α and σ at `timesteps (B,)`, each `(B, 1, …)` of `ndim` dimensions: `(B, 1, 1, 1)` for image latents."""
+        """Return α and σ at `timesteps (B,)`, each `(B, 1, …)` with `ndim` dimensions: `(B, 1, 1, 1)` for image latents."""
         if self.alpha.device != timesteps.device:
             self.alpha, self.sigma = self.alpha.to(timesteps.device), self.sigma.to(timesteps.device)
         shape = (-1, *[1] * (ndim - 1))
         return self.alpha[timesteps].view(shape), self.sigma[timesteps].view(shape)
 
 
-def add_noise(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t."""
-    return alpha * x_0 + sigma * noise
-
-
 def velocity(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """v = α ε − σ x_0."""
+    """Return v = α ε − σ x_0."""
     return alpha * noise - sigma * x_0
-
-
-def epsilon_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """ε = α v + σ x_t."""
-    return alpha * v + sigma * x_t
-
-
-def v_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """v = (ε − σ x_t) / α; needs α > 0."""
-    return (epsilon - sigma * x_t) / alpha
-
-
-def x_0_from_v(v: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_0 = α x_t − σ v."""
-    return alpha * x_t - sigma * v
-
-
-def x_0_from_epsilon(epsilon: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_0 = (x_t − σ ε) / α; needs α > 0."""
-    return (x_t - sigma * epsilon) / alpha
 
 
 def error_weight(
@@ -73,7 +48,7 @@ def error_weight(
     v_weight_max: float,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """Weight that turns the squared error of the network's own output into a loss taken in space `prediction`.
+    """Return the weight that turns the squared error of the network's own output into a loss in the space `prediction`.
 
     At fixed x_t the error of v is that of ε divided by α: v = α ε − σ x_0 with x_0 = (x_t − σ ε) / α is
 
@@ -115,14 +90,14 @@ def error_weight(
 class DiffusionPath:
     """The path of a DDPM from x_0 to noise: x_t = α_t x_0 + σ_t ε at integer timesteps t, and the loss along it.
 
-    Called with x_0 and noise it returns what a training step needs: x_t, the target of the network's output, and the weight
+    A call with x_0, noise and t returns what a training step needs: x_t, the target of the network's output, and the weight
     of its squared error.
 
     Args:
-        alphas_cumprod: ᾱ_t `(T,)`, as every diffusers scheduler carries it.
+        alphas_cumprod: ᾱ_t `(T,)`, an attribute of every diffusers scheduler.
         output: what the network outputs, "epsilon" or "v".
         prediction: the space in which the loss is taken, "epsilon" or "v" (see `error_weight`).
-        v_weight_max: ceiling of the weight 1/α² of a v-loss on an ε-network.
+        v_weight_max: upper limit of the weight 1/α² of a v-loss on an ε-network.
         snr_gamma: γ of min-SNR weighting, or None.
     """
 
@@ -140,11 +115,11 @@ class DiffusionPath:
         self.v_weight_max, self.snr_gamma = v_weight_max, snr_gamma
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Uniform timesteps `(count,)`, int64."""
+        """Draw uniform timesteps `(count,)`, int64."""
         return torch.randint(self.schedule.num_steps, (count,), device=device, generator=generator)
 
     def __call__(self, x_0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t and the target, shaped like `x_0 (B, C, …)`, and the weight `(B, 1, …)` of the squared error at t `(B,)`."""
+        """Return x_t and the target, shaped like `x_0 (B, C, …)`, and the weight `(B, 1, …)` of the error at t `(B,)`."""
         alpha, sigma = self.schedule.at(t, x_0.ndim)  # (B, 1, …)
         x_t = alpha * x_0 + sigma * noise
         target = velocity(x_0, noise, alpha, sigma) if self.output == "v" else noise
@@ -152,9 +127,9 @@ class DiffusionPath:
         return x_t, target, weight
 
     def quarter(self, t: Tensor) -> Tensor:
-        """Which quarter of the timesteps t `(B,)` lies in, 0 (little noise) to 3."""
+        """Return the quarter of the path in which each timestep of t `(B,)` lies, from 0 (little noise) to 3."""
         return t * QUARTERS // self.schedule.num_steps
 
     def spread(self, count: int) -> Tensor:
-        """`count` timesteps evenly spread between, and without, the two ends."""
+        """Return `count` timesteps, spread evenly between the two ends of the path but without these."""
         return torch.linspace(0, self.schedule.num_steps - 1, count + 2)[1:-1].long()

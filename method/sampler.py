@@ -1,4 +1,4 @@
-"""From text embeddings to images by diffusers' schedulers, in which an image depends on its own seed alone."""
+"""Draw latents from text embeddings with diffusers' schedulers, so that each sample depends only on its own seed."""
 
 import copy
 import inspect
@@ -7,39 +7,39 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-# How much noise there is at a DDPM index, on REPA's scale: 0 = data, 1 = noise. On REPA's linear path
-# x_t = (1 - t) x0 + t ε the ratio sigma / alpha is t / (1 - t); "snr" inverts that for SD's schedule.
+# Functions of (ᾱ, DDPM indices) that return the noise level on REPA's scale: 0 = data, 1 = noise. On REPA's linear path
+# x_t = (1 - t) x0 + t ε the ratio sigma / alpha is t / (1 - t); "snr" inverts that for SD's noise schedule.
 NOISE_LEVELS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "snr": lambda abar, t: (1 - abar[t]).sqrt() / ((1 - abar[t]).sqrt() + abar[t].sqrt()),
     "index": lambda abar, t: t / len(abar),
 }
-# Images in a forward on a CPU, always: another number rounds differently.
+# The number of samples in every forward on a CPU. It is fixed, because another number rounds differently.
 CPU_ROWS = 16
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> list[int]:
-    """Image i shows class i mod `num_classes`: balanced and interleaved.
+    """Return the class i mod `num_classes` for each sample i: the classes are balanced and interleaved.
 
-    Interleaved, because the Inception score splits files in their order: class-sorted files read 62 where
-    the same images in another order read 298.
+    They are interleaved because the Inception score splits files in their order: files sorted by class gave a score of 62,
+    the same images in another order gave 298.
     """
     return [i % num_classes for i in indices]
 
 
 def random_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[int]:
-    """A class drawn at random for each image, as DiT, ADM and REPA do; that of image i depends on (seed, i) alone."""
+    """Draw a random class for each sample, as DiT, ADM and REPA do; the class of sample i depends only on (seed, i)."""
     return [int(np.random.default_rng([seed, i]).integers(num_classes)) for i in indices]
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per image: the same numbers on every machine, and in whatever batch the image is."""
+    """Return one CPU generator per sample, which gives the same numbers on every machine and in every batch."""
     return [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
 
 
 def initial_noise(
     seeds: Sequence[int] | Sequence[torch.Generator], shape: Sequence[int], device="cpu"
 ) -> torch.Tensor:
-    """Standard normal noise (B, *shape), float32, of one seed or generator per image."""
+    """Draw standard normal noise (B, *shape), float32, from one seed or generator per sample."""
     if not seeds:
         raise ValueError("no seeds")
     streams = seeds if isinstance(seeds[0], torch.Generator) else generators(seeds)
@@ -54,10 +54,10 @@ def guided_steps(
     low: float = 0.0,
     space: str = "snr",
 ) -> list[bool]:
-    """At which of `timesteps` (DDPM indices) guidance acts: where the noise level is in [`low`, `high`].
+    """Return for each of `timesteps` (DDPM indices) whether guidance acts: where the noise level is in [`low`, `high`].
 
     The level runs from 0 (data) to 1 (noise) as in REPA, so `high` = 0.7 switches guidance off at the noisy
-    end. `space` says how SD's schedule is put on that scale: "snr" (equal noise, index 605 for 0.7) or
+    end. `space` says how SD's noise schedule is mapped to that scale: "snr" (equal noise, index 605 for 0.7) or
     "index" (the fraction of the index, 700).
     """
     if not 0.0 <= low <= high <= 1.0:
@@ -69,7 +69,7 @@ def guided_steps(
 
 
 def forwards_per_image(guided: Sequence[bool]) -> int:
-    """Forwards of the network that an image costs: two where guidance acts, else one."""
+    """Return how many forwards of the network a sample costs: two at each step where guidance acts, else one."""
     return len(guided) + sum(guided)
 
 
@@ -90,16 +90,16 @@ def sample_latents(
     eta: float = 0.0,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """Sample latents in fp32 as the family's own diffusers pipeline would from the same generators.
+    """Draw latents in fp32, the same as the family's diffusers pipeline draws from the same generators.
 
     `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++); `predict(x_t, t, text)` is
     `AlignedModel.predict`. `text` holds the fields (B, …) of the prompts, `null_text` those (…) of the null prompt;
-    latents are on their device. The generator of seed b draws the first noise of image b, then what the scheduler
-    adds to it at each step (DDPM; DDIM with `eta` > 0), and nothing else.
+    latents are on the device of these fields. The generator of seed b draws the first noise of sample b, then the noise
+    that the scheduler adds at each step (DDPM; DDIM with `eta` > 0), and nothing else.
 
-    Every forward has `rows` images, the last one filled up with copies that are thrown away, so that an image
-    does not depend on how many others there are: kernels sum in another order for another number. None =
-    `CPU_ROWS` on a CPU, all B elsewhere. `cfg` >= 1 is the guidance scale as in diffusers. Guidance costs one
+    Every forward has `rows` samples, and the last one is filled up with copies that are discarded. A sample thus does
+    not depend on how many others are drawn, although kernels sum in another order for another number. None means
+    `CPU_ROWS` on a CPU and all B elsewhere. `cfg` >= 1 is the guidance scale as in diffusers. Guidance costs one
     forward of twice the rows; where it does not act (`cfg` 1, or a noise level outside [`guidance_low`,
     `guidance_high`], see `guided_steps`) the unconditional half is not computed at all.
 
@@ -141,19 +141,19 @@ def sample_latents(
 
 
 def guidance_plan(scheduler, cfg: float, low: float, high: float, space: str) -> list[bool]:
-    """At which steps of a scheduler, whose timesteps are set, guidance acts."""
+    """Return for each timestep that was set in a scheduler whether guidance acts."""
     if cfg == 1:
         return [False] * len(scheduler.timesteps)
     return guided_steps(scheduler.alphas_cumprod, scheduler.timesteps, low=low, high=high, space=space)
 
 
 def rows_of(device: torch.device, batch_size: int) -> int:
-    """Images in a forward: what is asked for on a GPU, always `CPU_ROWS` on a CPU."""
+    """Return the number of samples in a forward: `batch_size` on a GPU, always `CPU_ROWS` on a CPU."""
     return CPU_ROWS if device.type == "cpu" else batch_size
 
 
 def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """The first dimension filled up to `rows` with copies of the last entry."""
+    """Fill up the first dimension to `rows` with copies of the last entry."""
     return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
 
 
@@ -162,7 +162,7 @@ def _filled_list(values: list, rows: int) -> list:
 
 
 def _step_options(scheduler, streams: list[torch.Generator], eta: float) -> dict:
-    """What `scheduler.step` takes of these; raises `ValueError` for an eta that it would ignore."""
+    """Return the options that `scheduler.step` accepts; raises `ValueError` for an eta that it would ignore."""
     known = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in known:
         raise ValueError(f"{type(scheduler).__name__} has no eta")

@@ -22,10 +22,8 @@ from training.parts import Parts
 
 PROBED = 64  # number of images that are read, spread evenly over the list and so over the shards
 FED = 4  # number of these images that go through the network
-LATENT_STD = (
-    0.3,
-    3.0,
-)  # allowed for scaled latents, which have about 1. SD-1.5's have 5.5 unscaled and 0.18 scaled twice
+# Allowed standard deviations of scaled latents, which have about 1. SD-1.5's have 5.5 unscaled and 0.18 scaled twice.
+LATENT_STD = (0.3, 3.0)
 EQUAL = 1e-3  # tokens of unit length that differ by less in every entry count as equal
 NORM_ERROR = 0.05  # largest deviation of a norm from 1; int8 tokens deviate by less
 

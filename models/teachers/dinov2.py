@@ -1,4 +1,4 @@
-"""The teacher: DINOv2 as a function from images to patch tokens `(B, N, D)`."""
+"""The teacher: a frozen DINOv2 that maps images to patch tokens `(B, N, D)`."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ class DINOv2Encoder(nn.Module):
 
     `grid` is the number of tokens per side; the image size follows from it as patch · grid. The tokens are the last hidden
     states after the final LayerNorm (`x_norm_patchtokens` in the original code), not L2-normalised. `format` says
-    how the weights were stored: "huggingface" or "facebookresearch".
+    in which format the weights were stored: "huggingface" or "facebookresearch".
     """
 
     def __init__(self, model: nn.Module, grid: int, format: str = "huggingface"):
@@ -35,15 +35,16 @@ class DINOv2Encoder(nn.Module):
         self.grid = grid
         self.dim = model.config.hidden_size
         self.size = model.config.patch_size * grid
-        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)  # CLS and registers come first
+        # The CLS token and the registers come before the patch tokens.
+        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     @classmethod
     def from_pretrained(cls, name: str, grid: int, revision: str | None = None) -> "DINOv2Encoder":
-        """Load a Hugging Face folder or hub id, such as `facebook/dinov2-large`, or a file in the original repository's format.
+        """Load a DINOv2 from a Hugging Face folder or hub id, or from a file in the format of the original repository.
 
-        Raises `UserError` for anything else.
+        Raises `UserError` for anything else. A hub id looks like `facebook/dinov2-large`.
         """
         transformers.utils.logging.disable_progress_bar()
         if Path(name).is_file():
@@ -67,15 +68,19 @@ class DINOv2Encoder(nn.Module):
 
     @property
     def implementation(self) -> str:
-        """Whose code computes the tokens. Without its version, so that a cache can grow after an upgrade."""
+        """Name the library and class that compute the tokens.
+
+        The version is left out, so that a cache can be extended after an upgrade of the library.
+        """
         return f"transformers.{type(self.model).__name__}"
 
     @property
     @torch.no_grad()
     def resampling(self) -> str:
-        """How position embeddings get from the pretraining grid to this one.
+        """Name the resampling that maps position embeddings from the pretraining grid to this grid.
 
-        Measured, not looked up: `Dinov2Model` and `Dinov2WithRegistersModel` differ, and so may versions of transformers.
+        It is found by comparing the model's output with known resamplings, because `Dinov2Model` and `Dinov2WithRegistersModel`
+        differ, and versions of transformers may differ too.
         """
         positions = self.model.embeddings.position_embeddings  # (1, 1 + n, D)
         like = positions.new_empty(1, 1 + self.grid**2, self.dim)
@@ -101,7 +106,10 @@ class DINOv2Encoder(nn.Module):
         return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
 
     def check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Insist on `(B, grid², D)` with more than one token: a lone CLS token makes the manifold loss vanish."""
+        """Return the tokens; raises ValueError unless they are `(B, grid², D)` with more than one token.
+
+        With a single token, such as a CLS token, the manifold loss would be 0.
+        """
         expected = (self.grid**2, self.dim)
         if tokens.ndim != 3 or tokens.shape[1:] != expected or tokens.shape[1] == 1:
             raise ValueError(

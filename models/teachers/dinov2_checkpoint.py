@@ -1,9 +1,9 @@
-"""Checkpoint files in the format of facebookresearch/dinov2, as the transformers class that computes the same.
+"""Load checkpoint files in the format of facebookresearch/dinov2 into the transformers class that computes the same.
 
     model = load_checkpoint("dinov2_vitl14_reg4_pretrain.pth")   # a Dinov2WithRegistersModel in fp32
 
-Names and shapes are those of `dinov2/models/vision_transformer.py` and `dinov2/layers/` there. Every key of a file is
-either used, or a projection head of training, or an error.
+Names and shapes are those of `dinov2/models/vision_transformer.py` and `dinov2/layers/` in that repository. Every key of a
+file is either loaded, or skipped because it belongs to a projection head of the training, or reported as an error.
 """
 
 import math
@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-MAGIC = (b"PK", b"\x80")  # a zip archive, and a pickle, which torch.save wrote before 1.6
-DAMAGED = (  # what torch.load raises for one file cut off at different places
+MAGIC = (b"PK", b"\x80")  # first bytes of a zip archive, and of a pickle, which torch.save wrote before 1.6
+DAMAGED = (  # torch.load raises these for a file cut off at different places
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, struct.error),
     *(ValueError, LookupError, AttributeError, TypeError),
 )
-WRAPPERS = ("teacher", "model", "state_dict")  # in this order: a student may stand beside the teacher
+# These keys are tried in this order, because a file may hold a student beside the teacher.
+WRAPPERS = ("teacher", "model", "state_dict")
 HEADS = ("dino_head.", "ibot_head.")
-HEAD_DIM = 64  # in all four published sizes; no tensor's shape tells it
-# FSDP's chunks `blocks.C.I`, lists that are padded with Identity in front, so that I counts over all of them.
+HEAD_DIM = 64  # width of an attention head in all four published sizes; no tensor's shape shows it
+# FSDP stores blocks in chunks, as `blocks.C.I`. Each chunk is padded with Identity in front, so that I numbers all blocks.
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 BLOCK = re.compile(r"^blocks\.(\d+)\.")
-# What transformers calls the same weights on disk. In memory the names depend on its version; `from_pretrained` knows both.
+# The names of the same weights in files of transformers. `from_pretrained` maps them to the names that its version uses.
 RENAMED = {
     r"^(cls_token|mask_token|register_tokens)$": r"embeddings.\1",
     r"^pos_embed$": "embeddings.position_embeddings",
@@ -47,13 +48,14 @@ RENAMED = {
 
 
 def load_checkpoint(path: str | Path) -> nn.Module:
-    """The model of a file, `Dinov2WithRegistersModel` where it has registers and `Dinov2Model` where not, in fp32.
+    """Load the model of a file in fp32: `Dinov2WithRegistersModel` if it has registers, else `Dinov2Model`.
 
-    Raises `UserError` when the file is no checkpoint, or one of another architecture, or not complete.
+    Raises `UserError` when the file is no checkpoint, is incomplete, or is of another architecture.
     """
     state = read_backbone(path)
     config = infer_config(state, path)
-    state.setdefault("mask_token", torch.zeros(1, config.hidden_size))  # only training masks patches
+    # The mask token is needed only in training, which masks patches.
+    state.setdefault("mask_token", torch.zeros(1, config.hidden_size))
     check_complete(state, shapes_of(config), path)
     model_class = transformers.MODEL_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
@@ -69,7 +71,10 @@ def load_checkpoint(path: str | Path) -> nn.Module:
 
 
 def read_backbone(path: str | Path) -> dict[str, Tensor]:
-    """The teacher's backbone, or the only one, under the names of the published files (`blocks.0.norm1.weight`)."""
+    """Read a backbone, and rename its weights as in the published files (`blocks.0.norm1.weight`).
+
+    Of a file that holds a teacher and a student, the teacher is read.
+    """
     state = read_file(path)
     while isinstance(state, dict) and (inside := [w for w in WRAPPERS if isinstance(state.get(w), dict)]):
         state = state[inside[0]]
@@ -95,7 +100,7 @@ def read_backbone(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> object:
-    """What a file holds, read without executing anything of it."""
+    """Read a file with safetensors or `torch.load`, without running any code that it may contain."""
     path = Path(path)
     again = "download it again, or give another file"
     with path.open("rb") as file:
@@ -118,7 +123,7 @@ def read_file(path: str | Path) -> object:
 
 
 def infer_config(state: dict[str, Tensor], path: str | Path) -> transformers.PretrainedConfig:
-    """The architecture that a backbone's shapes tell; `path` is for messages only."""
+    """Infer the architecture from the shapes of a backbone's weights; `path` is used only in messages."""
 
     def shape(key: str, ndim: int) -> tuple[int, ...]:
         if key not in state:
@@ -165,12 +170,12 @@ def infer_config(state: dict[str, Tensor], path: str | Path) -> transformers.Pre
 
 
 def hidden_width(width: int, ratio: int, swiglu: bool) -> int:
-    """Width inside an MLP; of a SwiGLU two thirds of it, rounded up to a multiple of 8 (`SwiGLUFFNFused`)."""
+    """Return the hidden width of an MLP; a SwiGLU has two thirds of it, rounded up to a multiple of 8 (`SwiGLUFFNFused`)."""
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else width * ratio
 
 
 def shapes_of(config: transformers.PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """All keys of such a backbone in the original code, and their shapes."""
+    """Return the shapes of all weights of such a backbone, by their names in the original code."""
     width, patch = config.hidden_size, config.patch_size
     hidden = hidden_width(width, config.mlp_ratio, config.use_swiglu_ffn)
     shapes = {
@@ -197,7 +202,7 @@ def shapes_of(config: transformers.PretrainedConfig) -> dict[str, tuple[int, ...
 
 
 def check_complete(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
-    """Raise `UserError` unless the keys are these, each a tensor of real numbers of this shape."""
+    """Raise `UserError` unless the state has exactly these keys, each with a floating-point tensor of the given shape."""
     if unknown := sorted(state.keys() - shapes.keys()):
         raise UserError(f"{path} has {unknown[0]}, which is no part of such a DINOv2: give another file")
     if missing := [key for key in shapes if key not in state]:
@@ -209,7 +214,7 @@ def check_complete(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]],
 
 
 def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the names of a transformers folder; `qkv` is cut into its thirds."""
+    """Rename the weights as in a folder of transformers, and split each `qkv` into query, key and value."""
     renamed = {}
     for key, tensor in state.items():
         if ".attn.qkv." in key:

@@ -1,4 +1,4 @@
-"""Teacher tokens made while training, for people without a token cache: decode the latents, resize, encode."""
+"""Compute teacher tokens during training, where there is no token cache: decode the latents, resize, encode."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from models.teachers.dinov2 import DINOv2Encoder
 
 
 class OnlineTeacher(nn.Module):
-    """Clean latents `(B, C, h, w)`, normalised as the network reads them, to L2-normalised teacher tokens `(B, N, D)`.
+    """Map clean latents `(B, C, h, w)`, normalised as the network reads them, to L2-normalised teacher tokens `(B, N, D)`.
 
         codec = LatentCodec(load_decoder("madebyollin/taesd"))
         teacher = OnlineTeacher(codec, DINOv2Encoder.from_pretrained(name, grid=14))
 
-    The teacher sees the decoder's picture of the whole square, never the photograph: what the VAE loses, the tokens lack. Any
-    decoder of diffusers will do: the VAE, or an `AutoencoderTiny`.
+    The teacher sees the picture that the decoder makes of the whole square, never the photograph, so that details which the
+    VAE loses are missing from the tokens. The decoder is the VAE of the base model or an `AutoencoderTiny`.
     """
 
     def __init__(self, codec: LatentCodec, encoder: DINOv2Encoder):
@@ -34,12 +34,12 @@ class OnlineTeacher(nn.Module):
         if images.shape[-1] != self.encoder.size:
             size = (self.encoder.size,) * 2
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-            images = images.clamp(0, 1)  # bicubic overshoots
+            images = images.clamp(0, 1)  # bicubic resizing can leave [0, 1]
         return F.normalize(self.encoder(images).float(), dim=-1)  # (B, N, D)
 
 
 def load_decoder(tiny: str) -> nn.Module:
-    """The `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
+    """Load the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
     check_present(tiny)
     try:
         found = AutoencoderTiny.load_config(tiny).get("_class_name")

@@ -2,20 +2,32 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from method.paths import (
-    NoiseSchedule,
-    add_noise,
-    epsilon_from_v,
-    error_weight,
-    v_from_epsilon,
-    velocity,
-    x_0_from_epsilon,
-    x_0_from_v,
-)
+from method.paths import DiffusionPath, NoiseSchedule, error_weight, velocity
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 T = torch.tensor([0, 1, 300, 998, 999])
 SCHEDULE = NoiseSchedule(DDPMScheduler(**SD15).alphas_cumprod)
+
+
+# The algebra of the three spaces, which the weights of the loss are derived from.
+def add_noise(x_0, noise, alpha, sigma):
+    return alpha * x_0 + sigma * noise
+
+
+def epsilon_from_v(v, x_t, alpha, sigma):
+    return alpha * v + sigma * x_t
+
+
+def v_from_epsilon(epsilon, x_t, alpha, sigma):
+    return (epsilon - sigma * x_t) / alpha
+
+
+def x_0_from_v(v, x_t, alpha, sigma):
+    return alpha * x_t - sigma * v
+
+
+def x_0_from_epsilon(epsilon, x_t, alpha, sigma):
+    return (x_t - sigma * epsilon) / alpha
 
 
 @pytest.fixture
@@ -132,3 +144,18 @@ def test_the_ceiling_lowers_the_loss_of_an_epsilon_network_where_noise_prevails(
     below, above = error_weight("v", "epsilon", alpha, 5.0).flatten()
     assert below == pytest.approx(1 / alpha[0].item() ** 2)
     assert above == 5.0 < 1 / alpha[1].item() ** 2
+
+
+@pytest.mark.parametrize("output", ["epsilon", "v"])
+def test_a_path_gives_what_a_step_needs(process, output):
+    scheduler, x_0, noise, alpha, _ = process
+    path = DiffusionPath(scheduler.alphas_cumprod, output=output, prediction="v")
+    x_t, target, weight = path(x_0, noise, T)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x_0, noise, T))
+    expected = noise if output == "epsilon" else scheduler.get_velocity(x_0, noise, T)
+    torch.testing.assert_close(target, expected)
+    torch.testing.assert_close(weight, error_weight("v", output, alpha, 5.0))
+    drawn = path.draw(20_000, x_0.device, torch.Generator().manual_seed(0))
+    assert (drawn.min(), drawn.max()) == (0, 999)
+    assert path.quarter(torch.tensor([0, 249, 250, 999])).tolist() == [0, 0, 1, 3]
+    assert path.spread(3).tolist() == [249, 499, 749]
