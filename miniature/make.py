@@ -1,7 +1,7 @@
-"""The embedded miniature: what the demo's folder holds, and how each part of it is built once and whole.
+"""Build the parts of the demo's folder: images and small models. A part is made once and never left half-written.
 
-Nothing heavy is imported at the top, so that a finished demo is recognised at once. The models and their trainings
-are in `miniature_models.py`.
+The heavy libraries are imported inside the functions, so that a finished demo is recognised without a delay. The
+models and their trainings are in `miniature/models.py` and `miniature/selfdistilled.py`.
 """
 
 import time
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from transformers import Dinov2Model
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # shaped like WordNet ids; they sort in class order
-HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the real scripts has something to cut
+SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # they look like WordNet ids and sort in class order
+HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the scripts has something to cut
 IMAGES = "ILSVRC"
 CLASSES = "imagenet_classes.json"
 SETTINGS = "demo.json"
 QUALITY = "models/quality.json"
 
-# What a measure must reach, higher being better. Measures without a floor are only reported.
+# The least value that each measure must reach; higher is better. Measures without a floor are only reported.
 FLOORS = {
     "vae_psnr_db": 30.0,
     "prompt_separation": 0.5,  # 1 - the largest cosine between two classes' prompts
     "teacher_linear_probe": 0.95,
     "classifier_accuracy": 0.97,
 }
-# The same for one model alone, where its floors differ.
+# Floors that apply to one model instead of those above.
 OWN_FLOORS = {
     "dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0},
 }
 
-# Training steps, full and quick; the full ones were chosen by measuring.
+# Training steps of each model by `quick`; the numbers for the full demo were chosen by measurement.
 STEPS = {
     False: {"vae": 300, "text": 150, "teacher": 800, "classifier": 200, "selfdistilled": 1500},
     True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3, "selfdistilled": 3},
@@ -47,7 +47,7 @@ STEPS = {
 def make_images(out: Path, quick: bool, seed: int) -> None:
     """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
 
-    The split is stratified and seeded. `quick` keeps twelve images per class and split.
+    The split depends on the seed and keeps the shares of the classes. `quick` keeps twelve images per class and split.
     """
     import numpy as np
     from PIL import Image
@@ -88,7 +88,7 @@ def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:
 
 
 def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save a Stable Diffusion folder: trained autoencoder and text encoder, untrained U-Net."""
+    """Save a Stable Diffusion folder with a trained autoencoder, a trained text encoder and an untrained U-Net."""
     from diffusers import StableDiffusionPipeline
 
     from miniature import models as small
@@ -111,7 +111,7 @@ def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dic
     pipeline.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(
         str(folder / "tokenizer")
-    )  # vocab.json, merges.txt for other tools
+    )  # writes vocab.json and merges.txt, which other tools read
     return {
         "vae_psnr_db": small.measure_psnr(vae, held_out),
         "scaled_latent_std": (small.encode(vae, held_out) * vae.config.scaling_factor).std().item(),
@@ -120,7 +120,7 @@ def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dic
 
 
 def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save the teacher, a DINOv2 that gives 4x4 patch tokens for 32 px."""
+    """Save the teacher, a DINOv2 that makes 4x4 patch tokens of an image of 32 px."""
     from miniature import models as small
 
     teacher = small.train_teacher(*load_images(out, "train"), steps["teacher"])
@@ -128,7 +128,10 @@ def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, fl
 
 
 def make_self_distilled(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save the second teacher: the first one's architecture, trained without labels. They only judge it."""
+    """Save the second teacher, which has the architecture of the first but is trained without labels.
+
+    The labels are used only to measure its quality.
+    """
     from miniature import selfdistilled as distilled
 
     images, _ = load_images(out, "train")
@@ -151,7 +154,7 @@ def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, 
 
 
 def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save the judge of generated images, a ResNet that shares neither architecture nor seed with the teacher."""
+    """Save the ResNet that judges generated images; it shares neither architecture nor seed with the teacher."""
     from miniature import models as small
 
     images, labels = load_images(out, "train")
@@ -161,18 +164,18 @@ def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str,
     return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
 
 
-# In the order of their cost, so that two processes finish together.
+# The order follows the cost of the models, so that two processes finish at about the same time.
 MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
     "dinov2-mini": make_teacher,
     "sd15-mini": make_stable_diffusion,
     "classifier": make_classifier,
-    "dinov2-selfdistilled": make_self_distilled,  # last, so that the seeds of the others stay what they were
+    "dinov2-selfdistilled": make_self_distilled,  # last, so that the others keep their position, which decides their seed
 }
 OPTIONAL = ("dinov2-selfdistilled",)  # made on request only
 
 
 def wanted(out: Path, self_distilled: bool) -> list[str]:
-    """Return the MODELS that `out` is to hold: the optional ones if asked for now, or already there."""
+    """Return the names of the MODELS for `out`; an optional one is included if it is requested or already there."""
     return [n for n in MODELS if n not in OPTIONAL or self_distilled or (out / "models" / n).is_dir()]
 
 
@@ -182,14 +185,14 @@ def floors_of(name: str) -> dict[str, float]:
 
 
 def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:
-    """Build one of MODELS into `out/models/name`, with its `quality.json`, and return its measures and seconds.
+    """Build one of MODELS in `out/models/name`, with its `quality.json`, and return its measures and seconds.
 
-    Raises UserError, and leaves nothing, when a measure misses its floor (not under `quick`).
+    Raises UserError when a measure misses its floor, and then leaves no files. `quick` ignores the floors.
     """
     from miniature.models import reproducible
 
     started = time.perf_counter()
-    # Each model gets its own stream of random numbers: the teacher and the judge must not share a seed.
+    # Each model has its own seed, because the teacher and the classifier that judges must be independent.
     random = reproducible(100 * seed + list(MODELS).index(name))
     with _quiet(), random, written_whole(out / "models" / name) as folder:
         measures = MODELS[name](out, folder, STEPS[quick])
@@ -205,7 +208,7 @@ def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars for writing files of 200 kB."""
+    """Hide the progress bars that transformers shows even for files of 200 kB."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -218,7 +221,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Write `preprocessor_config.json`, from which users of the model read its input size, mean and std."""
+    """Write `preprocessor_config.json`, which tells users of the model its input size, mean and standard deviation."""
     square = {"height": HEIGHT, "width": HEIGHT}
     write_json(
         folder / "preprocessor_config.json",

@@ -1,8 +1,8 @@
-"""The demo's small models: the real classes in small sizes, trained on the digits in seconds on one CPU thread.
+"""The demo's small models: the classes of the full-size models in small sizes, trained on digits in seconds.
 
-A `train_*` function takes images `(N, 3, 32, 32)` in [0, 1], depends on nothing but its arguments and the global
-random state (see `reproducible`), and returns the model in eval mode. A `measure_*` function returns the number by
-which that model is judged.
+Training uses one CPU thread. A `train_*` function returns a model in eval mode, which depends only on the arguments
+and on the global random state (see `reproducible`). A `measure_*` function returns a measure of a model's quality.
+Images are `(N, 3, 32, 32)` in [0, 1].
 """
 
 from collections.abc import Callable, Iterator
@@ -27,15 +27,18 @@ from transformers import (
 from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, PATCH = 32, 8
-CLASSIFIER_MEAN, CLASSIFIER_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # that is, [-1, 1]
-KL_WEIGHT = 1e-6  # times nats per image, beside a mean squared error per pixel
-PIXEL_WEIGHT = 4.0  # of the teacher's pixel loss beside its class loss
+CLASSIFIER_MEAN, CLASSIFIER_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # this maps [0, 1] to [-1, 1]
+KL_WEIGHT = 1e-6  # weight of the KL in nats per image, against the mean squared error per pixel
+PIXEL_WEIGHT = 4.0  # weight of the teacher's pixel loss against its class loss
 PROMPTS = ("a photo of a {}", "a photo of the {}", "a picture of a {}", "a drawing of a {}", "the {}", "{}")
 
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed torch and hold it to one thread, so that results do not depend on the cores; restores both."""
+    """Seed torch and limit it to one thread, so that results do not depend on the number of cores.
+
+    At the end of the block the random state and the number of threads are restored.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -47,7 +50,10 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def build_unet(text_width: int) -> UNet2DConditionModel:
-    """Return SD-1.5's U-Net with small widths and one layer per block, untrained: 16x16 latents, mid-block 2x2."""
+    """Return an untrained U-Net like SD-1.5's, with small widths and one layer per block.
+
+    It takes latents of 16x16, and its mid-block works on 2x2.
+    """
     return UNet2DConditionModel(
         sample_size=SIZE // 2,
         block_out_channels=(16, 32, 64, 64),
@@ -59,7 +65,10 @@ def build_unet(text_width: int) -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Return SD-1.5's noise schedule; v-prediction, because from scratch it learns far faster than epsilon."""
+    """Return SD-1.5's noise schedule with v-prediction.
+
+    A network trained from scratch learns v-prediction far faster than epsilon-prediction.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -68,12 +77,12 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         prediction_type="v_prediction",
-        timestep_spacing="trailing",  # starts at the last timestep: matters when the steps are few
+        timestep_spacing="trailing",  # sampling starts at the last timestep, which matters with few steps
     )
 
 
 def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
-    """Train an autoencoder with SD-1.5's block types, four latent channels and factor 2; set its scaling factor.
+    """Train an autoencoder with SD-1.5's block types, four latent channels and down-sampling 2; set its scaling factor.
 
     The loss is the squared error plus a weak KL term, which keeps the latents centred and smooth.
     """
@@ -82,7 +91,7 @@ def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
         layers_per_block=1,
-        norm_num_groups=4,  # one channel per group would hide absolute brightness (8 groups: 29 dB, not 37)
+        norm_num_groups=4,  # with one channel per group, absolute brightness is lost (8 groups: 29 dB instead of 37)
         sample_size=SIZE,
     )
     pixels = 2 * images - 1
@@ -101,20 +110,20 @@ def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Return unscaled latents (N, 4, 16, 16): the mode of the posterior."""
+    """Return unscaled latents (N, 4, 16, 16), the modes of the posterior."""
     return torch.cat([vae.encode(2 * x - 1).latent_dist.mode() for x in images.split(64)])
 
 
 @torch.no_grad()
 def measure_psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """Return the peak signal-to-noise ratio of reconstructions in dB, from the error over all images."""
+    """Return the peak signal-to-noise ratio of the reconstructions in dB, from the mean error over all images."""
     decoded = torch.cat([vae.decode(z).sample for z in encode(vae, images).split(64)])  # (N, 3, 32, 32)
     error = F.mse_loss((decoded / 2 + 0.5).clamp(0, 1), images)
     return -10 * error.log10().item()
 
 
 def build_teacher(initializer_range: float = 0.02) -> Dinov2Model:
-    """Return a small DINOv2, untrained: 4x4 tokens of width 64."""
+    """Return a small untrained DINOv2, which makes 4x4 tokens of width 64."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=64,
@@ -129,10 +138,10 @@ def build_teacher(initializer_range: float = 0.02) -> Dinov2Model:
 
 
 def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
-    """Train a small DINOv2 on the classes and, so that tokens differ within an image, on the pixels of each patch.
+    """Train a small DINOv2 to predict the class of an image and the pixels of each patch.
 
-    A tenth of the patches is masked; each token, masked or not, must predict its own patch's pixels, and the mean
-    token the class. Without the pixel loss the tokens of one image become nearly the same (cosine .82).
+    A tenth of the patches is masked. The mean token predicts the class, and each token, masked or not, the pixels of
+    its own patch. Without the pixel loss the tokens of one image become nearly equal (cosine .82).
     """
     teacher = build_teacher()
     classify, paint = nn.Linear(64, 10), nn.Linear(64, PATCH * PATCH)
@@ -154,7 +163,7 @@ def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
 
 @torch.no_grad()
 def teacher_tokens(teacher: Dinov2Model, images: Tensor) -> Tensor:
-    """Return patch tokens (N, 16, 64), the CLS token left out."""
+    """Return patch tokens (N, 16, 64), without the CLS token."""
     x = normalise(images, IMAGENET_MEAN, IMAGENET_STD)
     return torch.cat([teacher(part).last_hidden_state[:, 1:] for part in x.split(256)])
 
@@ -166,7 +175,10 @@ def measure_linear_probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor
 
 
 def measure_token_cosine(tokens: Tensor) -> float:
-    """Return the mean cosine between different tokens (N, L, D) of one image: 1 means no spatial detail at all."""
+    """Return the mean cosine between different tokens of the same image, for tokens (N, L, D).
+
+    1 means that the tokens have no spatial detail at all.
+    """
     unit = F.normalize(tokens, dim=-1)
     gram = unit @ unit.mT  # (N, L, L)
     count = tokens.shape[1]
@@ -176,7 +188,10 @@ def measure_token_cosine(tokens: Tensor) -> float:
 def train_classifier(
     images: Tensor, labels: Tensor, names: list[str], steps: int
 ) -> ResNetForImageClassification:
-    """Train a small ResNet, the judge of generated images, on shifted digits; it shares nothing with the teacher."""
+    """Train a small ResNet on shifted digits, to judge generated images.
+
+    It has neither the architecture nor the seed of the teacher.
+    """
     classifier = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=16,
@@ -203,15 +218,16 @@ def train_classifier(
 
 @torch.no_grad()
 def measure_accuracy(classifier: ResNetForImageClassification, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that the classifier names correctly."""
+    """Return the share of images that are classified correctly."""
     x = normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD)
     return (classifier(x).logits.argmax(1) == labels).float().mean().item()
 
 
 def build_tokenizer(words: list[str]) -> CLIPTokenizer:
-    """Return a CLIP tokenizer that knows every byte, and each of `words` as few tokens.
+    """Return a CLIP tokenizer that can encode every byte, and that encodes each of `words` in few tokens.
 
-    The layout is CLIP's: the 256 bytes, the same at a word's end, the merges, then the two special tokens.
+    The vocabulary has CLIP's order: the 256 bytes, the 256 bytes at the end of a word, the merges, and the two
+    special tokens.
     """
     byte_level = _byte_alphabet()
     merges: dict[tuple[str, str], str] = {}
@@ -238,10 +254,10 @@ def _byte_alphabet() -> list[str]:
 def train_text_encoder(
     tokenizer: CLIPTokenizer, names: list[str], steps: int, peak_lr: float = 3e-3
 ) -> CLIPTextModel:
-    """Train a small CLIP text tower so that prompts of one class agree and those of different classes do not.
+    """Train a small CLIP text encoder to give similar embeddings to prompts of one class, and other ones to others.
 
-    Contrastive (InfoNCE) between two wordings of each class; the empty prompt, used for guidance, is a class of its
-    own.
+    The loss is contrastive (InfoNCE) between two wordings of each class. The empty prompt, which guidance uses, is a
+    class of its own.
     """
     encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -277,7 +293,10 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def measure_prompt_cosine(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, names: list[str]) -> float:
-    """Return the largest cosine between two class prompts' pooled states: well below 1 when classes are distinct."""
+    """Return the largest cosine between the pooled states of two prompts.
+
+    The prompts are those of all classes and the empty one. The cosine is well below 1 if they are distinct.
+    """
     pooled = encoder(tokenize(tokenizer, [PROMPTS[0].format(n) for n in names] + [""])).pooler_output
     unit = F.normalize(pooled, dim=-1)  # (K + 1, 32)
     return (unit @ unit.mT - 2 * torch.eye(len(unit))).max().item()
@@ -306,5 +325,5 @@ def fit(
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Return images (N, 3, H, W), given in [0, 1], less `mean` and over `std` per channel."""
+    """Subtract `mean` from images (N, 3, H, W) in [0, 1] and divide by `std`, per channel."""
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -1,9 +1,9 @@
 """The demo's second teacher: a small DINOv2 trained by self-distillation, without labels.
 
-A student and its moving average look at two views of each digit. The student must say of one view what the
-average says of the other (DINO, arXiv 2104.14294), and of a masked patch what the average, which sees it,
-says (iBOT, arXiv 2111.07832). The answers are balanced over the prototypes by Sinkhorn-Knopp and the images
-are spread apart by KoLeo (both DINOv2, arXiv 2304.07193). The moving average is kept.
+A student and its moving average see two views of each digit. The student learns to predict from one view the
+output of the average for the other view (DINO, arXiv 2104.14294), and for a masked patch the output of the
+average, which sees the patch (iBOT, arXiv 2111.07832). Sinkhorn-Knopp balances these targets over the
+prototypes, and KoLeo spreads the images apart (both DINOv2, arXiv 2304.07193). The result is the moving average.
 """
 
 import copy
@@ -20,18 +20,19 @@ from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 TOKENS, WIDTH = 16, 64
 PROTOTYPES, BOTTLENECK = 128, 32
 STUDENT_TEMPERATURE, VIEW_TEMPERATURE, PATCH_TEMPERATURE = 0.1, 0.03, 0.05
-MOMENTUM = 0.95  # of the moving average at the start; rises to 1 by a half cosine
-MASKED = 0.3  # mean share of masked patches; each view draws its own from 0 to twice that
-# Of KoLeo. At 0 mean tokens collapse: effective rank 3, probe .82; else 24, .94 (1200 steps, momentum .98).
+MOMENTUM = 0.95  # of the moving average at the start; it rises to 1 along half a cosine
+MASKED = 0.3  # mean share of masked patches; each view draws its share from 0 to twice that
+# Weight of KoLeo. Without it the mean tokens collapse: effective rank 3 and linear probe .82 instead of 24 and .94
+# (1200 steps, momentum .98).
 SPREAD_WEIGHT = 0.5
-RIDGE = 1e-3  # per sample, on inputs of unit variance
+RIDGE = 1e-3  # ridge penalty per row of the regression, for inputs of unit variance
 
 
 class Head(nn.Module):
-    """Logits (N, PROTOTYPES): the cosines of a projected feature (N, WIDTH) with learned prototypes.
+    """Computes logits (N, PROTOTYPES), the cosines between projected features (N, WIDTH) and learned prototypes.
 
-    The batch norms take out what all images share: most of an untrained feature, and it would flatten the
-    logits.
+    The batch norms remove what the features of all images have in common. In an untrained network that is most of
+    a feature, and it would make the logits nearly equal.
     """
 
     def __init__(self) -> None:
@@ -50,11 +51,11 @@ class Head(nn.Module):
 
 
 def train_self_distilled(images: Tensor, steps: int) -> Dinov2Model:
-    """Train a DINOv2 of the supervised teacher's size on images (N, 3, 32, 32) in [0, 1] alone.
+    """Train a DINOv2 of the supervised teacher's size on images (N, 3, 32, 32) in [0, 1], without labels.
 
-    A whole view is summed up by its mean patch token, not by the CLS token, which nobody reads later: after
-    400 steps the probe was .85, with CLS .81. The weights start near 1/sqrt(WIDTH), wider than DINOv2's 0.02:
-    .85, not .79.
+    The mean patch token represents a whole view. The CLS token is not used later, and training with it was worse:
+    after 400 steps the linear probe was .81 instead of .85. The initial weights have a standard deviation near
+    1/sqrt(WIDTH) instead of DINOv2's 0.02, with which the probe was .79.
     """
     model = small.build_teacher(initializer_range=0.1)
     student = nn.ModuleDict({"model": model, "view": Head(), "patch": Head()}).train()
@@ -64,7 +65,7 @@ def train_self_distilled(images: Tensor, steps: int) -> Dinov2Model:
 
     def loss(index: Tensor) -> Tensor:
         nonlocal step
-        if step:  # what the step before has taught
+        if step:  # the optimizer has changed the student since the last call
             update_average(average, student, momentum(step / steps))
         step += 1
         views = torch.cat([augment(gray[index]), augment(gray[index])])  # (2B, 3, 32, 32)
@@ -105,10 +106,10 @@ def update_average(average: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 def balance(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
-    """Return targets (N, K), rows summing to 1 and columns nearly equal (Sinkhorn-Knopp).
+    """Return targets (N, K) whose rows sum to 1 and whose columns have nearly equal sums (Sinkhorn-Knopp).
 
-    This is the centring: without it the constant answer is a perfect one. A low temperature is the
-    sharpening: without it the uniform answer is.
+    Balancing the columns replaces DINO's centring; without it, the same output for every image would be optimal. A
+    low temperature is DINO's sharpening; without it, a uniform output would be optimal.
     """
     targets = ((logits - logits.max()) / temperature).exp()
     for _ in range(rounds):
@@ -118,21 +119,25 @@ def balance(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
 
 
 def distil(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the student's logits (N, K) to the targets (N, K)."""
+    """Return the mean cross-entropy between the targets (N, K) and the student's logits (N, K)."""
     return -(targets * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1).mean()
 
 
 def koleo(features: Tensor) -> Tensor:
-    """Return minus the mean log distance of centred unit features (N, D) to their nearest others."""
+    """Return the negative mean log distance between each feature and its nearest other.
+
+    The features (N, D) are centred and normalised first.
+    """
     unit = F.normalize(features - features.mean(0), dim=-1)
     nearest = (unit @ unit.mT - 2 * torch.eye(len(unit))).max(-1).values  # (N,) cosines
     return -0.5 * (2 - 2 * nearest).clamp_min(1e-6).log().mean()
 
 
 def augment(gray: Tensor) -> Tensor:
-    """Return views (N, 3, 32, 32) of digits (N, 1, 32, 32): moved, turned, stretched, dimmed, noisy.
+    """Return random views (N, 3, 32, 32) of digits (N, 1, 32, 32).
 
-    Nothing is flipped: a mirrored digit is no digit.
+    The digits are moved, rotated, stretched and dimmed, and noise is added. They are not mirrored, because a mirrored
+    digit is no longer that digit.
     """
 
     def draw(size: float, *more: int) -> Tensor:
@@ -140,7 +145,7 @@ def augment(gray: Tensor) -> Tensor:
 
     angle, scale, stretch = draw(math.radians(15)), 1 + draw(0.15), 1 + draw(0.15)
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    shift = draw(4 / 16, 2)  # 4 px; half the image's width is 1
+    shift = draw(4 / 16, 2)  # up to 4 px, in units of half the width of the image
     affine = torch.stack([cos * stretch, -sin, shift[:, 0], sin * stretch, cos, shift[:, 1]], 1).view(
         -1, 2, 3
     )
@@ -151,7 +156,10 @@ def augment(gray: Tensor) -> Tensor:
 
 
 def measure_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Return what gives away a collapse, over images or within them; takes pairs of tokens and images."""
+    """Return the measures that show whether tokens have become too similar, within an image or across images.
+
+    Each pair is tokens (N, 16, D) and images (N, 3, 32, 32).
+    """
     return {
         "teacher_spatial_detail": measure_spatial_detail(train, val),
         "teacher_effective_rank": measure_effective_rank(val[0].mean(1)),
@@ -160,34 +168,38 @@ def measure_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> 
 
 
 def measure_effective_rank(features: Tensor) -> float:
-    """Return exp(entropy) of the covariance's normalised spectrum, features (N, D): 1 is collapse."""
+    """Return exp(entropy) of the normalised spectrum of the covariance of features (N, D).
+
+    The range is 1 to D; 1 means that the features have collapsed to a line.
+    """
     spectrum = torch.linalg.eigvalsh(features.double().mT.cov()).clamp_min(0)
     share = spectrum / spectrum.sum()
     return torch.special.entr(share).sum().exp().item()
 
 
 def measure_detail_share(tokens: Tensor) -> float:
-    """Return the share of the variance of tokens (N, L, D), about each position's mean, within images.
+    """Return which share of the variance of tokens (N, L, D) lies within images, after removing each position's mean.
 
-    0 means that all tokens of an image say the same of it, 1 that its mean token says nothing of it.
+    0 means that all tokens of an image are equal; 1 means that the mean tokens of all images are equal.
     """
     content = tokens - tokens.mean(0)
     return ((content - content.mean(1, keepdim=True)).square().sum() / content.square().sum()).item()
 
 
 def measure_spatial_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> float:
-    """Return the held-out R² from tokens to their patches' pixels, beyond what the mean token explains.
+    """Return how well tokens predict the pixels of their patches beyond what the mean token predicts, as held-out R².
 
-    Each pair is tokens (N, 16, D) and images (N, 3, 32, 32). A ridge regression from the mean token predicts
-    all pixels of the image; one for all positions, from token minus mean token to what is left of its patch,
-    is measured. Read it beside the linear probe: an untrained network, which still holds the pixels, does
-    best (.62), and a mean token that explains more leaves less to explain.
+    Each pair is tokens (N, 16, D) and images (N, 3, 32, 32). A first ridge regression predicts all pixels of the
+    image from the mean token. A second one, the same for all positions, predicts the residual of each patch from
+    its token minus the mean token; its R² is returned. Compare it only together with the linear probe. An untrained
+    network, whose tokens still contain the pixels, has the highest value (.62), and a mean token that explains more
+    leaves less for the second regression.
     """
     means, pixels = zip(*((tokens.mean(1), _patches(images)) for tokens, images in (train, val)), strict=True)
     painted = _ridge(means[0], pixels[0].flatten(1), means)  # two of (N, 1024)
     left = [(y.flatten(1) - p).view_as(y) for y, p in zip(pixels, painted, strict=True)]  # (N, 16, 64)
     details = [tokens - tokens.mean(1, keepdim=True) for tokens, _ in (train, val)]
-    offset = details[0].mean(0)  # what is known from the position alone
+    offset = details[0].mean(0)  # the part that depends only on the position
     flat = [(detail - offset).flatten(0, 1) for detail in details]  # (16 N, D)
     explained = _ridge(flat[0], left[0].flatten(0, 1), flat)[1]
     rest = left[1].flatten(0, 1)
@@ -195,12 +207,12 @@ def measure_spatial_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tens
 
 
 def _patches(images: Tensor) -> Tensor:
-    """Return each patch's gray pixels (N, 16, 64)."""
+    """Return the gray pixels (N, 16, 64) of all patches."""
     return F.unfold(images.mean(1, keepdim=True), small.PATCH, stride=small.PATCH).mT
 
 
 def _ridge(x: Tensor, y: Tensor, inputs: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
-    """Fit a ridge regression of y (N, E) on x (N, D) in double precision; return what it predicts."""
+    """Fit a ridge regression of y (N, E) on x (N, D) in double precision; return its predictions for each of `inputs`."""
     mean, std = x.mean(0), x.std(0)
     z = ((x - mean) / std).double()
     offset = y.double().mean(0)
