@@ -92,12 +92,13 @@ def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dic
     from diffusers import StableDiffusionPipeline
 
     from miniature import models as small
+    from miniature import text
 
     images, _ = load_images(out, "train")
     held_out, _ = load_images(out, "val")
     vae = small.train_vae(images, steps["vae"])
-    tokenizer = small.build_tokenizer(CLASS_NAMES)
-    text_encoder = small.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
+    tokenizer = text.build_tokenizer(CLASS_NAMES)
+    text_encoder = text.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -115,7 +116,7 @@ def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dic
     return {
         "vae_psnr_db": small.measure_psnr(vae, held_out),
         "scaled_latent_std": (small.encode(vae, held_out) * vae.config.scaling_factor).std().item(),
-        "prompt_separation": 1 - small.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
+        "prompt_separation": 1 - text.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
     }
 
 

