@@ -45,9 +45,8 @@ class Backbone:
     checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes
     # {part of the pipeline: what gives its class}; a class is imported, which takes seconds, when its part is loaded.
     parts: Mapping[str, Callable[[], type]]
-    load_options: Mapping[
-        str, object
-    ] = {}  # of the pipeline's from_pretrained, for a whole exported pipeline
+    # Further arguments of the pipeline's from_pretrained, where a whole pipeline is exported.
+    load_options: Mapping[str, object] = {}
     kohya_base: str | None = None  # what kohya's tools call the base model; None where they do not know it
 
     def __init__(self, base: str | None = None, revision: str | None = None):

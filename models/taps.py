@@ -1,9 +1,9 @@
 """Taps: named places in a backbone where hidden states are read by forward hooks.
 
-    taps = Taps(unet, {"mid": Tap("mid_block.resnets.1")})
+    taps = Taps(network, {"early": Tap("blocks.7")})
     with taps.recording():
-        unet(...)
-    features = taps.captured["mid"]
+        network(...)
+    features = taps.captured["early"]
     taps.clear()
 
 A tap listens only while recording, that is during the forward call itself: recomputation under gradient checkpointing
