@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from common.device import pick_device
-from common.errors import UserError, run_script
+from common.errors import UserError
 from common.files import write_json
 from configs.loading import eval_changes, eval_settings
 from evaluation.image_files import PICTURES, image_chunks, load_images
@@ -40,7 +40,7 @@ from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
 from report.curves import draw_curves, format_speedup, points_under
-from training.ranks import Ranks, part
+from training.ranks import Ranks, run_ranks
 from training.run_folder import this_command
 
 
@@ -257,5 +257,4 @@ COMMANDS = {
 
 
 if __name__ == "__main__":
-    run_script(main)
-    part()
+    run_ranks(main)

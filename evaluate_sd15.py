@@ -6,10 +6,10 @@ python evaluate_sd15.py align runs/A                                   # CCA, CK
 python evaluate_sd15.py report runs/A runs/A_baseline configs/A.yaml -o report.html
 """
 
-from common.errors import run_script
 from evaluate import main
+from training.ranks import run_ranks
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    run_script(main)
+    run_ranks(main)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cache.batch_stream import Batch, BatchStream
 from cache.order import StepSampler, seed_of
-from common.errors import UserError, run_script
+from common.errors import UserError
 from common.signals import StopSignal
 from configs.loading import knobs_help, load_config
 from configs.schema import Config
@@ -35,7 +35,7 @@ from training.meter import Meter
 from training.metric_log import MetricLog
 from training.parts import Parts, build_parts
 from training.plan import print_plan, step_flops
-from training.ranks import Ranks, part
+from training.ranks import Ranks, run_ranks
 from training.run_folder import RunFolder, this_command
 from training.self_test import self_test
 from training.state import TrainingState
@@ -291,5 +291,4 @@ def claimed_run(config: Config, ranks: Ranks, allowed: list[str]) -> Iterator[Ru
 
 
 if __name__ == "__main__":
-    run_script(main)
-    part()
+    run_ranks(main)

@@ -7,10 +7,10 @@ python train_sd15.py --config configs/A.yaml --self-test    # is every part aliv
 accelerate launch --num_processes 4 train_sd15.py --config configs/A.yaml data.batch_size=12
 """
 
-from common.errors import run_script
 from train import main
+from training.ranks import run_ranks
 
 __all__ = ["main"]
 
 if __name__ == "__main__":
-    run_script(main)
+    run_ranks(main)

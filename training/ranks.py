@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, run_script
 
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that works alone: it may be writing 40 GB
 BUCKET = 2**25  # entries of gradients that are sent together: 128 MiB
@@ -102,8 +102,13 @@ class Ranks:
             torch._foreach_div_(list(tensors), float(self.world))
 
 
-def part() -> None:
-    """Leave the group once all processes are done; one that ended earlier could break the others' connections."""
+def run_ranks(main: Callable[[], None]) -> None:
+    """Run the `main` of a command that several processes may share, as `run_script` does, and let them end together.
+
+    One that ended earlier could break the others' connections; and a process that ends in the group may be aborted by a thread
+    of Gloo, which drops the last collective's tensors when Python is gone.
+    """
+    run_script(main)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

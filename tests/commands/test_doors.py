@@ -1,8 +1,12 @@
 """The plan's names still open: each door hands over to the code that serves any family."""
 
 import importlib
+import runpy
 
 import pytest
+from small_runs import ROOT
+
+from training import ranks
 
 DOORS = {
     "train_sd15": ("main",),
@@ -23,3 +27,15 @@ def test_a_door_has_the_names_of_the_plan_and_says_how_to_use_them(door):
 def test_the_doors_of_the_commands_are_the_commands():
     for door, command in (("train_sd15", "train"), ("evaluate_sd15", "evaluate")):
         assert importlib.import_module(door).main is importlib.import_module(command).main
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_door_lets_several_processes_end_together(command, monkeypatch):
+    """A process that ended in the group was aborted now and then by the group's own threads."""
+    ended = []
+    monkeypatch.setattr(importlib.import_module(command), "main", lambda: ended.append("main"))
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(ranks.dist, "barrier", lambda: ended.append("barrier"))
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: ended.append("group"))
+    runpy.run_path(str(ROOT / f"{command}_sd15.py"), run_name="__main__")
+    assert ended == ["main", "barrier", "group"]
