@@ -1,0 +1,35 @@
+"""Hostile input for every command, a row a case: one line that says what to do, exit code 2, nothing lost, no traceback.
+
+`make test` tries every third row, and `make test-full` all of them.
+"""
+
+import pytest
+import rows_cache
+import rows_limits
+import rows_models
+import rows_records
+import rows_yaml
+from hostile import check, copy_house
+from house import build
+
+TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_limits)
+CASES = [case for table in TABLES for case in table.rows()]
+QUICK = [case for number, case in enumerate(CASES) if number % 3 == 0 or case.check is not None]
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("house"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case in QUICK else pytest.mark.thorough) for case in CASES],
+)
+def test_the_promise_is_kept(case, house, tmp_path):
+    check(case, copy_house(house, tmp_path / "house"))
+
+
+def test_there_are_many_cases_and_each_has_its_own_name():
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert len(QUICK) >= 200
