@@ -12,9 +12,7 @@ from collections.abc import Iterator
 
 MAGIC, DATA_VERSION = 0xBEEFC0DE, 1
 HEADER = struct.Struct("<QHHHH")  # page number, pad, flags, lower, upper: the first 16 bytes of a page
-META = struct.Struct(
-    "<II16x48x40xQ8xQ"
-)  # magic, version, (address, size, free list,) root of the values, transaction
+META = struct.Struct("<II16x48x40xQ8xQ")  # magic, version, root of the values, transaction number
 NODE = struct.Struct("<HHHH")  # two halves of size or child, flags, key size
 BRANCH, LEAF, OVERFLOW, META_PAGE = 1, 2, 4, 8
 BIG_DATA = 1
@@ -52,8 +50,7 @@ class _Pages:
         metas = [META.unpack_from(page, 16) for page in (first, second)]
         if any(meta[:2] != (MAGIC, DATA_VERSION) for meta in metas):
             raise DamagedFile("it is no LMDB file of data format 1")
-        newest = max(metas, key=lambda meta: meta[-1])
-        self.root = newest[2]
+        self.root = max(metas, key=lambda meta: meta[-1])[2]  # that of the newest transaction
 
     def read(self, number: int) -> bytes:
         if (number + 1) * self.size > self.bytes:

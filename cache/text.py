@@ -46,12 +46,8 @@ class TextTable:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextTable":
         """Return the table on a device, with floating-point fields converted to `dtype`; masks keep their type."""
-        return TextTable(
-            {
-                name: values.to(device, dtype) if values.is_floating_point() else values.to(device)
-                for name, values in self.fields.items()
-            }
-        )
+        kept = {name: values.to(device) for name, values in self.fields.items()}
+        return TextTable({name: v.to(dtype) if v.is_floating_point() else v for name, v in kept.items()})
 
 
 def drop_captions(
@@ -63,10 +59,8 @@ def drop_captions(
     """
     first = next(iter(text.values()))
     dropped = torch.rand(len(first), device=first.device, generator=generator) < probability  # (B,)
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (values.ndim - 1)), null[name], values)
-        for name, values in text.items()
-    }
+    as_wide_as = {name: dropped.view(-1, *[1] * (values.ndim - 1)) for name, values in text.items()}
+    return {name: torch.where(as_wide_as[name], null[name], values) for name, values in text.items()}
 
 
 def write_table(folder: str | Path, fields: Mapping[str, Tensor], spec: FieldSpec) -> None:
@@ -98,9 +92,8 @@ def read_table(folder: str | Path) -> tuple[TextTable, dict]:
     except OSError:
         content = b""
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        raise UserError(
-            f"{folder / TABLE} is not the file its manifest describes: run preprocessing script 4 again"
-        )
+        problem = "is not the file its manifest describes"
+        raise UserError(f"{folder / TABLE} {problem}: run preprocessing script 4 again")
     return TextTable(load(content)), manifest
 
 
