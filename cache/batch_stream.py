@@ -116,40 +116,28 @@ class TrainingBatch:
     grid: tuple[int, int] | None  # (h, w) of the tokens
 
 
+@dataclass
 class TrainingBatches:
-    """Makes a `TrainingBatch` of each `Batch`. The text of all classes stays on the device and need not be copied each time.
+    """Makes a `TrainingBatch` of each `Batch`. The text of all classes stays on the device and need not be copied each time."""
 
-    Args:
-        dataset: the cached fields.
-        device, dtype: the device of the step, and the precision of the text fields.
-        caption_dropout: the share of captions that are replaced by the null prompt, for classifier-free guidance.
-        teacher: computes tokens `(B, N, D)` from x_0, for runs without cached tokens; None uses the cached ones.
-        grid: the grid (h, w) of the tokens of `teacher`.
-    """
+    dataset: AlignedDataset
+    device: torch.device
+    dtype: torch.dtype  # of the text fields
+    _: KW_ONLY
+    caption_dropout: float  # the share of captions replaced by the null prompt, for classifier-free guidance
+    teacher: Callable[[Tensor], Tensor] | None = None  # from x_0 to tokens (B, N, D); None: the cached tokens
+    grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`
 
-    def __init__(
-        self,
-        dataset: AlignedDataset,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        caption_dropout: float,
-        teacher: Callable[[Tensor], Tensor] | None = None,
-        grid: tuple[int, int] | None = None,
-    ):
-        self.dataset, self.device, self.dropout, self.teacher = dataset, device, caption_dropout, teacher
-        self.text = dataset.text.to(device, dtype)
-        self.class_ids = dataset.class_ids.to(device)  # (n,)
-        self.grid = dataset.token_grid if teacher is None else grid
+    def __post_init__(self):
+        self.text = self.dataset.text.to(self.device, self.dtype)
+        self.class_ids = self.dataset.class_ids.to(self.device)  # (n,)
+        self.grid = self.dataset.token_grid if self.teacher is None else self.grid
 
     def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
-        """Move the batch to the device and decode it.
-
-        `generator` first draws the latents (where the cache holds moments) and then chooses the captions to drop.
-        """
+        """Decode the batch on the device. `generator` draws the latents (of cached moments) and then the captions to drop."""
         x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
         text = self.text.rows(self.class_ids[batch.rows(self.device)])
-        text = drop_captions(text, self.text.null, self.dropout, generator)
+        text = drop_captions(text, self.text.null, self.caption_dropout, generator)
         if not with_tokens:
             return TrainingBatch(x_0, text, None, None)
         tokens = batch.on(self.device, "dino_tokens") if self.teacher is None else self.teacher(x_0)

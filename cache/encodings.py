@@ -45,10 +45,7 @@ def _int8_bytes(shape: Sequence[int]) -> int:
 
 
 def _encode_int8(values: Tensor) -> Tensor:
-    """Encode as symmetric int8 with one fp16 scale for every 64 channels.
-
-    The bytes of a value are all its integers, followed by all its scales.
-    """
+    """Encode as symmetric int8, with one fp16 scale for every 64 channels: a value is all its integers, then all its scales."""
     groups = values.float().view(len(values), -1, GROUP)  # (n, G, 64)
     # Rounded to fp16 before the division below, because that is what `decode` multiplies by.
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half()  # (n, G, 1)

@@ -60,12 +60,6 @@ class _Pages:
             raise DamagedFile(f"page {number} is not where it should be")
         return page
 
-    def will_need(self, numbers: list[int]) -> None:
-        """Ask the kernel to load these pages in advance, on systems that offer that."""
-        if hasattr(os, "posix_fadvise"):
-            for number in numbers:
-                os.posix_fadvise(self.file, number * self.size, self.size, os.POSIX_FADV_WILLNEED)
-
 
 def _walk(pages: _Pages, number: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
     if depth == 0:
@@ -79,7 +73,9 @@ def _walk(pages: _Pages, number: int, depth: int) -> Iterator[tuple[bytes, int, 
         if flags & BRANCH:
             nodes = [NODE.unpack_from(page, start) for start in starts]
             children = [low | high << 16 | top << 32 for low, high, top, _ in nodes]
-            pages.will_need([child for child in children if child * pages.size < pages.bytes])
+            for child in children:
+                if child * pages.size < pages.bytes:
+                    will_need(pages.file, child * pages.size, pages.size)
             for child in children:
                 yield from _walk(pages, child, depth - 1)
         elif flags & LEAF:
@@ -103,3 +99,9 @@ def _value(pages: _Pages, page: bytes, number: int, start: int) -> tuple[bytes, 
     if offset + size > pages.bytes:
         raise DamagedFile(f"the value of {key!r} lies outside the file")
     return key, offset, size
+
+
+def will_need(file: int, offset: int, size: int) -> None:
+    """Ask the kernel to load these bytes in advance, on systems that offer that."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)

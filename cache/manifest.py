@@ -52,10 +52,7 @@ class FieldSpec:
         return ENCODINGS[self.dtype].encode(values)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Decode stored bytes `raw (n, value_bytes)` to values `(n, *shape)`, on the same device.
-
-        The result is a view of `raw` where the encoding allows that.
-        """
+        """Decode bytes `raw (n, value_bytes)` to values `(n, *shape)` on the same device, if possible as a view of `raw`."""
         return ENCODINGS[self.dtype].decode(raw, self.shape)
 
     def agrees_with(self, other: "FieldSpec") -> bool:
@@ -76,10 +73,7 @@ class FieldSpec:
 
 
 def read_manifest(folder: str | Path, field: str) -> dict:
-    """Return the manifest of a finished field.
-
-    Raises `UserError` when there is none, when it is damaged, or when it belongs to another format, field or folder.
-    """
+    """Return a finished field's manifest; raises `UserError` if it is missing, damaged or of another format, field or folder."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"

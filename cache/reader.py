@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.lmdb_pages import DamagedFile, value_ranges
+from cache.lmdb_pages import DamagedFile, value_ranges, will_need
 from cache.manifest import MANIFEST, UNREADABLE, FieldSpec, ids_digest, read_manifest
 from common.errors import UserError
 
@@ -88,27 +88,21 @@ class FieldReader:
         return self.spec.decode(raw)
 
     def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
-        """Read the value of row i into buffer i, uint8 `(value_bytes,)`.
-
-        `buffers` may be a list of arrays or one array `(len(rows), value_bytes)`.
-        """
+        """Read the value of row i into buffer i, uint8 `(value_bytes,)`; the buffers may be the rows of one array."""
         shards, offsets = (column[rows] for column in self._index[1:])
         missing = []
         for place in np.lexsort((offsets, shards)).tolist():
             file, offset, buffer = self._file(int(shards[place])), int(offsets[place]), buffers[place]
             read = _read_from_memory(file, buffer, offset)
             if read < len(buffer):
-                _will_need(file, offset + read, len(buffer) - read)
+                will_need(file, offset + read, len(buffer) - read)
                 missing.append((file, buffer[read:], offset + read))
         # By now the disk has been asked for everything that was not in memory, so these waits overlap.
         for file, buffer, offset in missing:
             self._fill(file, offset, buffer)
 
     def damaged_shards(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
-        """Read every value and return the names of the shards whose checksum differs from the manifest's.
-
-        `progress` is called with 1 after each value.
-        """
+        """Read every value, call `progress(1)` after each, and return the names of shards that differ from their checksums."""
         (ids, shards, offsets), bad = self._index, []
         value = np.empty(self.spec.value_bytes, np.uint8)
         for number, shard in enumerate(self.manifest["shards"]):
@@ -167,10 +161,7 @@ class FieldReader:
 
 
 def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
-    """Fill the buffer as far as the page cache can without waiting for the disk, and return the number of bytes read.
-
-    Returns 0 on systems that cannot read this way.
-    """
+    """Fill the buffer as far as it is in the page cache, and return the number of bytes; 0 where a system cannot say."""
     if not hasattr(os, "RWF_NOWAIT"):
         return 0
     try:
@@ -179,11 +170,6 @@ def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
         return 0
-
-
-def _will_need(file: int, offset: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def row_checksum(key: bytes, value) -> int:

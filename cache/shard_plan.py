@@ -26,10 +26,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
-    """Write the settings of a new folder, or check those of an existing one, and return them.
-
-    Raises `UserError` when the folder was made with other settings.
-    """
+    """Write a new folder's settings, or check an existing folder's, and return them; raises `UserError` where they differ."""
     path = folder / SETTINGS
     if path.exists():
         known = read_json(path)

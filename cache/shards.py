@@ -78,17 +78,13 @@ class FieldWriter:
         self.complete = self._is_complete()
 
     def pending(self, batch_size: int) -> list[tuple[int, list[str]]]:
-        """Return this writer's batches `(shard, ids)` that are not on disk yet, in order.
-
-        Their shards stay locked until `close`.
-        """
+        """Return this writer's batches `(shard, ids)` that are not on disk yet, in order. `close` unlocks their shards."""
         batches = []
         for number in self.mine:
             if self.complete or self._path(number).exists():
                 continue
-            if not self._locks.take(
-                number + 1
-            ):  # LMDB's own locks would keep readers off shared file systems
+            # LMDB's own locks are off, because readers on shared file systems need that.
+            if not self._locks.take(number + 1):
                 raise UserError(
                     f"another process is writing {self._path(number)}: wait for it, or give each process its own --shard i/n"
                 )
@@ -243,12 +239,8 @@ class FieldWriter:
                 checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
         self._close_shard()
         path, partial = self._path(shard), self._path(shard, PARTIAL)
-        about = {
-            "file": path.name,
-            "count": len(stored),
-            "bytes": partial.stat().st_size,
-            "checksum": checksum,
-        }
+        size = partial.stat().st_size
+        about = {"file": path.name, "count": len(stored), "bytes": size, "checksum": checksum}
         # The description is written first, so that a shard with its final name always has one.
         write_json(self._path(shard, ".json"), about | {"unreadable": unreadable})
         os.replace(partial, path)

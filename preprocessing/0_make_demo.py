@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings)
-    names = miniature.wanted(args.out, args.self_distilled)
+    names, quality = miniature.wanted(args.out, args.self_distilled), args.out / miniature.QUALITY
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    if not missing and summarised(args.out) == names and (args.out / miniature.IMAGES).is_dir():
+    summarised = list(read_json(quality)["models"]) if quality.is_file() else []
+    if not missing and summarised == names and (args.out / miniature.IMAGES).is_dir():
         print(f"{args.out} is already complete")
         return
 
@@ -64,10 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def claim(out: Path, settings: dict) -> None:
-    """Create `out`, or check that this script made it with the same settings.
-
-    Raises `UserError` when the folder contains anything else, because it may be somebody's ImageNet.
-    """
+    """Create `out`, or check that this script made it with the same settings, since it may be somebody's ImageNet."""
     record = out / miniature.SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,12 +119,6 @@ def report(name: str, measures: dict[str, float]) -> None:
     """Print one line about a finished model: its name, its seconds and its measures."""
     listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
     print(f"{name:<22}{measures['seconds']:5.1f} s  {listed}", flush=True)
-
-
-def summarised(out: Path) -> list[str]:
-    """Return the names of the models in `models/quality.json`, or no names when there is no such file."""
-    record = out / miniature.QUALITY
-    return list(read_json(record)["models"]) if record.is_file() else []
 
 
 def summarise(names: list[str], out: Path, settings: dict) -> None:

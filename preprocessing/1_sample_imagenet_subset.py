@@ -110,10 +110,7 @@ def find_beside(root: Path, name: str) -> Path | None:
 
 
 def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str, list[str]]:
-    """Return the sorted image files of every class, as paths relative to `folder`.
-
-    The class folders decide the class of an image or, where there are none, the file of labels.
-    """
+    """Return the sorted image files of every class, relative to `folder`; class folders decide, or else the file of labels."""
     with os.scandir(folder) as scan:
         entries = [entry for entry in scan if entry.name[0] != "."]
     synsets = sorted(entry.name for entry in entries if entry.is_dir())

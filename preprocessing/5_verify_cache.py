@@ -89,13 +89,12 @@ def check_images(checks: Checks, samples, readers) -> list:
     listed = {sample.id for sample in samples}
     missing = listed - in_both
     lacking = {reader.spec.field: len(listed - set(reader.ids) - unreadable) for reader in readers}
+    each = (f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n)
     checks(
         missing <= unreadable,
         f"{len(present)} of {len(samples)} images are in both fields, {len(missing & unreadable)} could not be read, "
         f"{len(missing - unreadable)} are missing",
-        " and ".join(
-            f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n
-        ),
+        " and ".join(each),
     )
     return present
 

@@ -72,10 +72,7 @@ def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
 
 
 def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
-    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)`.
-
-    `args` has the options of `add_teacher_options`.
-    """
+    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`."""
     device, size = pick_device(args.device), args.teacher_image_size
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
     patch = teacher.model.config.patch_size
@@ -123,9 +120,6 @@ def source_of(
 
 
 def noise_of(key: str, shape: Sequence[int]) -> Tensor:
-    """Return standard normal noise that depends only on the id of an image.
-
-    A cache therefore has the same values whatever the batches are and wherever a run was interrupted.
-    """
+    """Return normal noise that depends only on an image's id, so that neither batches nor interruptions change a cache."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -46,10 +46,7 @@ def decoding_workers() -> int:
 
 
 def part_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Return (i, n): of every n shards, this process writes number i.
-
-    This is --shard if it is given, otherwise rank and world size under a launcher, otherwise (0, 1), which means all shards.
-    """
+    """Return (i, n), of every n shards number i: --shard, else rank and world size of a launcher, else (0, 1), which is all."""
     if args.shard is not None:
         return args.shard
     rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
@@ -77,10 +74,7 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
-    """Add the options that choose the teacher and the view of the image that it sees.
-
-    `prefix` keeps two of the names apart from other options of the same script.
-    """
+    """Add the options of the teacher and its view; `prefix` keeps two of the names apart from others of the same script."""
     add, size = parser.add_argument, parser.add_mutually_exclusive_group()
     teacher = (
         "DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "

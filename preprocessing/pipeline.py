@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cache.image_list import Sample, read_samples
@@ -103,7 +103,7 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
     on_gpu = any(job.device.type == "cuda" for job in writers)
     wanted = [(ids, list(dict.fromkeys(job.view for job, _ in jobs))) for ids, jobs in chunks]
     loader = DataLoader(
-        _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,
+        wanted, batch_size=None, collate_fn=partial(_decode, paths), num_workers=workers, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
         # Forked workers end when this process is killed; those of a fork server would go on running.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -138,10 +138,7 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
 
 @contextmanager
 def _failures_explained() -> Iterator[None]:
-    """Turn the errors that a lack of memory causes into a `UserError` that says what to do.
-
-    This wraps the whole loop because the death of a worker may be reported at any line of it.
-    """
+    """Explain the errors that a lack of memory causes. It wraps the whole loop, since any line may report a worker's death."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -183,43 +180,32 @@ def _store(stored) -> None:
         writer.put(shard, ids, raw, unreadable)
 
 
-class _ViewDataset(Dataset):
-    """Decodes one chunk per index, in a worker process of the DataLoader.
+def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
+    """Decode the images of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
     Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`} and {id: problem} of the unreadable ones. A `UserError`
     is returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
     """
-
-    def __init__(self, chunks: list[tuple[Sequence[str], list[tuple[int, str]]]], paths: dict[str, str]):
-        self.chunks, self.paths = chunks, paths
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, index):
-        ids, wanted = self.chunks[index]
-        kept, unreadable = [], {}
-        views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
-        for key in ids:
-            try:
-                image = read_image(self.paths[key])
-            except UnreadableImage as error:
-                unreadable[key] = str(error)
-                continue
-            except UserError as error:
-                return error
-            for view, pixels in views.items():
-                pixels.numpy()[len(kept)] = cut_view(image, *view)
-            kept.append(key)
-        views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
-        return kept, views, unreadable
+    ids, wanted = chunk
+    kept, unreadable = [], {}
+    views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    for key in ids:
+        try:
+            image = read_image(paths[key])
+        except UnreadableImage as error:
+            unreadable[key] = str(error)
+            continue
+        except UserError as error:
+            return error
+        for view, pixels in views.items():
+            pixels.numpy()[len(kept)] = cut_view(image, *view)
+        kept.append(key)
+    views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
+    return kept, views, unreadable
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:
-    """Return the items of the CSV; raises `UserError` when an image does not exist.
-
-    The check lists each folder of images once instead of looking at every file.
-    """
+    """Return the items of the CSV; raises `UserError` when an image is absent. Folders are listed, not files looked at."""
     samples = read_samples(path)
 
     @cache
