@@ -22,22 +22,17 @@ class AlignedDataset(Dataset):
     such images. Row c of `text` belongs to class c. The dataset works with any DataLoader and any start method of processes.
     Training calls `read_batch` instead, which reads stored bytes and is several times faster.
 
-    Args:
-        csv_path: the CSV of script 1.
-        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4. Without a `dino_dir` items have no tokens.
-        need_tokens: with False the tokens are not read (for a run with λ = 0, which does not align).
-
     Raises `UserError` when a field is missing, is unfinished or does not fit the others.
     """
 
     def __init__(
         self,
-        csv_path: str | Path,
-        latent_dir: str | Path,
-        dino_dir: str | Path | None,
-        clip_embeddings_path: str | Path,
+        csv_path: str | Path,  # the CSV of script 1
+        latent_dir: str | Path,  # the folder of script 2
+        dino_dir: str | Path | None,  # that of script 3; without it items have no tokens
+        clip_embeddings_path: str | Path,  # that of script 4
         *,
-        need_tokens: bool = True,
+        need_tokens: bool = True,  # False: tokens are not read (for a run with λ = 0, which does not align)
     ):
         self.latents = FieldReader(latent_dir, "latents")
         self.tokens = None if dino_dir is None else FieldReader(dino_dir, "tokens")

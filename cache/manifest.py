@@ -33,12 +33,8 @@ class FieldSpec:
     meaning: str  # what a value is, in words
     # The model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
     source: dict = field(default_factory=dict)
-    view: dict = field(
-        default_factory=dict
-    )  # the square that the model saw: its kind, size in px, grid of tokens
-    details: dict = field(
-        default_factory=dict
-    )  # what only this field needs, such as the VAE's scaling factor
+    view: dict = field(default_factory=dict)  # the square that the model saw: kind, size in px, token grid
+    details: dict = field(default_factory=dict)  # what only this field needs, such as a scaling factor
 
     @property
     def value_bytes(self) -> int:
@@ -57,10 +53,8 @@ class FieldSpec:
 
     def agrees_with(self, other: "FieldSpec") -> bool:
         """Return whether both have the same field, shape, view and details, and come from the same weights."""
-
-        same = all(
-            getattr(self, name) == getattr(other, name) for name in ("field", "shape", "view", "details")
-        )
+        names = ("field", "shape", "view", "details")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
         return same and self.source.get("weights_sha256") == other.source.get("weights_sha256")
 
     def as_json(self) -> dict:
@@ -73,7 +67,7 @@ class FieldSpec:
 
 
 def read_manifest(folder: str | Path, field: str) -> dict:
-    """Return a finished field's manifest; raises `UserError` if it is missing, damaged or of another format, field or folder."""
+    """Return a finished field's manifest; raises `UserError` if it is missing, damaged or for another format, field, folder."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"

@@ -32,11 +32,9 @@ class StepSampler(Sampler[list[int]]):
     def __post_init__(self):
         world, accumulate = self.ranks[1], self.accumulate
         if self.num_samples < self.batch_size * accumulate * world:
-            needed = f"data.batch_size = {self.batch_size}"
-            needed += f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
-            raise UserError(
-                f"{self.num_samples} images are fewer than {needed} on {world} process(es): lower it"
-            )
+            fewer = f"{self.num_samples} images are fewer than data.batch_size = {self.batch_size}"
+            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
+            raise UserError(f"{fewer}{times} on {world} process(es): lower it")
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self.ranks

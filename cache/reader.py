@@ -52,7 +52,7 @@ class FieldReader:
         return self.manifest["num_samples"]
 
     def __getstate__(self) -> dict:
-        # Another process must open the files itself, and makes the large dict of rows anew faster than it is sent.
+        # Another process must open the files itself; it makes the dict of rows anew when it needs that.
         return {name: value for name, value in self.__dict__.items() if name != "_row_of"} | {"_open": {}}
 
     @property
@@ -120,7 +120,7 @@ class FieldReader:
             file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
             if hasattr(os, "posix_fadvise"):  # switches read-ahead off, which would read unwanted values
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            return self._open.setdefault(shard, file).fileno()  # another thread may have opened it first
+            self._open.setdefault(shard, file)  # another thread may have opened it first
         return self._open[shard].fileno()
 
     def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:

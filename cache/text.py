@@ -18,12 +18,9 @@ TABLE = "text.safetensors"
 
 @dataclass(frozen=True)
 class TextTable:
-    """The text fields of all prompts, such as `prompt_embeds (n + 1, 77, 768)`.
+    """The text fields of all prompts: row c belongs to class c, and the last row is the null prompt."""
 
-    Each field is `(n_prompts + 1, …)`: row c belongs to class c, and the last row is the null prompt. Fields are named after
-    the arguments of the pipeline's call that they are passed to.
-    """
-
+    # Each is (n_prompts + 1, …), such as prompt_embeds (1001, 77, 768), and named after an argument of the pipeline's call.
     fields: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -53,10 +50,7 @@ class TextTable:
 def drop_captions(
     text: Mapping[str, Tensor], null: Mapping[str, Tensor], probability: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Replace each caption of a batch by the null prompt with the given probability, for classifier-free guidance.
-
-    `text` has the fields `(B, …)` of the batch, `null` the fields `(…)` of the null prompt.
-    """
+    """Replace each caption of `text (B, …)` by `null (…)` with the given probability, for classifier-free guidance."""
     first = next(iter(text.values()))
     dropped = torch.rand(len(first), device=first.device, generator=generator) < probability  # (B,)
     as_wide_as = {name: dropped.view(-1, *[1] * (values.ndim - 1)) for name, values in text.items()}

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     claim(args.out, settings)
     names, quality = miniature.wanted(args.out, args.self_distilled), args.out / miniature.QUALITY
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    summarised = list(read_json(quality)["models"]) if quality.is_file() else []
-    if not missing and summarised == names and (args.out / miniature.IMAGES).is_dir():
+    whole = not missing and quality.is_file() and (args.out / miniature.IMAGES).is_dir()
+    if whole and list(read_json(quality)["models"]) == names:
         print(f"{args.out} is already complete")
         return
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def claim(out: Path, settings: dict) -> None:
-    """Create `out`, or check that this script made it with the same settings, since it may be somebody's ImageNet."""
+    """Create `out`, or raise `UserError` unless this script made it with the same settings: it may be somebody's ImageNet."""
     record = out / miniature.SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -68,10 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     for class_id, synset in enumerate(synsets):
         names = found[synset]
         if len(names) < args.per_class:
-            lacks = (
-                f"class {class_id} ({synset}) has {len(names)} images, fewer than {args.per_class}: skipped"
-            )
-            print(lacks, file=sys.stderr)
+            few_images = f"class {class_id} ({synset}) has {len(names)} images, fewer than {args.per_class}"
+            print(f"{few_images}: skipped", file=sys.stderr)
             continue
         # All names are shuffled, not only those chosen, so that a longer list begins with the shorter one.
         random.Random(f"{args.seed}/{synset}").shuffle(names)
@@ -80,10 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             for name in names[: args.per_class]
         ]
     if not chosen:
-        most = max(map(len, found.values()))
-        raise UserError(
-            f"no class of {folder} has {args.per_class} images: lower --per-class, to {most} at most"
-        )
+        todo = f"lower --per-class, to {max(map(len, found.values()))} at most"
+        raise UserError(f"no class of {folder} has {args.per_class} images: {todo}")
     samples = [images[rank] for rank in range(args.per_class) for images in chosen.values()]
     if len({sample.id for sample in samples}) != len(samples):
         raise UserError(f"{folder} holds files that differ only in their extension: ids would not be unique")
@@ -178,9 +174,8 @@ def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classe
 
 def image_names(names: Iterable[str]) -> list[str]:
     """Return the image files among the names, sorted, without hidden files (macOS writes ._*.JPEG)."""
-    return sorted(
-        name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
-    )
+    shown = (name for name in names if name[0] != ".")
+    return sorted(name for name in shown if os.path.splitext(name)[1].lower() in EXTENSIONS)
 
 
 def few(names: list[str]) -> str:

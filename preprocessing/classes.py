@@ -1,6 +1,6 @@
 """Read a class file, which lists the classes, their order and their names.
 
-There are three formats, recognised by their content:
+There are three formats, recognised by their content; a file of no such format raises `UserError`:
 
     {"0": "tench", ...}                        names by class number
     {"0": ["n01440764", "tench"], ...}         imagenet_class_index.json
@@ -28,10 +28,7 @@ def read_synsets(path: str | Path) -> list[str]:
 
 
 def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
-    """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only.
-
-    Raises `UserError` when the file has none of the formats.
-    """
+    """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except OSError as error:

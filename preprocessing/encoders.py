@@ -1,12 +1,12 @@
 """The encoders of scripts 2 and 3, which turn pixels into latents and tokens, and the specifications of their values."""
 
-import argparse
 import hashlib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.encodings import GROUP
 from cache.manifest import FieldSpec
@@ -25,9 +25,7 @@ MEANING = {
 }
 
 
-def encode_images(
-    args: argparse.Namespace, *, latents: Path | None = None, tokens: Path | None = None
-) -> None:
+def encode_images(args: Namespace, *, latents: Path | None = None, tokens: Path | None = None) -> None:
     """Encode every image of the list into each folder that is given; `args` is the command line of script 2 or 3."""
     samples = read_images_to_encode(args.csv)
     folders = ((latent_job, latents), (token_job, tokens))
@@ -37,7 +35,7 @@ def encode_images(
     )
 
 
-def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
+def latent_job(args: Namespace, folder: Path) -> FieldJob:
     """Return the job that makes latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, with the base model's VAE.
 
     `args` has the options of `add_latent_options`; S is the image size in px.
@@ -71,7 +69,7 @@ def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
     return FieldJob(folder, spec, encode, device)
 
 
-def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
+def token_job(args: Namespace, folder: Path) -> FieldJob:
     """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`."""
     device, size = pick_device(args.device), args.teacher_image_size
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
@@ -92,7 +90,7 @@ def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
     def encode(pixels: Tensor, _ids: Sequence[str]) -> Tensor:
         with autocast(device, args.precision):
             tokens = teacher(pixels.to(device, non_blocking=True).float() / 255)  # (n, N, D)
-        return torch.nn.functional.normalize(tokens.float(), dim=-1)
+        return nn.functional.normalize(tokens.float(), dim=-1)
 
     source = source_of(args.teacher, args.teacher_revision, teacher.model, device, args.precision)
     source |= {"implementation": teacher.implementation, "position_embeddings": teacher.resampling}
@@ -107,13 +105,8 @@ def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
     return FieldJob(folder, spec, encode, device)
 
 
-def source_of(
-    model: str, revision: str | None, module: torch.nn.Module, device: torch.device, wanted: str
-) -> dict:
-    """Describe the weights that make a field and the precision they run in, for `FieldSpec.source`.
-
-    `wanted` is the precision of the command line; recorded is the one that `autocast(device, wanted)` computes in.
-    """
+def source_of(model: str, revision: str | None, module: nn.Module, device: torch.device, wanted: str) -> dict:
+    """Describe the weights of a field and the precision that `autocast(device, wanted)` computes in, for its `source`."""
     precision = "bf16" if compute_dtype(device, wanted) == torch.bfloat16 else "fp32"
     weights = {"model": model, "revision": revision, "weights_sha256": weights_digest(module)}
     return weights | {"precision": precision}
