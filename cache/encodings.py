@@ -24,9 +24,7 @@ class Encoding:
 
     value_bytes: Callable[[Sequence[int]], int]  # the bytes of one value of this shape
     encode: Callable[[Tensor], Tensor]  # floats (n, *shape) to uint8 (n, value_bytes)
-    decode: Callable[
-        [Tensor, Sequence[int]], Tensor
-    ]  # uint8 (n, value_bytes) and a shape to numbers (n, *shape)
+    decode: Callable[[Tensor, Sequence[int]], Tensor]  # uint8 (n, value_bytes) and a shape to (n, *shape)
 
 
 def _plain(dtype: torch.dtype) -> Encoding:

@@ -3,7 +3,8 @@
 import csv
 import io
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from common.errors import UserError
@@ -51,7 +52,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 def write_samples(path: str | Path, samples: list[Sample]) -> None:
     """Write the CSV atomically."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(astuple, samples)])
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(attrgetter(*COLUMNS), samples)])
     try:
         write_atomically(path, text.getvalue().encode())
     except UnicodeEncodeError as error:

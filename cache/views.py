@@ -16,7 +16,6 @@ from PIL import ExifTags, Image
 
 from common.errors import UserError
 
-VIEWS = ("aligned", "official")
 OFFICIAL_RESIZE = 256 / 224  # DINOv2 resizes the shorter side to 256 px and crops the central 224 px
 # The exceptions that PIL raises for a damaged file.
 DAMAGE = (
@@ -82,7 +81,7 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
         # As torchvision does, truncate the longer side and round the position of the crop.
         sides = [shorter * side // min(image.size) for side in image.size]
         return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
-    raise ValueError(f"view must be one of {', '.join(VIEWS)}, not {view!r}")
+    raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -53,9 +53,8 @@ def part_of(args: argparse.Namespace) -> tuple[int, int]:
     try:
         return part(rank)
     except argparse.ArgumentTypeError:
-        raise UserError(
-            f"RANK/WORLD_SIZE is {rank}, which no launcher sets: unset both, or give --shard"
-        ) from None
+        todo = "unset both, or give --shard"
+        raise UserError(f"RANK/WORLD_SIZE is {rank}, which no launcher sets: {todo}") from None
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
