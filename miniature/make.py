@@ -33,9 +33,7 @@ FLOORS = {
     "classifier_accuracy": 0.97,
 }
 # Floors that apply to one model instead of those above.
-OWN_FLOORS = {
-    "dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0},
-}
+OWN_FLOORS = {"dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0}}
 
 # Training steps of each model by `quick`; the numbers for the full demo were chosen by measurement.
 STEPS = {

@@ -14,12 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetForImageClassification
 
 from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
