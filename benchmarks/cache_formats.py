@@ -8,8 +8,7 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -90,21 +89,15 @@ class Ours(Format):
     name = "ours"
 
     def write(self, values: Values) -> None:
+        def values_of(field: str, indices: list[int]) -> Tensor:
+            return values[field][indices]
+
         count = len(values["latents"])
         # Few classes: the text table is read when a training starts, not when a batch is.
-        write_cache(
-            self.folder,
-            SHAPES,
-            count,
-            lambda field, rows: values[field][rows],
-            classes=10,
-            shard_size=count // 2,
-        )
+        write_cache(self.folder, SHAPES, count, values_of, classes=10, shard_size=count // 2)
 
     def open(self) -> AlignedDataset:
-        return AlignedDataset(
-            self.folder / "list.csv", *(self.folder / name for name in ("latents", "tokens", "text"))
-        )
+        return AlignedDataset(*(self.folder / name for name in ("list.csv", "latents", "tokens", "text")))
 
     def __getitems__(self, indices: list[int]) -> list[Values]:
         items = self.opened.__getitems__(indices)
@@ -115,13 +108,10 @@ class OursStreamed(Ours):
     """Read as training does."""
 
     def read(self, batches: Iterable[list[int]], threads: int) -> Iterator[Delivered]:
-        dataset = self.opened
-        stream = BatchStream(
-            batches, dataset.read_batch, dataset.value_bytes, dataset.decode, threads=threads
-        )
-        cpu = torch.device("cpu")
+        ours, cpu = self.opened, torch.device("cpu")
+        stream = BatchStream(batches, ours.read_batch, ours.value_bytes, ours.decode, threads=threads)
         for batch in stream:
-            yield batch.indices, {name: batch.on(cpu, ours) for ours, name in OF_OURS.items()}
+            yield batch.indices, {here: batch.on(cpu, name) for name, here in OF_OURS.items()}
 
 
 class PickledLmdb(Format):
@@ -189,37 +179,33 @@ class FlatFiles(Format):
 class MappedStreamed(FlatFiles):
     """The least that a random read can cost: one copy of a memory map into memory that is used again."""
 
+    def open(self) -> dict:
+        maps = super().open().items()
+        return {name: mapped.reshape(len(mapped), -1).view(np.uint8) for name, mapped in maps}
+
+    def copy(self, name: str, index: int, out: np.ndarray) -> None:
+        out[:] = self.opened[name][index]
+
     def read(self, batches: Batches, threads: int) -> Iterator[Delivered]:
-        maps = {name: mapped.reshape(len(mapped), -1).view(np.uint8) for name, mapped in self.opened.items()}
+        def read(indices: Sequence[int], raw: Values) -> None:
+            for name in FIELDS:
+                for index, out in zip(indices, raw[name].numpy(), strict=True):  # out: (value_bytes,)
+                    self.copy(name, index, out)
 
-        def copy(name: str, index: int, out: np.ndarray) -> None:
-            out[:] = maps[name][index]
+        _ = self.opened  # before there are threads
+        for batch in BatchStream(batches, read, VALUE_BYTES, {}, threads=threads):
+            raw = {name: stored.view(torch.float16) for name, stored in batch.raw.items()}
+            yield batch.indices, {name: values.view(-1, *FIELDS[name]) for name, values in raw.items()}
 
-        yield from _stream_flat(copy, batches, threads)
 
-
-class PreadvStreamed(FlatFiles):
+class PreadvStreamed(MappedStreamed):
     """The same by system calls, which are safe where a file shrinks or a disk fails; a map ends the process."""
 
-    def read(self, batches: Batches, threads: int) -> Iterator[Delivered]:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(open(self.folder / f"{name}.bin", "rb")) for name in FIELDS}
+    def open(self) -> dict:
+        return {name: open(self.folder / f"{name}.bin", "rb") for name in FIELDS}  # while this object lives
 
-            def copy(name: str, index: int, out: np.ndarray) -> None:
-                os.preadv(files[name].fileno(), [out], index * VALUE_BYTES[name])
-
-            yield from _stream_flat(copy, batches, threads)
-
-
-def _stream_flat(copy: Callable[[str, int, np.ndarray], None], batches, threads: int) -> Iterator[Delivered]:
-    def read(indices: Sequence[int], raw: Values) -> None:
-        for name in FIELDS:
-            for index, out in zip(indices, raw[name].numpy(), strict=True):  # out: (value_bytes,)
-                copy(name, index, out)
-
-    for batch in BatchStream(batches, read, VALUE_BYTES, {}, threads=threads):
-        values = {name: raw.view(torch.float16).view(-1, *FIELDS[name]) for name, raw in batch.raw.items()}
-        yield batch.indices, values
+    def copy(self, name: str, index: int, out: np.ndarray) -> None:
+        os.preadv(self.opened[name].fileno(), [out], index * VALUE_BYTES[name])
 
 
 class Mds(Format):
@@ -288,11 +274,10 @@ def _tar_sample(sample: dict) -> dict:
     return shaped({name: sample[name] for name in FIELDS}) | {"index": int(sample["__key__"])}
 
 
-def write_formats(
-    folder: Path, wanted: Iterable[type[Format]], values: Values
-) -> tuple[dict[str, Path], dict[str, str]]:
+def write_formats(folder: Path, wanted: Iterable[type[Format]], values: Values) -> tuple[dict, dict]:
     """Write the wanted formats into durable folders; returns these by name, and the reasons why others are absent."""
-    folders, absent = {}, {}
+    folders: dict[str, Path] = {}
+    absent: dict[str, str] = {}
     for name, kind in {kind.name: kind for kind in wanted}.items():
         try:
             if kind.needs:

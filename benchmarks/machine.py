@@ -19,7 +19,7 @@ def machine() -> dict:
     """What the numbers depend on and the code does not decide."""
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    packages = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
     return {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -28,7 +28,7 @@ def machine() -> dict:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in PACKAGES if name in installed},
+        "packages": {name: package.version for name, package in packages.items() if package},
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
 

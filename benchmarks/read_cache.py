@@ -147,9 +147,7 @@ def cold(args: argparse.Namespace) -> None:
     publish(args, rows, targets, skipped=skipped, disk=disk_of(args.dir))
 
 
-def compare(
-    args: argparse.Namespace, arms: dict[str, type[Format]], read: int, passes: int
-) -> tuple[dict[str, Speed], dict[str, str]]:
+def compare(args: argparse.Namespace, arms: dict, read: int, passes: int) -> tuple[dict[str, Speed], dict]:
     """Measure each arm in every round on `read` random samples, `passes` times.
 
     Returns the arms' speeds, the fastest first, and which formats were skipped and why.
@@ -182,10 +180,10 @@ def compare(
                 print(f"{arm}: {found[0]:,.0f} samples/s", flush=True)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")
-    measured = {
-        arm: Speed(*np.median(found, axis=0).tolist(), best=max(found)[0]) for arm, found in rounds.items()
-    }
-    return dict(sorted(measured.items(), key=lambda entry: -entry[1].median)), skipped
+    speeds = [
+        (arm, Speed(*np.median(found, axis=0).tolist(), max(found)[0])) for arm, found in rounds.items()
+    ]
+    return dict(sorted(speeds, key=lambda entry: -entry[1].median)), skipped
 
 
 def measure(arm: Format, batches: Batches, readers: int, warm_up: int) -> tuple[float, float, float]:

@@ -37,12 +37,9 @@ def add_part(parts, run: Callable[[argparse.Namespace], None], **counts: tuple[i
     add_options(parts.add_parser(run.__name__), counts).set_defaults(run=run)
 
 
-def add_options(
-    parser: argparse.ArgumentParser, counts: dict[str, tuple[int, str]]
-) -> argparse.ArgumentParser:
-    parser.add_argument(
-        "--dir", type=Path, default=ROOT / "data", help="disk for temporary data (default data/)"
-    )
+def add_options(parser: argparse.ArgumentParser, counts: dict) -> argparse.ArgumentParser:
+    data = ROOT / "data"
+    parser.add_argument("--dir", type=Path, default=data, help="disk for temporary data (default data/)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON that is written")
     for name, (default, meaning) in counts.items():
         option = f"--{name.replace('_', '-')}"

@@ -35,6 +35,7 @@ from training.plan import step_flops
 from training.run_folder import RunFolder
 from training.state import TrainingState
 
+TRAIN = ("lora", "partial", "full")
 WINDOWS = 7  # of each loop, in turn
 CONFIG = ROOT / "configs" / "A.yaml"
 
@@ -42,9 +43,7 @@ CONFIG = ROOT / "configs" / "A.yaml"
 def main() -> None:
     parser = benchmark_parser(__doc__, steps=(10, "of each window"))
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
-    parser.add_argument(
-        "--train", nargs="+", choices=("lora", "partial", "full"), default=["lora", "partial", "full"]
-    )
+    parser.add_argument("--train", nargs="+", choices=TRAIN, default=TRAIN)
     parser.add_argument("--batch", nargs="+", type=positive, default=[48], help="(default 48)")
     parser.add_argument("--compile", nargs="+", default=["none", "default"], help="(default none default)")
     parser.add_argument("--coeff", nargs="+", type=float, default=[0.0, 0.8], help="λ (default 0 0.8)")

@@ -54,9 +54,8 @@ def main() -> None:
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
     parser.add_argument("--workers", type=not_negative, default=1, help="that decode images (default 1)")
-    parser.add_argument(
-        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default auto)"
-    )
+    precisions = ("auto", "bf16", "fp32")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="(default auto)")
     add_device_option(parser)
     args = parser.parse_args()
     wanted = args.encoders.split(",")
