@@ -19,10 +19,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:  # no permission, no space, a file where a folder should be
+    except (UserError, OSError) as error:  # OSError: no permission, no space, a file where a folder should be
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
