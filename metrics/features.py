@@ -66,15 +66,11 @@ class FeatureSet:
     @classmethod
     def interleave(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
         """Interleave the parts of n processes back into the order of the images: image i is image i // n of part i mod n."""
-        whole = cls()
         places = [np.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)]
         order = np.argsort(np.concatenate(places))
-
-        def joined(name: str) -> np.ndarray | None:
-            arrays = [getattr(part, name) for part in parts]
-            return None if arrays[0] is None else np.concatenate(arrays)[order]
-
-        whole._chunks = [Features(joined("pool"), joined("logits"), None, joined("labels"))]
+        arrays = (_joined(parts, name) for name in ("pool", "logits", "labels"))
+        pool, logits, labels = (None if array is None else array[order] for array in arrays)
+        whole = cls().add(Features(pool, logits, None, labels))
         for part in parts:
             if part.spatial is not None:
                 whole.spatial = (whole.spatial or Moments()).merge(part.spatial)
@@ -84,38 +80,29 @@ class FeatureSet:
         return sum(map(len, self._chunks))
 
     @property
-    def pool(self) -> np.ndarray:
-        """(N, D)."""
-        return np.concatenate([chunk.pool for chunk in self._chunks])
+    def pool(self) -> np.ndarray:  # (N, D)
+        return _joined(self._chunks, "pool")
 
     @property
-    def logits(self) -> np.ndarray | None:
-        """(N, K), or None."""
-        return self._joined("logits")
+    def logits(self) -> np.ndarray | None:  # (N, K)
+        return _joined(self._chunks, "logits")
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """(N,), or None."""
-        return self._joined("labels")
-
-    def _joined(self, name: str) -> np.ndarray | None:
-        parts = [getattr(chunk, name) for chunk in self._chunks]
-        return None if any(part is None for part in parts) else np.concatenate(parts)
+    def labels(self) -> np.ndarray | None:  # (N,)
+        return _joined(self._chunks, "labels")
 
 
-def check_images(images: np.ndarray) -> None:
-    """Check that images are (N, H, W, 3) uint8 with N >= 1."""
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
-        raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
+def _joined(parts: Sequence[Features | FeatureSet], name: str) -> np.ndarray | None:
+    arrays = [getattr(part, name) for part in parts]
+    return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
 
 def batches(images: np.ndarray, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The images as (b, 3, H, W) uint8 on the device, batch by batch."""
-    check_images(images)
+    """(N, H, W, 3) uint8, N >= 1, as (b, 3, H, W) uint8 on the device, batch by batch; raises ValueError for anything else."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
     for start in range(0, len(images), batch_size):
-        chunk = np.ascontiguousarray(images[start : start + batch_size])
-        chunk = chunk if chunk.flags.writeable else chunk.copy()  # PyTorch warns of arrays it might write to
-        yield torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2)
+        yield torch.tensor(images[start : start + batch_size], device=device).permute(0, 3, 1, 2)
 
 
 def sha256_of(*paths: Path) -> str:
@@ -124,8 +111,7 @@ def sha256_of(*paths: Path) -> str:
     for path in paths:
         try:
             with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
     return digest.hexdigest()

@@ -32,63 +32,51 @@ class Inception:
         self.layers = nn.Sequential(*list(network.children())[:-1])
         self.spatial = network.Mixed_6d.branch1x1
         self.classifier = network.fc.weight  # (K, D)
+        self.device = self.classifier.device
         self.identity = {"network": type(network).__name__, "weights_sha256": weights_sha256}
-
-    @property
-    def device(self) -> torch.device:
-        return self.classifier.device
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, 299, 299) in 0..255 -> (b, D)."""
         return self.layers((images - 128) / 128).flatten(1)
 
 
-class AdmExtractor:
-    """Features by the definitions of ADM's evaluator: FID, sFID, IS, precision and recall."""
+class InceptionExtractor:
+    """What both protocols share: the network, and an identity that says how images are resized for it."""
 
-    protocol = "adm"
+    protocol: str
+    resize: str
 
     def __init__(self, inception: Inception):
         self.inception = inception
-        self.identity = {
-            "protocol": self.protocol,
-            **inception.identity,
-            "resize": f"TensorFlow 1 bilinear to {SIDE}",
-            "layout": "NHWC",
-        }
+        facts = {"resize": self.resize, "layout": "NHWC"}
+        self.identity = {"protocol": self.protocol, **inception.identity, **facts}
+
+
+class AdmExtractor(InceptionExtractor):
+    """Features by the definitions of ADM's evaluator: FID, sFID, IS, precision and recall."""
+
+    protocol, resize = "adm", f"TensorFlow 1 bilinear to {SIDE}"
 
     def features(self, images, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8 -> pool (N, 2048), logits without bias (N, 1008), spatial (N, 2023)."""
-        net, seen = self.inception, []
+        net, maps = self.inception, []
         pools, logits, spatials = [], [], []
-        handle = net.spatial.register_forward_hook(lambda _module, _args, output: seen.append(output))
-        try:
-            with full_precision(net.device):
-                for batch in batches(images, batch_size, net.device):
-                    pool = net.pool(resize_adm(batch))  # (b, D)
-                    pools.append(pool.cpu())
-                    logits.append((pool @ net.classifier.T).cpu())  # (b, K)
-                    maps = seen.pop()[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
-                    # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
-                    spatials.append(maps.permute(0, 2, 3, 1).flatten(1).cpu())  # (b, 2023)
-        finally:
-            handle.remove()
+        hook = net.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output))
+        with hook, full_precision(net.device):
+            for batch in batches(images, batch_size, net.device):
+                pool = net.pool(resize_adm(batch))  # (b, D)
+                pools.append(pool.cpu())
+                logits.append((pool @ net.classifier.T).cpu())  # (b, K)
+                spatial = maps.pop()[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
+                # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
+                spatials.append(spatial.permute(0, 2, 3, 1).flatten(1).cpu())  # (b, 2023)
         return Features(*(torch.cat(parts).numpy() for parts in (pools, logits, spatials)))
 
 
-class CleanExtractor:
+class CleanExtractor(InceptionExtractor):
     """Features by clean-fid's protocol, mode "clean"."""
 
-    protocol = "clean"
-
-    def __init__(self, inception: Inception):
-        self.inception = inception
-        self.identity = {
-            "protocol": self.protocol,
-            **inception.identity,
-            "resize": f"bicubic antialiased to {SIDE} in float64",
-            "layout": "NHWC",
-        }
+    protocol, resize = "clean", f"bicubic antialiased to {SIDE} in float64"
 
     def features(self, images, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8 -> pool (N, 2048)."""
@@ -110,9 +98,7 @@ def resize_clean(images: torch.Tensor) -> torch.Tensor:
 
     float64 because PIL computes in double: within 1.5e-5 of it then, and only within 3e-3 in float32.
     """
-    resized = F.interpolate(
-        images.double(), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True
-    )
+    resized = F.interpolate(images.double(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return resized.clamp(0, 255).float()
 
 

@@ -176,10 +176,7 @@ def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> Lora
             f"model.lora_targets = {targets!r}: {family.name} has {', '.join(family.lora_targets)}"
         )
     return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=family.lora_targets[targets],
-        init_lora_weights="gaussian",
+        r=rank, lora_alpha=alpha, target_modules=family.lora_targets[targets], init_lora_weights="gaussian"
     )
 
 

@@ -59,11 +59,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
     check_complete(state, shapes_of(config), path)
     model_class = transformers.MODEL_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=to_transformers(state),
-        dtype=torch.float32,
-        output_loading_info=True,
+        None, config=config, state_dict=to_transformers(state), dtype=torch.float32, output_loading_info=True
     )
     if left := {what: keys for what, keys in report.items() if keys}:
         raise RuntimeError(f"transformers {transformers.__version__} did not take all of {path}: {left}")
