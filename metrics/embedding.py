@@ -43,15 +43,12 @@ def embed_sources(
 ) -> dict[str, dict[str, Panel]]:
     """{source: {"raw": Panel, "centred": Panel}}; both panels show the same tokens, of ten classes at most."""
     return {
-        name: {
-            kind: _panel(source, centre=kind == "centred", seed=seed, method=method)
-            for kind in ("raw", "centred")
-        }
+        name: {kind: _panel(source, kind == "centred", seed, method) for kind in ("raw", "centred")}
         for name, source in sources.items()
     }
 
 
-def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
+def _panel(source: Source, centre: bool, seed: int, method: str) -> Panel:
     few = np.unique(source.classes)[:MAX_CLASSES]
     cells = source.projected.shape[1]
     images, places = np.nonzero(np.isin(source.classes, few)[:, None] & np.ones(cells, bool))
@@ -76,9 +73,9 @@ def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
 
 
 def joint_embedding(x: ndarray, y: ndarray, seed: int, *, method: str = "tsne") -> ndarray:
-    """Embed tokens x (M, D) and y (M, D) jointly in the plane; returns (2, M, 2): x's points, then y's.
+    """Embed tokens x (M, D) and y (M, D) jointly in the plane by "tsne" or "umap"; returns (2, M, 2): x's points, then y's.
 
-    Both sides are L2-normalised, then reduced to 50 principal components or fewer. The seed is fixed.
+    Both sides are L2-normalised, then reduced to 50 principal components or fewer.
     """
     if x.ndim != 2 or x.shape != y.shape or len(x) < 4:
         raise ValueError(f"x and y must share one shape (M, D) with M >= 4, got {x.shape} and {y.shape}")
@@ -86,30 +83,21 @@ def joint_embedding(x: ndarray, y: ndarray, seed: int, *, method: str = "tsne") 
     points = points - points.mean(axis=0)
     _, _, directions = np.linalg.svd(points, full_matrices=False)
     points = points @ directions[:COMPONENTS].T  # (2M, min(50, D, 2M))
-    return METHODS[method](points, seed).reshape(2, len(x), 2)
+    if method == "umap":
+        from umap import UMAP
+
+        solver = UMAP(n_neighbors=min(15, len(points) - 1), random_state=seed, n_jobs=1)
+    else:
+        from sklearn.manifold import TSNE
+
+        solver = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
+    return solver.fit_transform(points).reshape(2, len(x), 2)
 
 
 def check_installed(method: str) -> None:
     """Raise `UserError` for UMAP where its package, which nothing else needs, is not installed."""
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise UserError("--embedding umap needs a package of its own: pip install umap-learn")
-
-
-def _tsne(points: ndarray, seed: int) -> ndarray:
-    from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)  # (2M, 2)
-
-
-def _umap(points: ndarray, seed: int) -> ndarray:
-    from umap import UMAP
-
-    neighbours = min(15, len(points) - 1)
-    return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(points)  # (2M, 2)
-
-
-METHODS = {"tsne": _tsne, "umap": _umap}
 
 
 def _prepared(x: ndarray, centre: bool) -> ndarray:

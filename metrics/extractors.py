@@ -1,6 +1,7 @@
 """The feature extractors that the settings name: Inception, or an image classifier of a transformers folder, and DINOv2."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 from common.errors import UserError
-from metrics.features import Extractor, Features, batches, full_precision, sha256_of
+from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -35,10 +36,8 @@ def load_extractors(
     return extractors if dinov2 is None else [*extractors, load_dinov2(Path(dinov2), device)]
 
 
-class FolderExtractor:
+class FolderExtractor(Extractor):
     """The part that both extractors share: how images are prepared, and the identity of the network."""
-
-    protocol: str
 
     def __init__(self, model: torch.nn.Module, sha256: str, *, mean: list, std: list, size: tuple[int, int]):
         """`mean`, `std` per RGB channel, pixels in [0, 1]; `size` (height, width) is the size of the network's input."""
@@ -84,19 +83,20 @@ class ClassifierExtractor(FolderExtractor):
             raise UserError(f"{type(model).__name__} has no linear layer with {outputs} outputs to read from")
         self.head = linears[-1]
 
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, D) and logits (b, K)."""
+        pools: list[torch.Tensor] = []
+        with self.head.register_forward_pre_hook(lambda _module, args: pools.append(args[0])):
+            logits = self.model(pixel_values=self.prepare(images)).logits
+        expected, found = [(len(images), self.head.in_features)], [tuple(pool.shape) for pool in pools]
+        if found != expected:
+            raise ValueError(f"expected features {expected}, got {found}")
+        return pools[0], logits
+
     def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8 -> pool (N, D), logits (N, K) and labels (N,)."""
-        pools: list[torch.Tensor] = []  # (b, D)
-        read = self.head.register_forward_pre_hook(lambda _, args: pools.append(args[0].float().cpu()))
-        with read, full_precision(self.device):
-            logits = [
-                self.model(pixel_values=self.prepare(batch)).logits.float().cpu()  # (b, K)
-                for batch in batches(images, batch_size, self.device)
-            ]
-        pool, logits = torch.cat(pools).numpy(), torch.cat(logits).numpy()  # (N, D), (N, K)
-        if pool.shape != (len(images), self.head.in_features):
-            raise ValueError(f"expected features {(len(images), self.head.in_features)}, got {pool.shape}")
-        return Features(pool, logits, None, logits.argmax(axis=-1))
+        found = super().features(images, batch_size)
+        return replace(found, labels=found.logits.argmax(axis=-1))
 
 
 class Dinov2Extractor(FolderExtractor):
@@ -107,14 +107,9 @@ class Dinov2Extractor(FolderExtractor):
 
     protocol = "dinov2"
 
-    def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
-        """(N, H, W, 3) uint8 -> pool (N, D)."""
-        with full_precision(self.device):
-            pools = [
-                self.model(self.prepare(batch)).last_hidden_state[:, 0].float().cpu()  # (b, D)
-                for batch in batches(images, batch_size, self.device)
-            ]
-        return Features(torch.cat(pools).numpy())
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, D)."""
+        return (self.model(self.prepare(images)).last_hidden_state[:, 0],)
 
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:

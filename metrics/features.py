@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,18 +31,28 @@ class Features:
         return len(self.pool)
 
 
-class Extractor(Protocol):
-    """What every extractor offers: the `protocol` for metric names, an `identity`, and `features`.
+class Extractor:
+    """A frozen network that gives features by one protocol.
 
-    Two results can be compared if `identity` is equal: protocol, network, weights_sha256, resize, layout, …; JSON values only.
+    Results can be compared if `identity` is equal: protocol, network, weights_sha256, resize, layout, …; JSON values only.
     """
 
-    protocol: str
+    protocol: str  # for the names of metrics
     identity: dict
+    device: torch.device
+
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool, logits and spatial, as in `Features`, or as many of the three as the protocol has."""
+        raise NotImplementedError
 
     def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8, N >= 1 -> features, in full fp32."""
-        ...
+        with full_precision(self.device):
+            found = [
+                [part.float().cpu() for part in self.read(batch)]
+                for batch in batches(images, batch_size, self.device)
+            ]
+        return Features(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
 
 
 class FeatureSet:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from metrics.features import Extractor, Features, batches, full_precision, sha256_of
+from metrics.features import Extractor, sha256_of
 
 SIDE = 299  # pixels
 HASH = "6726825d"  # how the sha256 of the weights begins; the file's name says so, by torch.hub's convention
@@ -32,7 +32,6 @@ class Inception:
         self.layers = nn.Sequential(*list(network.children())[:-1])
         self.spatial = network.Mixed_6d.branch1x1
         self.classifier = network.fc.weight  # (K, D)
-        self.device = self.classifier.device
         self.identity = {"network": type(network).__name__, "weights_sha256": weights_sha256}
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
@@ -40,14 +39,13 @@ class Inception:
         return self.layers((images - 128) / 128).flatten(1)
 
 
-class InceptionExtractor:
+class InceptionExtractor(Extractor):
     """What both protocols share: the network, and an identity that says how images are resized for it."""
 
-    protocol: str
     resize: str
 
     def __init__(self, inception: Inception):
-        self.inception = inception
+        self.inception, self.device = inception, inception.classifier.device
         facts = {"resize": self.resize, "layout": "NHWC"}
         self.identity = {"protocol": self.protocol, **inception.identity, **facts}
 
@@ -57,20 +55,14 @@ class AdmExtractor(InceptionExtractor):
 
     protocol, resize = "adm", f"TensorFlow 1 bilinear to {SIDE}"
 
-    def features(self, images, batch_size: int = 64) -> Features:
-        """(N, H, W, 3) uint8 -> pool (N, 2048), logits without bias (N, 1008), spatial (N, 2023)."""
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, 2048), logits without bias (b, 1008), spatial (b, 2023)."""
         net, maps = self.inception, []
-        pools, logits, spatials = [], [], []
-        hook = net.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output))
-        with hook, full_precision(net.device):
-            for batch in batches(images, batch_size, net.device):
-                pool = net.pool(resize_adm(batch))  # (b, D)
-                pools.append(pool.cpu())
-                logits.append((pool @ net.classifier.T).cpu())  # (b, K)
-                spatial = maps.pop()[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
-                # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
-                spatials.append(spatial.permute(0, 2, 3, 1).flatten(1).cpu())  # (b, 2023)
-        return Features(*(torch.cat(parts).numpy() for parts in (pools, logits, spatials)))
+        with net.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output)):
+            pool = net.pool(resize_adm(images))  # (b, D)
+        spatial = maps[0][:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
+        # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
+        return pool, pool @ net.classifier.T, spatial.permute(0, 2, 3, 1).flatten(1)
 
 
 class CleanExtractor(InceptionExtractor):
@@ -78,12 +70,9 @@ class CleanExtractor(InceptionExtractor):
 
     protocol, resize = "clean", f"bicubic antialiased to {SIDE} in float64"
 
-    def features(self, images, batch_size: int = 64) -> Features:
-        """(N, H, W, 3) uint8 -> pool (N, 2048)."""
-        net = self.inception
-        with full_precision(net.device):
-            pools = [net.pool(resize_clean(batch)).cpu() for batch in batches(images, batch_size, net.device)]
-        return Features(torch.cat(pools).numpy())
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, 2048)."""
+        return (self.inception.pool(resize_clean(images)),)
 
 
 def resize_adm(images: torch.Tensor) -> torch.Tensor:

@@ -149,9 +149,7 @@ def infer_config(state: dict[str, Tensor], path: str | Path) -> transformers.Pre
         raise UserError(
             f"{path}: the MLP is {hidden} wide, which no whole multiple of the width {width} gives: give a DINOv2 checkpoint"
         )
-    registers = {}
-    if "register_tokens" in state:
-        registers["num_register_tokens"] = shape("register_tokens", 3)[1]
+    registers = {"num_register_tokens": shape("register_tokens", 3)[1]} if "register_tokens" in state else {}
     return transformers.AutoConfig.for_model(
         "dinov2_with_registers" if registers else "dinov2",
         hidden_size=width,
