@@ -29,12 +29,9 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One scatter plot: `projected` and `teacher` (M, 2), `classes` (M,), and the `numbers` of its caption."""
+class Panel(Source):
+    """One scatter plot: M tokens of a source in the plane, (M, 2) and `classes` (M,), and the `numbers` of its caption."""
 
-    projected: ndarray
-    teacher: ndarray
-    classes: ndarray
     numbers: Mapping[str, float | int]
 
 

@@ -24,6 +24,9 @@ SAMPLERS = {
 }
 SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
 
+# diffusers' load_config uses an old option of huggingface_hub, which warns of it.
+quietly = functools.partial(warnings.catch_warnings, action="ignore", category=UserWarning)
+
 
 def load_part(base: str, part: str, kind: type, revision: str | None = None):
     """Load one part of a pipeline, of the class `kind`, in the layout that `save_pretrained` writes; networks in fp32.
@@ -34,7 +37,7 @@ def load_part(base: str, part: str, kind: type, revision: str | None = None):
     if Path(base).exists() and not (Path(base) / part).is_dir():
         raise UserError(f"{base} has no {part}/ folder: it must be a pipeline folder in diffusers layout")
     transformers.utils.logging.disable_progress_bar()
-    with loading(f"{part} of {base}", base):
+    with loading(f"cannot load {part} of {base}", base):
         loaded = kind.from_pretrained(base, subfolder=part, revision=revision)
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
 
@@ -44,38 +47,29 @@ def load_part_config(
 ) -> dict:
     """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
     check_present(base)
-    try:
-        # diffusers' own use of an old option of huggingface_hub warns
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            return kind.load_config(base, subfolder=part, revision=revision, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {part} of {base}: {first_line(error)}") from None
+    with loading(f"cannot read the config of {part} of {base}"), quietly():
+        return kind.load_config(base, subfolder=part, revision=revision, local_files_only=local)
 
 
 def load_pipeline_class(base: str, revision: str | None = None) -> str:
     """The class of the pipeline that a folder or hub id holds, from its model_index.json; raises `UserError` without one."""
     check_present(base)
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            return diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{base} is no pipeline folder in diffusers layout, its model_index.json cannot be read: {first_line(error)}"
-        ) from None
+    with (
+        loading(f"{base} is no pipeline folder in diffusers layout, its model_index.json cannot be read"),
+        quietly(),
+    ):
+        return diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"]
 
 
 @contextmanager
-def loading(what: str, name: str) -> Iterator[None]:
-    """Turn a failure to load `what` from the folder or hub id `name` into a `UserError`."""
+def loading(failure: str, name: str | None = None) -> Iterator[None]:
+    """Raise a `UserError` that begins with `failure` for a file that cannot be had; of a hub's `name` it says what to check."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        where = "" if Path(name).exists() else " (check the name and the network, or give a local folder)"
-        raise UserError(f"cannot load {what}: {first_line(error)}{where}") from None
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError) as error:
+        hub = name is not None and not Path(name).exists()
+        where = " (check the name and the network, or give a local folder)" if hub else ""
+        raise UserError(f"{failure}: {str(error).strip().splitlines()[0]}{where}") from None
 
 
 def check_present(name: str) -> None:

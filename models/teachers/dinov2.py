@@ -55,7 +55,7 @@ class DINOv2Encoder(nn.Module):
         if name.endswith(SUFFIXES) and not Path(name).exists():  # weights/dinov2.pth also looks like a hub id
             raise UserError(f"teacher {name} does not exist: check the path")
         check_present(name)
-        with loading(f"teacher {name}", name):
+        with loading(f"cannot load teacher {name}", name):
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
             if config.model_type not in MODEL_TYPES:
                 raise UserError(f"teacher {name} is a {config.model_type} model; DINOv2 was expected")

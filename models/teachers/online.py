@@ -38,7 +38,7 @@ class OnlineTeacher(nn.Module):
 def load_decoder(tiny: str) -> nn.Module:
     """Load the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
     check_present(tiny)
-    with loading(f"teacher.decoder {tiny}", tiny):
+    with loading(f"cannot load teacher.decoder {tiny}", tiny):
         found = AutoencoderTiny.load_config(tiny).get("_class_name")
         if found != "AutoencoderTiny":
             raise UserError(f"teacher.decoder {tiny} is a {found}; an AutoencoderTiny was expected")
