@@ -41,19 +41,10 @@ class FolderExtractor(Extractor):
 
     def __init__(self, model: torch.nn.Module, sha256: str, *, mean: list, std: list, size: tuple[int, int]):
         """`mean`, `std` per RGB channel, pixels in [0, 1]; `size` (height, width) is the size of the network's input."""
-        self.model = model.eval().requires_grad_(False)
-        self.device = next(model.parameters()).device
-        self.size = size
+        resize = f"bicubic antialiased to {size[0]} x {size[1]}"
+        super().__init__(model, sha256, resize=resize, mean=list(mean), std=list(std))
+        self.model, self.size = model.eval().requires_grad_(False), size
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (mean, std))
-        self.identity = {
-            "protocol": self.protocol,
-            "network": type(model).__name__,
-            "weights_sha256": sha256,
-            "resize": f"bicubic antialiased to {size[0]} x {size[1]}",
-            "mean": list(mean),
-            "std": list(std),
-            "layout": "NHWC",
-        }
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) uint8 -> (b, 3, h, w), normalised.

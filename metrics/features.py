@@ -32,14 +32,15 @@ class Features:
 
 
 class Extractor:
-    """A frozen network that gives features by one protocol.
-
-    Results can be compared if `identity` is equal: protocol, network, weights_sha256, resize, layout, …; JSON values only.
-    """
+    """A frozen network that gives features by one protocol. Two results can be compared if their `identity` is equal."""
 
     protocol: str  # for the names of metrics
-    identity: dict
-    device: torch.device
+
+    def __init__(self, network: torch.nn.Module, weights_sha256: str, **facts):
+        """`facts` say how images are prepared for the network: `resize`, …; JSON values only."""
+        self.device = next(network.parameters()).device
+        known = {"network": type(network).__name__, "weights_sha256": weights_sha256}
+        self.identity = {"protocol": self.protocol, **known, **facts, "layout": "NHWC"}
 
     def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(b, 3, H, W) uint8 -> pool, logits and spatial, as in `Features`, or as many of the three as the protocol has."""
@@ -48,10 +49,8 @@ class Extractor:
     def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8, N >= 1 -> features, in full fp32."""
         with full_precision(self.device):
-            found = [
-                [part.float().cpu() for part in self.read(batch)]
-                for batch in batches(images, batch_size, self.device)
-            ]
+            reads = map(self.read, batches(images, batch_size, self.device))
+            found = [[part.float().cpu() for part in parts] for parts in reads]
         return Features(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
 
 

@@ -24,30 +24,21 @@ FILES = (f"weights-inception-2015-12-05-{HASH}.pth", f"pt_inception-2015-12-05-{
 SPATIAL_CHANNELS = 7  # of 192: 17 · 17 · 7 = 2023, near the 2048 of the pool
 
 
-class Inception:
-    """The network's layers in order, the layer that sFID reads, and the classifier's weights."""
+class InceptionExtractor(Extractor):
+    """What both protocols share: the network's layers in order, the layer that sFID reads, and the classifier's weights."""
+
+    resize: str  # how images are brought to 299 × 299
 
     def __init__(self, network: nn.Module, weights_sha256: str):
         """`network` is torch-fidelity's, or one with its names: children in order of use, the last of them `fc`."""
+        super().__init__(network, weights_sha256, resize=self.resize)
         self.layers = nn.Sequential(*list(network.children())[:-1])
         self.spatial = network.Mixed_6d.branch1x1
         self.classifier = network.fc.weight  # (K, D)
-        self.identity = {"network": type(network).__name__, "weights_sha256": weights_sha256}
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, 299, 299) in 0..255 -> (b, D)."""
         return self.layers((images - 128) / 128).flatten(1)
-
-
-class InceptionExtractor(Extractor):
-    """What both protocols share: the network, and an identity that says how images are resized for it."""
-
-    resize: str
-
-    def __init__(self, inception: Inception):
-        self.inception, self.device = inception, inception.classifier.device
-        facts = {"resize": self.resize, "layout": "NHWC"}
-        self.identity = {"protocol": self.protocol, **inception.identity, **facts}
 
 
 class AdmExtractor(InceptionExtractor):
@@ -57,12 +48,12 @@ class AdmExtractor(InceptionExtractor):
 
     def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(b, 3, H, W) uint8 -> pool (b, 2048), logits without bias (b, 1008), spatial (b, 2023)."""
-        net, maps = self.inception, []
-        with net.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output)):
-            pool = net.pool(resize_adm(images))  # (b, D)
+        maps: list[torch.Tensor] = []
+        with self.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output)):
+            pool = self.pool(resize_adm(images))  # (b, D)
         spatial = maps[0][:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
         # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
-        return pool, pool @ net.classifier.T, spatial.permute(0, 2, 3, 1).flatten(1)
+        return pool, pool @ self.classifier.T, spatial.permute(0, 2, 3, 1).flatten(1)
 
 
 class CleanExtractor(InceptionExtractor):
@@ -72,7 +63,7 @@ class CleanExtractor(InceptionExtractor):
 
     def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(b, 3, H, W) uint8 -> pool (b, 2048)."""
-        return (self.inception.pool(resize_clean(images)),)
+        return (self.pool(resize_clean(images)),)
 
 
 def resize_adm(images: torch.Tensor) -> torch.Tensor:
@@ -126,5 +117,5 @@ def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> l
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be loaded as Inception's weights: {reason}") from None
-    inception = Inception(network.to(device), found)
-    return [AdmExtractor(inception), CleanExtractor(inception)]
+    network = network.to(device)
+    return [AdmExtractor(network, found), CleanExtractor(network, found)]
