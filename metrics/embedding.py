@@ -21,16 +21,16 @@ COMPONENTS = 50
 
 @dataclass(frozen=True)
 class Source:
-    """Held-out images' tokens in the teacher's space, `projected` beside the `teacher`'s, (n, T, D) each; `classes` (n,)."""
+    """Held-out images' tokens in the teacher's space, `projected` beside the `teacher`'s."""
 
-    projected: ndarray
-    teacher: ndarray
-    classes: ndarray
+    projected: ndarray  # (n, T, D)
+    teacher: ndarray  # (n, T, D)
+    classes: ndarray  # (n,)
 
 
 @dataclass(frozen=True)
 class Panel(Source):
-    """One scatter plot: M tokens of a source in the plane, (M, 2) and `classes` (M,), and the `numbers` of its caption."""
+    """One scatter plot: M tokens of a source in the plane, (M, 2) with classes (M,), and the numbers of its caption."""
 
     numbers: Mapping[str, float | int]
 

@@ -62,7 +62,7 @@ class FeatureSet:
 
     def __init__(self):
         self._chunks: list[Features] = []
-        self.spatial: Moments | None = None
+        self.spatial: Moments | None = None  # of (N, 2023)
 
     def add(self, features: Features) -> "FeatureSet":
         """Add the next images' features; returns itself."""

@@ -65,11 +65,10 @@ class ReferenceBuilder:
             raise UserError(f"a reference needs at least 4 images, there are {count}")
         rng = np.random.default_rng(seed)
         self._is_kept = rng.permutation(count) < kept  # (count,)
-        # (count,); at random, because files are often sorted by class
-        self._first = rng.permutation(count) < count // 2
+        self._first = rng.permutation(count) < count // 2  # (count,), at random: files may be sorted by class
         self._seen = np.zeros(count, bool)
         self._halves = (Moments(), Moments())
-        self._spatial: Moments | None = None
+        self._spatial = Moments()
         self._features: list[tuple[np.ndarray, np.ndarray]] = []  # (indices, features)
 
     def add(self, features: Features, indices: np.ndarray) -> "ReferenceBuilder":
@@ -83,7 +82,7 @@ class ReferenceBuilder:
             if in_half.any():
                 half.update(features.pool[in_half])
         if features.spatial is not None:
-            self._spatial = (self._spatial or Moments()).update(features.spatial)
+            self._spatial.update(features.spatial)
         self._features.append((indices[is_kept], features.pool[is_kept]))
         return self
 
@@ -92,10 +91,9 @@ class ReferenceBuilder:
         if (self._seen & other._seen).any():
             raise ValueError("each image of the set must be added once")
         self._seen |= other._seen
+        self._spatial.merge(other._spatial)
         for own, theirs in zip(self._halves, other._halves, strict=True):
             own.merge(theirs)
-        if other._spatial is not None:
-            self._spatial = (self._spatial or Moments()).merge(other._spatial)
         self._features += other._features
         return self
 
@@ -103,13 +101,14 @@ class ReferenceBuilder:
         """The reference of the whole set. `metadata` says what the images are: source, split, crop, size, ...; JSON values."""
         if not self._seen.all():
             raise ValueError(f"{(~self._seen).sum()} of {len(self._seen)} images were not added")
-        indices = np.concatenate([i for i, _ in self._features])  # (M,)
-        kept = np.concatenate([f for _, f in self._features])[np.argsort(indices)]  # (M, D)
+        indices, features = map(np.concatenate, zip(*self._features, strict=True))  # (M,), (M, D)
+        kept = features[np.argsort(indices)]
         halves = frechet_distance(*self._halves)
         pool = Moments().merge(self._halves[0]).merge(self._halves[1])
+        spatial = self._spatial if self._spatial.count else None
         facts = {"num_images": len(self._seen), "code_version": CODE_VERSION}
         metadata = {**extractor.identity, **facts, **metadata}
-        return Reference(name, extractor.protocol, pool, self._spatial, kept, halves, metadata)
+        return Reference(name, extractor.protocol, pool, spatial, kept, halves, metadata)
 
 
 def protocol_of_file(path: str | Path) -> str:

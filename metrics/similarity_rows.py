@@ -37,17 +37,13 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class TeacherSide:
-    """The teacher's side of a comparison on one grid.
+    """The teacher's side of a comparison on one grid."""
 
-    `tokens` (n, T, D) lie on `grid` (h, w); `components` (n, T, k) are their principal components for CCA; `classes` (n,) are
-    those of the images; `seed` decides the split and all nulls.
-    """
-
-    tokens: ndarray
-    components: ndarray
-    classes: ndarray
-    grid: Grid
-    seed: int
+    tokens: ndarray  # (n, T, D)
+    components: ndarray  # (n, T, k), their principal components for CCA
+    classes: ndarray  # (n,), those of the images
+    grid: Grid  # (h, w) of the T tokens
+    seed: int  # decides the split and all nulls
 
     @classmethod
     def on(

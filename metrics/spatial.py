@@ -20,13 +20,10 @@ Metrics = dict[str, dict[str, float | None]]  # {metric: {value, null, …}}
 
 @dataclass(frozen=True)
 class Distances:
-    """Manhattan distances, in cells: pairs at `far` or more are distant; the slope is fitted over 1 to `reach`.
+    """Manhattan distances, in cells; None where a grid is too small for the quantity."""
 
-    None where a grid is too small for the quantity.
-    """
-
-    far: int | None
-    reach: int | None
+    far: int | None  # pairs at this distance or more are distant
+    reach: int | None  # the slope is fitted over the distances from 1 to this
 
 
 def distances_on(grid: tuple[int, int]) -> Distances:
