@@ -11,6 +11,7 @@ was stopped, and draws the results anew: OUT/table.md, results.json and arms.png
 import argparse
 import json
 import shlex
+from itertools import dropwhile, product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,29 +67,23 @@ def main(argv: list[str] | None = None) -> None:
     reference = args.reference or ("baseline" if "baseline" in arms else next(iter(arms)))
     if reference not in arms:
         raise UserError(f"--reference {reference} is none of the arms: {', '.join(arms)}")
-    runs = {
-        (arm, seed): load_config(
-            [args.base, file], [*args.set, f"run={args.out / arm / f'seed{seed}'}", f"seed={seed}"]
-        )
-        for seed in args.seeds
-        for arm, file in arms.items()
-    }
-    for (arm, _), config in runs.items():
-        check_measurable(arm, config)
+    runs = {}
+    for seed, (arm, file) in product(args.seeds, arms.items()):
+        own = [f"run={args.out / arm / f'seed{seed}'}", f"seed={seed}"]
+        runs[arm, seed] = load_config([args.base, file], [*args.set, *own])
+        check_measurable(arm, runs[arm, seed])
     record = Record(args.out / "stages.json")
     chains = {key: stages_of_run(args, arms[key[0]], *key, config) for key, config in runs.items()}
-    missing = [
-        left for key, stages in chains.items() if (left := remaining_stages(stages, record, runs[key]))
-    ]
+    left = [remaining_stages(stages, record, runs[key]) for key, stages in chains.items()]
     total = sum(map(len, chains.values()))
-    with tqdm(total=total, initial=total - sum(map(len, missing)), desc="stages", unit="stage") as bar:
+    with tqdm(total=total, initial=total - sum(map(len, left)), desc="stages", unit="stage") as bar:
 
         def ended(stage: Stage, seconds: float) -> None:
             record.add(stage, seconds)
             bar.write(f"{stage.name:40} {seconds:7.1f} s")
             bar.update()
 
-        run_chains(missing, jobs=args.jobs, logs=args.out / "logs", ended=ended)
+        run_chains([chain for chain in left if chain], jobs=args.jobs, logs=args.out / "logs", ended=ended)
     results = {arm: {seed: measures_of(runs[arm, seed]) for seed in args.seeds} for arm in arms}
     conditions = {arm: conditions_of(runs[arm, args.seeds[0]]) for arm in arms}
     incomparable = {
@@ -110,13 +105,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--reference", help="arm that the others are compared with (default: baseline, or the first)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1; for CPUs)")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings that win over base and arms in every run; give the arms before it",
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="settings that win over base and arms in every run; give the arms before it")  # fmt: skip
     args = parser.parse_args(argv)
     if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0 or args.jobs < 1:
         parser.error("--seeds must be distinct and not negative, and --jobs at least 1")
@@ -138,22 +128,17 @@ def check_measurable(arm: str, config: Config) -> None:
 
 def stages_of_run(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
     """The stages of one run: train, then measure its last checkpoint."""
-    run, name = config.run, f"{arm} seed {seed}"
+    run, steps = config.run, config.train.steps
     train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
-    last = f"--checkpoint {config.train.steps}"
-    align = f"evaluate_sd15.py align {shlex.quote(str(run))} {last} --timesteps {TIMESTEP} --no-base"
+    measured = f"{shlex.quote(str(run))} --checkpoint {steps}"
+    align = f"evaluate_sd15.py align {measured} --timesteps {TIMESTEP} --no-base"
+    stages = {
+        "train": (f"train_sd15.py {shlex.join(train)}", f"checkpoints/step-{steps:07d}"),
+        "metrics": (f"evaluate_sd15.py metrics {measured}", "eval/points.jsonl"),
+        "align": (align, "eval/align.json"),
+    }
     return [
-        Stage(
-            f"train {name}",
-            f"train_sd15.py {shlex.join(train)}",
-            run / "checkpoints" / f"step-{config.train.steps:07d}",
-        ),
-        Stage(
-            f"metrics {name}",
-            f"evaluate_sd15.py metrics {shlex.quote(str(run))} {last}",
-            run / "eval" / "points.jsonl",
-        ),
-        Stage(f"align {name}", align, run / "eval" / "align.json"),
+        Stage(f"{name} {arm} seed {seed}", command, run / last) for name, (command, last) in stages.items()
     ]
 
 
@@ -162,8 +147,7 @@ def remaining_stages(stages: list[Stage], record: Record, config: Config) -> lis
     file = config.run / "config.yaml"
     if not file.exists() or load_config(file) != config:
         return stages  # training itself refuses a run that it cannot resume, and does nothing where it is complete
-    done = [record.of(stage) is not None for stage in stages]
-    return [] if all(done) else stages[done.index(False) :]
+    return list(dropwhile(record.of, stages))
 
 
 def measures_of(config: Config) -> dict[str, float | None]:
@@ -201,9 +185,7 @@ def conditions_of(config: Config) -> dict[str, dict]:
     """For each measure the settings that decide whether it can be compared."""
     flat = flat_settings(config)
     return {
-        measure: {
-            key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{k}.") for k in keys)
-        }
+        measure: {key: flat[key] for key in flat if any(f"{key}.".startswith(f"{k}.") for k in keys)}
         for measure, keys in CONDITIONS.items()
     }
 
@@ -233,15 +215,10 @@ def write_results(
         "summary": table,
     }
     write_json(args.out / "results.json", content)
-    plot_arms(
-        args.out / "arms.png",
-        results,
-        reference,
-        {name: name for name in PLOTTED},
-        f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}",
-        incomparable,
-    )
-    print(f"{text}\n\n{note}\n{args.out / 'arms.png'}")
+    caption = f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}"
+    figure, names = args.out / "arms.png", {name: name for name in PLOTTED}
+    plot_arms(figure, results, reference, names, caption, incomparable)
+    print(f"{text}\n\n{note}\n{figure}")
 
 
 if __name__ == "__main__":

@@ -17,96 +17,62 @@ from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
 LOGS, RECORD, PAGE = RUNS / "logs", RUNS / "stages.json", RUNS / "index.html"
 CONFIG = Path("configs/demo.yaml")
-BASE, TEACHER = DATA / "models/sd15-mini", DATA / "models/dinov2-mini"
-SPLITS = {"train": ("cache", 139), "val": ("cache_val", 35)}
-ARMS = {"urepa": "", "baseline": f" align.coeff=0 run={RUNS}/baseline"}
+SPLITS = [
+    {"split": "train", "cache": "cache", "count": 139},
+    {"split": "val", "cache": "cache_val", "count": 35},
+]
+ARMS = [
+    {"arm": "urepa", "override": ""},
+    {"arm": "baseline", "override": f" align.coeff=0 run={RUNS}/baseline"},
+]
+NAMES = {
+    "data": DATA, "runs": RUNS, "page": PAGE, "record": RECORD, "config": CONFIG,
+    "base": DATA / "models/sd15-mini", "teacher": DATA / "models/dinov2-mini",
+    "arms": f"{RUNS}/urepa {RUNS}/baseline",
+}  # fmt: skip
+# The groups of stages in order: each stage's name, its command, and the file that it writes last. The stages of a group, one
+# for each split or arm, run side by side.
+GROUPS = [
+    ("digits and small models", "preprocessing/0_make_demo.py --out {data}", "{data}/models/quality.json"),
+    ("sample {split}",
+     "preprocessing/1_sample_imagenet_subset.py --imagenet {data}/ILSVRC --split {split} --per-class {count} "
+     "--out {data}/{split}.csv",
+     "{data}/{split}.csv"),
+    ("latents {split}",
+     "preprocessing/2_encode_vae_latents.py --csv {data}/{split}.csv --base {base} --image-size 32 --workers 0 "
+     "--out {data}/{cache}/latents",
+     "{data}/{cache}/latents/manifest.json"),
+    ("tokens {split}",
+     "preprocessing/3_build_dino_cache.py --csv {data}/{split}.csv --teacher {teacher} --grid 4 --workers 0 "
+     "--out {data}/{cache}/tokens",
+     "{data}/{cache}/tokens/manifest.json"),
+    ("text",
+     "preprocessing/4_prepare_clip_embeddings.py --class-names {data}/imagenet_classes.json --base {base} "
+     "--out {data}/cache/text",
+     "{data}/cache/text/manifest.json"),
+    ("verify {split}",
+     "preprocessing/5_verify_cache.py --csv {data}/{split}.csv --latents {data}/{cache}/latents --tokens {data}/{cache}/tokens "
+     "--text {data}/cache/text --full --sheet {data}/{cache}/sheet.png",
+     "{data}/{cache}/sheet.png"),
+    ("train {arm}", "train_sd15.py --config {config}{override}", "{runs}/{arm}/export"),
+    ("curve", "evaluate_sd15.py curve {arms} {config} --out {runs}/curve", "{runs}/curve/curve.json"),
+    # The plan's 250 steps would take minutes here.
+    ("final {arm}",
+     "evaluate_sd15.py final {runs}/{arm} eval.sampling_steps=12 --sweep 1 1.5 3",
+     "{runs}/{arm}/eval/points.jsonl"),
+    ("align {arm}", "evaluate_sd15.py align {runs}/{arm}", "{runs}/{arm}/eval/align.json"),
+    ("page", "evaluate_sd15.py report {arms} {config} -o {page} --times {record}", "{page}"),
+]  # fmt: skip
 
 
 def stages() -> list[list[Stage]]:
     """The groups of stages in order."""
-    pre = "preprocessing"
-    return [
-        [
-            Stage(
-                "digits and small models", f"{pre}/0_make_demo.py --out {DATA}", DATA / "models/quality.json"
-            )
-        ],
-        [
-            Stage(
-                f"sample {split}",
-                f"{pre}/1_sample_imagenet_subset.py --imagenet {DATA}/ILSVRC --split {split} --per-class {count} "
-                f"--out {DATA}/{split}.csv",
-                DATA / f"{split}.csv",
-            )
-            for split, (_, count) in SPLITS.items()
-        ],
-        [
-            Stage(
-                f"latents {split}",
-                f"{pre}/2_encode_vae_latents.py --csv {DATA}/{split}.csv --base {BASE} --image-size 32 --workers 0 "
-                f"--out {DATA}/{cache}/latents",
-                DATA / cache / "latents/manifest.json",
-            )
-            for split, (cache, _) in SPLITS.items()
-        ],
-        [
-            Stage(
-                f"tokens {split}",
-                f"{pre}/3_build_dino_cache.py --csv {DATA}/{split}.csv --teacher {TEACHER} --grid 4 --workers 0 "
-                f"--out {DATA}/{cache}/tokens",
-                DATA / cache / "tokens/manifest.json",
-            )
-            for split, (cache, _) in SPLITS.items()
-        ],
-        [
-            Stage(
-                "text",
-                f"{pre}/4_prepare_clip_embeddings.py --class-names {DATA}/imagenet_classes.json --base {BASE} "
-                f"--out {DATA}/cache/text",
-                DATA / "cache/text/manifest.json",
-            )
-        ],
-        [
-            Stage(
-                f"verify {split}",
-                f"{pre}/5_verify_cache.py --csv {DATA}/{split}.csv --latents {DATA}/{cache}/latents "
-                f"--tokens {DATA}/{cache}/tokens --text {DATA}/cache/text --full --sheet {DATA}/{cache}/sheet.png",
-                DATA / cache / "sheet.png",
-            )
-            for split, (cache, _) in SPLITS.items()
-        ],
-        [
-            Stage(f"train {arm}", f"train_sd15.py --config {CONFIG}{override}", RUNS / arm / "export")
-            for arm, override in ARMS.items()
-        ],
-        [
-            Stage(
-                "curve",
-                f"evaluate_sd15.py curve {' '.join(f'{RUNS}/{arm}' for arm in ARMS)} {CONFIG} --out {RUNS}/curve",
-                RUNS / "curve/curve.json",
-            )
-        ],
-        [
-            # The plan's 250 steps would take minutes here.
-            Stage(
-                f"final {arm}",
-                f"evaluate_sd15.py final {RUNS}/{arm} eval.sampling_steps=12 --sweep 1 1.5 3",
-                RUNS / arm / "eval/points.jsonl",
-            )
-            for arm in ARMS
-        ],
-        [
-            Stage(f"align {arm}", f"evaluate_sd15.py align {RUNS}/{arm}", RUNS / arm / "eval/align.json")
-            for arm in ARMS
-        ],
-        [
-            Stage(
-                "page",
-                f"evaluate_sd15.py report {' '.join(f'{RUNS}/{arm}' for arm in ARMS)} {CONFIG} -o {PAGE} --times {RECORD}",
-                PAGE,
-            )
-        ],
-    ]
+    groups = []
+    for name, command, product in GROUPS:
+        variants = SPLITS if "{split}" in name else ARMS if "{arm}" in name else [{}]
+        filled = [[text.format(**NAMES, **v) for text in (name, command, product)] for v in variants]
+        groups.append([Stage(name, command, Path(product)) for name, command, product in filled])
+    return groups
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,14 +94,13 @@ def main(argv: list[str] | None = None) -> None:
     for entry in record.entries.values():
         longest[entry["group"]] = max(longest.get(entry["group"], 0), entry["seconds"])
     minutes = sum(longest.values()) / 60
-    print(f"{minutes:.1f} minutes of running in all; the results are in {(RUNS / 'index.html').resolve()}")
+    print(f"{minutes:.1f} minutes of running in all; the results are in {PAGE.resolve()}")
 
 
 def is_done(stage: Stage, record: Record, config: str) -> bool:
     """Whether a stage ran to its end with the present demo.yaml."""
     entry = record.of(stage)
-    changed = entry is not None and str(CONFIG) in stage.command and entry["config"] != config
-    return entry is not None and not changed
+    return entry is not None and (str(CONFIG) not in stage.command or entry["config"] == config)
 
 
 def run_group(group: list[Stage], ended) -> None:

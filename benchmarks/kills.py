@@ -17,15 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.report import ROOT, Target, add_counts, benchmark_parser, publish, temporary_folder
+from benchmarks.report import ROOT, benchmark_parser, publish, target, temporary_folder
 from benchmarks.synthetic_run import make_synthetic
 from training.meter import RATES
 from training.run_folder import RunFolder
 
 
 def main() -> None:
-    parser, _ = benchmark_parser(__doc__)
-    add_counts(parser, kills=(20, "of the training"), steps=(400, "of the training"))
+    parser = benchmark_parser(__doc__, kills=(20, "of the training"), steps=(400, "of the training"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
     with temporary_folder(args.dir) as folder:
@@ -42,7 +41,7 @@ def main() -> None:
     rows.append({"what": "kills", "entries": len(steps)})
     print("killed with the newest checkpoint at step", *steps)
     differing = sum(row.get("differing", 0) for row in rows)
-    publish(args, rows, [Target("entries that differ", float(differing), at_most=0)], killed_at=steps)
+    publish(args, rows, [target("entries that differ", float(differing), at_most=0)], killed_at=steps)
 
 
 def kill_again_and_again(command: Sequence[str], run: Path, kills: int, seed: int) -> Iterator[int]:
@@ -76,18 +75,12 @@ def differences(a: RunFolder, b: RunFolder) -> list[dict]:
     for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
         ours, theirs = (load_file(run.newest_checkpoint() / file) for run in (a, b))
         names = ours.keys() | theirs.keys()
-        equal = [
-            name for name in names & ours.keys() & theirs.keys() if torch.equal(ours[name], theirs[name])
-        ]
-        rows.append(
-            {"what": f"tensors of {file}", "entries": len(names), "differing": len(names) - len(equal)}
-        )
-    ours, theirs = (
-        [{k: v for k, v in line.items() if k not in RATES} for line in run.metrics()] for run in (a, b)
-    )
-    same = sum(x == y for x, y in zip(ours, theirs, strict=False))
-    most = max(len(ours), len(theirs))
-    rows.append({"what": "lines of metrics.jsonl", "entries": most, "differing": most - same})
+        both = ours.keys() & theirs.keys()
+        equal = sum(torch.equal(ours[name], theirs[name]) for name in both)
+        rows.append({"what": f"tensors of {file}", "entries": len(names), "differing": len(names) - equal})
+    lines = [[{k: v for k, v in line.items() if k not in RATES} for line in run.metrics()] for run in (a, b)]
+    most, equal = max(map(len, lines)), sum(x == y for x, y in zip(*lines, strict=False))
+    rows.append({"what": "lines of metrics.jsonl", "entries": most, "differing": most - equal})
     return rows
 
 

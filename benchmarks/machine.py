@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +17,20 @@ PACKAGES = ["torch", "numpy", "lmdb", "diffusers", "transformers", "mosaicml-str
 
 def machine() -> dict:
     """What the numbers depend on and the code does not decide."""
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    packages = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
     return {
-        "cpu": cpu,
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: package.version for name, package in packages.items() if package},
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def family() -> list[int]:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import machine
@@ -21,48 +20,31 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
 
 
-@dataclass(frozen=True)
-class Target:
-    """A bound that a measured number is held against."""
-
-    what: str
-    value: float
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def met(self) -> bool:
-        return (self.at_least is None or self.value >= self.at_least) and (
-            self.at_most is None or self.value <= self.at_most
-        )
-
-    def as_json(self) -> dict:
-        bound = {"at_least": self.at_least} if self.at_most is None else {"at_most": self.at_most}
-        return {"what": self.what, "value": self.value} | bound | {"pass": self.met}
+def target(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> dict:
+    """A measured number and the bound that it is held against."""
+    if at_most is None:
+        return {"what": what, "value": value, "at_least": at_least, "pass": value >= at_least}
+    return {"what": what, "value": value, "at_most": at_most, "pass": value <= at_most}
 
 
-def benchmark_parser(
-    doc: str, *parts: Callable[[argparse.Namespace], None]
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """A parser, and that of each part by its name, which is the first argument; a chosen part is `part`, and `run`."""
-    parser = new_parser(doc)
-    subparsers = parser.add_subparsers(dest="part", required=True) if parts else None
-    found = {part.__name__: subparsers.add_parser(part.__name__) for part in parts}
-    for part in parts:
-        found[part.__name__].set_defaults(run=part)
-    for each in found.values() or [parser]:
-        each.add_argument(
-            "--dir", type=Path, default=ROOT / "data", help="disk for temporary data (default data/)"
-        )
-        each.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON that is written")
-    return parser, found
+def benchmark_parser(doc: str, **counts: tuple[int, str]) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark, and `counts` of its own: positive numbers, their defaults and meanings."""
+    return add_options(new_parser(doc), counts)
 
 
-def add_counts(parser: argparse.ArgumentParser, **counts: tuple[int, str]) -> None:
-    """Add options that are positive numbers, each with its default and its meaning."""
+def add_part(parts, run: Callable[[argparse.Namespace], None], **counts: tuple[int, str]) -> None:
+    """Add a part of a benchmark to its subparsers: what `run` does, under its name, with options as above."""
+    add_options(parts.add_parser(run.__name__), counts).set_defaults(run=run)
+
+
+def add_options(parser: argparse.ArgumentParser, counts: dict) -> argparse.ArgumentParser:
+    data = ROOT / "data"
+    parser.add_argument("--dir", type=Path, default=data, help="disk for temporary data (default data/)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON that is written")
     for name, (default, meaning) in counts.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=positive, default=default, help=f"{meaning} (default {default})")
+    return parser
 
 
 @contextmanager
@@ -73,29 +55,27 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def publish(args: argparse.Namespace, rows: list[dict], targets: list[Target], **also) -> None:
+def publish(args: argparse.Namespace, rows: list[dict], targets: list[dict], **also) -> None:
     """Print rows as a table and targets with PASS or FAIL, and write both, with where and how they arose, as JSON."""
-    script, part = Path(sys.argv[0]).stem, getattr(args, "part", None)
-    name = f"{script}_{part}" if part else script
-    print()
-    print(table(rows))
-    for target in targets:
-        print(format_target(target.as_json()))
+    script = Path(sys.argv[0]).stem
+    file = args.results / (f"{script}_{args.part}.json" if "part" in args else f"{script}.json")
+    print("", table(rows), *map(format_target, targets), sep="\n")
+    options = {
+        key: value
+        for key, value in vars(args).items()
+        if not isinstance(value, Path) and key not in ("part", "run")
+    }
     content = {
         "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "options": {
-            key: value
-            for key, value in vars(args).items()
-            if not isinstance(value, Path) and key not in ("part", "run")
-        },
+        "options": options,
         **also,
         "rows": rows,
-        "targets": [target.as_json() for target in targets],
+        "targets": targets,
     }
-    write_json(args.results / f"{name}.json", content)
-    print(f"\n{args.results / f'{name}.json'}")
+    write_json(file, content)
+    print(f"\n{file}")
     if args.results == RESULTS:
         for page in PAGES:
             page.write_text(refreshed(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -105,15 +85,15 @@ def refreshed(page: str) -> str:
     """Returns the page with every block `<!-- NAME -->` … `<!-- end -->` made anew of results/NAME.json."""
 
     def block(match: re.Match) -> str:
-        if not (RESULTS / f"{match[1]}.json").exists():
+        file = RESULTS / f"{match[1]}.json"
+        if not file.exists():
             return match[0]
-        result = json.loads((RESULTS / f"{match[1]}.json").read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
         here = result["machine"]
         where = f"{here['cores']} cores ({here['cpu']}), {here['memory_gb']} GB, {here['gpu'] or 'no GPU'}"
         versions = f"Python {here['python']}, torch {here['packages']['torch']}"
         head = f"{result['date'][:10]}, {where}, {versions}: `{result['command']}`"
-        targets = map(format_target, result["targets"])
-        body = "\n".join([head, "", table(result["rows"]), "", *targets])
+        body = "\n".join([head, "", table(result["rows"]), "", *map(format_target, result["targets"])])
         return f"<!-- {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, page, flags=re.DOTALL)

@@ -1,6 +1,6 @@
 """A base model with random weights and a cache of random values: a training's shapes without anything to download."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,8 +40,7 @@ def make_synthetic(folder: Path, size: str = "full", images: int = 256) -> list[
         values = torch.randn(len(indices), *shapes[field], generator=generator)
         return torch.nn.functional.normalize(values, dim=-1) if field == "tokens" else values
 
-    ids = [f"{i:06d}" for i in range(images)]
-    write_cache(folder, ids, shapes, values_of, classes=min(shapes["classes"], images))
+    write_cache(folder, shapes, images, values_of, classes=min(shapes["classes"], images))
     return [
         f"model.base={folder}/sd15",
         f"data.csv={folder}/list.csv",
@@ -53,18 +52,19 @@ def make_synthetic(folder: Path, size: str = "full", images: int = 256) -> list[
 
 
 def write_cache(
-    folder: Path, ids: Sequence[str], shapes: dict, values_of: Callable[[str, list[int]], Tensor], *,
+    folder: Path, shapes: dict, count: int, values_of: Callable[[str, list[int]], Tensor], *,
     classes: int, shard_size: int | None = None,
 ) -> None:  # fmt: skip
-    """Write a cache as scripts 1 to 4 do, with random text; `values_of(field, indices)` gives the values `(n, *shape)`."""
-    write_samples(
-        folder / "list.csv",
-        [Sample(key, "unused", i % classes, f"n{i % classes}") for i, key in enumerate(ids)],
-    )
-    index_of = {key: index for index, key in enumerate(ids)}
+    """Write a cache as scripts 1 to 4 do, with random text; `values_of(field, indices)` gives the values `(n, *shape)`.
+
+    The ids are like ImageNet's, so that those of one folder are neighbours.
+    """
+    index_of = {f"n{i // 200:08d}/n{i // 200:08d}_{i}": i for i in range(count)}
+    samples = [Sample(key, "unused", i % classes, f"n{i % classes}") for key, i in index_of.items()]
+    write_samples(folder / "list.csv", samples)
     for field, about in ABOUT.items():
         spec = FieldSpec(field, shapes[field], "float16", "random numbers", **about)
-        writer = FieldWriter(folder / field, spec, ids, shard_size=shard_size)
+        writer = FieldWriter(folder / field, spec, list(index_of), shard_size=shard_size)
         for shard, batch in writer.pending(64):
             writer.put(shard, batch, spec.encode(values_of(field, [index_of[key] for key in batch])))
         writer.finish()

@@ -9,14 +9,15 @@ matrix product (bf16 on a GPU) reaches in the same process, and `share` a step's
 does no more than forward, mean squared error, backward, clipping, AdamW and EMA on one batch that lies on the device.
 """
 
+import argparse
 import gc
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import timeit
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
@@ -24,7 +25,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 import train as train_script
-from benchmarks.report import ROOT, Target, benchmark_parser, publish, temporary_folder
+from benchmarks.report import ROOT, benchmark_parser, publish, target, temporary_folder
 from benchmarks.synthetic_run import make_synthetic
 from configs.loading import load_config
 from preprocessing.options import positive
@@ -34,27 +35,23 @@ from training.plan import step_flops
 from training.run_folder import RunFolder
 from training.state import TrainingState
 
+TRAIN = ("lora", "partial", "full")
 WINDOWS = 7  # of each loop, in turn
 CONFIG = ROOT / "configs" / "A.yaml"
 
 
 def main() -> None:
-    parser, _ = benchmark_parser(__doc__)
+    parser = benchmark_parser(__doc__, steps=(10, "of each window"))
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
-    parser.add_argument(
-        "--train", nargs="+", choices=("lora", "partial", "full"), default=["lora", "partial", "full"]
-    )
+    parser.add_argument("--train", nargs="+", choices=TRAIN, default=TRAIN)
     parser.add_argument("--batch", nargs="+", type=positive, default=[48], help="(default 48)")
     parser.add_argument("--compile", nargs="+", default=["none", "default"], help="(default none default)")
     parser.add_argument("--coeff", nargs="+", type=float, default=[0.0, 0.8], help="λ (default 0 0.8)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every arm"
     )
-    parser.add_argument("--steps", type=positive, default=10, help="of each window (default 10)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.size == "full" and device.type == "cpu":
-        parser.error("full size needs a GPU; --size small runs on a CPU")
+    device = device_of(parser, args)
     with temporary_folder(args.dir) as folder:
         base = make_synthetic(folder, args.size, images=4 * max(args.batch))
         matmul = matmul_rate(device)
@@ -67,6 +64,14 @@ def main() -> None:
             rows.append(arm | measure(settings, args.steps, matmul, folder / f"run{len(rows)}"))
             print(rows[-1], flush=True)
     publish(args, rows, targets_of(rows, device), matmul_tflop_per_s=matmul / 1e12)
+
+
+def device_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> torch.device:
+    """The GPU if there is one; else the CPU, which is for the small size only."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.size == "full" and device.type == "cpu":
+        parser.error("full size needs a GPU; --size small runs on a CPU")
+    return device
 
 
 def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: bool = True) -> dict:
@@ -94,7 +99,7 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
                     super().read()
                 return line
 
-        with RunFolder.claimed(config) as folder, replaced(train_script, "Meter", Interrupted):
+        with RunFolder.claimed(config) as folder, patch.object(train_script, "Meter", Interrupted):
             state = TrainingState(
                 config, parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
             )
@@ -149,17 +154,6 @@ def bare_step(parts: Parts) -> Callable[[], None]:
     return step
 
 
-@contextmanager
-def replaced(module, name: str, value) -> Iterator[None]:
-    """Another value for a module's name, for a while."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def memory_gb(device: torch.device) -> float:
     """The most that was in use since the last reset."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
@@ -180,21 +174,18 @@ def matmul_rate(device: torch.device) -> float:
 
 def seconds_of(call: Callable[[], object], device: torch.device, *, calls: int) -> float:
     """Seconds of a call, the mean of several after one that does not count."""
-    call()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    _wait(device)
-    return (time.perf_counter() - started) / calls
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run(1)
+    return timeit.timeit(lambda: run(calls), number=1) / calls
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def targets_of(rows: list[dict], device: torch.device) -> list[Target]:
+def targets_of(rows: list[dict], device: torch.device) -> list[dict]:
     """Held against the bounds that docs/performance.md explains, where the arms that they need were run."""
     measured = {(r["train"], r["batch"], r["compile"], r["λ"] > 0): r for r in rows if "ms/step" in r}
     targets = []
@@ -202,14 +193,14 @@ def targets_of(rows: list[dict], device: torch.device) -> list[Target]:
         arm = f"{train}, batch {batch}, compile {compiled}"
         if device.type == "cuda" and aligned and (without := measured.get((train, batch, compiled, False))):
             more = row["ms/step best"] / without["ms/step best"] - 1
-            targets.append(Target(f"what alignment adds: {arm}", more, at_most=0.02))
+            targets.append(target(f"what alignment adds: {arm}", more, at_most=0.02))
         if device.type == "cuda" and aligned and train == "lora" and batch == 48:
-            targets.append(Target(f"share of the matmul rate: {arm}", row["share of matmul"], at_least=0.5))
-            targets.append(Target(f"memory in GB: {arm}", row["memory GB"], at_most=70))
+            targets.append(target(f"share of the matmul rate: {arm}", row["share of matmul"], at_least=0.5))
+            targets.append(target(f"memory in GB: {arm}", row["memory GB"], at_most=70))
         if device.type == "cuda":
-            targets.append(Target(f"waiting for data: {arm}, λ {row['λ']:g}", row["data wait"], at_most=0.01))
+            targets.append(target(f"waiting for data: {arm}, λ {row['λ']:g}", row["data wait"], at_most=0.01))
         elif not aligned:
-            targets.append(Target(f"ours / bare loop: {arm}", row["ours / bare"], at_most=1.05))
+            targets.append(target(f"ours / bare loop: {arm}", row["ours / bare"], at_most=1.05))
     return targets
 
 

@@ -13,45 +13,39 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, the root is not on the path
 
 import torch
 from torch import nn
 
-from benchmarks.report import Target, add_counts, benchmark_parser, publish, temporary_folder
+from benchmarks.report import benchmark_parser, publish, target, temporary_folder
 from benchmarks.synthetic_run import SIZES, make_synthetic
-from benchmarks.train_step import matmul_rate, measure, memory_gb, replaced, reset_memory
+from benchmarks.train_step import device_of, matmul_rate, measure, memory_gb, reset_memory
 from models.sd15_unet_aligned import lora_config
 
 
 def main() -> None:
-    parser, _ = benchmark_parser(__doc__)
-    parser.add_argument("--example", type=Path, required=True, help="diffusers' train_text_to_image_lora.py")
-    parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
-    add_counts(
-        parser,
+    parser = benchmark_parser(
+        __doc__,
         batch=(48, "images of a step"),
         steps=(60, "of each of their runs"),
         runs=(3, "of each loop, in turn"),
     )
+    parser.add_argument("--example", type=Path, required=True, help="diffusers' train_text_to_image_lora.py")
+    parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of ours")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.size == "full" and device.type == "cpu":
-        parser.error("full size needs a GPU; --size small runs on a CPU")
+    device = device_of(parser, args)
+    compilers = {"": "none", ", compiled": "default"} if device.type == "cuda" else {"": "none"}
     ways = {
-        "ours, λ = 0": ["align.coeff=0", "train.compile=none"],
-        "ours, λ = 0.8": ["align.coeff=0.8", "train.compile=none"],
+        f"ours, λ = {coeff}{how}": [f"align.coeff={coeff}", f"train.compile={compiler}"]
+        for how, compiler in compilers.items()
+        for coeff in ("0", "0.8")
     }
-    if device.type == "cuda":
-        ways |= {
-            f"{name}, compiled": [*knobs[:1], "train.compile=default"] for name, knobs in list(ways.items())
-        }
     found: dict[str, list[dict]] = {"diffusers": [], **{name: [] for name in ways}}
     with temporary_folder(args.dir) as folder:
         base = make_synthetic(folder, args.size, images=4 * args.batch)
@@ -64,24 +58,23 @@ def main() -> None:
                 run = folder / f"run{turn}-{number}"
                 found[name].append(measure(settings, max(args.steps // 6, 1), matmul, run, bare=False))
             print({name: round(runs[-1]["ms/step"], 1) for name, runs in found.items()}, flush=True)
+    best = {name: min(run["ms/step"] for run in runs) for name, runs in found.items()}
     rows = [
         {
             "loop": name,
             "ms/step": statistics.median(run["ms/step"] for run in runs),
-            "ms/step best": min(run["ms/step"] for run in runs),
+            "ms/step best": best[name],
             "memory GB": max(run["memory GB"] for run in runs),
+            "diffusers / this": best["diffusers"] / best[name],
         }
         for name, runs in found.items()
     ]
-    theirs = rows[0]
-    for row in rows:
-        row["diffusers / this"] = theirs["ms/step best"] / row["ms/step best"]
     targets = []
     if device.type == "cuda":
         ours = next(row for row in rows if row["loop"] == "ours, λ = 0, compiled")
         targets = [
-            Target("diffusers / ours, λ = 0, compiled", ours["diffusers / this"], at_least=1.3),
-            Target("memory, ours / diffusers", ours["memory GB"] / theirs["memory GB"], at_most=1.0),
+            target("diffusers / ours, λ = 0, compiled", ours["diffusers / this"], at_least=1.3),
+            target("memory, ours / diffusers", ours["memory GB"] / rows[0]["memory GB"], at_most=1.0),
         ]
     publish(args, rows, targets, example=args.example.name)
 
@@ -90,14 +83,11 @@ def load_example(path: Path) -> types.ModuleType:
     """Their script as a module; `datasets`, of which it needs one function that we replace, need not be installed."""
     quiet = SimpleNamespace(set_verbosity_warning=lambda: None, set_verbosity_error=lambda: None)
     datasets = types.ModuleType("datasets")
-    datasets.utils = SimpleNamespace(logging=quiet)
-    datasets.load_dataset = None
+    datasets.utils, datasets.load_dataset = SimpleNamespace(logging=quiet), None
     sys.modules.setdefault("datasets", datasets)
-    import diffusers.utils
-
     spec = importlib.util.spec_from_file_location("diffusers_example", path)
     module = importlib.util.module_from_spec(spec)
-    with replaced(diffusers.utils, "check_min_version", lambda _: None):
+    with patch("diffusers.utils.check_min_version", lambda _: None):
         spec.loader.exec_module(module)
     return module
 
@@ -122,41 +112,26 @@ class Embeddings(nn.Module):
         return (self.table[input_ids],)
 
 
-class Images(torch.utils.data.Dataset):
+class Images(torch.utils.data.StackDataset):
     """In place of their data: latents and class ids in memory."""
 
     column_names = ("image", "text")
 
-    def __init__(self, latents: torch.Tensor):
-        self.latents = latents
-
     def with_transform(self, _):
         return self
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"pixel_values": self.latents[i], "input_ids": torch.tensor(i % 10)}
 
 
 def run_theirs(example: types.ModuleType, folder: Path, args, device: torch.device) -> dict:
     """Their `main`, timed between its own updates of the progress bar, each of which follows a read of the loss."""
     shapes = SIZES[args.size]
-    latents = torch.randn(4 * args.batch, *shapes["latents"])
+    count = 4 * args.batch
+    images = Images(pixel_values=torch.randn(count, *shapes["latents"]), input_ids=torch.arange(count) % 10)
     ticks: list[float] = []
 
-    class Bar:
-        def __init__(self, *_, **__):
-            pass
-
-        def update(self, _):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            ticks.append(time.perf_counter())
-
-        def set_postfix(self, **_):
-            pass
+    def tick(_) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
 
     def given(value):
         return SimpleNamespace(from_pretrained=lambda *_, **__: value)
@@ -173,26 +148,15 @@ def run_theirs(example: types.ModuleType, folder: Path, args, device: torch.devi
         "CLIPTextModel": given(Embeddings(torch.randn(10, *shapes["text"]))),
         "CLIPTokenizer": given(None),
         "LoraConfig": lambda **_: lora_config(),
-        "load_dataset": lambda *_, **__: {"train": Images(latents)},
-        "tqdm": Bar,
+        "load_dataset": lambda *_, **__: {"train": images},
+        "tqdm": lambda *_, **__: SimpleNamespace(update=tick, set_postfix=lambda **_: None),
     }
     reset_memory(device)
-    with ExitStack() as stack, argv(command):
-        for name, value in instead.items():
-            stack.enter_context(replaced(example, name, value))
+    with patch.multiple(example, **instead), patch("sys.argv", command):
         example.main()
     warm = len(ticks) // 4
     steps = [b - a for a, b in zip(ticks[warm:], ticks[warm + 1 :], strict=False)]
     return {"ms/step": 1e3 * statistics.median(steps), "memory GB": memory_gb(device)}
-
-
-@contextmanager
-def argv(command: list[str]) -> Iterator[None]:
-    before, sys.argv = sys.argv, command
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ resizing, copying and writing leave; bare and whole runs alternate.
 """
 
 import argparse
-import io
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.report import Target, add_counts, benchmark_parser, publish, temporary_folder
+from benchmarks.report import benchmark_parser, publish, target, temporary_folder
 from cache.image_list import Sample
 from cache.views import read_view
 from common.device import pick_device
@@ -49,16 +48,14 @@ FILES = 512  # are in the page cache anyway; a longer run goes over them again
 
 
 def main() -> None:
-    parser, _ = benchmark_parser(__doc__)
+    parser = benchmark_parser(
+        __doc__, seconds=(20, "of a bare run"), batch_size=(4, "images of a forward"), rounds=(2, "of all")
+    )
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
-    add_counts(
-        parser, seconds=(20, "of a bare run"), batch_size=(4, "images of a forward"), rounds=(2, "of all")
-    )
     parser.add_argument("--workers", type=not_negative, default=1, help="that decode images (default 1)")
-    parser.add_argument(
-        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="(default auto)"
-    )
+    precisions = ("auto", "bf16", "fp32")
+    parser.add_argument("--precision", choices=precisions, default="auto", help="(default auto)")
     add_device_option(parser)
     args = parser.parse_args()
     wanted = args.encoders.split(",")
@@ -74,7 +71,7 @@ def main() -> None:
             save_encoder(name, folder / name)
             job = job_of(name, folder / name, folder / f"{name}-cache", args)
             rows.append(measure(name, job, paths, args))
-    targets = [Target(f"{row['encoder']}: whole / bare", row["whole / bare"], at_least=0.9) for row in rows]
+    targets = [target(f"{row['encoder']}: whole / bare", row["whole / bare"], at_least=0.9) for row in rows]
     publish(args, rows, targets, device=str(pick_device(args.device)))
 
 
@@ -83,14 +80,10 @@ def write_images(folder: Path, count: int) -> list[str]:
     rng, paths = np.random.default_rng(0), []
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH] / WIDTH
     for number in range(count):
-        slopes = rng.uniform(-200, 200, (2, 3))
-        pixels = (
-            128 + x[..., None] * slopes[0] + y[..., None] * slopes[1] + rng.normal(0, 12, (HEIGHT, WIDTH, 3))
-        )
-        data = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
+        gradient = np.stack([x, y], -1) @ rng.uniform(-200, 200, (2, 3))  # (HEIGHT, WIDTH, 3)
+        pixels = 128 + gradient + rng.normal(0, 12, gradient.shape)
         paths.append(str(folder / f"{number:05d}.jpg"))
-        Path(paths[-1]).write_bytes(data.getvalue())
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
     return paths
 
 

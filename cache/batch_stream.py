@@ -1,4 +1,4 @@
-"""Read batches ahead of their use, in threads, into buffers that are reused.
+"""Read batches ahead of their use, in threads, into buffers that are reused, and make a step's tensors of them.
 
 Reader threads fill the buffers straight from the shards. There are no worker processes, no pickling and no fresh memory: these
 would cost more than the reading itself (`benchmarks/`). On a machine with a GPU the buffers are pinned, and a buffer is filled
@@ -9,25 +9,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from cache.dataset import AlignedDataset
+from cache.text import drop_captions
 
 Read = Callable[[Sequence[int], dict[str, Tensor]], None]
 
 
 @dataclass
 class Batch:
-    """One batch: the dataset's `indices (B,)`, and the stored bytes of each field, uint8 `(B, value_bytes)`, in `raw`.
-
-    The bytes are valid until the next batch is requested. `on` moves the bytes of a field to a device and decodes them there;
-    `rows` moves the indices. Neither waits for the GPU.
-    """
+    """One batch of stored bytes, which are valid until the next batch is requested. Its methods do not wait for the GPU."""
 
     indices: list[int]
-    index: Tensor
-    raw: dict[str, Tensor]
+    index: Tensor  # the same as a tensor (B,)
+    raw: dict[str, Tensor]  # of each field, uint8 (B, value_bytes)
     decode: dict[str, Callable[[Tensor], Tensor]]
 
     def on(self, device: torch.device, name: str) -> Tensor:
@@ -46,38 +46,19 @@ class _Slot:
     copied: list = field(default_factory=list)  # CUDA events after which the buffers may be filled again
 
 
+@dataclass
 class BatchStream:
-    """Iterates once over lists of indices and yields a `Batch` for each, in the same order.
+    """Iterates once over lists of indices and yields a `Batch` for each, in the same order."""
 
-    Args:
-        batches: lists of dataset indices, all of one length.
-        read: fills the buffers of all fields for the given indices; called in the reader threads.
-        value_bytes: {field: bytes of one value}.
-        decode: {field: function from stored bytes to values}.
-        threads: how many batches are read at the same time; with 0 each batch is read when it is requested.
-        ahead: how many batches are ready or being read besides the one in use.
-        pin: whether the buffers are page-locked, for asynchronous copies to a GPU.
-
-    `waited` counts the seconds that the loop over the stream has waited for batches so far.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[Sequence[int]],
-        read: Read,
-        value_bytes: dict[str, int],
-        decode: dict[str, Callable[[Tensor], Tensor]],
-        *,
-        threads: int = 2,
-        ahead: int = 3,
-        pin: bool = False,
-    ):
-        self.batches, self.read, self.value_bytes, self.decode = batches, read, value_bytes, decode
-        self.threads, self.ahead, self.pin = threads, max(ahead, threads), pin
-        self.waited = 0.0
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    batches: Iterable[Sequence[int]]  # lists of dataset indices, all of one length
+    read: Read  # fills the buffers of all fields for the given indices; called in the reader threads
+    value_bytes: dict[str, int]  # of each field, the bytes of one value
+    decode: dict[str, Callable[[Tensor], Tensor]]  # of each field, from stored bytes to values
+    _: KW_ONLY
+    threads: int = 2  # batches read at the same time; with 0 each batch is read when it is requested
+    ahead: int = 3  # batches that are ready or being read besides the one in use; at least `threads`
+    pin: bool = False  # whether the buffers are page-locked, for asynchronous copies to a GPU
+    waited: float = field(default=0.0, init=False)  # seconds that the loop over the stream has waited so far
 
     def __iter__(self) -> Iterator[Batch]:
         if self.threads == 0:
@@ -85,7 +66,7 @@ class BatchStream:
                 started = time.perf_counter()
                 slot = self._fill(self._slot(len(indices)), indices)
                 self.waited += time.perf_counter() - started
-                yield self._batch(indices, slot)
+                yield Batch(list(indices), slot.index, slot.raw, self.decode)
             return
         waiting = deque()
         free: list[_Slot] = []
@@ -94,7 +75,7 @@ class BatchStream:
                 for indices in self.batches:
                     slot = free.pop() if free else self._slot(len(indices))
                     waiting.append((indices, readers.submit(self._fill, slot, indices)))
-                    if len(waiting) > self.ahead:
+                    if len(waiting) > max(self.ahead, self.threads):
                         yield from self._deliver(waiting, free)
                 while waiting:
                     yield from self._deliver(waiting, free)
@@ -106,23 +87,16 @@ class BatchStream:
         started = time.perf_counter()
         slot = future.result()
         self.waited += time.perf_counter() - started
-        yield self._batch(indices, slot)
+        yield Batch(list(indices), slot.index, slot.raw, self.decode)
         if self.pin:
             slot.copied = [torch.cuda.Event()]
             slot.copied[0].record()
         free.append(slot)
 
-    def _batch(self, indices: Sequence[int], slot: _Slot) -> Batch:
-        return Batch(list(indices), slot.index, slot.raw, self.decode)
-
     def _slot(self, count: int) -> _Slot:
-        return _Slot(
-            torch.empty(count, dtype=torch.int64, pin_memory=self.pin),
-            {
-                name: torch.empty(count, size, dtype=torch.uint8, pin_memory=self.pin)
-                for name, size in self.value_bytes.items()
-            },
-        )
+        new = partial(torch.empty, pin_memory=self.pin)
+        raw = {name: new(count, size, dtype=torch.uint8) for name, size in self.value_bytes.items()}
+        return _Slot(new(count, dtype=torch.int64), raw)
 
     def _fill(self, slot: _Slot, indices: Sequence[int]) -> _Slot:
         for event in slot.copied:
@@ -130,3 +104,41 @@ class BatchStream:
         slot.index.copy_(torch.tensor(indices))
         self.read(indices, slot.raw)
         return slot
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The tensors of one training batch; tokens and grid are None where they were not requested."""
+
+    x_0: Tensor  # scaled latents (B, C, h, w) in fp32
+    text: dict[str, Tensor]  # of each text field (B, …)
+    tokens: Tensor | None  # of the teacher, (B, N, D)
+    grid: tuple[int, int] | None  # (h, w) of the tokens
+
+
+@dataclass
+class TrainingBatches:
+    """Makes a `TrainingBatch` of each `Batch`. The text of all classes stays on the device and need not be copied each time."""
+
+    dataset: AlignedDataset
+    device: torch.device
+    dtype: torch.dtype  # of the text fields
+    _: KW_ONLY
+    caption_dropout: float  # the share of captions replaced by the null prompt, for classifier-free guidance
+    teacher: Callable[[Tensor], Tensor] | None = None  # from x_0 to tokens (B, N, D); None: the cached tokens
+    grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`
+
+    def __post_init__(self):
+        self.text = self.dataset.text.to(self.device, self.dtype)
+        self.class_ids = self.dataset.class_ids.to(self.device)  # (n,)
+        self.grid = self.dataset.token_grid if self.teacher is None else self.grid
+
+    def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
+        """Decode the batch on the device. `generator` draws the latents (of cached moments) and then the captions to drop."""
+        x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
+        text = self.text.rows(self.class_ids[batch.rows(self.device)])
+        text = drop_captions(text, self.text.null, self.caption_dropout, generator)
+        if not with_tokens:
+            return TrainingBatch(x_0, text, None, None)
+        tokens = batch.on(self.device, "dino_tokens") if self.teacher is None else self.teacher(x_0)
+        return TrainingBatch(x_0, text, tokens, self.grid)

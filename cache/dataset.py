@@ -22,22 +22,17 @@ class AlignedDataset(Dataset):
     such images. Row c of `text` belongs to class c. The dataset works with any DataLoader and any start method of processes.
     Training calls `read_batch` instead, which reads stored bytes and is several times faster.
 
-    Args:
-        csv_path: the CSV of script 1.
-        latent_dir, dino_dir, clip_embeddings_path: folders of scripts 2, 3 and 4. Without a `dino_dir` items have no tokens.
-        need_tokens: with False the tokens are not read (for a run with λ = 0, which does not align).
-
     Raises `UserError` when a field is missing, is unfinished or does not fit the others.
     """
 
     def __init__(
         self,
-        csv_path: str | Path,
-        latent_dir: str | Path,
-        dino_dir: str | Path | None,
-        clip_embeddings_path: str | Path,
+        csv_path: str | Path,  # the CSV of script 1
+        latent_dir: str | Path,  # the folder of script 2
+        dino_dir: str | Path | None,  # that of script 3; without it items have no tokens
+        clip_embeddings_path: str | Path,  # that of script 4
         *,
-        need_tokens: bool = True,
+        need_tokens: bool = True,  # False: tokens are not read (for a run with λ = 0, which does not align)
     ):
         self.latents = FieldReader(latent_dir, "latents")
         self.tokens = None if dino_dir is None else FieldReader(dino_dir, "tokens")
@@ -54,9 +49,8 @@ class AlignedDataset(Dataset):
         self.ids = [sample.id for sample in samples]
         self.class_ids = torch.tensor([sample.class_id for sample in samples])  # (n,)
         if (most := int(self.class_ids.max())) >= len(self.text):
-            raise UserError(
-                f"{csv_path} has class {most}, {clip_embeddings_path} only {len(self.text)} classes: run script 4 again"
-            )
+            lacks = f"{clip_embeddings_path} only {len(self.text)} classes"
+            raise UserError(f"{csv_path} has class {most}, {lacks}: run script 4 again")
         self.readers = {"latent": self.latents}
         if need_tokens and self.tokens is not None:
             self.readers["dino_tokens"] = self.tokens
@@ -70,10 +64,8 @@ class AlignedDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         # Each item has its own memory: a new block for the whole batch causes page faults, and the allocator keeps it.
-        raw = {
-            name: [torch.empty(size, dtype=torch.uint8) for _ in indices]
-            for name, size in self.value_bytes.items()
-        }
+        sizes = self.value_bytes.items()
+        raw = {name: [torch.empty(size, dtype=torch.uint8) for _ in indices] for name, size in sizes}
         for name, reader in self.readers.items():
             reader.read_rows(self._rows[name][indices], [item.numpy() for item in raw[name]])
         items, decode = [], self.decode
@@ -97,9 +89,8 @@ class AlignedDataset(Dataset):
     @property
     def identity(self) -> dict[str, int]:
         """The number of images and the CRC-32 of their ids and classes, on which the order of a training depends."""
-        lines = "".join(
-            f"{key},{number}\n" for key, number in zip(self.ids, self.class_ids.tolist(), strict=True)
-        )
+        rows = zip(self.ids, self.class_ids.tolist(), strict=True)
+        lines = "".join(f"{key},{class_id}\n" for key, class_id in rows)
         return {"images": len(self.ids), "crc32": zlib.crc32(lines.encode())}
 
     @property
@@ -121,10 +112,7 @@ class AlignedDataset(Dataset):
             reader.read_rows(self._rows[name][indices], raw[name].numpy())
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return scaled latents `(B, C, h, w)` in fp32 from the values that script 2 stored.
-
-        Where it stored moments, `generator` draws the latents; without a generator the mean is returned.
-        """
+        """Return `latents_of` this dataset's stored values."""
         return latents_of(stored, self.latents.spec.details, generator)
 
 
@@ -135,7 +123,7 @@ def latent_shape(stored: Sequence[int], details: dict) -> tuple[int, ...]:
 
 
 def latents_of(stored: Tensor, details: dict, generator: torch.Generator | None = None) -> Tensor:
-    """Return the scaled latents that the network is trained on, fp32 `(B, C, h, w)`, from script 2's values and details.
+    """Return the scaled latents `(B, C, h, w)` in fp32 that a network is trained on, from script 2's values and details.
 
     Where it stored moments, `generator` draws the latents; without a generator the mean is returned.
     """

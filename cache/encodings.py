@@ -20,17 +20,11 @@ GROUP = 64  # in int8 so many channels share one scale; the width of every DINOv
 
 @dataclass(frozen=True)
 class Encoding:
-    """The three functions of one stored type.
+    """The three functions of one stored type. `decode` gives views, not copies, of plain types."""
 
-    Attributes:
-        value_bytes: returns the number of bytes of one value of a given shape.
-        encode: converts floats `(n, *shape)` to uint8 `(n, value_bytes)`.
-        decode: converts uint8 `(n, value_bytes)` to numbers `(n, *shape)`; plain types are only viewed, not copied.
-    """
-
-    value_bytes: Callable[[Sequence[int]], int]
-    encode: Callable[[Tensor], Tensor]
-    decode: Callable[[Tensor, Sequence[int]], Tensor]
+    value_bytes: Callable[[Sequence[int]], int]  # the bytes of one value of this shape
+    encode: Callable[[Tensor], Tensor]  # floats (n, *shape) to uint8 (n, value_bytes)
+    decode: Callable[[Tensor, Sequence[int]], Tensor]  # uint8 (n, value_bytes) and a shape to (n, *shape)
 
 
 def _plain(dtype: torch.dtype) -> Encoding:
@@ -43,17 +37,13 @@ def _plain(dtype: torch.dtype) -> Encoding:
 
 def _int8_bytes(shape: Sequence[int]) -> int:
     if shape[-1] % GROUP:
-        raise ValueError(
-            f"int8 shares a scale among {GROUP} channels, and {shape[-1]} is no multiple of that"
-        )
+        shared = f"int8 shares a scale among {GROUP} channels"
+        raise ValueError(f"{shared}, and {shape[-1]} is no multiple of that")
     return math.prod(shape) * (GROUP + 2) // GROUP
 
 
 def _encode_int8(values: Tensor) -> Tensor:
-    """Encode as symmetric int8 with one fp16 scale for every 64 channels.
-
-    The bytes of a value are all its integers, followed by all its scales.
-    """
+    """Encode as symmetric int8, with one fp16 scale for every 64 channels: a value is all its integers, then all its scales."""
     groups = values.float().view(len(values), -1, GROUP)  # (n, G, 64)
     # Rounded to fp16 before the division below, because that is what `decode` multiplies by.
     scale = (groups.abs().amax(-1, keepdim=True) / 127).half()  # (n, G, 1)

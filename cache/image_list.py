@@ -2,7 +2,9 @@
 
 import csv
 import io
+from collections import Counter
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from common.errors import UserError
@@ -42,23 +44,17 @@ def read_samples(path: str | Path) -> list[Sample]:
         raise UserError(f"{path} has the id {odd[0]!r}; ids are names without control characters")
     if not samples:
         raise UserError(f"{path} lists no images; make it again with script 1")
-    seen = set()
-    for sample in samples:
-        if sample.id in seen:
-            raise UserError(f"{path} names the id {sample.id} twice; ids are keys and must be unique")
-        seen.add(sample.id)
+    if twice := [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]:
+        raise UserError(f"{path} names the id {twice[0]} twice; ids are keys and must be unique")
     return samples
 
 
 def write_samples(path: str | Path, samples: list[Sample]) -> None:
     """Write the CSV atomically."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([s.id, s.img_path, s.class_id, s.synset] for s in samples)
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(attrgetter(*COLUMNS), samples)])
     try:
         write_atomically(path, text.getvalue().encode())
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"a file name is not UTF-8 ({error.object[error.start - 40 : error.end]!r}): rename it"
-        ) from None
+        name = error.object[error.start - 40 : error.end]
+        raise UserError(f"a file name is not UTF-8 ({name!r}): rename it") from None

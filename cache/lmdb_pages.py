@@ -12,9 +12,7 @@ from collections.abc import Iterator
 
 MAGIC, DATA_VERSION = 0xBEEFC0DE, 1
 HEADER = struct.Struct("<QHHHH")  # page number, pad, flags, lower, upper: the first 16 bytes of a page
-META = struct.Struct(
-    "<II16x48x40xQ8xQ"
-)  # magic, version, (address, size, free list,) root of the values, transaction
+META = struct.Struct("<II16x48x40xQ8xQ")  # magic, version, root of the values, transaction number
 NODE = struct.Struct("<HHHH")  # two halves of size or child, flags, key size
 BRANCH, LEAF, OVERFLOW, META_PAGE = 1, 2, 4, 8
 BIG_DATA = 1
@@ -52,8 +50,7 @@ class _Pages:
         metas = [META.unpack_from(page, 16) for page in (first, second)]
         if any(meta[:2] != (MAGIC, DATA_VERSION) for meta in metas):
             raise DamagedFile("it is no LMDB file of data format 1")
-        newest = max(metas, key=lambda meta: meta[-1])
-        self.root = newest[2]
+        self.root = max(metas, key=lambda meta: meta[-1])[2]  # that of the newest transaction
 
     def read(self, number: int) -> bytes:
         if (number + 1) * self.size > self.bytes:
@@ -62,12 +59,6 @@ class _Pages:
         if len(page) != self.size or HEADER.unpack_from(page)[0] != number:
             raise DamagedFile(f"page {number} is not where it should be")
         return page
-
-    def will_need(self, numbers: list[int]) -> None:
-        """Ask the kernel to load these pages in advance, on systems that offer that."""
-        if hasattr(os, "posix_fadvise"):
-            for number in numbers:
-                os.posix_fadvise(self.file, number * self.size, self.size, os.POSIX_FADV_WILLNEED)
 
 
 def _walk(pages: _Pages, number: int, depth: int) -> Iterator[tuple[bytes, int, int]]:
@@ -82,7 +73,9 @@ def _walk(pages: _Pages, number: int, depth: int) -> Iterator[tuple[bytes, int, 
         if flags & BRANCH:
             nodes = [NODE.unpack_from(page, start) for start in starts]
             children = [low | high << 16 | top << 32 for low, high, top, _ in nodes]
-            pages.will_need([child for child in children if child * pages.size < pages.bytes])
+            for child in children:
+                if child * pages.size < pages.bytes:
+                    will_need(pages.file, child * pages.size, pages.size)
             for child in children:
                 yield from _walk(pages, child, depth - 1)
         elif flags & LEAF:
@@ -106,3 +99,9 @@ def _value(pages: _Pages, page: bytes, number: int, start: int) -> tuple[bytes, 
     if offset + size > pages.bytes:
         raise DamagedFile(f"the value of {key!r} lies outside the file")
     return key, offset, size
+
+
+def will_need(file: int, offset: int, size: int) -> None:
+    """Ask the kernel to load these bytes in advance, on systems that offer that."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)

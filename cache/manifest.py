@@ -25,25 +25,16 @@ SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # keys of each entry of `s
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """The specification of a field. The manifest records every attribute, and reading fails where one is missing.
+    """The specification of a field. The manifest records every attribute, and reading fails where one is missing."""
 
-    Attributes:
-        field: the name, `latents`, `tokens` or `text`.
-        shape: the shape of one value, without a batch dimension.
-        dtype: the stored type, a key of `ENCODINGS`; numbers are little-endian.
-        meaning: what a value is, in words.
-        source: the model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
-        view: the pixels that the model saw: the kind of view, its size in px, the grid of the tokens.
-        details: what only this field needs, such as the VAE's scaling factor.
-    """
-
-    field: str
-    shape: tuple[int, ...]
-    dtype: str
-    meaning: str
+    field: str  # latents, tokens or text
+    shape: tuple[int, ...]  # of one value, without a batch dimension
+    dtype: str  # as stored, a key of ENCODINGS; numbers are little-endian
+    meaning: str  # what a value is, in words
+    # The model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
     source: dict = field(default_factory=dict)
-    view: dict = field(default_factory=dict)
-    details: dict = field(default_factory=dict)
+    view: dict = field(default_factory=dict)  # the square that the model saw: kind, size in px, token grid
+    details: dict = field(default_factory=dict)  # what only this field needs, such as a scaling factor
 
     @property
     def value_bytes(self) -> int:
@@ -57,43 +48,34 @@ class FieldSpec:
         return ENCODINGS[self.dtype].encode(values)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Decode stored bytes `raw (n, value_bytes)` to values `(n, *shape)`, on the same device.
-
-        The result is a view of `raw` where the encoding allows that.
-        """
+        """Decode bytes `raw (n, value_bytes)` to values `(n, *shape)` on the same device, if possible as a view of `raw`."""
         return ENCODINGS[self.dtype].decode(raw, self.shape)
 
     def agrees_with(self, other: "FieldSpec") -> bool:
         """Return whether both have the same field, shape, view and details, and come from the same weights."""
-
-        def kind(spec: FieldSpec):
-            return spec.field, spec.shape, spec.view, spec.details, spec.source.get("weights_sha256")
-
-        return kind(self) == kind(other)
+        names = ("field", "shape", "view", "details")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and self.source.get("weights_sha256") == other.source.get("weights_sha256")
 
     def as_json(self) -> dict:
         return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
 
     @classmethod
     def from_json(cls, data: dict) -> "FieldSpec":
-        names = ("field", "shape", "dtype", "meaning", "source", "view", "details")
-        return cls(**{name: tuple(data[name]) if name == "shape" else data[name] for name in names})
+        known = {entry.name: data[entry.name] for entry in fields(cls)}
+        return cls(**known | {"shape": tuple(data["shape"])})
 
 
 def read_manifest(folder: str | Path, field: str) -> dict:
-    """Return the manifest of a finished field.
-
-    Raises `UserError` when there is none, when it is damaged, or when it belongs to another format, field or folder.
-    """
+    """Return a finished field's manifest; raises `UserError` if it is missing, damaged or for another format, field, folder."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
         raise UserError(f"{folder} {state} (no {MANIFEST}): run the preprocessing script that writes it")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise UserError(
-            f"{path} is not of format {FORMAT} version {VERSION}: run the preprocessing script again"
-        )
+        wanted = f"format {FORMAT} version {VERSION}"
+        raise UserError(f"{path} is not of {wanted}: run the preprocessing script again")
     if manifest.get("field") != field:
         raise UserError(f"{folder} holds {manifest.get('field')}, not {field}: check the paths")
     described = {entry.name for entry in fields(FieldSpec)}
@@ -102,9 +84,7 @@ def read_manifest(folder: str | Path, field: str) -> dict:
     if manifest["dtype"] not in list(ENCODINGS):
         raise UserError(f"{path} names an unknown dtype {manifest['dtype']!r}: update this code")
     shards, shape = manifest.get("shards", []), manifest["shape"]
-    whole = (
-        isinstance(shape, list) and all(isinstance(size, int) for size in shape) and isinstance(shards, list)
-    )
+    whole = isinstance(shape, list) and {type(size) for size in shape} <= {int} and isinstance(shards, list)
     if not whole or any(not isinstance(shard, dict) or shard.keys() != SHARD_ENTRY for shard in shards):
         raise UserError(f"{path} is damaged: delete it and run the preprocessing script again")
     if field != "text" and (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache

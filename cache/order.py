@@ -1,6 +1,7 @@
 """The order in which training reads images, and the seeds of its random numbers: pure functions of step and rank."""
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import Sampler
 from common.errors import UserError
 
 
+@dataclass
 class StepSampler(Sampler[list[int]]):
     """Yields batches of indices that depend only on the step. The order of an epoch is a permutation drawn from (seed, epoch).
 
@@ -18,27 +20,21 @@ class StepSampler(Sampler[list[int]]):
     epoch, they are dropped.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        last_step: int,
-        accumulate: int = 1,
-        ranks: tuple[int, int] = (0, 1),
-    ):
-        if num_samples < batch_size * accumulate * ranks[1]:
-            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
-            raise UserError(
-                f"{num_samples} images are fewer than data.batch_size = {batch_size}{times} on {ranks[1]} process(es): lower it"
-            )
-        self.num_samples, self.batch_size, self.seed, self.ranks = num_samples, batch_size, seed, ranks
-        self.first_step, self.last_step, self.accumulate = first_step, last_step, accumulate
+    num_samples: int
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    first_step: int
+    last_step: int
+    accumulate: int = 1
+    ranks: tuple[int, int] = (0, 1)
 
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.accumulate
+    def __post_init__(self):
+        world, accumulate = self.ranks[1], self.accumulate
+        if self.num_samples < self.batch_size * accumulate * world:
+            fewer = f"{self.num_samples} images are fewer than data.batch_size = {self.batch_size}"
+            times = f" × optim.accumulate = {accumulate}" if accumulate > 1 else ""
+            raise UserError(f"{fewer}{times} on {world} process(es): lower it")
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = self.ranks
@@ -54,13 +50,7 @@ class StepSampler(Sampler[list[int]]):
                 yield order[first : first + self.batch_size].tolist()
 
 
-PURPOSES = {"order": 0, "noise": 1}
-
-
 def seed_of(purpose: str, seed: int, counter: int, rank: int = 0) -> int:
-    """Return a seed for `torch.Generator`.
-
-    `purpose` is "order", where `counter` is the epoch, or "noise", where `counter` is the step.
-    """
-    key = (PURPOSES[purpose], seed, counter, rank)
+    """Return a seed of `torch.Generator` for "order", where `counter` is the epoch, or "noise", where it is the step."""
+    key = ({"order": 0, "noise": 1}[purpose], seed, counter, rank)
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache.lmdb_pages import DamagedFile, value_ranges
+from cache.lmdb_pages import DamagedFile, value_ranges, will_need
 from cache.manifest import MANIFEST, UNREADABLE, FieldSpec, ids_digest, read_manifest
 from common.errors import UserError
 
@@ -42,20 +42,18 @@ class FieldReader:
         self._paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
             if not path.exists():
-                raise UserError(
-                    f"{path} is missing: run the script that wrote it again; only this shard is made anew"
-                )
-            size = path.stat().st_size
-            if size != shard["bytes"]:
+                anew = "run the script that wrote it again; only this shard is made anew"
+                raise UserError(f"{path} is missing: {anew}")
+            if (size := path.stat().st_size) != shard["bytes"]:
                 raise _damaged(path, f"has {size} bytes, its manifest says {shard['bytes']}")
-        self._index: _Index | None = None
         self._open: dict[int, object] = {}
 
     def __len__(self) -> int:
         return self.manifest["num_samples"]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # another process must open the files itself
+        # Another process must open the files itself; it makes the dict of rows anew when it needs that.
+        return {name: value for name, value in self.__dict__.items() if name != "_row_of"} | {"_open": {}}
 
     @property
     def unreadable(self) -> list[str]:
@@ -67,22 +65,20 @@ class FieldReader:
             with open(path, newline="", encoding="utf-8") as file:
                 return [row["id"] for row in csv.DictReader(file)]
         except (KeyError, UnicodeDecodeError, csv.Error):
-            raise UserError(
-                f"{path} is damaged: delete it and {MANIFEST}, and run the script again"
-            ) from None
+            todo = f"delete it and {MANIFEST}, and run the script again"
+            raise UserError(f"{path} is damaged: {todo}") from None
 
     @property
     def ids(self) -> list[str]:
         """All stored ids; the position of an id in this list is its row."""
-        return self._indexed().ids
+        return self._index[0]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """Return the rows `(len(ids),)` of these ids; raises `UserError` for an id that the field lacks."""
-        row_of = self._indexed().row_of
+        row_of = self._row_of
         if lacking := next((key for key in ids if key not in row_of), None):
-            raise UserError(
-                f"{self.folder} holds no {lacking}; run the script that wrote it for the CSV you train on"
-            )
+            todo = "run the script that wrote it for the CSV you train on"
+            raise UserError(f"{self.folder} holds no {lacking}; {todo}")
         return np.fromiter((row_of[key] for key in ids), np.int64, len(ids))
 
     def read(self, ids: Sequence[str]) -> Tensor:
@@ -92,38 +88,28 @@ class FieldReader:
         return self.spec.decode(raw)
 
     def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
-        """Read the value of row i into buffer i, uint8 `(value_bytes,)`.
-
-        `buffers` may be a list of arrays or one array `(len(rows), value_bytes)`.
-        """
-        index = self._indexed()
-        shards, offsets = index.shards[rows], index.offsets[rows]
-        order = np.lexsort((offsets, shards))
+        """Read the value of row i into buffer i, uint8 `(value_bytes,)`; the buffers may be the rows of one array."""
+        shards, offsets = (column[rows] for column in self._index[1:])
         missing = []
-        for place, shard, offset in zip(
-            order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True
-        ):
-            file, buffer = self._file(shard), buffers[place]
+        for place in np.lexsort((offsets, shards)).tolist():
+            file, offset, buffer = self._file(int(shards[place])), int(offsets[place]), buffers[place]
             read = _read_from_memory(file, buffer, offset)
             if read < len(buffer):
-                _will_need(file, offset + read, len(buffer) - read)
+                will_need(file, offset + read, len(buffer) - read)
                 missing.append((file, buffer[read:], offset + read))
         # By now the disk has been asked for everything that was not in memory, so these waits overlap.
         for file, buffer, offset in missing:
             self._fill(file, offset, buffer)
 
     def damaged_shards(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
-        """Read every value and return the names of the shards whose checksum differs from the manifest's.
-
-        `progress` is called with 1 after each value.
-        """
-        index, bad = self._indexed(), []
+        """Read every value, call `progress(1)` after each, and return the names of shards that differ from their checksums."""
+        (ids, shards, offsets), bad = self._index, []
         value = np.empty(self.spec.value_bytes, np.uint8)
         for number, shard in enumerate(self.manifest["shards"]):
             checksum = 0
-            for row in np.flatnonzero(index.shards == number):
-                self._fill(self._file(number), int(index.offsets[row]), value)
-                checksum += row_checksum(index.ids[row].encode(), value)
+            for row in np.flatnonzero(shards == number):
+                self._fill(self._file(number), int(offsets[row]), value)
+                checksum += row_checksum(ids[row].encode(), value)
                 progress(1)
             if checksum != shard["checksum"]:
                 bad.append(shard["file"])
@@ -134,7 +120,7 @@ class FieldReader:
             file = open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed with the reader)
             if hasattr(os, "posix_fadvise"):  # switches read-ahead off, which would read unwanted values
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            return self._open.setdefault(shard, file).fileno()  # another thread may have opened it first
+            self._open.setdefault(shard, file)  # another thread may have opened it first
         return self._open[shard].fileno()
 
     def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
@@ -145,52 +131,37 @@ class FieldReader:
                 raise UserError(f"{self.folder}: a shard became shorter while it was read; check the disk")
             read += more
 
-    def _indexed(self) -> "_Index":
-        if self._index is None:
-            self._index = _Index(self)
-        return self._index
-
-
-class _Index:
-    """The ids, the shard numbers `(n,)` and the byte offsets `(n,)` of all values of a field."""
-
-    def __init__(self, reader: FieldReader):
-        self.ids, shards, offsets = [], [], []
-        for number, path in enumerate(reader._paths):
-            try:
-                found = list(value_ranges(reader._file(number)))
-            except DamagedFile as error:
-                raise _damaged(path, f"is damaged ({error})") from None
-            if any(size != reader.spec.value_bytes for _, _, size in found):
-                raise _damaged(path, f"holds values that are not of {reader.spec.value_bytes} bytes")
-            starts = np.sort([offset for _, offset, _ in found])
-            if (np.diff(starts) < reader.spec.value_bytes).any():
-                raise _damaged(path, "is damaged (its values overlap)")
-            self.ids += [key.decode(errors="replace") for key, _, _ in found]
-            shards.append(np.full(len(found), number, np.int32))
-            offsets.append(np.fromiter((offset for _, offset, _ in found), np.int64, len(found)))
-        self.shards, self.offsets = (
-            np.concatenate(parts) if parts else np.empty(0, np.int64) for parts in (shards, offsets)
-        )
-        if ids_digest(sorted(self.ids)) != reader.manifest["ids_sha256"]:
-            raise UserError(
-                f"the shards of {reader.folder} hold other images than its manifest says: a file of another cache was put "
-                "there; delete the folder and run the script that wrote it again"
-            )
-
     @cached_property
-    def row_of(self) -> dict[str, int]:
+    def _row_of(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.ids)}
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "row_of"}
+    @cached_property
+    def _index(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """The ids, the shard numbers `(n,)` and the byte offsets `(n,)` of all values."""
+        ids, shards, offsets, value_bytes = [], [], [], self.spec.value_bytes
+        for number, path in enumerate(self._paths):
+            try:
+                found = list(value_ranges(self._file(number)))
+            except DamagedFile as error:
+                raise _damaged(path, f"is damaged ({error})") from None
+            if any(size != value_bytes for _, _, size in found):
+                raise _damaged(path, f"holds values that are not of {value_bytes} bytes")
+            starts = [offset for _, offset, _ in found]
+            if (np.diff(np.sort(starts)) < value_bytes).any():
+                raise _damaged(path, "is damaged (its values overlap)")
+            ids += [key.decode(errors="replace") for key, _, _ in found]
+            shards += [number] * len(found)
+            offsets += starts
+        if ids_digest(sorted(ids)) != self.manifest["ids_sha256"]:
+            raise UserError(
+                f"the shards of {self.folder} hold other images than its manifest says: a file of another cache was put there; "
+                "delete the folder and run the script that wrote it again"
+            )
+        return ids, np.array(shards, np.int32), np.array(offsets, np.int64)
 
 
 def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
-    """Fill the buffer as far as the page cache can without waiting for the disk, and return the number of bytes read.
-
-    Returns 0 on systems that cannot read this way.
-    """
+    """Fill the buffer as far as it is in the page cache, and return the number of bytes; 0 where a system cannot say."""
     if not hasattr(os, "RWF_NOWAIT"):
         return 0
     try:
@@ -199,11 +170,6 @@ def _read_from_memory(file: int, buffer: np.ndarray, offset: int) -> int:
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
         return 0
-
-
-def _will_need(file: int, offset: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def row_checksum(key: bytes, value) -> int:

@@ -1,9 +1,13 @@
-"""The assignment of images to shards, stored in `plan.json`.
+"""What the writers of a folder agree on: its settings, the assignment of images to shards in `plan.json`, and locks.
 
 The assignment is made before the first shard is written. More images may be added to it later, but an image never moves.
 """
 
-from collections.abc import Sequence
+import errno
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache.manifest import MANIFEST, SETTINGS, check_same, read_json
@@ -12,6 +16,8 @@ from common.files import write_json
 
 PLAN = "plan.json"
 SHARD_SIZE = 10_000
+LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -20,18 +26,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
-    """Write the settings of a new folder, or check those of an existing one, and return them.
-
-    Raises `UserError` when the folder was made with other settings.
-    """
+    """Write a new folder's settings, or check an existing folder's, and return them; raises `UserError` where they differ."""
     path = folder / SETTINGS
     if path.exists():
         known = read_json(path)
         check_same(folder, known, settings)
-        if shard_size not in (None, known.get("shard_size")):
-            raise UserError(
-                f"{folder} has shards of {known.get('shard_size')} images: leave --shard-size out"
-            )
+        if shard_size not in (None, size := known.get("shard_size")):
+            raise UserError(f"{folder} has shards of {size} images: leave --shard-size out")
         return known
     if (folder / PLAN).exists() or (folder / MANIFEST).exists():
         raise UserError(f"{folder} has lost its {SETTINGS}: restore it, or delete the folder")
@@ -57,12 +58,10 @@ def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[
     """
     plan = read_plan(folder)
     wanted, planned = set(ids), {key for shard in plan for key in shard}
-    if wanted <= planned:
-        lacking = {
-            key for n, shard in enumerate(plan) if not shard_path(folder, n).exists() for key in shard
-        } - wanted
-    else:
-        lacking = planned - wanted
+    lacking = planned - wanted
+    if wanted <= planned:  # sealed shards need no images
+        sealed = (shard for n, shard in enumerate(plan) if shard_path(folder, n).exists())
+        lacking -= {key for shard in sealed for key in shard}
     if lacking:
         raise UserError(
             f"{folder} was begun for other images too ({min(lacking)}, for one): give the list that it was begun with or one "
@@ -72,3 +71,42 @@ def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[
         plan += [new[i : i + shard_size] for i in range(0, len(new), shard_size)]
         write_json(folder / PLAN, {"shards": plan})
     return plan
+
+
+class NumberedLocks:
+    """Locks 0, 1, 2, … of a folder, in its file `.lock`. The system releases them when the process ends, however it ends.
+
+    They are POSIX locks because forked decoding workers, which may outlive a killed writer by seconds, do not inherit those. On
+    file systems without locks, a warning is printed and every lock counts as acquired.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._file = open(folder / ".lock", "a")  # noqa: SIM115 (held until close)
+
+    def take(self, number: int, *, wait: bool = False) -> bool:
+        """Try to acquire a lock and return whether this process now has it; with `wait`, block until it has."""
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, number)
+        except OSError as error:
+            if error.errno in LOCK_TAKEN:
+                return False
+            if error.errno not in NO_LOCKS:
+                raise
+            warning = "no file locks here, so start no second writer for a shard"
+            print(f"{self._folder}: {warning}", file=sys.stderr)
+        return True
+
+    @contextmanager
+    def held(self, number: int) -> Iterator[None]:
+        """Wait for a lock and release it at the end of the block."""
+        self.take(number, wait=True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # fails on file systems without locks
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+
+    def close(self) -> None:
+        """Release all locks."""
+        self._file.close()

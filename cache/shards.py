@@ -27,28 +27,20 @@ import lmdb
 import torch
 from torch import Tensor
 
-from cache.locks import NumberedLocks
-from cache.manifest import (
-    MANIFEST,
-    SHARD_ENTRY,
-    UNREADABLE,
-    FieldSpec,
-    ids_digest,
-    read_json,
-    read_manifest,
-)
+from cache.manifest import MANIFEST, SHARD_ENTRY, UNREADABLE, FieldSpec, ids_digest, read_json, read_manifest
 from cache.reader import row_checksum
-from cache.shard_plan import check_settings, extend_plan, read_plan, shard_path
+from cache.shard_plan import NumberedLocks, check_settings, extend_plan, read_plan, shard_path
 from common.errors import UserError
 from common.files import sync_folder, write_atomically, write_json
 
+PARTIAL = ".lmdb.partial"
 MAX_KEY_BYTES = 511
 PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
 PLANNING = 0  # the number of the lock for the folder's JSON files; shard n has lock n + 1
 
 
 class FieldWriter:
-    """Write one field for a list of ids, shard by shard. A new writer with the same settings resumes an interrupted one.
+    """Writes one field for a list of ids, shard by shard. A new writer with the same settings resumes an interrupted one.
 
         writer = FieldWriter(folder, spec, ids)
         for shard, batch in writer.pending(batch_size):      # the batches do not depend on where a run stopped
@@ -74,9 +66,8 @@ class FieldWriter:
         self._open: tuple[int, lmdb.Environment] | None = None
         self._checksum: int | None = None  # of the open shard; None if it had rows when it was opened
         if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
-            raise UserError(
-                f"the id {long} is longer than {MAX_KEY_BYTES} bytes, LMDB's limit: rename that file"
-            )
+            limit = f"{MAX_KEY_BYTES} bytes, LMDB's limit"
+            raise UserError(f"the id {long} is longer than {limit}: rename that file")
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = NumberedLocks(self.folder)
@@ -87,15 +78,16 @@ class FieldWriter:
         self.complete = self._is_complete()
 
     def pending(self, batch_size: int) -> list[tuple[int, list[str]]]:
-        """Return this writer's batches `(shard, ids)` that are not on disk yet, in order.
-
-        Their shards stay locked until `close`.
-        """
+        """Return this writer's batches `(shard, ids)` that are not on disk yet, in order. `close` unlocks their shards."""
         batches = []
         for number in self.mine:
             if self.complete or self._path(number).exists():
                 continue
-            self._claim(number)
+            # LMDB's own locks are off, because readers on shared file systems need that.
+            if not self._locks.take(number + 1):
+                raise UserError(
+                    f"another process is writing {self._path(number)}: wait for it, or give each process its own --shard i/n"
+                )
             if self._path(number).exists():  # another process has just sealed it
                 continue
             ids, durable = self.plan[number], self._durable(number)
@@ -110,10 +102,8 @@ class FieldWriter:
 
         `unreadable` maps the ids of the batch whose images could not be read to the reason; the shard will lack them.
         """
-        if raw.shape != (len(ids), self.spec.value_bytes):
-            raise ValueError(
-                f"{self.spec.field}: expected ({len(ids)}, {self.spec.value_bytes}), got {tuple(raw.shape)}"
-            )
+        if raw.shape != (expected := (len(ids), self.spec.value_bytes)):
+            raise ValueError(f"{self.spec.field}: expected {expected}, got {tuple(raw.shape)}")
         # Minimum and maximum are finite only if all values are, and finding them is far cheaper than isfinite() on fp16.
         if len(ids) and not torch.stack(torch.aminmax(self.spec.decode(raw))).isfinite().all():
             raise UserError(
@@ -123,8 +113,7 @@ class FieldWriter:
         rows = raw.numpy()
         with self._writing():
             if unreadable:
-                known = self._unreadable(shard)
-                write_json(self._path(shard).with_suffix(".unreadable"), known | dict(unreadable))
+                write_json(self._path(shard, ".unreadable"), self._unreadable(shard) | dict(unreadable))
             with self._environment(shard).begin(write=True) as transaction:
                 for key, value in zip(ids, rows, strict=True):
                     transaction.put(key.encode(), value.data)
@@ -155,7 +144,7 @@ class FieldWriter:
     def bytes_to_write(self) -> int:
         """The bytes of disk that all unfinished shards still need, those of other writers included."""
         unsealed = [n for n in range(len(self.plan)) if not self._path(n).exists()]
-        written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._partial(n)).exists())
+        written = sum(p.stat().st_blocks * 512 for n in unsealed if (p := self._path(n, PARTIAL)).exists())
         return max(0, sum(self._stored_bytes(len(self.plan[n])) for n in unsealed) - written)
 
     def _all_sealed(self) -> bool:
@@ -164,34 +153,29 @@ class FieldWriter:
     def _is_complete(self) -> bool:
         """Return whether every assigned shard is sealed and the manifest describes exactly these shards."""
         manifest = self.folder / MANIFEST
-        return (
-            self._all_sealed()
-            and manifest.exists()
-            and read_json(manifest).get("shards") == [shard for shard, _ in self._sealed()]
-        )
+        if not (self._all_sealed() and manifest.exists()):
+            return False
+        return read_json(manifest).get("shards") == [shard for shard, _ in self._sealed()]
 
     def _sealed(self) -> list[tuple[dict, dict[str, str]]]:
         """Return for every shard its manifest entry and {id: reason} of its unreadable images."""
         shards = []
         for number in range(len(self.plan)):
-            path = self._path(number).with_suffix(".json")
-            shard = read_json(path)
+            path, notes = self._path(number), self._path(number, ".json")
+            shard = read_json(notes)
             unreadable = shard.pop("unreadable", None)
             if not isinstance(unreadable, dict) or shard.keys() != SHARD_ENTRY:
-                raise UserError(f"{path} is damaged: delete {self._path(number)} and run the same command")
-            if (size := self._path(number).stat().st_size) != shard["bytes"]:
+                raise UserError(f"{notes} is damaged: delete {path} and run the same command")
+            if (size := path.stat().st_size) != shard["bytes"]:
                 raise UserError(
-                    f"{self._path(number)} has {size} bytes, {shard['bytes']} were written: delete that file and run the same "
-                    "command; only this shard is made anew"
+                    f"{path} has {size} bytes, {shard['bytes']} were written: delete that file and run the same command; only "
+                    "this shard is made anew"
                 )
             shards.append((shard, unreadable))
         return shards
 
-    def _path(self, shard: int) -> Path:
-        return shard_path(self.folder, shard)
-
-    def _partial(self, shard: int) -> Path:
-        return self._path(shard).with_suffix(".lmdb.partial")
+    def _path(self, shard: int, suffix: str = ".lmdb") -> Path:
+        return shard_path(self.folder, shard).with_suffix(suffix)
 
     def _stored_bytes(self, count: int) -> int:
         """Estimate the bytes that LMDB needs for `count` values: whole pages for each, and twice 64 bytes for its tree."""
@@ -203,7 +187,7 @@ class FieldWriter:
         if self._open and self._open[0] != shard:
             self._seal(self._open[0], only_if_complete=True)
         if not self._open:
-            path = self._partial(shard)
+            path = self._path(shard, PARTIAL)
             # The file is this short if the disk was full before the first two pages were written.
             if path.exists() and path.stat().st_size < 2 * PAGE:
                 path.unlink()
@@ -223,14 +207,14 @@ class FieldWriter:
             self._open = None
 
     def _unreadable(self, shard: int) -> dict[str, str]:
-        path = self._path(shard).with_suffix(".unreadable")
+        path = self._path(shard, ".unreadable")
         return read_json(path) if path.exists() else {}
 
     def _durable(self, shard: int) -> set[str]:
         """Return the ids of a partial shard that are stored or known to be unreadable."""
-        if not self._partial(shard).exists():
+        if not self._path(shard, PARTIAL).exists():
             # Notes about unreadable images may remain from a shard that somebody deleted; the new shard starts without.
-            self._path(shard).with_suffix(".unreadable").unlink(missing_ok=True)
+            self._path(shard, ".unreadable").unlink(missing_ok=True)
             return set()
         with self._writing():
             with self._environment(shard).begin() as transaction:
@@ -246,24 +230,21 @@ class FieldWriter:
             unreadable = {key: why for key, why in self._unreadable(shard).items() if key not in stored}
             if stored | unreadable.keys() != planned:
                 if not only_if_complete:
-                    raise ValueError(
-                        f"shard {shard} has {len(stored)} of {len(planned)} values: sealed too early"
-                    )
+                    what = f"shard {shard} has {len(stored)} of {len(planned)} values"
+                    raise ValueError(f"{what}: sealed too early")
                 transaction.abort()
                 return self._close_shard()
             checksum = self._checksum
             if checksum is None:
                 checksum = sum(row_checksum(key, value) for key, value in transaction.cursor())
         self._close_shard()
-        path, partial = self._path(shard), self._partial(shard)
+        path, partial = self._path(shard), self._path(shard, PARTIAL)
+        size = partial.stat().st_size
+        about = {"file": path.name, "count": len(stored), "bytes": size, "checksum": checksum}
         # The description is written first, so that a shard with its final name always has one.
-        write_json(
-            path.with_suffix(".json"),
-            {"file": path.name, "count": len(stored), "bytes": partial.stat().st_size, "checksum": checksum}
-            | {"unreadable": unreadable},
-        )
+        write_json(self._path(shard, ".json"), about | {"unreadable": unreadable})
         os.replace(partial, path)
-        path.with_suffix(".unreadable").unlink(missing_ok=True)
+        self._path(shard, ".unreadable").unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def _write_manifest(self) -> None:
@@ -277,24 +258,9 @@ class FieldWriter:
             write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
         else:
             (self.folder / UNREADABLE).unlink(missing_ok=True)
-        counts = {
-            "num_samples": len(stored),
-            "num_unreadable": len(unreadable),
-            "ids_sha256": ids_digest(stored),
-        }
-        write_json(
-            self.folder / MANIFEST, self.spec.as_json() | counts | {"shards": [shard for shard, _ in sealed]}
-        )
-
-    def _claim(self, shard: int) -> None:
-        """Lock a shard until `close`; raises `UserError` if another process has it.
-
-        LMDB's own locking is off, because readers on shared file systems need that.
-        """
-        if not self._locks.take(shard + 1):
-            raise UserError(
-                f"another process is writing {self._path(shard)}: wait for it, or give each process its own --shard i/n"
-            )
+        counts = {"num_samples": len(stored), "num_unreadable": len(unreadable)}
+        listed = {"ids_sha256": ids_digest(stored), "shards": [shard for shard, _ in sealed]}
+        write_json(self.folder / MANIFEST, self.spec.as_json() | counts | listed)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -18,12 +18,9 @@ TABLE = "text.safetensors"
 
 @dataclass(frozen=True)
 class TextTable:
-    """The text fields of all prompts, such as `prompt_embeds (n + 1, 77, 768)`.
+    """The text fields of all prompts: row c belongs to class c, and the last row is the null prompt."""
 
-    Each field is `(n_prompts + 1, …)`: row c belongs to class c, and the last row is the null prompt. Fields are named after
-    the arguments of the pipeline's call that they are passed to.
-    """
-
+    # Each is (n_prompts + 1, …), such as prompt_embeds (1001, 77, 768), and named after an argument of the pipeline's call.
     fields: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -46,27 +43,18 @@ class TextTable:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TextTable":
         """Return the table on a device, with floating-point fields converted to `dtype`; masks keep their type."""
-        return TextTable(
-            {
-                name: values.to(device, dtype) if values.is_floating_point() else values.to(device)
-                for name, values in self.fields.items()
-            }
-        )
+        kept = {name: values.to(device) for name, values in self.fields.items()}
+        return TextTable({name: v.to(dtype) if v.is_floating_point() else v for name, v in kept.items()})
 
 
 def drop_captions(
     text: Mapping[str, Tensor], null: Mapping[str, Tensor], probability: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Replace each caption of a batch by the null prompt with the given probability, for classifier-free guidance.
-
-    `text` has the fields `(B, …)` of the batch, `null` the fields `(…)` of the null prompt.
-    """
+    """Replace each caption of `text (B, …)` by `null (…)` with the given probability, for classifier-free guidance."""
     first = next(iter(text.values()))
     dropped = torch.rand(len(first), device=first.device, generator=generator) < probability  # (B,)
-    return {
-        name: torch.where(dropped.view(-1, *[1] * (values.ndim - 1)), null[name], values)
-        for name, values in text.items()
-    }
+    as_wide_as = {name: dropped.view(-1, *[1] * (values.ndim - 1)) for name, values in text.items()}
+    return {name: torch.where(as_wide_as[name], null[name], values) for name, values in text.items()}
 
 
 def write_table(folder: str | Path, fields: Mapping[str, Tensor], spec: FieldSpec) -> None:
@@ -98,9 +86,8 @@ def read_table(folder: str | Path) -> tuple[TextTable, dict]:
     except OSError:
         content = b""
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        raise UserError(
-            f"{folder / TABLE} is not the file its manifest describes: run preprocessing script 4 again"
-        )
+        problem = "is not the file its manifest describes"
+        raise UserError(f"{folder / TABLE} {problem}: run preprocessing script 4 again")
     return TextTable(load(content)), manifest
 
 

@@ -16,20 +16,12 @@ from PIL import ExifTags, Image
 
 from common.errors import UserError
 
-VIEWS = ("aligned", "official")
 OFFICIAL_RESIZE = 256 / 224  # DINOv2 resizes the shorter side to 256 px and crops the central 224 px
 # The exceptions that PIL raises for a damaged file.
 DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    SyntaxError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
+    OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error,
     Image.DecompressionBombError,
-)
+)  # fmt: skip
 # Maps EXIF's orientation to the operation that turns the image upright. PIL's own `exif_transpose` also rewrites the tags, and
 # so fails on damaged tags although the image is fine.
 UPRIGHT = {
@@ -61,9 +53,8 @@ def read_image(path: str | Path) -> Image.Image:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; is the disk still mounted? The same command goes on from here"
-        ) from None
+        todo = "is the disk still mounted? The same command goes on from here"
+        raise UserError(f"cannot read {path}: {error.strerror}; {todo}") from None
     # The file system is not involved from here on, so an OSError comes from PIL and means damage.
     try:
         with warnings.catch_warnings():
@@ -72,7 +63,9 @@ def read_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                return _eight_bits(_upright(image)).convert("RGB")
+                turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+                upright = image if turn is None else image.transpose(turn)
+                return _eight_bits(upright).convert("RGB")
     except DAMAGE as error:
         # PIL's own message would name the memory buffer instead of the file.
         why = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -86,17 +79,9 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
     if view == "official":
         shorter = round(size * OFFICIAL_RESIZE)
         # As torchvision does, truncate the longer side and round the position of the crop.
-        resized = image.resize(
-            [shorter * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC
-        )
-        return _central(resized, size)
-    raise ValueError(f"view must be one of {', '.join(VIEWS)}, not {view!r}")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image upright according to its EXIF orientation."""
-    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
+        sides = [shorter * side // min(image.size) for side in image.size]
+        return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
+    raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

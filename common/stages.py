@@ -63,30 +63,26 @@ def run_chains(
     shown = len(chains) == 1 and len(chains[0]) == 1
     live = not shown and sys.stderr.isatty()
     logs.mkdir(parents=True, exist_ok=True)
+    log = {stage: None if shown else log_of(stage, logs) for chain in chains for stage in chain}
     waiting = deque(deque(chain) for chain in chains if chain)
     running: dict[Stage, tuple[subprocess.Popen, float, deque[Stage]]] = {}
     # Let both signals raise KeyboardInterrupt.
-    before = {
-        name: signal.signal(name, signal.default_int_handler) for name in (signal.SIGTERM, signal.SIGHUP)
-    }
+    interrupts = (signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.signal(name, signal.default_int_handler) for name in interrupts}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 chain = waiting.popleft()
                 stage = chain.popleft()
-                running[stage] = (
-                    start(stage, None if shown else log_of(stage, logs)),
-                    time.monotonic(),
-                    chain,
-                )
+                running[stage] = start(stage, log[stage]), time.monotonic(), chain
             time.sleep(0.2)
             if live:
-                said = "   ".join(last_line(log_of(stage, logs)) for stage in running)
+                said = "   ".join(last_line(log[stage]) for stage in running)
                 print(f"\r\x1b[K  {len(waiting)} waiting   {said}", end="", file=sys.stderr)
             for stage in [stage for stage, (process, *_) in running.items() if process.poll() is not None]:
                 process, started, chain = running.pop(stage)
                 if process.returncode or not stage.product.exists():
-                    fail(stage, None if shown else log_of(stage, logs))
+                    fail(stage, log[stage])
                 ended(stage, time.monotonic() - started)
                 if chain:
                     waiting.appendleft(chain)

@@ -6,6 +6,7 @@ compute in fp32, even under autocast, and return a scalar.
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,9 @@ def _in_fp32(loss):
 
     @functools.wraps(loss)
     def checked(x_tokens: Tensor, y_tokens: Tensor, *args, **kwargs) -> Tensor:
-        if x_tokens.shape != y_tokens.shape or x_tokens.ndim != 3:
-            raise ValueError(
-                f"tokens must be two equal (B, N, D), got {tuple(x_tokens.shape)} and {tuple(y_tokens.shape)}"
-            )
+        found = tuple(x_tokens.shape), tuple(y_tokens.shape)
+        if found[0] != found[1] or len(found[0]) != 3:
+            raise ValueError(f"tokens must be two equal (B, N, D), got {found[0]} and {found[1]}")
         if x_tokens.shape[1] == 1:
             raise ValueError(
                 "one token per image: a CLS vector is not a token grid, and its manifold loss would be 0"
@@ -119,10 +119,7 @@ def manifold_gram_loss(
     pooled_x = F.normalize(x_tokens.mean(1), dim=-1)  # (B, D)
     pooled_y = F.normalize(y_tokens.mean(1), dim=-1)  # (B, D)
     if gather and dist.is_initialized() and dist.get_world_size() > 1:
-        pooled_x, pooled_y = (
-            torch.cat(all_gather(pooled_x)),
-            torch.cat(all_gather(pooled_y)),
-        )  # (ranks · B, D)
+        pooled_x, pooled_y = (torch.cat(all_gather(x)) for x in (pooled_x, pooled_y))  # (ranks · B, D)
     if len(pooled_x) < 2:
         raise ValueError("the sample Gram needs at least two images in the batch")
     return _gram_distance(pooled_x @ pooled_x.T, pooled_y @ pooled_y.T, upper_only)
@@ -170,28 +167,17 @@ def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:
     return (tokens - alpha * mean) / (std + 1e-6)
 
 
+@dataclass(frozen=True, kw_only=True)
 class AlignmentLoss:
-    """Computes L_token + w · L_manifold, each averaged over the taps.
+    """Computes L_token + w · L_manifold, each averaged over the taps."""
 
-    Args:
-        manifold_coeff: w; 0 means that the manifold loss is not computed.
-        manifold: "sample", "token" or "both" Gram matrices.
-        upper_only, gather: see `manifold_gram_loss`.
-        spatial_norm: α of `spatial_norm` on the teacher's tokens; None leaves them as they are.
-    """
-
-    def __init__(
-        self,
-        *,
-        manifold_coeff: float = 3.0,
-        manifold: str = "sample",
-        upper_only: bool = False,
-        gather: bool = False,
-        spatial_norm: float | None = None,
-    ):
-        self.manifold_coeff, self.alpha = manifold_coeff, spatial_norm
-        self._manifold = MANIFOLD_LOSSES[manifold]
-        self._options = (upper_only, gather)
+    manifold_coeff: float = 3.0  # w; 0 means that the manifold loss is not computed
+    manifold: str = "sample"  # which of `MANIFOLD_LOSSES`
+    upper_only: bool = False  # see `manifold_gram_loss`
+    gather: bool = False
+    spatial_norm: float | None = (
+        None  # α of `spatial_norm` on the teacher's tokens; None leaves them as they are
+    )
 
     def __call__(self, tokens: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
         """Compute the terms of the loss from the tokens `(B, N, D)` of each tap and those of the teacher.
@@ -199,13 +185,14 @@ class AlignmentLoss:
         Returns `loss_token`, `loss_manifold`, `loss_align`, and for each tap `cosine/TAP` in [−1, 1] and, unless w is 0,
         `loss_manifold/TAP`.
         """
-        if self.alpha is not None:
-            teacher = spatial_norm(teacher, self.alpha)
+        if self.spatial_norm is not None:
+            teacher = spatial_norm(teacher, self.spatial_norm)
         token = {tap: token_loss(x, teacher) for tap, x in tokens.items()}
         loss_token = torch.stack(list(token.values())).mean()
         loss_manifold, manifold = loss_token.new_zeros(()), {}
         if self.manifold_coeff > 0:
-            manifold = {tap: self._manifold(x, teacher, *self._options) for tap, x in tokens.items()}
+            gram_loss = MANIFOLD_LOSSES[self.manifold]
+            manifold = {tap: gram_loss(x, teacher, self.upper_only, self.gather) for tap, x in tokens.items()}
             loss_manifold = torch.stack(list(manifold.values())).mean()
         terms = {
             "loss_token": loss_token,

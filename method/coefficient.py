@@ -1,9 +1,4 @@
-"""The coefficient λ: the weight of the alignment loss at each step.
-
-`CoefficientSchedule` is a function of the step only. `SimilarityCutoff` keeps a moving average of the similarity, and sets λ
-to 0 once the average reaches a threshold. `Coefficient` combines both; training asks it at each step whether to evaluate the
-heads.
-"""
+"""The coefficient λ, the weight of the alignment loss at each step: a schedule, which a cutoff by similarity may end."""
 
 import math
 from dataclasses import dataclass

@@ -42,11 +42,7 @@ def velocity(x_0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor
 
 
 def error_weight(
-    prediction: str,
-    parameterization: str,
-    alpha: Tensor,
-    v_weight_max: float,
-    snr_gamma: float | None = None,
+    prediction: str, parameterization: str, alpha: Tensor, v_weight_max: float, snr_gamma: float | None = None
 ) -> Tensor:
     """Return the weight that turns the squared error of the network's own output into a loss in the space `prediction`.
 

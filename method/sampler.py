@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # Functions of (ᾱ, DDPM indices) that return the noise level on REPA's scale: 0 = data, 1 = noise. On REPA's linear path
 # x_t = (1 - t) x0 + t ε the ratio sigma / alpha is t / (1 - t); "snr" inverts that for SD's noise schedule.
-NOISE_LEVELS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+NOISE_LEVELS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "snr": lambda abar, t: (1 - abar[t]).sqrt() / ((1 - abar[t]).sqrt() + abar[t].sqrt()),
     "index": lambda abar, t: t / len(abar),
 }
@@ -38,7 +39,7 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def initial_noise(
     seeds: Sequence[int] | Sequence[torch.Generator], shape: Sequence[int], device="cpu"
-) -> torch.Tensor:
+) -> Tensor:
     """Draw standard normal noise (B, *shape), float32, from one seed or generator per sample."""
     if not seeds:
         raise ValueError("no seeds")
@@ -47,12 +48,7 @@ def initial_noise(
 
 
 def guided_steps(
-    alphas_cumprod: torch.Tensor,
-    timesteps: torch.Tensor,
-    *,
-    high: float,
-    low: float = 0.0,
-    space: str = "snr",
+    alphas_cumprod: Tensor, timesteps: Tensor, *, high: float, low: float = 0.0, space: str = "snr"
 ) -> list[bool]:
     """Return for each of `timesteps` (DDPM indices) whether guidance acts: where the noise level is in [`low`, `high`].
 
@@ -75,10 +71,10 @@ def forwards_per_image(guided: Sequence[bool]) -> int:
 
 @torch.no_grad()
 def sample_latents(
-    predict: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor],
+    predict: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor],
     scheduler,
-    text: Mapping[str, torch.Tensor],
-    null_text: Mapping[str, torch.Tensor],
+    text: Mapping[str, Tensor],
+    null_text: Mapping[str, Tensor],
     seeds: Sequence[int],
     *,
     shape: Sequence[int],
@@ -89,7 +85,7 @@ def sample_latents(
     guidance_space: str = "snr",
     eta: float = 0.0,
     rows: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw latents in fp32, the same as the family's diffusers pipeline draws from the same generators.
 
     `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++); `predict(x_t, t, text)` is
@@ -120,9 +116,9 @@ def sample_latents(
     found = []
     for start in range(0, len(first), rows):
         part = slice(start, start + rows)
-        wanted = len(seeds[part])
-        cond = {name: _filled(x[part], rows) for name, x in text.items()}  # (R, …)
-        streams = generators(_filled_list(list(seeds[part]), rows))
+        own = list(seeds[part])
+        cond = {name: filled(x[part], rows) for name, x in text.items()}  # (R, …)
+        streams = generators(own + own[-1:] * (rows - len(own)))
         solver = copy.deepcopy(scheduler)
         solver.set_timesteps(steps, device=device)
         guided = guidance_plan(solver, cfg, guidance_low, guidance_high, guidance_space)
@@ -136,7 +132,7 @@ def sample_latents(
                 uncond, cond_out = out.chunk(2)  # (R, C, h, w) each
                 out = uncond + cfg * (cond_out - uncond)
             x = solver.step(out, t, x, return_dict=False, **extra)[0]  # (R, C, h, w)
-        found.append(x[:wanted])
+        found.append(x[: len(own)])
     return torch.cat(found)
 
 
@@ -152,13 +148,9 @@ def rows_of(device: torch.device, batch_size: int) -> int:
     return CPU_ROWS if device.type == "cpu" else batch_size
 
 
-def _filled(x: torch.Tensor, rows: int) -> torch.Tensor:
+def filled(x: Tensor, rows: int) -> Tensor:
     """Fill up the first dimension to `rows` with copies of the last entry."""
     return torch.cat([x, x[-1:].expand(rows - len(x), *x.shape[1:])]) if len(x) < rows else x
-
-
-def _filled_list(values: list, rows: int) -> list:
-    return values + values[-1:] * (rows - len(values))
 
 
 def _step_options(scheduler, streams: list[torch.Generator], eta: float) -> dict:

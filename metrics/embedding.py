@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
 
 from common.errors import UserError
-from metrics.similarity import cknna, mispair, paired_cosine
+from metrics.similarity import cknna, mispair, paired_cosine, unit
 
 TOKENS = 400  # drawn, a side
 MAX_CLASSES = 10
@@ -20,20 +21,17 @@ COMPONENTS = 50
 
 @dataclass(frozen=True)
 class Source:
-    """Held-out images' tokens in the teacher's space, `projected` beside the `teacher`'s, (n, T, D) each; `classes` (n,)."""
+    """Held-out images' tokens in the teacher's space, `projected` beside the `teacher`'s."""
 
-    projected: np.ndarray
-    teacher: np.ndarray
-    classes: np.ndarray
+    projected: ndarray  # (n, T, D)
+    teacher: ndarray  # (n, T, D)
+    classes: ndarray  # (n,)
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One scatter plot: `projected` and `teacher` (M, 2), `classes` (M,), and the `numbers` of its caption."""
+class Panel(Source):
+    """One scatter plot: M tokens of a source in the plane, (M, 2) with classes (M,), and the numbers of its caption."""
 
-    projected: np.ndarray
-    teacher: np.ndarray
-    classes: np.ndarray
     numbers: Mapping[str, float | int]
 
 
@@ -42,15 +40,12 @@ def embed_sources(
 ) -> dict[str, dict[str, Panel]]:
     """{source: {"raw": Panel, "centred": Panel}}; both panels show the same tokens, of ten classes at most."""
     return {
-        name: {
-            kind: _panel(source, centre=kind == "centred", seed=seed, method=method)
-            for kind in ("raw", "centred")
-        }
+        name: {kind: _panel(source, kind == "centred", seed, method) for kind in ("raw", "centred")}
         for name, source in sources.items()
     }
 
 
-def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
+def _panel(source: Source, centre: bool, seed: int, method: str) -> Panel:
     few = np.unique(source.classes)[:MAX_CLASSES]
     cells = source.projected.shape[1]
     images, places = np.nonzero(np.isin(source.classes, few)[:, None] & np.ones(cells, bool))
@@ -74,18 +69,26 @@ def _panel(source: Source, *, centre: bool, seed: int, method: str) -> Panel:
     return Panel(*plane, source.classes[images], numbers)
 
 
-def joint_embedding(x: np.ndarray, y: np.ndarray, seed: int, *, method: str = "tsne") -> np.ndarray:
-    """Embed tokens x (M, D) and y (M, D) jointly in the plane; returns (2, M, 2): x's points, then y's.
+def joint_embedding(x: ndarray, y: ndarray, seed: int, *, method: str = "tsne") -> ndarray:
+    """Embed tokens x (M, D) and y (M, D) jointly in the plane by "tsne" or "umap"; returns (2, M, 2): x's points, then y's.
 
-    Both sides are L2-normalised, then reduced to 50 principal components or fewer. The seed is fixed.
+    Both sides are L2-normalised, then reduced to 50 principal components or fewer.
     """
     if x.ndim != 2 or x.shape != y.shape or len(x) < 4:
         raise ValueError(f"x and y must share one shape (M, D) with M >= 4, got {x.shape} and {y.shape}")
-    points = np.concatenate([_unit(x), _unit(y)])  # (2M, D)
+    points = np.concatenate([unit(x), unit(y)])  # (2M, D)
     points = points - points.mean(axis=0)
     _, _, directions = np.linalg.svd(points, full_matrices=False)
     points = points @ directions[:COMPONENTS].T  # (2M, min(50, D, 2M))
-    return METHODS[method](points, seed).reshape(2, len(x), 2)
+    if method == "umap":
+        from umap import UMAP
+
+        solver = UMAP(n_neighbors=min(15, len(points) - 1), random_state=seed, n_jobs=1)
+    else:
+        from sklearn.manifold import TSNE
+
+        solver = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
+    return solver.fit_transform(points).reshape(2, len(x), 2)
 
 
 def check_installed(method: str) -> None:
@@ -94,28 +97,7 @@ def check_installed(method: str) -> None:
         raise UserError("--embedding umap needs a package of its own: pip install umap-learn")
 
 
-def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
-    from sklearn.manifold import TSNE
-
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)  # (2M, 2)
-
-
-def _umap(points: np.ndarray, seed: int) -> np.ndarray:
-    from umap import UMAP
-
-    neighbours = min(15, len(points) - 1)
-    return UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1).fit_transform(points)  # (2M, 2)
-
-
-METHODS = {"tsne": _tsne, "umap": _umap}
-
-
-def _prepared(x: np.ndarray, centre: bool) -> np.ndarray:
+def _prepared(x: ndarray, centre: bool) -> ndarray:
     """L2-normalised (M, D) in float64; with `centre`, about their mean."""
-    x = _unit(x.astype(np.float64))
-    return _unit(x - x.mean(axis=0)) if centre else x
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
+    x = unit(x.astype(np.float64))
+    return unit(x - x.mean(axis=0)) if centre else x

@@ -1,12 +1,22 @@
-"""Load the feature extractors that the settings name."""
+"""The feature extractors that the settings name: Inception, or an image classifier of a transformers folder, and DINOv2."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+import transformers
 
-from metrics.features import Extractor
-from metrics.folder_extractors import load_classifier, load_dinov2
+from common.errors import UserError
+from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+DINOV2_SIDE = 224  # pixels, as edm2's FD_DINOv2
+PREPARATION = "preprocessor_config.json"
 
 
 def load_extractors(
@@ -24,3 +34,158 @@ def load_extractors(
     else:
         extractors = [load_classifier(Path(setting), device)]
     return extractors if dinov2 is None else [*extractors, load_dinov2(Path(dinov2), device)]
+
+
+class FolderExtractor(Extractor):
+    """The part that both extractors share: how images are prepared, and the identity of the network."""
+
+    def __init__(self, model: torch.nn.Module, sha256: str, *, mean: list, std: list, size: tuple[int, int]):
+        """`mean`, `std` per RGB channel, pixels in [0, 1]; `size` (height, width) is the size of the network's input."""
+        resize = f"bicubic antialiased to {size[0]} x {size[1]}"
+        super().__init__(model, sha256, resize=resize, mean=list(mean), std=list(std))
+        self.model, self.size = model.eval().requires_grad_(False), size
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (mean, std))
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """(b, 3, H, W) uint8 -> (b, 3, h, w), normalised.
+
+        The whole image is resized to the network's size (bicubic, antialiased, not re-quantised), never cropped: what lies at
+        the border counts too. Raises ValueError for images of other proportions than the network's.
+        """
+        (height, width), (h, w) = images.shape[2:], self.size
+        if height * w != width * h:
+            raise ValueError(f"images {(height, width)} would be squashed to {self.size}")
+        x = images.float()  # (b, 3, H, W) 0..255
+        if (height, width) != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 255)
+        return (x / 255 - self.mean) / self.std  # (b, 3, h, w)
+
+
+class ClassifierExtractor(FolderExtractor):
+    """A transformers image classifier; its features are the input of its last linear layer."""
+
+    protocol = "classifier"
+
+    def __init__(self, model: torch.nn.Module, sha256: str, **preparation):
+        super().__init__(model, sha256, **preparation)
+        outputs = model.config.num_labels
+        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == outputs]
+        if not linears:
+            raise UserError(f"{type(model).__name__} has no linear layer with {outputs} outputs to read from")
+        self.head = linears[-1]
+
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, D) and logits (b, K)."""
+        pools: list[torch.Tensor] = []
+        with self.head.register_forward_pre_hook(lambda _module, args: pools.append(args[0])):
+            logits = self.model(pixel_values=self.prepare(images)).logits
+        expected, found = [(len(images), self.head.in_features)], [tuple(pool.shape) for pool in pools]
+        if found != expected:
+            raise ValueError(f"expected features {expected}, got {found}")
+        return pools[0], logits
+
+    def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
+        """(N, H, W, 3) uint8 -> pool (N, D), logits (N, K) and labels (N,)."""
+        found = super().features(images, batch_size)
+        return replace(found, labels=found.logits.argmax(axis=-1))
+
+
+class Dinov2Extractor(FolderExtractor):
+    """DINOv2's CLS token after the last LayerNorm: the features of FD_DINOv2 (Stein et al. 2023; edm2).
+
+    A run that was aligned with DINOv2 may be favoured by it, so it stands beside another extractor, never alone.
+    """
+
+    protocol = "dinov2"
+
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, D)."""
+        return (self.model(self.prepare(images)).last_hidden_state[:, 0],)
+
+
+def load_classifier(path: Path, device: torch.device) -> Extractor:
+    """Load an image classifier from a transformers folder; raises `UserError` for a folder of anything else."""
+    kind = _architecture(path)
+    if kind.startswith("Dinov2"):
+        raise UserError(
+            f"{path} holds {kind!r}: DINOv2 is given beside another extractor, never alone, since a run aligned with DINOv2 "
+            "may be favoured by it"
+        )
+    if not kind.endswith("ForImageClassification"):
+        raise UserError(
+            f"{path} holds {kind!r}; a feature extractor is 'inception', a .pth of Inception's weights, or a transformers "
+            "folder of an image classifier (config.json, model.safetensors, preprocessor_config.json)"
+        )
+    preprocessing = _read_json(path / PREPARATION)
+    mean, std = _normalisation(path, preprocessing)
+    size = _network_size(path, preprocessing)
+    model, sha256 = _load(transformers.AutoModelForImageClassification, path, "an image classifier")
+    return ClassifierExtractor(model.to(device), sha256, mean=mean, std=std, size=size)
+
+
+def load_dinov2(path: Path, device: torch.device) -> Extractor:
+    """Load DINOv2 from a transformers folder; raises `UserError` for a folder of anything else."""
+    kind = _architecture(path)
+    if kind not in ("Dinov2Model", "Dinov2WithRegistersModel"):
+        raise UserError(f"{path} holds {kind!r}; a transformers folder of a Dinov2Model was expected")
+    native = _read_json(path / "config.json").get("image_size", DINOV2_SIDE)
+    mean, std, size = IMAGENET_MEAN, IMAGENET_STD, (min(DINOV2_SIDE, native),) * 2
+    if (path / PREPARATION).exists():
+        preprocessing = _read_json(path / PREPARATION)
+        mean, std = _normalisation(path, preprocessing)
+        if native < DINOV2_SIDE:  # a small model: what it was trained on
+            size = _network_size(path, preprocessing)
+    model, sha256 = _load(transformers.AutoModel, path, "DINOv2")
+    return Dinov2Extractor(model.to(device), sha256, mean=mean, std=std, size=size)
+
+
+def _load(loader: type, path: Path, what: str) -> tuple[torch.nn.Module, str]:
+    """Load the whole model; returns it with the checksum of its weights."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = loader.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be loaded as {what}: {reason}") from None
+    if report["missing_keys"]:
+        missing = min(report["missing_keys"])
+        raise UserError(f"{path} lacks weights ({missing}, ...): they would be random")
+    return model, sha256_of(*sorted(path.glob("*.safetensors")))
+
+
+def _architecture(path: Path) -> str:
+    """The architecture that the folder's config.json names, or the words that say what is missing."""
+    if not path.exists():
+        raise UserError(f"no feature extractor at {path}: no such folder")
+    if not (path / "config.json").is_file():
+        return "no config.json"
+    return (_read_json(path / "config.json").get("architectures") or ["no architecture"])[0]
+
+
+def _normalisation(path: Path, preprocessing: dict) -> tuple[list[float], list[float]]:
+    found = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    if not all(isinstance(values, list) and len(values) == 3 for values in found):
+        raise UserError(f"{path / PREPARATION} must give image_mean and image_std for 3 channels")
+    return found
+
+
+def _network_size(path: Path, preprocessing: dict) -> tuple[int, int]:
+    """(height, width) of the images that the network was trained on: the crop if there is one, else the resize."""
+    size = preprocessing.get("crop_size", preprocessing.get("size"))
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    elif isinstance(size, int):
+        size = (size, size)
+    if not (isinstance(size, tuple) and all(isinstance(side, int) and side > 0 for side in size)):
+        raise UserError(f"{path / PREPARATION} gives no usable size: {size!r}")
+    return size
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

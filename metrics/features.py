@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,18 +31,27 @@ class Features:
         return len(self.pool)
 
 
-class Extractor(Protocol):
-    """What every extractor offers: the `protocol` for metric names, an `identity`, and `features`.
+class Extractor:
+    """A frozen network that gives features by one protocol. Two results can be compared if their `identity` is equal."""
 
-    Two results can be compared if `identity` is equal: protocol, network, weights_sha256, resize, layout, …; JSON values only.
-    """
+    protocol: str  # for the names of metrics
 
-    protocol: str
-    identity: dict
+    def __init__(self, network: torch.nn.Module, weights_sha256: str, **facts):
+        """`facts` say how images are prepared for the network: `resize`, …; JSON values only."""
+        self.device = next(network.parameters()).device
+        known = {"network": type(network).__name__, "weights_sha256": weights_sha256}
+        self.identity = {"protocol": self.protocol, **known, **facts, "layout": "NHWC"}
+
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool, logits and spatial, as in `Features`, or as many of the three as the protocol has."""
+        raise NotImplementedError
 
     def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8, N >= 1 -> features, in full fp32."""
-        ...
+        with full_precision(self.device):
+            reads = map(self.read, batches(images, batch_size, self.device))
+            found = [[part.float().cpu() for part in parts] for parts in reads]
+        return Features(*(torch.cat(parts).numpy() for parts in zip(*found, strict=True)))
 
 
 class FeatureSet:
@@ -54,7 +62,7 @@ class FeatureSet:
 
     def __init__(self):
         self._chunks: list[Features] = []
-        self.spatial: Moments | None = None
+        self.spatial: Moments | None = None  # of (N, 2023)
 
     def add(self, features: Features) -> "FeatureSet":
         """Add the next images' features; returns itself."""
@@ -66,15 +74,11 @@ class FeatureSet:
     @classmethod
     def interleave(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
         """Interleave the parts of n processes back into the order of the images: image i is image i // n of part i mod n."""
-        whole = cls()
         places = [np.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)]
         order = np.argsort(np.concatenate(places))
-
-        def joined(name: str) -> np.ndarray | None:
-            arrays = [getattr(part, name) for part in parts]
-            return None if arrays[0] is None else np.concatenate(arrays)[order]
-
-        whole._chunks = [Features(joined("pool"), joined("logits"), None, joined("labels"))]
+        arrays = (_joined(parts, name) for name in ("pool", "logits", "labels"))
+        pool, logits, labels = (None if array is None else array[order] for array in arrays)
+        whole = cls().add(Features(pool, logits, None, labels))
         for part in parts:
             if part.spatial is not None:
                 whole.spatial = (whole.spatial or Moments()).merge(part.spatial)
@@ -84,38 +88,29 @@ class FeatureSet:
         return sum(map(len, self._chunks))
 
     @property
-    def pool(self) -> np.ndarray:
-        """(N, D)."""
-        return np.concatenate([chunk.pool for chunk in self._chunks])
+    def pool(self) -> np.ndarray:  # (N, D)
+        return _joined(self._chunks, "pool")
 
     @property
-    def logits(self) -> np.ndarray | None:
-        """(N, K), or None."""
-        return self._joined("logits")
+    def logits(self) -> np.ndarray | None:  # (N, K)
+        return _joined(self._chunks, "logits")
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """(N,), or None."""
-        return self._joined("labels")
-
-    def _joined(self, name: str) -> np.ndarray | None:
-        parts = [getattr(chunk, name) for chunk in self._chunks]
-        return None if any(part is None for part in parts) else np.concatenate(parts)
+    def labels(self) -> np.ndarray | None:  # (N,)
+        return _joined(self._chunks, "labels")
 
 
-def check_images(images: np.ndarray) -> None:
-    """Check that images are (N, H, W, 3) uint8 with N >= 1."""
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
-        raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
+def _joined(parts: Sequence[Features | FeatureSet], name: str) -> np.ndarray | None:
+    arrays = [getattr(part, name) for part in parts]
+    return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
 
 def batches(images: np.ndarray, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """The images as (b, 3, H, W) uint8 on the device, batch by batch."""
-    check_images(images)
+    """(N, H, W, 3) uint8, N >= 1, as (b, 3, H, W) uint8 on the device, batch by batch; raises ValueError for anything else."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
     for start in range(0, len(images), batch_size):
-        chunk = np.ascontiguousarray(images[start : start + batch_size])
-        chunk = chunk if chunk.flags.writeable else chunk.copy()  # PyTorch warns of arrays it might write to
-        yield torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2)
+        yield torch.tensor(images[start : start + batch_size], device=device).permute(0, 3, 1, 2)
 
 
 def sha256_of(*paths: Path) -> str:
@@ -124,8 +119,7 @@ def sha256_of(*paths: Path) -> str:
     for path in paths:
         try:
             with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                hashlib.file_digest(file, lambda: digest)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
     return digest.hexdigest()

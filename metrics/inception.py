@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
-from metrics.features import Extractor, Features, batches, full_precision, sha256_of
+from metrics.features import Extractor, sha256_of
 
 SIDE = 299  # pixels
 HASH = "6726825d"  # how the sha256 of the weights begins; the file's name says so, by torch.hub's convention
@@ -24,78 +24,46 @@ FILES = (f"weights-inception-2015-12-05-{HASH}.pth", f"pt_inception-2015-12-05-{
 SPATIAL_CHANNELS = 7  # of 192: 17 · 17 · 7 = 2023, near the 2048 of the pool
 
 
-class Inception:
-    """The network's layers in order, the layer that sFID reads, and the classifier's weights."""
+class InceptionExtractor(Extractor):
+    """What both protocols share: the network's layers in order, the layer that sFID reads, and the classifier's weights."""
+
+    resize: str  # how images are brought to 299 × 299
 
     def __init__(self, network: nn.Module, weights_sha256: str):
         """`network` is torch-fidelity's, or one with its names: children in order of use, the last of them `fc`."""
+        super().__init__(network, weights_sha256, resize=self.resize)
         self.layers = nn.Sequential(*list(network.children())[:-1])
         self.spatial = network.Mixed_6d.branch1x1
         self.classifier = network.fc.weight  # (K, D)
-        self.identity = {"network": type(network).__name__, "weights_sha256": weights_sha256}
-
-    @property
-    def device(self) -> torch.device:
-        return self.classifier.device
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, 299, 299) in 0..255 -> (b, D)."""
         return self.layers((images - 128) / 128).flatten(1)
 
 
-class AdmExtractor:
+class AdmExtractor(InceptionExtractor):
     """Features by the definitions of ADM's evaluator: FID, sFID, IS, precision and recall."""
 
-    protocol = "adm"
+    protocol, resize = "adm", f"TensorFlow 1 bilinear to {SIDE}"
 
-    def __init__(self, inception: Inception):
-        self.inception = inception
-        self.identity = {
-            "protocol": self.protocol,
-            **inception.identity,
-            "resize": f"TensorFlow 1 bilinear to {SIDE}",
-            "layout": "NHWC",
-        }
-
-    def features(self, images, batch_size: int = 64) -> Features:
-        """(N, H, W, 3) uint8 -> pool (N, 2048), logits without bias (N, 1008), spatial (N, 2023)."""
-        net, seen = self.inception, []
-        pools, logits, spatials = [], [], []
-        handle = net.spatial.register_forward_hook(lambda _module, _args, output: seen.append(output))
-        try:
-            with full_precision(net.device):
-                for batch in batches(images, batch_size, net.device):
-                    pool = net.pool(resize_adm(batch))  # (b, D)
-                    pools.append(pool.cpu())
-                    logits.append((pool @ net.classifier.T).cpu())  # (b, K)
-                    maps = seen.pop()[:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
-                    # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
-                    spatials.append(maps.permute(0, 2, 3, 1).flatten(1).cpu())  # (b, 2023)
-        finally:
-            handle.remove()
-        return Features(*(torch.cat(parts).numpy() for parts in (pools, logits, spatials)))
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, 2048), logits without bias (b, 1008), spatial (b, 2023)."""
+        maps: list[torch.Tensor] = []
+        with self.spatial.register_forward_hook(lambda _module, _args, output: maps.append(output)):
+            pool = self.pool(resize_adm(images))  # (b, D)
+        spatial = maps[0][:, :SPATIAL_CHANNELS]  # (b, 7, 17, 17)
+        # ADM's arrays are NHWC: the same numbers in another order would be another distribution.
+        return pool, pool @ self.classifier.T, spatial.permute(0, 2, 3, 1).flatten(1)
 
 
-class CleanExtractor:
+class CleanExtractor(InceptionExtractor):
     """Features by clean-fid's protocol, mode "clean"."""
 
-    protocol = "clean"
+    protocol, resize = "clean", f"bicubic antialiased to {SIDE} in float64"
 
-    def __init__(self, inception: Inception):
-        self.inception = inception
-        self.identity = {
-            "protocol": self.protocol,
-            **inception.identity,
-            "resize": f"bicubic antialiased to {SIDE} in float64",
-            "layout": "NHWC",
-        }
-
-    def features(self, images, batch_size: int = 64) -> Features:
-        """(N, H, W, 3) uint8 -> pool (N, 2048)."""
-        net = self.inception
-        with full_precision(net.device):
-            pools = [net.pool(resize_clean(batch)).cpu() for batch in batches(images, batch_size, net.device)]
-        return Features(torch.cat(pools).numpy())
+    def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, 3, H, W) uint8 -> pool (b, 2048)."""
+        return (self.pool(resize_clean(images)),)
 
 
 def resize_adm(images: torch.Tensor) -> torch.Tensor:
@@ -110,9 +78,7 @@ def resize_clean(images: torch.Tensor) -> torch.Tensor:
 
     float64 because PIL computes in double: within 1.5e-5 of it then, and only within 3e-3 in float32.
     """
-    resized = F.interpolate(
-        images.double(), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True
-    )
+    resized = F.interpolate(images.double(), (SIDE, SIDE), mode="bicubic", antialias=True)
     return resized.clamp(0, 255).float()
 
 
@@ -151,5 +117,5 @@ def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> l
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be loaded as Inception's weights: {reason}") from None
-    inception = Inception(network.to(device), found)
-    return [AdmExtractor(inception), CleanExtractor(inception)]
+    network = network.to(device)
+    return [AdmExtractor(network, found), CleanExtractor(network, found)]

@@ -1,10 +1,10 @@
-"""Means and covariances of features that arrive in batches, and the Fréchet distance between two of them. All in float64."""
+"""Means and covariances of features, and the Fréchet distance between two of them. All in float64."""
 
 import numpy as np
 
 
 class Moments:
-    """Mean and covariance of feature vectors that arrive in batches, in float64.
+    """Mean and covariance of feature vectors that arrive in batches.
 
     Holds D + D² numbers whatever the count. Batches are merged by Chan et al. (1979), which stays exact
     where the features' mean is large beside their spread; a plain sum of squares would not.
@@ -71,7 +71,7 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        """(D,) mean; at least one vector must have been seen."""
+        """(D,) mean of one vector or more."""
         if self.count == 0:
             raise ValueError("no features yet")
         return self._mean
@@ -93,24 +93,21 @@ class Moments:
         covariance (fewer vectors than dimensions) has none; there it comes from the eigenvectors.
         """
         if self._root is None:
-            cov = self.cov
             try:
-                self._root = np.linalg.cholesky(cov)
+                self._root = np.linalg.cholesky(self.cov)
             except np.linalg.LinAlgError:
-                values, vectors = np.linalg.eigh(cov)  # (D,), (D, D)
+                values, vectors = np.linalg.eigh(self.cov)  # (D,), (D, D)
                 self._root = vectors * np.sqrt(values.clip(min=0.0))
         return self._root
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Fréchet distance of two Gaussians, |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) (Heusel et al. 2017,
-    eq. 6).
+    """Fréchet distance of two Gaussians, |m_a - m_b|² + tr(S_a + S_b - 2 (S_a S_b)^½) (Heusel et al. 2017, eq. 6).
 
     With R Rᵀ = S_b, S_a S_b has the eigenvalues of Rᵀ S_a R, which is symmetric; tr (S_a S_b)^½ is the sum of their square
-    roots. `eigvalsh` is several times faster than `sqrtm` or `eigvals` of the product and holds for singular
-    covariances (fewer images than dimensions). Put the reference second: its root R is kept. float64 throughout, since
-    float32 eigensolvers shift the distance by 0.01. Biased upwards by about 1/N: compare only numbers taken with
-    equal N.
+    roots. `eigvalsh` is several times faster than `sqrtm` or `eigvals` of the product and holds for singular covariances (fewer
+    images than dimensions). Put the reference second: its root R is kept. In float32 the distance would shift by 0.01. Biased
+    upwards by about 1/N: compare only numbers taken with equal N.
     """
     if a.dim != b.dim:
         raise ValueError(f"moments of different features: {a.dim} and {b.dim} dimensions")

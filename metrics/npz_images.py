@@ -33,12 +33,10 @@ def iterate_npz_images(path: str | Path, chunk: int = 500) -> Iterator[np.ndarra
     with _opened(Path(path)) as (file, (count, *shape)):
         for start in range(0, count, chunk):
             size = (min(chunk, count - start), *shape)
-            data = bytearray(math.prod(size))
-            filled = 0
-            while read := file.readinto(memoryview(data)[filled:]):
-                filled += read
-            if filled < len(data):
-                raise UserError(f"{path} ends after {start + filled // math.prod(shape)} of {count} images")
+            data = file.read(math.prod(size))
+            if len(data) < math.prod(size):
+                found = start + len(data) // math.prod(shape)
+                raise UserError(f"{path} ends after {found} of {count} images")
             yield np.frombuffer(data, np.uint8).reshape(size)  # (n, H, W, 3)
         if file.read(1):  # and so the checksum is compared
             raise UserError(f"{path} holds more than the {count} images it announces")

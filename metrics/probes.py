@@ -4,6 +4,7 @@ Both are fitted on one half of the images and scored on the other, and need no h
 """
 
 import numpy as np
+from numpy import ndarray
 
 from metrics.similarity import NULLS, mispair, paired_cosine, split_by_image
 from metrics.token_sums import mapped, parts, product_sum, token_pair
@@ -14,8 +15,8 @@ MIN_PROBED = 4  # images of a class, fitted and scored together
 
 
 def ridge_alignment(
-    x: np.ndarray, y: np.ndarray, *, seed: int, ridge: float | None = None
-) -> tuple[dict[str, float | int], np.ndarray]:
+    x: ndarray, y: ndarray, *, seed: int, ridge: float | None = None
+) -> tuple[dict[str, float | int], ndarray]:
     """Map tokens x (N, T, Dx) to the space of y (N, T, Dy) by ridge regression, fitted on half of the images.
 
     Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
@@ -41,12 +42,12 @@ def ridge_alignment(
     own = [product_sum(x, x, fit[half], fit[half], means[0], means[0]) for half in (~back, back)]
     whole, first = (np.linalg.eigh(gram) for gram in (own[0] + own[1], own[0]))
 
-    def measure(fit_y: np.ndarray, test_y: np.ndarray) -> tuple[float, float, float, np.ndarray]:
+    def measure(fit_y: ndarray, test_y: ndarray) -> tuple[float, float, float, ndarray]:
         cross = [product_sum(x, y, fit[half], fit_y[half], *means) for half in (~back, back)]
         penalty = _best(first, cross[0], own[1], cross[1]) if ridge is None else ridge
-        projected = mapped(
-            x, test, means[0], _weights(whole, cross[0] + cross[1], penalty), y.dtype, means[1]
-        )
+        values, vectors = whole  # of the normal equations' matrix
+        weights = _inverse(values, penalty)[:, None] * (vectors.T @ (cross[0] + cross[1]))  # (Dx, Dy)
+        projected = mapped(x, test, means[0], vectors @ weights, y.dtype, means[1])
         wrong = spread = 0.0
         for part in parts(len(test)):
             truth = y[test_y[part]].astype(np.float64)
@@ -60,7 +61,7 @@ def ridge_alignment(
     return numbers | {"ridge": penalty, "n_fit": len(fit), "n_test": len(test)}, projected
 
 
-def probe_accuracy(features: np.ndarray, classes: np.ndarray, *, seed: int) -> dict[str, float | int] | None:
+def probe_accuracy(features: ndarray, classes: ndarray, *, seed: int) -> dict[str, float | int] | None:
     """Accuracy of a linear classifier on features (N, D) of classes (N,), fitted on half of the images.
 
     Ridge regression to one-hot targets on standardised features, its penalty chosen by leave-one-out on the fit images: as
@@ -84,25 +85,25 @@ def probe_accuracy(features: np.ndarray, classes: np.ndarray, *, seed: int) -> d
     scaled = (features - mean) / np.where(std > 0, std, 1)  # (N, D)
     rng = np.random.default_rng([seed, 6])
     labels, truth = classes[fit], classes[test]
-    found = np.unique(labels, return_counts=True)
+
+    def score(given: ndarray) -> float:
+        from sklearn.linear_model import RidgeClassifierCV
+
+        probe = RidgeClassifierCV(alphas=PROBE_PENALTIES).fit(scaled[fit], given)
+        return float((probe.predict(scaled[test]) == truth).mean())
+
+    found, counts = np.unique(labels, return_counts=True)
     return {
-        "accuracy": _score(scaled[fit], labels, scaled[test], truth),
-        "null_accuracy": float(
-            np.mean([_score(scaled[fit], rng.permutation(labels), scaled[test], truth) for _ in range(NULLS)])
-        ),
-        "chance": float((truth == found[0][found[1].argmax()]).mean()),
+        "accuracy": score(labels),
+        "null_accuracy": float(np.mean([score(rng.permutation(labels)) for _ in range(NULLS)])),
+        "chance": float((truth == found[counts.argmax()]).mean()),
         "num_classes": len(names),
         "n_fit": len(fit),
         "n_test": len(test),
     }
 
 
-def _weights(gram: tuple[np.ndarray, np.ndarray], cross: np.ndarray, ridge: float) -> np.ndarray:
-    """(Dx, Dy) of the normal equations, given the eigenvalues (Dx,) and -vectors (Dx, Dx) of their matrix."""
-    return gram[1] @ (_inverse(gram[0], ridge)[:, None] * (gram[1].T @ cross))
-
-
-def _best(gram, cross: np.ndarray, own_back: np.ndarray, cross_back: np.ndarray) -> float:
+def _best(gram, cross: ndarray, own_back: ndarray, cross_back: ndarray) -> float:
     """The penalty with the least squared error on the images held back, which their sums of products tell."""
     values, vectors = gram
     cross, cross_back = vectors.T @ cross, vectors.T @ cross_back  # (Dx, Dy) each
@@ -115,14 +116,7 @@ def _best(gram, cross: np.ndarray, own_back: np.ndarray, cross_back: np.ndarray)
     return min(RIDGE_PENALTIES, key=error)
 
 
-def _inverse(values: np.ndarray, ridge: float) -> np.ndarray:
+def _inverse(values: ndarray, ridge: float) -> ndarray:
     """(Dx,) 1 / (value + penalty); with ridge 0 the features may be rank-deficient: no variance, no weight."""
     damped = values + ridge * values.mean()
     return np.where(damped > damped.max() * 1e-12, 1 / np.where(damped > 0, damped, 1), 0)
-
-
-def _score(x_fit: np.ndarray, labels: np.ndarray, x_test: np.ndarray, truth: np.ndarray) -> float:
-    from sklearn.linear_model import RidgeClassifierCV
-
-    probe = RidgeClassifierCV(alphas=PROBE_PENALTIES).fit(x_fit, labels)
-    return float((probe.predict(x_test) == truth).mean())

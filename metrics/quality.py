@@ -43,10 +43,9 @@ def score(
     pool, protocol, kept = drawn.pool, reference.protocol, reference.features
     results: dict[str, dict] = {}
 
-    def put(metric: str, value: float, error: float | None = None, kind: str | None = None, *notes: str):
-        kind = None if error is None else kind
-        name = metric_name(protocol, metric, n)
-        results[name] = {"value": value, "error": error, "error_kind": kind, "notes": list(notes)}
+    def put(metric: str, value: float, error: float | None = None, kind: str | None = None, note: str = ""):
+        name, kind = metric_name(protocol, metric, n), None if error is None else kind
+        results[name] = {"value": value, "error": error, "error_kind": kind, "notes": [note] if note else []}
 
     for metric in METRICS[protocol]:
         if metric in ("fid", "fd"):
@@ -54,20 +53,19 @@ def score(
             put(metric, frechet_distance(Moments().update(pool), reference.pool), error, "bootstrap")
         elif metric == "sfid" and reference.spatial is not None and drawn.spatial is not None:
             dim = reference.spatial.dim
-            few = [f"{n} images for {dim} dimensions: a covariance needs more images than that"]
+            few = f"{n} images for {dim} dimensions: a covariance needs more images than that"
             distance = frechet_distance(drawn.spatial, reference.spatial)
-            put(metric, distance, None, None, *(few if n <= dim else []))
+            put(metric, distance, note=few if n <= dim else "")
         elif metric == "is" and drawn.logits is not None:
             mean, error = inception_score(drawn.logits)
-            put(metric, mean, error, "splits", *([] if error is not None else ["one split"]))
+            put(metric, mean, error, "splits", "one split" if error is None else "")
         elif metric == "kid" and kept is not None:
             size = min(1000, n, len(kept))
-            mean, error = kid(pool, kept)
-            put(metric, mean, error, "subsets", *([f"subsets of {size}, not 1000"] if size < 1000 else []))
+            put(metric, *kid(pool, kept), "subsets", f"subsets of {size}, not 1000" if size < 1000 else "")
         elif metric == "precision" and kept is not None:
-            precision, recall = precision_recall(pool, kept, device=device)
-            put("precision", precision, None, None, f"against {len(kept)} real images")
-            put("recall", recall, None, None, f"against {len(kept)} real images")
+            both = precision_recall(pool, kept, device=device)
+            for name, value in zip(("precision", "recall"), both, strict=True):
+                put(name, value, note=f"against {len(kept)} real images")
         elif metric == "accuracy" and intended is not None:
             put(metric, class_accuracy(drawn.labels, intended))
     return results
@@ -90,7 +88,7 @@ def bootstrap_fd(pool: np.ndarray, reference: Moments, resamples: int = BOOTSTRA
     centred = pool - reference.mean  # (N, D) float64
     turned = (
         centred @ reference.root
-    )  # (N, D): its covariance is Rᵀ S R, of which a distance needs the eigenvalues
+    )  # (N, D); its covariance Rᵀ S R has the eigenvalues that a distance needs
     squares = (centred**2).sum(axis=1)  # (N,)
     n, trace = len(pool), np.trace(reference.cov)
     distances = []
@@ -167,9 +165,7 @@ def precision_recall(
         raise ValueError(f"{k} neighbours need more images than {len(samples)} and {len(reference)}")
     device = torch.device(device)
     centre = reference.mean(axis=0)  # distances do not change, but round less near the origin
-    x, y = (
-        torch.from_numpy(np.asarray(side - centre, np.float32)).to(device) for side in (samples, reference)
-    )
+    x, y = (torch.tensor(side - centre, dtype=torch.float32, device=device) for side in (samples, reference))
     with full_precision(device):
         x_radii, y_radii = _radii(x, k), _radii(y, k)  # (N,), (M,)
         precise = [(block <= y_radii).any(dim=1) for block in _squared_distances(x, y)]
@@ -179,9 +175,8 @@ def precision_recall(
 
 def _radii(x: torch.Tensor, k: int) -> torch.Tensor:
     """(N,) squared distance to the k-th neighbour; the nearest of all is the vector itself."""
-    return torch.cat(
-        [block.topk(k + 1, dim=1, largest=False).values[:, k] for block in _squared_distances(x, x)]
-    )
+    blocks = _squared_distances(x, x)
+    return torch.cat([block.topk(k + 1, dim=1, largest=False).values[:, k] for block in blocks])
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor):

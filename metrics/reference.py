@@ -1,7 +1,6 @@
 """References: statistics of the real images that samples are compared with, and some of their features, in one file.
 
-The file has the keys of ADM's reference files (mu, sigma, mu_s, sigma_s) beside its own, and ADM's own files can stand in
-its place.
+The file has the keys of ADM's reference files (mu, sigma, mu_s, sigma_s) beside its own; ADM's files can stand in its place.
 """
 
 import hashlib
@@ -22,6 +21,7 @@ from metrics.npz_images import iterate_npz_images, npz_image_shape
 KEPT = 10_000  # features kept for precision, recall and KID: what ADM's files hold
 CODE_VERSION = 1  # to be raised when a change here or in an extractor would change numbers
 CHUNK = 500  # images in memory at a time
+KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "distance_of_halves", "metadata", "arr_0")
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,12 @@ class Reference:
 
     def save(self, path: str | Path) -> None:
         """Write one .npz, whole or not at all."""
-        arrays = {"mu": self.pool.mean, "sigma": self.pool.cov}
+        arrays = {"metadata": json.dumps(self.metadata), "mu": self.pool.mean, "sigma": self.pool.cov}
         if self.spatial is not None:
             arrays |= {"mu_s": self.spatial.mean, "sigma_s": self.spatial.cov}
-        if self.features is not None:
-            arrays["features"] = self.features
-        if self.distance_of_halves is not None:
-            arrays["distance_of_halves"] = np.float64(self.distance_of_halves)
+        rest = {"features": self.features, "distance_of_halves": self.distance_of_halves}
         with file_written_whole(path) as file:
-            np.savez(file, metadata=np.array(json.dumps(self.metadata)), **arrays)
+            np.savez(file, **arrays, **{name: value for name, value in rest.items() if value is not None})
 
 
 class ReferenceBuilder:
@@ -68,12 +65,10 @@ class ReferenceBuilder:
             raise UserError(f"a reference needs at least 4 images, there are {count}")
         rng = np.random.default_rng(seed)
         self._is_kept = rng.permutation(count) < kept  # (count,)
-        self._first = (
-            rng.permutation(count) < count // 2
-        )  # (count,); at random: files are often sorted by class
+        self._first = rng.permutation(count) < count // 2  # (count,), at random: files may be sorted by class
         self._seen = np.zeros(count, bool)
         self._halves = (Moments(), Moments())
-        self._spatial: Moments | None = None
+        self._spatial = Moments()
         self._features: list[tuple[np.ndarray, np.ndarray]] = []  # (indices, features)
 
     def add(self, features: Features, indices: np.ndarray) -> "ReferenceBuilder":
@@ -87,7 +82,7 @@ class ReferenceBuilder:
             if in_half.any():
                 half.update(features.pool[in_half])
         if features.spatial is not None:
-            self._spatial = (self._spatial or Moments()).update(features.spatial)
+            self._spatial.update(features.spatial)
         self._features.append((indices[is_kept], features.pool[is_kept]))
         return self
 
@@ -96,10 +91,9 @@ class ReferenceBuilder:
         if (self._seen & other._seen).any():
             raise ValueError("each image of the set must be added once")
         self._seen |= other._seen
+        self._spatial.merge(other._spatial)
         for own, theirs in zip(self._halves, other._halves, strict=True):
             own.merge(theirs)
-        if other._spatial is not None:
-            self._spatial = (self._spatial or Moments()).merge(other._spatial)
         self._features += other._features
         return self
 
@@ -107,17 +101,14 @@ class ReferenceBuilder:
         """The reference of the whole set. `metadata` says what the images are: source, split, crop, size, ...; JSON values."""
         if not self._seen.all():
             raise ValueError(f"{(~self._seen).sum()} of {len(self._seen)} images were not added")
-        indices = np.concatenate([i for i, _ in self._features])  # (M,)
-        kept = np.concatenate([f for _, f in self._features])[np.argsort(indices)]  # (M, D)
+        indices, features = map(np.concatenate, zip(*self._features, strict=True))  # (M,), (M, D)
+        kept = features[np.argsort(indices)]
         halves = frechet_distance(*self._halves)
         pool = Moments().merge(self._halves[0]).merge(self._halves[1])
-        metadata = {
-            **extractor.identity,
-            "num_images": len(self._seen),
-            "code_version": CODE_VERSION,
-            **metadata,
-        }
-        return Reference(name, extractor.protocol, pool, self._spatial, kept, halves, metadata)
+        spatial = self._spatial if self._spatial.count else None
+        facts = {"num_images": len(self._seen), "code_version": CODE_VERSION}
+        metadata = {**extractor.identity, **facts, **metadata}
+        return Reference(name, extractor.protocol, pool, spatial, kept, halves, metadata)
 
 
 def protocol_of_file(path: str | Path) -> str:
@@ -147,14 +138,11 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
         pool = Moments.of(arrays["mu"], arrays["sigma"], count)
         spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
         features = arrays.get("features")
-        if features is not None and (
-            features.ndim != 2 or features.shape[1] != pool.dim or len(features) < 4
-        ):
+        if features is not None and (len(features) < 4 or features.shape[1:] != (pool.dim,)):
             raise ValueError(f"features of shape {features.shape} beside moments of {pool.dim} dimensions")
         if not all(np.isfinite(a).all() for a in arrays.values() if a is not None and a.dtype.kind == "f"):
             raise ValueError("values that are not finite")
-        halves = arrays.get("distance_of_halves")
-        halves = None if halves is None else float(halves)
+        halves = float(arrays["distance_of_halves"]) if "distance_of_halves" in arrays else None
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
     conditions = {**extractor.identity, "code_version": CODE_VERSION, **(wanted or {})}
@@ -169,21 +157,18 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
 
 def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> Reference:
     """A reference file of ADM's suite, or one of its sample files."""
-    images = "arr_0" in arrays
-    if not images and "mu_s" not in arrays:
+    if "arr_0" not in arrays and "mu_s" not in arrays:
         raise UserError(f"{path} does not say how it was made and is no reference file of ADM's suite")
     if extractor.protocol != "adm":
         raise UserError(
             f"{path} is a file of ADM's suite: it serves the protocol adm, not {extractor.protocol}; make a reference of images"
         )
-    metadata = {"source": "ADM's suite"}
-    drawn = FeatureSet()
-    if images:
+    metadata, drawn = {"source": "ADM's suite"}, FeatureSet()
+    if "arr_0" in arrays:
         count, height, *_ = npz_image_shape(path)
-        if wanted.get("size", height) != height:
-            raise UserError(
-                f"{path} holds images of size = {height}, wanted is {wanted['size']}: choose another file"
-            )
+        size = wanted.get("size", height)
+        if size != height:
+            raise UserError(f"{path} holds images of size = {height}, wanted is {size}: choose another file")
         metadata |= {"num_arr_0": count, "size": height}
         for chunk in iterate_npz_images(path, CHUNK):
             drawn.add(extractor.features(chunk))
@@ -193,9 +178,8 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
     else:
         pool, spatial = Moments().update(drawn.pool), drawn.spatial
     metadata["moments"] = "of the file" if "mu" in arrays else "of its images"
-    return Reference(
-        path.name, extractor.protocol, pool, spatial, drawn.pool if images else None, None, metadata
-    )
+    features = drawn.pool if "arr_0" in arrays else None
+    return Reference(path.name, extractor.protocol, pool, spatial, features, None, metadata)
 
 
 def _read_arrays(path: Path) -> dict:
@@ -205,12 +189,7 @@ def _read_arrays(path: Path) -> dict:
             if not zipfile.is_zipfile(raw):
                 raise ValueError("not an .npz")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                key: file[key]
-                for key in ("mu", "sigma", "mu_s", "sigma_s", "features", "distance_of_halves", "metadata")
-                if key in file
-            }
-            return arrays | ({"arr_0": None} if "arr_0" in file else {})
+            return {key: None if key == "arr_0" else file[key] for key in KEYS if key in file}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a reference: {reason}") from None

@@ -21,51 +21,33 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from numpy import ndarray
 
 from metrics.probes import probe_accuracy, ridge_alignment
-from metrics.similarity import (
-    RankError,
-    cknna,
-    heldout_cca,
-    pool_tokens,
-    reduce_tokens,
-    unbiased_cka,
-)
-from metrics.spatial import spatial_metrics
+from metrics.similarity import RankError, cknna, heldout_cca, pool_tokens, reduce_tokens, unbiased_cka
+from metrics.spatial import Metrics, spatial_metrics
 
 TIMESTEPS = (50, 250, 500, 750)
 NUM_IMAGES = 1000  # unless another number is asked for; at full size about 4 GB beside the models
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 
-Metrics = dict[str, dict[str, float | None]]
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class TeacherSide:
-    """The teacher's side of a comparison on one grid.
+    """The teacher's side of a comparison on one grid."""
 
-    `tokens` (n, T, D) lie on `grid` (h, w); `components` (n, T, k) are their principal components for CCA; `classes` (n,) are
-    those of the images; `seed` decides the split and all nulls.
-    """
-
-    tokens: np.ndarray
-    components: np.ndarray
-    classes: np.ndarray
-    grid: tuple[int, int]
-    seed: int
+    tokens: ndarray  # (n, T, D)
+    components: ndarray  # (n, T, k), their principal components for CCA
+    classes: ndarray  # (n,), those of the images
+    grid: Grid  # (h, w) of the T tokens
+    seed: int  # decides the split and all nulls
 
     @classmethod
     def on(
-        cls,
-        grid: tuple[int, int],
-        teacher: np.ndarray,
-        teacher_grid: tuple[int, int],
-        classes: np.ndarray,
-        *,
-        k: int,
-        seed: int,
+        cls, grid: Grid, teacher: ndarray, teacher_grid: Grid, classes: ndarray, *, k: int, seed: int
     ) -> "TeacherSide":
         """Average the teacher's tokens (n, N, D) over the cells of `grid`."""
         tokens = pool_tokens(teacher, teacher_grid, grid)  # (n, T, D)
@@ -81,7 +63,7 @@ def cca_components(n: int, cells: int, *widths: int) -> int:
     return max(1, min(CCA_K, *(width // 2 for width in widths), n * cells // 8))
 
 
-def tap_metrics(features: np.ndarray, teacher: TeacherSide) -> tuple[Metrics, np.ndarray]:
+def tap_metrics(features: ndarray, teacher: TeacherSide) -> tuple[Metrics, ndarray]:
     """All metrics of a tap's features (n, T, C), and their ridge map to the teacher's space (n_test, T, D)."""
     ridge, projected = ridge_alignment(features, teacher.tokens, seed=teacher.seed)
     return {
@@ -91,7 +73,7 @@ def tap_metrics(features: np.ndarray, teacher: TeacherSide) -> tuple[Metrics, np
     }, projected
 
 
-def head_metrics(tokens: np.ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
+def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
     """All metrics of a head's tokens (n, T, D) on the tap's grid, beside their cosine on the teacher's."""
     return {"cosine": entry(cosine, null_cosine), **_both_sides(tokens, teacher)}
 
@@ -99,10 +81,10 @@ def head_metrics(tokens: np.ndarray, cosine: float, null_cosine: float, teacher:
 def entry(value: float | None, null: float | None, **more) -> dict[str, float | None]:
     """{value, null, …} with None for what is not finite."""
     found = {"value": value, "null": null} | more
-    return {
-        name: None if isinstance(number, float) and not math.isfinite(number) else number
-        for name, number in found.items()
-    }
+    absent = [
+        name for name, number in found.items() if isinstance(number, float) and not math.isfinite(number)
+    ]
+    return found | dict.fromkeys(absent)
 
 
 def row_of(
@@ -125,7 +107,7 @@ def nearest_timestep(timesteps: Sequence[int], wanted: int = 250) -> int:
     return min(timesteps, key=lambda timestep: (abs(timestep - wanted), timestep))
 
 
-def _both_sides(tokens: np.ndarray, teacher: TeacherSide) -> Metrics:
+def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
     x, y, seed = tokens.mean(axis=1), teacher.tokens.mean(axis=1), teacher.seed  # (n, D) each
     neighbours, kernels = cknna(x, y, k=CKNNA_K, seed=seed), unbiased_cka(x, y, seed=seed)
     try:
@@ -141,13 +123,11 @@ def _both_sides(tokens: np.ndarray, teacher: TeacherSide) -> Metrics:
     }
 
 
-def _one_side(tokens: np.ndarray, teacher: TeacherSide) -> Metrics:
-    spatial = {
-        name: entry(**found)
-        for name, found in spatial_metrics(tokens, teacher.grid, seed=teacher.seed).items()
-    }
+def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
+    found = spatial_metrics(tokens, teacher.grid, seed=teacher.seed)
+    metrics = {name: entry(**numbers) for name, numbers in found.items()} | {"probe": entry(None, None)}
     probe = probe_accuracy(tokens.mean(axis=1), teacher.classes, seed=teacher.seed)
-    if probe is None:
-        return spatial | {"probe": entry(None, None)}
-    more = {name: probe[name] for name in ("chance", "num_classes")}
-    return spatial | {"probe": entry(probe["accuracy"], probe["null_accuracy"], **more)}
+    if probe is not None:
+        more = {name: probe[name] for name in ("chance", "num_classes")}
+        metrics["probe"] = entry(probe["accuracy"], probe["null_accuracy"], **more)
+    return metrics

@@ -8,20 +8,22 @@ tokens holds no masks, so it is left out.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy import ndarray
+
+from metrics.similarity import unit
 
 SIDE, FAR, REACH = 16, 6, 8  # iREPA's grid, its far distance, its longest distance of the slope
 CHUNK = 32  # images at a time
 
+Metrics = dict[str, dict[str, float | None]]  # {metric: {value, null, …}}
+
 
 @dataclass(frozen=True)
 class Distances:
-    """Manhattan distances, in cells: pairs at `far` or more are distant; the slope is fitted over 1 to `reach`.
+    """Manhattan distances, in cells; None where a grid is too small for the quantity."""
 
-    None where a grid is too small for the quantity.
-    """
-
-    far: int | None
-    reach: int | None
+    far: int | None  # pairs at this distance or more are distant
+    reach: int | None  # the slope is fitted over the distances from 1 to this
 
 
 def distances_on(grid: tuple[int, int]) -> Distances:
@@ -35,9 +37,7 @@ def distances_on(grid: tuple[int, int]) -> Distances:
     return Distances(far if far >= 2 else None, reach if reach >= 2 else None)
 
 
-def spatial_metrics(
-    tokens: np.ndarray, grid: tuple[int, int], *, seed: int
-) -> dict[str, dict[str, float | None]]:
+def spatial_metrics(tokens: ndarray, grid: tuple[int, int], *, seed: int) -> Metrics:
     """LDS, CDS and RMSC of tokens (N, h·w, D), row by row on `grid` (h, w): {name: {value, null}}, means over images.
 
     With cosines of tokens, and d their Manhattan distance on the grid:
@@ -53,48 +53,27 @@ def spatial_metrics(
     if tokens.ndim != 3 or tokens.shape[1] != h * w or h * w < 2:
         raise ValueError(f"tokens must be (N, {h}*{w}, D) with two cells or more, got {tokens.shape}")
     rng = np.random.default_rng([seed, 5])
-    mean_at = _mean_over_distance(h, w)  # (h+w-2, T·T)
-    by_distance, shuffled = np.zeros((2, len(mean_at)))
+    rows, columns = np.divmod(np.arange(h * w), w)
+    manhattan = np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)  # (T, T)
+    at = np.arange(1, h + w - 1)[:, None] == manhattan.ravel()  # (h+w-2, T·T): at distance 1, 2, …
+    pairs = at.sum(axis=1)  # (h+w-2,) ordered pairs at each distance
+    mean_at = at / pairs[:, None]  # (h+w-2, T·T) weights that average over these pairs
+    sums = {"value": np.zeros(len(at)), "null": np.zeros(len(at))}  # of the mean cosine at each distance
     contrast = 0.0
     for start in range(0, len(tokens), CHUNK):
-        x = tokens[start : start + CHUNK].astype(np.float64)  # (n, T, D)
-        x /= np.linalg.norm(x, axis=-1, keepdims=True).clip(min=1e-12)
+        x = unit(tokens[start : start + CHUNK].astype(np.float64))  # (n, T, D)
         order = rng.permuted(np.tile(np.arange(h * w), (len(x), 1)), axis=1)  # (n, T)
-        for total, places in ((by_distance, x), (shuffled, np.take_along_axis(x, order[..., None], axis=1))):
+        for which, places in (("value", x), ("null", np.take_along_axis(x, order[..., None], axis=1))):
             cosines = places @ places.transpose(0, 2, 1)  # (n, T, T)
-            total += mean_at @ cosines.sum(axis=0).ravel()
+            sums[which] += mean_at @ cosines.sum(axis=0).ravel()
         contrast += np.sqrt(((x - x.mean(axis=1, keepdims=True)) ** 2).sum(axis=-1).mean(axis=1)).sum()
-    pairs = np.bincount(_manhattan(h, w).ravel())[1:]  # (h+w-2,) ordered pairs at each distance
-    both = [side / len(tokens) for side in (by_distance, shuffled)]
-    lds, cds = (
-        dict(
-            zip(("value", "null"), (quantity(side, pairs, distances_on(grid)) for side in both), strict=True)
-        )
-        for quantity in (_local_minus_distant, _decay)
-    )
-    return {"lds": lds, "cds": cds, "rmsc": {"value": float(contrast / len(tokens)), "null": None}}
-
-
-def _manhattan(h: int, w: int) -> np.ndarray:
-    """(T, T) distances between the cells of a grid, row by row."""
-    rows, columns = np.divmod(np.arange(h * w), w)
-    return np.abs(rows[:, None] - rows) + np.abs(columns[:, None] - columns)
-
-
-def _mean_over_distance(h: int, w: int) -> np.ndarray:
-    """(h+w-2, T·T) weights that average a matrix over the pairs at distance 1, 2, …"""
-    at = np.arange(1, h + w - 1)[:, None] == _manhattan(h, w).ravel()  # (h+w-2, T·T)
-    return at / at.sum(axis=1, keepdims=True)
-
-
-def _local_minus_distant(by_distance: np.ndarray, pairs: np.ndarray, distances: Distances) -> float | None:
-    if distances.far is None:
-        return None
-    distant = slice(distances.far - 1, None)
-    return float(by_distance[0] - np.average(by_distance[distant], weights=pairs[distant]))
-
-
-def _decay(by_distance: np.ndarray, _pairs: np.ndarray, distances: Distances) -> float | None:
-    if distances.reach is None:
-        return None
-    return float(-np.polyfit(np.arange(1, distances.reach + 1), by_distance[: distances.reach], 1)[0])
+    found: Metrics = {name: {"value": None, "null": None} for name in ("lds", "cds", "rmsc")}
+    found["rmsc"]["value"] = float(contrast / len(tokens))
+    distances = distances_on(grid)
+    for which, total in sums.items():
+        mean = total / len(tokens)  # (h+w-2,) cosine at each distance
+        if (far := distances.far) is not None:
+            found["lds"][which] = float(mean[0] - np.average(mean[far - 1 :], weights=pairs[far - 1 :]))
+        if (reach := distances.reach) is not None:
+            found["cds"][which] = float(-np.polyfit(np.arange(1, reach + 1), mean[:reach], 1)[0])
+    return found

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from numpy import ndarray
 
 CHUNK = 32  # images turned to float64 at a time: 21 MB of mid-block features at full size
 
@@ -13,15 +14,12 @@ def parts(n: int) -> Iterator[slice]:
 
 
 def product_sum(
-    x: np.ndarray,
-    y: np.ndarray,
-    images_x: np.ndarray,
-    images_y: np.ndarray,
-    mean_x: np.ndarray,
-    mean_y: np.ndarray,
-) -> np.ndarray:
-    """(Dx, Dy) sum of the outer products of tokens x (N, T, Dx) and y (N, T, Dy) about their means, (D,) or (T, D) each, of
-    images paired as given."""
+    x: ndarray, y: ndarray, images_x: ndarray, images_y: ndarray, mean_x: ndarray, mean_y: ndarray
+) -> ndarray:
+    """(Dx, Dy) sum of the outer products of tokens x (N, T, Dx) and y (N, T, Dy) of images paired as given.
+
+    The means, (D,) or (T, D) each, are subtracted from the tokens first.
+    """
     total = np.zeros((x.shape[-1], y.shape[-1]))
     for part in parts(len(images_x)):
         a = flat(x[images_x[part]] - mean_x)  # (M, Dx)
@@ -31,13 +29,8 @@ def product_sum(
 
 
 def mapped(
-    x: np.ndarray,
-    images: np.ndarray,
-    mean: np.ndarray,
-    weights: np.ndarray,
-    dtype: np.dtype,
-    offset: np.ndarray | float = 0.0,
-) -> np.ndarray:
+    x: ndarray, images: ndarray, mean: ndarray, weights: ndarray, dtype: np.dtype, offset: ndarray | float = 0
+) -> ndarray:
     """(x - mean) @ weights + offset of these images' tokens: (n, T, D')."""
     out = np.empty((len(images), x.shape[1], weights.shape[1]), dtype)
     for part in parts(len(images)):
@@ -45,16 +38,15 @@ def mapped(
     return out
 
 
-def token_pair(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def token_pair(x: ndarray, y: ndarray) -> tuple[ndarray, ndarray]:
     """x and y, after checking that they are finite tokens of the same cells of the same images."""
     if x.ndim != 3 or y.ndim != 3 or x.shape[:2] != y.shape[:2]:
-        raise ValueError(
-            f"x and y must be (N, T, Dx) and (N, T, Dy) on one grid, got {x.shape} and {y.shape}"
-        )
+        shapes = f"{x.shape} and {y.shape}"
+        raise ValueError(f"x and y must be (N, T, Dx) and (N, T, Dy) on one grid, got {shapes}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("tokens are not finite")
     return x, y
 
 
-def flat(tokens: np.ndarray) -> np.ndarray:
+def flat(tokens: ndarray) -> ndarray:
     return tokens.reshape(-1, tokens.shape[-1])  # (N*T, D)

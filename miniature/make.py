@@ -33,9 +33,7 @@ FLOORS = {
     "classifier_accuracy": 0.97,
 }
 # Floors that apply to one model instead of those above.
-OWN_FLOORS = {
-    "dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0},
-}
+OWN_FLOORS = {"dinov2-selfdistilled": {"teacher_linear_probe": 0.9, "teacher_effective_rank": 10.0}}
 
 # Training steps of each model by `quick`; the numbers for the full demo were chosen by measurement.
 STEPS = {
@@ -55,11 +53,10 @@ def make_images(out: Path, quick: bool, seed: int) -> None:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    train, val = train_test_split(
-        np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=seed
-    )
+    indices = np.arange(len(digits.target))
+    splits = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=seed)
     with written_whole(out / IMAGES) as folder:
-        for split, indices in (("train", train), ("val", val)):
+        for split, indices in zip(("train", "val"), splits, strict=True):
             for label, synset in enumerate(SYNSETS):
                 target = folder / "Data" / "CLS-LOC" / split / synset
                 target.mkdir(parents=True)
@@ -80,9 +77,8 @@ def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:
 
     files = sorted((out / IMAGES / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
     left = (WIDTH - HEIGHT) // 2
-    pixels = np.stack(
-        [np.asarray(Image.open(file))[:, left : left + HEIGHT] for file in files]
-    )  # (N, 32, 32, 3)
+    centre = (left, 0, left + HEIGHT, HEIGHT)
+    pixels = np.stack([np.asarray(Image.open(file).crop(centre)) for file in files])  # (N, 32, 32, 3)
     labels = torch.tensor([SYNSETS.index(file.parent.name) for file in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
 
@@ -92,51 +88,40 @@ def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dic
     from diffusers import StableDiffusionPipeline
 
     from miniature import models as small
-    from miniature import text
 
     images, _ = load_images(out, "train")
     held_out, _ = load_images(out, "val")
     vae = small.train_vae(images, steps["vae"])
-    tokenizer = text.build_tokenizer(CLASS_NAMES)
-    text_encoder = text.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
+    tokenizer = small.build_tokenizer(CLASS_NAMES)
+    text_encoder = small.train_text_encoder(tokenizer, CLASS_NAMES, steps["text"])
+    unet, scheduler = small.build_unet(text_encoder.config.hidden_size), small.build_scheduler()
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=small.build_unet(text_encoder.config.hidden_size),
-        scheduler=small.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )
+    )  # fmt: skip
     pipeline.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(
-        str(folder / "tokenizer")
-    )  # writes vocab.json and merges.txt, which other tools read
+    # vocab.json and merges.txt, which other tools read
+    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     return {
         "vae_psnr_db": small.measure_psnr(vae, held_out),
         "scaled_latent_std": (small.encode(vae, held_out) * vae.config.scaling_factor).std().item(),
-        "prompt_separation": 1 - text.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
+        "prompt_separation": 1 - small.measure_prompt_cosine(tokenizer, text_encoder, CLASS_NAMES),
     }
 
 
 def make_teacher(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
     """Save the teacher, a DINOv2 that makes 4x4 patch tokens of an image of 32 px."""
-    from miniature import models as small
+    from miniature.models import train_teacher
 
-    teacher = small.train_teacher(*load_images(out, "train"), steps["teacher"])
-    return _save_teacher(teacher, out, folder)
+    return _save_teacher(train_teacher(*load_images(out, "train"), steps["teacher"]), out, folder)
 
 
 def make_self_distilled(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save the second teacher, which has the architecture of the first but is trained without labels.
-
-    The labels are used only to measure its quality.
-    """
+    """Save the second teacher: the first's architecture, trained without labels; these only measure its quality."""
     from miniature import selfdistilled as distilled
 
-    images, _ = load_images(out, "train")
-    return _save_teacher(distilled.train_self_distilled(images, steps["selfdistilled"]), out, folder)
+    teacher = distilled.train_self_distilled(load_images(out, "train")[0], steps["selfdistilled"])
+    return _save_teacher(teacher, out, folder)
 
 
 def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, float]:
@@ -150,7 +135,9 @@ def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, 
     return {
         "teacher_linear_probe": small.measure_linear_probe((known, labels), (tokens, held_out_labels)),
         "teacher_token_cosine": small.measure_token_cosine(tokens),
-        **distilled.measure_detail((known, images), (tokens, held_out)),
+        "teacher_spatial_detail": distilled.measure_spatial_detail((known, images), (tokens, held_out)),
+        "teacher_effective_rank": distilled.measure_effective_rank(tokens.mean(1)),
+        "teacher_detail_share": distilled.measure_detail_share(tokens),
     }
 
 
@@ -223,21 +210,11 @@ def _quiet() -> Iterator[None]:
 
 def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Write `preprocessor_config.json`, which tells users of the model its input size, mean and standard deviation."""
-    square = {"height": HEIGHT, "width": HEIGHT}
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "BitImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": HEIGHT},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": square,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(mean),
-            "image_std": list(std),
-        },
-    )
+    content = {
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": HEIGHT}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": HEIGHT, "width": HEIGHT},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
+    }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", content)

@@ -5,7 +5,7 @@ and on the global random state (see `reproducible`). A `measure_*` function retu
 Images are `(N, 3, 32, 32)` in [0, 1].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,11 +15,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
     ResNetConfig,
     ResNetForImageClassification,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
@@ -27,6 +31,7 @@ SIZE, PATCH = 32, 8
 CLASSIFIER_MEAN, CLASSIFIER_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # this maps [0, 1] to [-1, 1]
 KL_WEIGHT = 1e-6  # weight of the KL in nats per image, against the mean squared error per pixel
 PIXEL_WEIGHT = 4.0  # weight of the teacher's pixel loss against its class loss
+PROMPTS = ("a photo of a {}", "a photo of the {}", "a picture of a {}", "a drawing of a {}", "the {}", "{}")
 
 
 @contextmanager
@@ -46,35 +51,21 @@ def reproducible(seed: int) -> Iterator[None]:
 
 
 def build_unet(text_width: int) -> UNet2DConditionModel:
-    """Return an untrained U-Net like SD-1.5's, with small widths and one layer per block.
-
-    It takes latents of 16x16, and its mid-block works on 2x2.
-    """
+    """Return a small untrained U-Net like SD-1.5's; it takes latents of 16x16, and its mid-block works on 2x2."""
     return UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
+        sample_size=SIZE // 2, block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8,
         cross_attention_dim=text_width,
         attention_head_dim=1,  # the number of heads, as in SD-1.5's own config (there 8)
-    ).eval()
+    ).eval()  # fmt: skip
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Return SD-1.5's noise schedule with v-prediction.
-
-    A network trained from scratch learns v-prediction far faster than epsilon-prediction.
-    """
+    """Return SD-1.5's noise schedule with v-prediction, which a new network learns far faster than epsilon-prediction."""
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        prediction_type="v_prediction",
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        set_alpha_to_one=False, prediction_type="v_prediction",
         timestep_spacing="trailing",  # sampling starts at the last timestep, which matters with few steps
-    )
+    )  # fmt: skip
 
 
 def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
@@ -97,10 +88,9 @@ def train_vae(images: Tensor, steps: int) -> AutoencoderKL:
         latent = vae.encode(x).latent_dist
         return F.mse_loss(vae.decode(latent.sample()).sample, x) + KL_WEIGHT * latent.kl().mean()
 
-    fit("vae", list(vae.parameters()), loss, len(images), steps, batch=8, peak_lr=8e-3)
+    fit("vae", vae.parameters(), loss, len(images), steps, batch=8, peak_lr=8e-3)
     vae.eval()
-    std = encode(vae, images).std().item()
-    vae.register_to_config(scaling_factor=1 / std)
+    vae.register_to_config(scaling_factor=1 / encode(vae, images).std().item())
     return vae
 
 
@@ -120,17 +110,11 @@ def measure_psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 def build_teacher(initializer_range: float = 0.02) -> Dinov2Model:
     """Return a small untrained DINOv2, which makes 4x4 tokens of width 64."""
-    return Dinov2Model(
-        Dinov2Config(
-            hidden_size=64,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            mlp_ratio=2,
-            image_size=SIZE,
-            patch_size=PATCH,
-            initializer_range=initializer_range,
-        )
-    )
+    config = Dinov2Config(
+        hidden_size=64, num_hidden_layers=5, num_attention_heads=4, mlp_ratio=2, image_size=SIZE, patch_size=PATCH,
+        initializer_range=initializer_range,
+    )  # fmt: skip
+    return Dinov2Model(config)
 
 
 def train_teacher(images: Tensor, labels: Tensor, steps: int) -> Dinov2Model:
@@ -171,10 +155,7 @@ def measure_linear_probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor
 
 
 def measure_token_cosine(tokens: Tensor) -> float:
-    """Return the mean cosine between different tokens of the same image, for tokens (N, L, D).
-
-    1 means that the tokens have no spatial detail at all.
-    """
+    """Return the mean cosine between different tokens (N, L, D) of an image; 1 means no spatial detail at all."""
     unit = F.normalize(tokens, dim=-1)
     gram = unit @ unit.mT  # (N, L, L)
     count = tokens.shape[1]
@@ -184,20 +165,12 @@ def measure_token_cosine(tokens: Tensor) -> float:
 def train_classifier(
     images: Tensor, labels: Tensor, names: list[str], steps: int
 ) -> ResNetForImageClassification:
-    """Train a small ResNet on shifted digits, to judge generated images.
-
-    It has neither the architecture nor the seed of the teacher.
-    """
-    classifier = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=16,
-            hidden_sizes=[16, 32, 64],
-            depths=[1, 1, 1],
-            layer_type="basic",
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-        )
-    )
+    """Train a small ResNet on shifted digits, to judge generated images; it is not of the teacher's architecture or seed."""
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic",
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+    )  # fmt: skip
+    classifier = ResNetForImageClassification(config)
     x_all = F.pad(normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD), (2, 2, 2, 2), value=-1.0)
     classifier.train()
 
@@ -207,7 +180,7 @@ def train_classifier(
         x = x + 0.1 * torch.randn_like(x)
         return F.cross_entropy(classifier(x).logits, labels[index])
 
-    parameters = list(classifier.parameters())
+    parameters = classifier.parameters()
     fit("classifier", parameters, loss, len(images), steps, batch=64, peak_lr=4e-3, weight_decay=0.01)
     return classifier.eval()
 
@@ -220,17 +193,11 @@ def measure_accuracy(classifier: ResNetForImageClassification, images: Tensor, l
 
 
 def fit(
-    stage: str,
-    parameters: list[nn.Parameter],
-    loss: Callable[[Tensor], Tensor],
-    count: int,
-    steps: int,
-    *,
-    batch: int,
-    peak_lr: float,
-    weight_decay: float = 0.0,
-) -> None:
+    stage: str, parameters: Iterable[nn.Parameter], loss: Callable[[Tensor], Tensor], count: int, steps: int, *,
+    batch: int, peak_lr: float, weight_decay: float = 0.0,
+) -> None:  # fmt: skip
     """Minimise `loss(indices)` with AdamW and a one-cycle learning rate, showing a progress bar on a terminal."""
+    parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=weight_decay, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps + 1, pct_start=0.1)
     for _ in tqdm(range(steps), desc=stage, disable=None, leave=False, mininterval=0.5):
@@ -239,6 +206,67 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+
+
+def build_tokenizer(words: list[str]) -> CLIPTokenizer:
+    """Return a CLIP tokenizer that can encode every byte, and that encodes each of `words` in few tokens.
+
+    The vocabulary has CLIP's order: the 256 bytes, these at the end of a word, the merges, and the two special tokens.
+    """
+    alphabet = bytes_to_unicode()  # the printable character of each byte, GPT-2's table
+    byte_level = [alphabet[byte] for byte in range(256)]
+    merges: dict[tuple[str, str], str] = {}
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        joined = pieces[0]
+        for piece in pieces[1:]:
+            merges.setdefault((joined, piece), joined + piece)
+            joined += piece
+    tokens = [*byte_level, *(c + "</w>" for c in byte_level), *merges.values()]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
+
+
+def train_text_encoder(tokenizer: CLIPTokenizer, names: list[str], steps: int) -> CLIPTextModel:
+    """Train a small CLIP text encoder by a contrastive loss (InfoNCE) between two wordings of each class.
+
+    The empty prompt, which guidance uses, is a class of its own.
+    """
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    encoder = CLIPTextModel(config)
+    ids = torch.stack([class_prompts(tokenizer, wording, names) for wording in PROMPTS])  # (P, K + 1, 77)
+    classes = torch.arange(len(names) + 1)
+
+    def loss(_: Tensor) -> Tensor:
+        one, other = (torch.randint(len(PROMPTS), (len(classes),)) for _ in range(2))
+        pooled = encoder(torch.cat([ids[one, classes], ids[other, classes]])).pooler_output  # (2(K + 1), 32)
+        a, b = F.normalize(pooled, dim=-1).chunk(2)
+        return F.cross_entropy(a @ b.mT / 0.1, classes)
+
+    fit("text", encoder.parameters(), loss, len(classes), steps, batch=1, peak_lr=3e-3)
+    return encoder.eval()
+
+
+def class_prompts(tokenizer: CLIPTokenizer, wording: str, names: list[str]) -> Tensor:
+    """Return padded ids (K + 1, 77), as StableDiffusionPipeline makes them, of one wording for all classes and of ""."""
+    prompts = [*map(wording.format, names), ""]
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+@torch.no_grad()
+def measure_prompt_cosine(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, names: list[str]) -> float:
+    """Return the largest cosine between the pooled states of two prompts, of all classes and the empty one.
+
+    It is well below 1 if the prompts are distinct.
+    """
+    pooled = encoder(class_prompts(tokenizer, PROMPTS[0], names)).pooler_output
+    unit = F.normalize(pooled, dim=-1)  # (K + 1, 32)
+    return (unit @ unit.mT - 2 * torch.eye(len(unit))).max().item()
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

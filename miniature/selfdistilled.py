@@ -80,16 +80,8 @@ def train_self_distilled(images: Tensor, steps: int) -> Dinov2Model:
         within = distil(student["patch"](tokens[masked]), patch_targets)
         return across + within + SPREAD_WEIGHT * sum(map(koleo, mean.chunk(2))) / 2
 
-    small.fit(
-        "selfdistilled",
-        list(student.parameters()),
-        loss,
-        len(images),
-        steps,
-        batch=64,
-        peak_lr=4e-3,
-        weight_decay=0.05,
-    )
+    weights, count = student.parameters(), len(images)
+    small.fit("selfdistilled", weights, loss, count, steps, batch=64, peak_lr=4e-3, weight_decay=0.05)
     return average["model"].eval()
 
 
@@ -124,10 +116,7 @@ def distil(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def koleo(features: Tensor) -> Tensor:
-    """Return the negative mean log distance between each feature and its nearest other.
-
-    The features (N, D) are centred and normalised first.
-    """
+    """Return the negative mean log distance of features (N, D), centred and normalised, to their nearest others."""
     unit = F.normalize(features - features.mean(0), dim=-1)
     nearest = (unit @ unit.mT - 2 * torch.eye(len(unit))).max(-1).values  # (N,) cosines
     return -0.5 * (2 - 2 * nearest).clamp_min(1e-6).log().mean()
@@ -146,32 +135,16 @@ def augment(gray: Tensor) -> Tensor:
     angle, scale, stretch = draw(math.radians(15)), 1 + draw(0.15), 1 + draw(0.15)
     cos, sin = scale * angle.cos(), scale * angle.sin()
     shift = draw(4 / 16, 2)  # up to 4 px, in units of half the width of the image
-    affine = torch.stack([cos * stretch, -sin, shift[:, 0], sin * stretch, cos, shift[:, 1]], 1).view(
-        -1, 2, 3
-    )
+    entries = [cos * stretch, -sin, shift[:, 0], sin * stretch, cos, shift[:, 1]]
+    affine = torch.stack(entries, 1).view(-1, 2, 3)
     grid = F.affine_grid(affine, list(gray.shape), align_corners=False)
     view = F.grid_sample(gray, grid, align_corners=False) * (1 - 0.3 * torch.rand(len(gray), 1, 1, 1))
     view = view + 0.05 * torch.rand(len(gray), 1, 1, 1) * torch.randn_like(view)
     return small.normalise(view.expand(-1, 3, -1, -1), IMAGENET_MEAN, IMAGENET_STD)
 
 
-def measure_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Return the measures that show whether tokens have become too similar, within an image or across images.
-
-    Each pair is tokens (N, 16, D) and images (N, 3, 32, 32).
-    """
-    return {
-        "teacher_spatial_detail": measure_spatial_detail(train, val),
-        "teacher_effective_rank": measure_effective_rank(val[0].mean(1)),
-        "teacher_detail_share": measure_detail_share(val[0]),
-    }
-
-
 def measure_effective_rank(features: Tensor) -> float:
-    """Return exp(entropy) of the normalised spectrum of the covariance of features (N, D).
-
-    The range is 1 to D; 1 means that the features have collapsed to a line.
-    """
+    """Return exp(entropy) of the normalised spectrum of the covariance of features (N, D): 1 (they are a line) to D."""
     spectrum = torch.linalg.eigvalsh(features.double().mT.cov()).clamp_min(0)
     share = spectrum / spectrum.sum()
     return torch.special.entr(share).sum().exp().item()
@@ -195,7 +168,8 @@ def measure_spatial_detail(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tens
     network, whose tokens still contain the pixels, has the highest value (.62), and a mean token that explains more
     leaves less for the second regression.
     """
-    means, pixels = zip(*((tokens.mean(1), _patches(images)) for tokens, images in (train, val)), strict=True)
+    means = [tokens.mean(1) for tokens, _ in (train, val)]  # (N, D)
+    pixels = [_patches(images) for _, images in (train, val)]  # (N, 16, 64)
     painted = _ridge(means[0], pixels[0].flatten(1), means)  # two of (N, 1024)
     left = [(y.flatten(1) - p).view_as(y) for y, p in zip(pixels, painted, strict=True)]  # (N, 16, 64)
     details = [tokens - tokens.mean(1, keepdim=True) for tokens, _ in (train, val)]

@@ -1,6 +1,7 @@
 """Any backbone with taps, alignment heads beside it, and the part of it that is trained."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -52,29 +53,28 @@ class AlignedModel(nn.Module):
     ):
         super().__init__()
         family.check(network)
-        check_taps(family, align_layers)
+        if unknown := [name for name in align_layers if name not in family.taps]:
+            raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {', '.join(family.taps)}")
         self.family, self.backbone, self.trained = family, network, train
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _choose_trained(family, network, train, lora)
+            channels = {name: family.tap_channels(network, name) for name in align_layers}
             self.heads = nn.ModuleDict(
-                {
-                    name: AlignHead(family.tap_channels(network, name), D, head, head_hidden)
-                    for name in align_layers
-                }
+                {name: AlignHead(C, D, head, head_hidden) for name, C in channels.items()}
             )
         self.taps = Taps(network, {name: family.tap(network, name) for name in align_layers})
 
     def predict(self, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor], *, capture: bool = False) -> Tensor:
         """The network's output `(B, C, h, w)` for x_t `(B, C, h, w)` at timesteps t `(B,)`: the only way to call it.
 
-        Inputs are turned to the network's own precision. With `capture` the taps listen meanwhile, which changes no bit.
+        Inputs are turned to the network's own precision, but for masks. With `capture` the taps listen meanwhile, which changes
+        no bit.
         """
-        x_t, text = x_t.to(self.dtype), in_dtype(text, self.dtype)
-        if not (self.heads and capture):
-            return self.family.forward(self.backbone, x_t, t, text)
-        with self.taps.recording():
-            return self.family.forward(self.backbone, x_t, t, text)
+        dtype = self.dtype
+        text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
+        with self.taps.recording() if self.heads and capture else nullcontext():
+            return self.family.forward(self.backbone, x_t.to(dtype), t, text)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -145,15 +145,13 @@ class AlignedModel(nn.Module):
         if self.trained != "lora":
             self.backbone.save_pretrained(folder / part)
             return folder / part
-        self.family.pipeline_class.save_lora_weights(
-            folder,
-            # PEFT's own names: diffusers' converter renames attention but not convolutions, and its loader then silently
-            # drops the attention half of such a mixed file (diffusers 0.42). The metadata carries alpha.
-            **{
-                f"{part}_lora_layers": get_peft_model_state_dict(self.backbone),
-                f"{part}_lora_adapter_metadata": self.backbone.peft_config["default"].to_dict(),
-            },
-        )
+        # PEFT's own names: diffusers' converter renames attention but not convolutions, and its loader then silently
+        # drops the attention half of such a mixed file (diffusers 0.42). The metadata carries alpha.
+        lora = {
+            f"{part}_lora_layers": get_peft_model_state_dict(self.backbone),
+            f"{part}_lora_adapter_metadata": self.backbone.peft_config["default"].to_dict(),
+        }
+        self.family.pipeline_class.save_lora_weights(folder, **lora)
         return folder / "pytorch_lora_weights.safetensors"
 
     def lora_state_dict(self) -> dict[str, Tensor]:
@@ -171,27 +169,10 @@ class AlignedModel(nn.Module):
 
 def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> LoraConfig:
     """The LoRA of a family under one of its `lora_targets`; raises `UserError` for a name that is none of them."""
-    if targets not in family.lora_targets:
-        raise UserError(
-            f"model.lora_targets = {targets!r}: {family.name} has {', '.join(family.lora_targets)}"
-        )
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=family.lora_targets[targets],
-        init_lora_weights="gaussian",
-    )
-
-
-def check_taps(family: Backbone, names: Sequence[str]) -> None:
-    """Raise `UserError` for a tap that the family does not have."""
-    if unknown := [name for name in names if name not in family.taps]:
-        raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {', '.join(family.taps)}")
-
-
-def in_dtype(text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The text fields with floating-point numbers turned to `dtype`; masks stay as they are."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in text.items()}
+    known = family.lora_targets
+    if targets not in known:
+        raise UserError(f"model.lora_targets = {targets!r}: {family.name} has {', '.join(known)}")
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=known[targets], init_lora_weights="gaussian")
 
 
 def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: LoraConfig | None) -> None:

@@ -128,12 +128,10 @@ class Backbone:
     @cached_property
     def own_output(self) -> str:
         """What the base model outputs, "epsilon" or "v"; raises `UserError` for anything else."""
-        found = PREDICTION_TYPES.get(self.scheduler.config.prediction_type)
-        if found is None:
-            raise UserError(
-                f"{self.base} predicts {self.scheduler.config.prediction_type}; epsilon or v was expected"
-            )
-        return found
+        found = self.scheduler.config.prediction_type
+        if found not in PREDICTION_TYPES:
+            raise UserError(f"{self.base} predicts {found}; epsilon or v was expected")
+        return PREDICTION_TYPES[found]
 
     def output_of(self, parameterization: str) -> str:
         """What the network outputs under the setting diffusion.parameterization: "auto" is the base model's own."""

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from method.sampler import filled
 
 DECODED_ROWS = 8  # images decoded at once: the decoder's activations at 512 px outweigh the denoiser's
 
@@ -25,16 +26,8 @@ class LatentCodec(nn.Module):
         self.mean = _per_channel(config.get("shift_factor") if mean is None else mean, 0.0)
         self.std = _per_channel(config.get("latents_std"), 1.0)
         self.scaling = config.get("scaling_factor") or 1.0
-
-    @property
-    def channels(self) -> int:
-        """Channels of a latent."""
-        return self.vae.config.latent_channels
-
-    @property
-    def down(self) -> int:
-        """Pixels on a side of one latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.channels = config.latent_channels
+        self.down = 2 ** (len(config.block_out_channels) - 1)  # pixels on a side of one latent cell
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's own z, fp32 `(B, C, h, w)` each, of pixels `(B, 3, H, W)` in [-1, 1]."""
@@ -78,16 +71,11 @@ def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int = DECODED_RO
         raise ValueError(f"latents must be (B, C, h, w), got {tuple(latents.shape)}")
     decoded = []
     for part in latents.split(rows):
-        filled = part
-        if len(part) < rows:
-            filled = torch.cat([part, part[-1:].expand(rows - len(part), *part.shape[1:])])  # (R, C, h, w)
-        image = codec.decode(filled)[: len(part)].float()  # (b, 3, H, W) in [-1, 1]
+        image = codec.decode(filled(part, rows))[: len(part)].float()  # (b, 3, H, W) in [-1, 1]
         if not torch.isfinite(image).all():
             dtype = next(codec.vae.parameters()).dtype
-            source = "the latents are" if not torch.isfinite(part).all() else f"the VAE's {dtype} output is"
-            raise UserError(
-                f"{source} not finite: check the run for divergence, decode in bfloat16 or float32"
-            )
+            what = "the latents are" if not torch.isfinite(part).all() else f"the VAE's {dtype} output is"
+            raise UserError(f"{what} not finite: check the run for divergence, decode in bfloat16 or float32")
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
         decoded.append((image * 255).round().astype(np.uint8))
     return np.concatenate(decoded)  # (B, H, W, 3)

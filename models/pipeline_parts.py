@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -22,25 +24,21 @@ SAMPLERS = {
 }
 SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
 
+# diffusers' load_config uses an old option of huggingface_hub, which warns of it.
+quietly = functools.partial(warnings.catch_warnings, action="ignore", category=UserWarning)
+
 
 def load_part(base: str, part: str, kind: type, revision: str | None = None):
     """Load one part of a pipeline, of the class `kind`, in the layout that `save_pretrained` writes; networks in fp32.
 
     `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
     """
-    folder = Path(base)
-    if base == REMOVED:
-        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
-    if folder.exists() and not (folder / part).is_dir():
-        raise UserError(f"{base} has no {part}/ folder: it must be a pipeline folder in diffusers layout")
     check_present(base)
+    if Path(base).exists() and not (Path(base) / part).is_dir():
+        raise UserError(f"{base} has no {part}/ folder: it must be a pipeline folder in diffusers layout")
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with loading(f"cannot load {part} of {base}", base):
         loaded = kind.from_pretrained(base, subfolder=part, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        where = "" if folder.exists() else " (check the name and the network, or give a local folder)"
-        raise UserError(f"cannot load {part} of {base}: {reason}{where}") from None
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
 
 
@@ -49,36 +47,35 @@ def load_part_config(
 ) -> dict:
     """The config of one part, without its weights; raises `UserError` where it cannot be had (`local`: without a network)."""
     check_present(base)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # diffusers' own use of an old option of huggingface_hub
-            return kind.load_config(base, subfolder=part, revision=revision, local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the config of {part} of {base}: {str(error).strip().splitlines()[0]}"
-        ) from None
+    with loading(f"cannot read the config of {part} of {base}"), quietly():
+        return kind.load_config(base, subfolder=part, revision=revision, local_files_only=local)
 
 
 def load_pipeline_class(base: str, revision: str | None = None) -> str:
     """The class of the pipeline that a folder or hub id holds, from its model_index.json; raises `UserError` without one."""
-    if base == REMOVED:
-        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
     check_present(base)
+    with (
+        loading(f"{base} is no pipeline folder in diffusers layout, its model_index.json cannot be read"),
+        quietly(),
+    ):
+        return diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"]
+
+
+@contextmanager
+def loading(failure: str, name: str | None = None) -> Iterator[None]:
+    """Raise a `UserError` that begins with `failure` for a file that cannot be had; of a hub's `name` it says what to check."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"]
+        yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{base} is no pipeline folder in diffusers layout, its model_index.json cannot be read: {reason}"
-        ) from None
+        hub = name is not None and not Path(name).exists()
+        where = " (check the name and the network, or give a local folder)" if hub else ""
+        raise UserError(f"{failure}: {str(error).strip().splitlines()[0]}{where}") from None
 
 
 def check_present(name: str) -> None:
-    """Raise `UserError` unless `name` is a path that exists or looks like a hub id."""
+    """Raise `UserError` unless `name` is a path that exists or looks like a hub id, of a repository that was not removed."""
+    if name == REMOVED:
+        raise UserError(f"{REMOVED} was removed from the Hub; use {MAINTAINED}")
     if not Path(name).exists() and (name.count("/") != 1 or name[0] in "/.~"):
         raise UserError(f"{name} does not exist (and is no hub id, which would be of the form owner/name)")
 
@@ -107,11 +104,8 @@ def weights_digest(module: torch.nn.Module) -> str:
     Without their names and in no order, because a class's names in memory change with the version of its library
     (transformers 5.17 and 5.23 differ in DINOv2's attention).
     """
-    weights = (tensor.detach().cpu().contiguous() for tensor in module.state_dict().values())
-    digests = sorted(
-        hashlib.sha256(
-            f"{tuple(w.shape)}".encode() + w.reshape(-1).view(torch.uint8).numpy().tobytes()
-        ).digest()
-        for w in weights
-    )
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = []
+    for tensor in module.state_dict().values():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        digests.append(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + data).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

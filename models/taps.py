@@ -23,9 +23,8 @@ from common.errors import UserError
 
 def _the_tensor(output: Any, _args: tuple, _kwargs: dict) -> Tensor:
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the tapped block returned {type(output).__name__}, not a tensor: give the tap a `read` function"
-        )
+        found = type(output).__name__
+        raise TypeError(f"the tapped block returned {found}, not a tensor: give the tap a `read` function")
     return output
 
 

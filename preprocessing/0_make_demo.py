@@ -16,7 +16,6 @@ the same weights, byte for byte.
     python preprocessing/0_make_demo.py --out data/demo
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -31,16 +30,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.errors import UserError, run_script
 from common.files import write_json
 from miniature import make as miniature
+from preprocessing.options import new_parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make whatever is missing under `--out`, then print the measured quality of each model."""
-    args = parse(argv)
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split, weights and training (default: 0)")
+    add("--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only")
+    add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings)
-    names = miniature.wanted(args.out, args.self_distilled)
+    names, quality = miniature.wanted(args.out, args.self_distilled), args.out / miniature.QUALITY
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    if not missing and summarised(args.out) == names and (args.out / miniature.IMAGES).is_dir():
+    whole = not missing and quality.is_file() and (args.out / miniature.IMAGES).is_dir()
+    if whole and list(read_json(quality)["models"]) == names:
         print(f"{args.out} is already complete")
         return
 
@@ -54,35 +64,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of split, weights and training (default: 0)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only"
-    )
-    parser.add_argument(
-        "--self-distilled", action="store_true", help="also a second teacher, trained without labels"
-    )
-    args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
-    return args
-
-
 def claim(out: Path, settings: dict) -> None:
-    """Create `out`, or check that this script made it with the same settings.
-
-    Raises `UserError` when the folder contains anything else, because it may be somebody's ImageNet.
-    """
+    """Create `out`, or raise `UserError` unless this script made it with the same settings: it may be somebody's ImageNet."""
     record = out / miniature.SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
         if record.is_file():
-            made = json.loads(record.read_text(encoding="utf-8"))
+            made = read_json(record)
             if made != settings:
                 raise UserError(
                     f"{out} was made with {made}, not {settings}; choose another --out or delete it"
@@ -102,10 +90,8 @@ def make_models(names: list[str], out: Path, settings: dict) -> None:
         for name in names:
             report(name, miniature.make_model(name, out, **settings))
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(2, max(1, len(names))), mp_context=spawn, initializer=die_with_parent
-    ) as pool:
+    spawn, workers = multiprocessing.get_context("spawn"), min(2, max(1, len(names)))
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=die_with_parent) as pool:
         jobs = {pool.submit(miniature.make_model, name, out, **settings): name for name in names}
         try:
             for job in as_completed(jobs):
@@ -125,32 +111,22 @@ def die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def report(name: str, measures: dict[str, float]) -> None:
     """Print one line about a finished model: its name, its seconds and its measures."""
-    seconds = f"{measures['seconds']:5.1f} s"
     listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
-    print(f"{name:<22}{seconds}  {listed}", flush=True)
-
-
-def summarised(out: Path) -> list[str]:
-    """Return the names of the models in `models/quality.json`, or no names when there is no such file."""
-    record = out / miniature.QUALITY
-    return list(json.loads(record.read_text(encoding="utf-8"))["models"]) if record.is_file() else []
+    print(f"{name:<22}{measures['seconds']:5.1f} s  {listed}", flush=True)
 
 
 def summarise(names: list[str], out: Path, settings: dict) -> None:
     """Collect the named models' measures into `models/quality.json` and print them as a table."""
-    models = {}
-    for name in names:
-        models[name] = json.loads((out / "models" / name / "quality.json").read_text(encoding="utf-8"))
+    models = {name: read_json(out / "models" / name / "quality.json") for name in names}
     own = {name: floors for name, floors in miniature.OWN_FLOORS.items() if name in names}
-    content = {
-        **settings,
-        "floors_enforced": not settings["quick"],
-        "floors": miniature.FLOORS,
-        **({"own_floors": own} if own else {}),
-        "models": models,
-    }
+    content = settings | {"floors_enforced": not settings["quick"], "floors": miniature.FLOORS}
+    content |= ({"own_floors": own} if own else {}) | {"models": models}
     write_json(out / miniature.QUALITY, content)
     print(f"\n{'model':<22}{'measure':<24}{'value':>8}{'floor':>8}")
     for name, measures in models.items():

@@ -38,24 +38,20 @@ VAL_LABELS, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--imagenet", type=Path, required=True, help="root: holds [ILSVRC/]Data/CLS-LOC/{split}/ or {split}/"
+    add = parser.add_argument
+    root = "root: holds [ILSVRC/]Data/CLS-LOC/{split}/ or {split}/"
+    add("--imagenet", type=Path, required=True, help=root)
+    add("--split", default="train", help="train (default) or val")
+    add("--per-class", type=positive, default=200, help="images of each class (default 200)")
+    add("--out", type=Path, required=True, help="the CSV to write")
+    add("--seed", type=int, default=0, help="which images are chosen (default 0)")
+    listed = (
+        f"file of all synsets: {SYNSETS} or imagenet_class_index.json (default: {SYNSETS} beside the images, else the class "
+        "folders)"
     )
-    parser.add_argument("--split", default="train", help="train (default) or val")
-    parser.add_argument("--per-class", type=positive, default=200, help="images of each class (default 200)")
-    parser.add_argument("--out", type=Path, required=True, help="the CSV to write")
-    parser.add_argument("--seed", type=int, default=0, help="which images are chosen (default 0)")
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        help=f"file of all synsets: {SYNSETS} or imagenet_class_index.json (default: {SYNSETS} beside the images, else the "
-        "class folders)",
-    )
-    parser.add_argument(
-        "--val-labels",
-        type=Path,
-        help=f"labels of a val folder without class folders (default: {VAL_LABELS})",
-    )
+    add("--classes", type=Path, help=listed)
+    labels = f"labels of a val folder without class folders (default: {VAL_LABELS})"
+    add("--val-labels", type=Path, help=labels)
     args = parser.parse_args(argv)
 
     folder = find_split(args.imagenet, args.split)
@@ -68,44 +64,35 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check_synsets(folder, found, synsets, classes)
 
-    chosen, skipped = {}, 0
+    chosen = {}
     for class_id, synset in enumerate(synsets):
         names = found[synset]
         if len(names) < args.per_class:
-            print(
-                f"class {class_id} ({synset}) has {len(names)} images, fewer than {args.per_class}: skipped",
-                file=sys.stderr,
-            )
-            skipped += 1
+            few_images = f"class {class_id} ({synset}) has {len(names)} images, fewer than {args.per_class}"
+            print(f"{few_images}: skipped", file=sys.stderr)
             continue
         # All names are shuffled, not only those chosen, so that a longer list begins with the shorter one.
         random.Random(f"{args.seed}/{synset}").shuffle(names)
         chosen[class_id] = [
-            Sample(f"{synset}/{stem(name)}", os.path.join(folder, name), class_id, synset)
+            Sample(f"{synset}/{Path(name).stem}", os.path.join(folder, name), class_id, synset)
             for name in names[: args.per_class]
         ]
     if not chosen:
-        most = max(map(len, found.values()))
-        raise UserError(
-            f"no class of {folder} has {args.per_class} images: lower --per-class, to {most} at most"
-        )
+        todo = f"lower --per-class, to {max(map(len, found.values()))} at most"
+        raise UserError(f"no class of {folder} has {args.per_class} images: {todo}")
     samples = [images[rank] for rank in range(args.per_class) for images in chosen.values()]
     if len({sample.id for sample in samples}) != len(samples):
         raise UserError(f"{folder} holds files that differ only in their extension: ids would not be unique")
     write_samples(args.out, samples)
     print(
-        f"{args.out}: {len(samples)} images, {args.per_class} of each of {len(chosen)} classes ({skipped} skipped), "
-        f"numbered by {classes or f'the classes found in {folder}'}"
+        f"{args.out}: {len(samples)} images, {args.per_class} of each of {len(chosen)} classes "
+        f"({len(synsets) - len(chosen)} skipped), numbered by {classes or f'the classes found in {folder}'}"
     )
 
 
 def find_split(root: Path, split: str) -> Path:
     """Return the folder of a split. Tried are ILSVRC's layout, Kaggle's with ILSVRC inside, then a plain ImageFolder tree."""
-    candidates = [
-        root / "Data" / "CLS-LOC" / split,
-        root / "ILSVRC" / "Data" / "CLS-LOC" / split,
-        root / split,
-    ]
+    candidates = [root / inside / split for inside in ("Data/CLS-LOC", "ILSVRC/Data/CLS-LOC", "")]
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -113,19 +100,13 @@ def find_split(root: Path, split: str) -> Path:
 
 
 def find_beside(root: Path, name: str) -> Path | None:
-    """Find a file of Kaggle's download, or return None.
-
-    The file lies in the folder that contains ILSVRC; `root` may be that folder or ILSVRC itself.
-    """
+    """Find a file of Kaggle's download beside the folder ILSVRC, which `root` is or contains; None if it is not there."""
     places = [root / name, Path(os.path.abspath(root)).parent / name]
     return next((path for path in places if path.is_file()), None)
 
 
 def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str, list[str]]:
-    """Return the sorted image files of every class, as paths relative to `folder`.
-
-    The class folders decide the class of an image or, where there are none, the file of labels.
-    """
+    """Return the sorted image files of every class, relative to `folder`; class folders decide, or else the file of labels."""
     with os.scandir(folder) as scan:
         entries = [entry for entry in scan if entry.name[0] != "."]
     synsets = sorted(entry.name for entry in entries if entry.is_dir())
@@ -154,22 +135,19 @@ def sort_by_labels(folder: Path, names: list[str], labels: Path | None, root: Pa
             "(Kaggle's download has it), give it with --val-labels, or sort the images into class folders"
         )
     synset_of = read_labels(labels)
-    if unlabelled := [name for name in names if stem(name) not in synset_of]:
+    if unlabelled := [name for name in names if Path(name).stem not in synset_of]:
         raise UserError(
             f"{labels} does not label {len(unlabelled)} of {len(names)} images of {folder}, such as {unlabelled[0]}: give "
             "the labels of this split with --val-labels"
         )
     found = {synset: [] for synset in synset_of.values()}
     for name in names:
-        found[synset_of[stem(name)]].append(name)
+        found[synset_of[Path(name).stem]].append(name)
     return found
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Read the synset of each image id from a CSV `ImageId,PredictionString`.
-
-    A prediction string is `synset x y x y ...`; only its synset is used.
-    """
+    """Read the synset of each image id from a CSV `ImageId,PredictionString`; a prediction is `synset x y x y ...`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
@@ -196,13 +174,8 @@ def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classe
 
 def image_names(names: Iterable[str]) -> list[str]:
     """Return the image files among the names, sorted, without hidden files (macOS writes ._*.JPEG)."""
-    return sorted(
-        name for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
-    )
-
-
-def stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
+    shown = (name for name in names if name[0] != ".")
+    return sorted(name for name in shown if os.path.splitext(name)[1].lower() in EXTENSIONS)
 
 
 def few(names: list[str]) -> str:

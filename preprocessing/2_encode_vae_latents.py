@@ -29,9 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     add_encoding_options(parser)
     add_latent_options(parser)
     fused = parser.add_argument_group("with --fused", "script 3's options, for the teacher's tokens")
-    fused.add_argument(
-        "--fused", type=Path, metavar="TOKENS", help="folder of tokens to make in the same pass"
-    )
+    where = "folder of tokens to make in the same pass"
+    fused.add_argument("--fused", type=Path, metavar="TOKENS", help=where)
     add_teacher_options(fused, prefix="teacher-")
     args = parser.parse_args(argv)
     if args.fused and args.fused.resolve() == args.out.resolve():

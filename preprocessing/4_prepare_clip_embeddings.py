@@ -23,13 +23,11 @@ from preprocessing.options import add_base_options, add_device_option, new_parse
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--class-names", type=Path, required=True, help="file of class names, in one of the formats above"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the table")
-    parser.add_argument(
-        "--template", default="a photo of a {class_name}", help="prompt of a class (default '%(default)s')"
-    )
+    add = parser.add_argument
+    formats = "file of class names, in one of the formats above"
+    add("--class-names", type=Path, required=True, help=formats)
+    add("--out", type=Path, required=True, help="folder of the table")
+    add("--template", default="a photo of a {class_name}", help="prompt of a class (default '%(default)s')")
     add_base_options(parser)
     add_device_option(parser)
     args = parser.parse_args(argv)
@@ -48,21 +46,22 @@ def main(argv: list[str] | None = None) -> None:
     family = family_of(args.base, args.revision)
     digest = weights_digest(family.text_weights())
     null = family.encode_text([""], pick_device(args.device))  # gives the names and shapes of the fields
+    details = {"template": args.template, "prompts": prompts, "n_classes": len(classes)}
     spec = text_spec(
         null,
         "text fields as the base model's pipeline makes them; row c = class c, last row = null prompt",
         source={"model": args.base, "revision": args.revision, "weights_sha256": digest},
-        details={"template": args.template, "prompts": prompts, "n_classes": len(classes)}
-        | ({"synsets": synsets} if None not in synsets else {}),
+        details=details | ({"synsets": synsets} if None not in synsets else {}),
     )
+    what = f"embeddings of {len(classes)} classes and the null prompt"
     if (args.out / MANIFEST).exists():  # a training may have used this table, so it is not replaced
         check_same(args.out, read_table(args.out)[1], spec.as_json())
-        print(f"{args.out} is complete: embeddings of {len(classes)} classes and the null prompt")
+        print(f"{args.out} is complete: {what}")
         return
     fields = family.encode_text(prompts, pick_device(args.device))  # {name: (n_classes + 1, …)}
     write_table(args.out, fields, spec)
     listed = ", ".join(f"{name} {tuple(values.shape)} {spec.dtype}" for name, values in fields.items())
-    print(f"{args.out}: embeddings of {len(classes)} classes and the null prompt, {listed}")
+    print(f"{args.out}: {what}, {listed}")
 
 
 if __name__ == "__main__":

@@ -31,104 +31,117 @@ PSNR_FLOOR = 12  # dB between decoded latent and image; an assumed limit, far be
 
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--csv", type=Path, required=True, help="the images: CSV of script 1")
-    parser.add_argument("--latents", type=Path, required=True, help="folder of script 2")
-    parser.add_argument("--tokens", type=Path, required=True, help="folder of script 3")
-    parser.add_argument("--text", type=Path, required=True, help="folder of script 4")
-    parser.add_argument(
-        "--samples", type=positive, default=256, help="random images whose values are checked (default 256)"
-    )
-    parser.add_argument("--full", action="store_true", help="compare every checksum too (reads everything)")
-    parser.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="decode eight latents and draw image, VAE and tokens"
-    )
-    parser.add_argument(
-        "--base", help="whose VAE decodes for --sheet (default: the one that made the latents)"
-    )
+    add = parser.add_argument
+    add("--csv", type=Path, required=True, help="the images: CSV of script 1")
+    add("--latents", type=Path, required=True, help="folder of script 2")
+    add("--tokens", type=Path, required=True, help="folder of script 3")
+    add("--text", type=Path, required=True, help="folder of script 4")
+    number = "random images whose values are checked (default 256)"
+    add("--samples", type=positive, default=256, help=number)
+    add("--full", action="store_true", help="compare every checksum too (reads everything)")
+    sheet = "decode eight latents and draw image, VAE and tokens"
+    add("--sheet", type=Path, metavar="PNG", help=sheet)
+    add("--base", help="whose VAE decodes for --sheet (default: the one that made the latents)")
     add_device_option(parser)
     args = parser.parse_args(argv)
 
-    from tqdm import tqdm
-
-    from cache.dataset import latents_of
     from cache.image_list import read_samples
     from cache.reader import FieldReader
     from cache.text import read_table
 
-    samples = read_samples(args.csv)
+    samples, checks = read_samples(args.csv), Checks()
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
     table, text = read_table(args.text)
-    in_both = set(latents.ids) & set(tokens.ids)
-    present = [sample for sample in samples if sample.id in in_both]
-    chosen = random.Random(0).sample(present, min(args.samples, len(present)))
+    present = check_images(checks, samples, (latents, tokens))
+    check_classes(checks, samples, text["details"])
+    for name, values in table.fields.items():
+        checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
+    check_views(checks, latents.spec, tokens.spec)
+    if present:
+        chosen = random.Random(0).sample(present, min(args.samples, len(present)))
+        check_values(args, checks, chosen, latents, tokens)
+    if args.full:
+        check_checksums(checks, (latents, tokens))
+    checks.conclude()
 
-    checks = Checks()
-    unreadable = {key for reader in (latents, tokens) for key in reader.unreadable}
+
+class Checks:
+    """Prints the result of each check, with a remedy where it failed, and counts the failures."""
+
+    failed = 0
+
+    def __call__(self, good: bool, what: str, remedy: str = "delete that field and make it again") -> None:
+        self.failed += not good
+        print(f"ok   {what}" if good else f"FAIL {what} → {remedy}")
+
+    def conclude(self) -> None:
+        if self.failed:
+            print(f"error: {self.failed} check(s) failed; what to do stands behind each", file=sys.stderr)
+            raise SystemExit(1)
+        print("the cache is good")
+
+
+def check_images(checks: Checks, samples, readers) -> list:
+    """Check that both fields have every image that could be read, and return the images that both have."""
+    in_both = set.intersection(*(set(reader.ids) for reader in readers))
+    present = [sample for sample in samples if sample.id in in_both]
+    unreadable = {key for reader in readers for key in reader.unreadable}
     listed = {sample.id for sample in samples}
     missing = listed - in_both
-    lacking = {r.spec.field: len(listed - set(r.ids) - unreadable) for r in (latents, tokens)}
+    lacking = {reader.spec.field: len(listed - set(reader.ids) - unreadable) for reader in readers}
+    each = (f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n)
     checks(
         missing <= unreadable,
         f"{len(present)} of {len(samples)} images are in both fields, {len(missing & unreadable)} could not be read, "
         f"{len(missing - unreadable)} are missing",
-        " and ".join(
-            f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n
-        ),
+        " and ".join(each),
     )
-    check_classes(checks, samples, text["details"])
-    for name, values in table.fields.items():
-        checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
+    return present
 
-    grid = tokens.spec.view["grid"]
+
+def check_views(checks: Checks, latents, tokens) -> None:
+    """Check that the tokens fill their grid, and that the teacher saw the VAE's square or its official view of it."""
+    grid, kind = tokens.view["grid"], tokens.view["kind"]
+    checks(tokens.shape[0] == grid**2 > 1, f"tokens {tokens.shape} {tokens.dtype} = grid {grid} × {grid}")
+    seen = {"aligned": "the same", "official": "only its central 87.5 %,"}.get(kind, kind)
     checks(
-        tokens.spec.shape[0] == grid**2 > 1,
-        f"tokens {tokens.spec.shape} {tokens.spec.dtype} = grid {grid} × {grid}",
-    )
-    checks(
-        tokens.spec.view["kind"] in (latents.spec.view["kind"], "official"),
-        "the VAE saw the central square at {size} px, the teacher ".format(**latents.spec.view)
-        + {"aligned": "the same at {size} px", "official": "only its central 87.5 %, at {size} px"}.get(
-            tokens.spec.view["kind"], "{kind} at {size} px"
-        ).format(**tokens.spec.view),
+        kind in (latents.view["kind"], "official"),
+        f"the VAE saw the central square at {latents.view['size']} px, the teacher {seen} at {tokens.view['size']} px",
         "make both fields of the same view",
     )
-    if chosen:
-        ids = [sample.id for sample in chosen]
-        x = latents_of(latents.read(ids), latents.spec.details)  # (n, C, h, w)
-        y = tokens.read(ids).float()  # (n, N, D)
-        checks(
-            (x.isfinite().all() and y.isfinite().all()).item(),
-            f"values of {len(ids)} random images are finite",
-        )
-        norms = y.norm(dim=-1)  # (n, N)
-        checks(
-            (norms - 1).abs().max().item() < 1e-2,
-            f"token norms lie in {norms.min():.4f} … {norms.max():.4f} (1 expected)",
-        )
-        alike = ((y.sum(1).square().sum(-1).mean() - grid**2) / (grid**2 * (grid**2 - 1))).item()
-        checks(alike < 0.999, f"tokens of an image differ: mean cosine {alike:.3f} between two of them")
-        checks(
-            0.2 < x.std().item() < 5,
-            f"latents {latents.spec.shape} {latents.spec.dtype}: mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)",
-        )
-        if args.sheet:
-            check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, latents.spec)
-    if args.full:
-        with tqdm(total=len(latents) + len(tokens), desc="checksums", unit="value", leave=False) as bar:
-            bad = [
-                f"{reader.folder}/{name}"
-                for reader in (latents, tokens)
-                for name in reader.damaged_shards(bar.update)
-            ]
-        checks(
-            not bad,
-            f"{len(bad)} shards differ from their checksums" if bad else "every checksum agrees",
-            f"delete and make anew: {', '.join(bad)}",
-        )
-    checks.conclude()
 
 
-def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
+def check_values(args, checks: Checks, chosen, latents, tokens) -> None:
+    """Check the values of the chosen images, and draw the sheet of the first of them."""
+    from cache.dataset import latents_of
+
+    ids, count, spec = [sample.id for sample in chosen], tokens.spec.shape[0], latents.spec
+    x = latents_of(latents.read(ids), spec.details)  # (n, C, h, w)
+    y = tokens.read(ids).float()  # (n, N, D)
+    finite = (x.isfinite().all() and y.isfinite().all()).item()
+    checks(finite, f"values of {len(ids)} random images are finite")
+    norms = y.norm(dim=-1)  # (n, N)
+    near = (norms - 1).abs().max().item() < 1e-2
+    checks(near, f"token norms lie in {norms.min():.4f} … {norms.max():.4f} (1 expected)")
+    alike = ((y.sum(1).square().sum(-1).mean() - count) / (count * (count - 1))).item()
+    checks(alike < 0.999, f"tokens of an image differ: mean cosine {alike:.3f} between two of them")
+    spread = f"mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)"
+    checks(0.2 < x.std().item() < 5, f"latents {spec.shape} {spec.dtype}: {spread}")
+    if args.sheet:
+        check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, spec)
+
+
+def check_checksums(checks: Checks, readers) -> None:
+    """Compare every checksum, which reads all values."""
+    from tqdm import tqdm
+
+    with tqdm(total=sum(map(len, readers)), desc="checksums", unit="value", leave=False) as bar:
+        bad = [f"{reader.folder}/{name}" for reader in readers for name in reader.damaged_shards(bar.update)]
+    what = f"{len(bad)} shards differ from their checksums" if bad else "every checksum agrees"
+    checks(not bad, what, f"delete and make anew: {', '.join(bad)}")
+
+
+def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     """Decode the latents of a few images, compare them with the images, and draw the contact sheet."""
     import numpy as np
 
@@ -155,45 +168,19 @@ def check_sheet(args, checks: "Checks", samples, latents, tokens, spec) -> None:
     print(f"     {args.sheet}")
 
 
-def check_classes(checks: "Checks", samples, details: dict) -> None:
+def check_classes(checks: Checks, samples, details: dict) -> None:
     """Check that the text table has all classes of the image list, under the same numbers."""
     synset_of = {sample.class_id: sample.synset for sample in samples}
     prompts, synsets = details["prompts"][:-1], details.get("synsets")
-    enough = max(synset_of) < len(prompts)
-    checks(
-        enough,
-        f"text table has {len(prompts)} classes and the null prompt; the CSV counts to {max(synset_of)}",
-        "run script 4 with the names of all classes",
-    )
-    if enough and synsets:
-        wrong = [number for number, synset in synset_of.items() if synsets[number] != synset]
-        checks(
-            not wrong,
-            f"{len(synset_of) - len(wrong)} of {len(synset_of)} classes have the prompt of their synset",
-            "run script 4 with the class file that numbered the CSV",
-        )
-    shown = sorted(synset_of)[:: max(1, len(synset_of) // 3)][:3]
+    most, count = max(synset_of), len(synset_of)
+    what = f"text table has {len(prompts)} classes and the null prompt; the CSV counts to {most}"
+    checks(most < len(prompts), what, "run script 4 with the names of all classes")
+    if most < len(prompts) and synsets:
+        right = sum(synsets[number] == synset for number, synset in synset_of.items())
+        what = f"{right} of {count} classes have the prompt of their synset"
+        checks(right == count, what, "run script 4 with the class file that numbered the CSV")
+    shown = sorted(synset_of)[:: max(1, count // 3)][:3]
     print("     " + ", ".join(f"{n} {synset_of[n]}: {prompts[n]!r}" for n in shown if n < len(prompts)))
-
-
-class Checks:
-    """Prints the result of each check, with a remedy where it failed, and counts the failures."""
-
-    def __init__(self):
-        self.failed = 0
-
-    def __call__(self, good: bool, what: str, remedy: str = "delete that field and make it again") -> None:
-        self.failed += not good
-        print(f"{'ok  ' if good else 'FAIL'} {what}" + ("" if good else f" → {remedy}"))
-
-    def conclude(self) -> None:
-        if self.failed:
-            print(
-                f"error: {self.failed} check(s) failed; what to do stands behind each",
-                file=sys.stderr,
-            )
-            raise SystemExit(1)
-        print("the cache is good")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Read a class file, which lists the classes, their order and their names.
 
-There are three formats, recognised by their content:
+There are three formats, recognised by their content; a file of no such format raises `UserError`:
 
     {"0": "tench", ...}                        names by class number
     {"0": ["n01440764", "tench"], ...}         imagenet_class_index.json
@@ -10,16 +10,13 @@ In all of them the number of a class is the position of its synset in sorted ord
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from common.errors import UserError
 
+NAMES_ONLY = '{"0": "tench", ...}'
 WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01440764", "tench"], ...})'
-
-
-def read_class_names(path: str | Path) -> list[str]:
-    """Return the class names in the order of class numbers; raises `UserError` when the file has none of the formats."""
-    return [name for _, name in read_classes(path)]
 
 
 def read_synsets(path: str | Path) -> list[str]:
@@ -31,30 +28,24 @@ def read_synsets(path: str | Path) -> list[str]:
 
 
 def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
-    """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only.
-
-    Raises `UserError` when the file has none of the formats.
-    """
+    """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except OSError as error:
-        raise UserError(
-            f'cannot read {path}: {error.strerror}; it names the classes: {{"0": "tench", ...}} or LOC_synset_mapping.txt'
-        ) from None
+        what = f"it names the classes: {NAMES_ONLY} or LOC_synset_mapping.txt"
+        raise UserError(f"cannot read {path}: {error.strerror}; {what}") from None
     except UnicodeDecodeError:
-        raise UserError(f'{path} is not text: give {{"0": "tench", ...}} or {WITH_SYNSETS}') from None
+        raise UserError(f"{path} is not text: give {NAMES_ONLY} or {WITH_SYNSETS}") from None
     if not text:
-        raise UserError(f'{path} is empty: give {{"0": "tench", ...}} or {WITH_SYNSETS}')
+        raise UserError(f"{path} is empty: give {NAMES_ONLY} or {WITH_SYNSETS}")
     classes = _from_json(path, text) if text[0] in "{[" else _from_lines(path, text)
     synsets = [synset for synset, _ in classes if synset is not None]
-    if len(set(synsets)) < len(synsets):
-        twice = next(synset for synset in synsets if synsets.count(synset) > 1)
-        raise UserError(f"{path} names the synset {twice} twice")
-    if synsets != (in_order := sorted(synsets)):
-        number = next(i for i in range(len(synsets)) if synsets[i] != in_order[i])
-        raise UserError(
-            f"{path} numbers {synsets[number]} as {number}, but class numbers are places of the sorted synsets"
-        )
+    if twice := [synset for synset, count in Counter(synsets).items() if count > 1]:
+        raise UserError(f"{path} names the synset {twice[0]} twice")
+    for number, (synset, in_order) in enumerate(zip(synsets, sorted(synsets), strict=True)):
+        if synset != in_order:
+            places = "class numbers are places of the sorted synsets"
+            raise UserError(f"{path} numbers {synset} as {number}, but {places}")
     return classes
 
 

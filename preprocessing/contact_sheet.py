@@ -26,9 +26,8 @@ def draw_contact_sheet(
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, (name, pictures) in enumerate(zip(ROWS, (images, decoded, colours), strict=True)):
         top = LINE + row * (CELL + GAP)
-        draw.text(
-            (10, top + CELL // 2 - 8), f"{name}\n{pictures.shape[1]} x {pictures.shape[2]}", "black", font
-        )
+        label = f"{name}\n{pictures.shape[1]} x {pictures.shape[2]}"
+        draw.text((10, top + CELL // 2 - 8), label, "black", font)
         for column, picture in enumerate(pictures):
             # Small pictures are enlarged with sharp pixels; large ones are reduced smoothly.
             kind = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
@@ -44,14 +43,10 @@ def draw_contact_sheet(
 
 
 def principal_colours(vectors: np.ndarray) -> np.ndarray:
-    """Return the first three principal components of `vectors (m, D)` as uint8 RGB `(m, 3)`.
-
-    Each component is scaled so that its 1st percentile becomes 0 and its 99th becomes 255.
-    """
+    """Return three principal components of `vectors (m, D)` as uint8 RGB `(m, 3)`; percentiles 1 and 99 become 0 and 255."""
     centred = vectors.astype(np.float64) - vectors.mean(0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    components = np.zeros((len(vectors), 3))
-    found = min(3, len(axes))
-    components[:, :found] = centred @ axes[:found].T
+    components = centred @ axes[:3].T
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))  # (m, 3), zeros if m or D is less
     low, high = np.percentile(components, [1, 99], axis=0)
     return (np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).round().astype(np.uint8)

@@ -1,12 +1,12 @@
 """The encoders of scripts 2 and 3, which turn pixels into latents and tokens, and the specifications of their values."""
 
-import argparse
 import hashlib
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.encodings import GROUP
 from cache.manifest import FieldSpec
@@ -25,132 +25,94 @@ MEANING = {
 }
 
 
-def encode_images(
-    args: argparse.Namespace, *, latents: Path | None = None, tokens: Path | None = None
-) -> None:
-    """Encode every image of the list into each folder that is given.
-
-    Scripts 2 and 3 call this with the options of their command line.
-    """
+def encode_images(args: Namespace, *, latents: Path | None = None, tokens: Path | None = None) -> None:
+    """Encode every image of the list into each folder that is given; `args` is the command line of script 2 or 3."""
     samples = read_images_to_encode(args.csv)
     folders = ((latent_job, latents), (token_job, tokens))
-    jobs = [job(args, folder) for job, folder in folders if folder is not None]
+    jobs, part = [job(args, folder) for job, folder in folders if folder is not None], part_of(args)
     encode_fields(
-        samples,
-        jobs,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        part=part_of(args),
-        shard_size=args.shard_size,
+        samples, jobs, batch_size=args.batch_size, workers=args.workers, part=part, shard_size=args.shard_size
     )
 
 
-def latent_job(args: argparse.Namespace, folder: Path) -> FieldJob:
+def latent_job(args: Namespace, folder: Path) -> FieldJob:
     """Return the job that makes latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, with the base model's VAE.
 
     `args` has the options of `add_latent_options`; S is the image size in px.
     """
-    device = pick_device(args.device)
+    device, size, posterior = pick_device(args.device), args.image_size, args.posterior
     codec = family_of(args.base, args.revision).load_codec().to(device)
-    down = codec.down
-    if args.image_size % down:
-        raise UserError(
-            f"--image-size {args.image_size} is not a multiple of {down}, the VAE's down-sampling"
-        )
-    channels, cells = codec.channels, args.image_size // down
+    if size % codec.down:
+        raise UserError(f"--image-size {size} is not a multiple of {codec.down}, the VAE's down-sampling")
+    cells = size // codec.down
 
     @torch.no_grad()
     def encode(pixels: Tensor, ids: Sequence[str]) -> Tensor:
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, S, S) in [-1, 1]
         with autocast(device, args.precision):
             mean, std = codec.posterior(images)  # (n, 4, S/8, S/8) each
-        if args.posterior == "sample":
+        if posterior == "sample":
             mean = mean + std * torch.stack([noise_of(key, mean.shape[1:]) for key in ids]).to(device)
         if not args.unscaled:
             mean, std = codec.normalise(mean), codec.normalise_spread(std)
-        return torch.cat([mean, std], dim=1) if args.posterior == "moments" else mean
+        return torch.cat([mean, std], dim=1) if posterior == "moments" else mean
 
     spec = FieldSpec(
         field="latents",
-        shape=(channels * (2 if args.posterior == "moments" else 1), cells, cells),
+        shape=(codec.channels * (2 if posterior == "moments" else 1), cells, cells),
         dtype=args.dtype,
-        meaning=MEANING[args.posterior] + ("" if args.unscaled else ", times scaling_factor"),
-        source=source_of(args.base, args.revision, codec.vae, precision_of(device, args.precision)),
-        view={"kind": "aligned", "size": args.image_size},
-        details={
-            "posterior": args.posterior,
-            "scaled": not args.unscaled,
-            "scaling_factor": codec.scaling,
-        },
+        meaning=MEANING[posterior] + ("" if args.unscaled else ", times scaling_factor"),
+        source=source_of(args.base, args.revision, codec.vae, device, args.precision),
+        view={"kind": "aligned", "size": size},
+        details={"posterior": posterior, "scaled": not args.unscaled, "scaling_factor": codec.scaling},
     )
     return FieldJob(folder, spec, encode, device)
 
 
-def token_job(args: argparse.Namespace, folder: Path) -> FieldJob:
-    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)`.
-
-    `args` has the options of `add_teacher_options`.
-    """
-    device = pick_device(args.device)
+def token_job(args: Namespace, folder: Path) -> FieldJob:
+    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`."""
+    device, size = pick_device(args.device), args.teacher_image_size
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
-    patch, size = teacher.model.config.patch_size, args.teacher_image_size
+    patch = teacher.model.config.patch_size
     if size is not None:
-        if size % patch:
-            below = size // patch * patch
-            raise UserError(
-                f"image size {size} is not a multiple of the patch {patch}: use {below} or {below + patch}"
-            )
+        below = size // patch * patch
+        if size != below:
+            use = f"use {below} or {below + patch}"
+            raise UserError(f"image size {size} is not a multiple of the patch {patch}: {use}")
         teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
     if teacher.grid < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
     if args.teacher_dtype == "int8" and teacher.dim % GROUP:
-        raise UserError(
-            f"int8 needs a width that is a multiple of {GROUP}, the teacher's is {teacher.dim}: use float16"
-        )
+        needed = f"int8 needs a width that is a multiple of {GROUP}"
+        raise UserError(f"{needed}, the teacher's is {teacher.dim}: use float16")
 
     @torch.no_grad()
     def encode(pixels: Tensor, _ids: Sequence[str]) -> Tensor:
         with autocast(device, args.precision):
             tokens = teacher(pixels.to(device, non_blocking=True).float() / 255)  # (n, N, D)
-        return torch.nn.functional.normalize(tokens.float(), dim=-1)
+        return nn.functional.normalize(tokens.float(), dim=-1)
 
+    source = source_of(args.teacher, args.teacher_revision, teacher.model, device, args.precision)
+    source |= {"implementation": teacher.implementation, "position_embeddings": teacher.resampling}
     spec = FieldSpec(
         field="tokens",
         shape=(teacher.grid**2, teacher.dim),
         dtype=args.teacher_dtype,
         meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
-        source=source_of(
-            args.teacher, args.teacher_revision, teacher.model, precision_of(device, args.precision)
-        )
-        | {
-            "implementation": teacher.implementation,
-            "position_embeddings": teacher.resampling,
-            "format": teacher.format,
-        },
+        source=source | {"format": teacher.format},
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
     )
     return FieldJob(folder, spec, encode, device)
 
 
-def source_of(model: str, revision: str | None, module: torch.nn.Module, precision: str) -> dict:
-    """Describe the weights that make a field and the precision they run in, for `FieldSpec.source`."""
-    return {
-        "model": model,
-        "revision": revision,
-        "weights_sha256": weights_digest(module),
-        "precision": precision,
-    }
-
-
-def precision_of(device: torch.device, wanted: str) -> str:
-    """Return the precision that `autocast(device, wanted)` computes in, by its name on the command line."""
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(device, wanted)]
+def source_of(model: str, revision: str | None, module: nn.Module, device: torch.device, wanted: str) -> dict:
+    """Describe the weights of a field and the precision that `autocast(device, wanted)` computes in, for its `source`."""
+    precision = "bf16" if compute_dtype(device, wanted) == torch.bfloat16 else "fp32"
+    weights = {"model": model, "revision": revision, "weights_sha256": weights_digest(module)}
+    return weights | {"precision": precision}
 
 
 def noise_of(key: str, shape: Sequence[int]) -> Tensor:
-    """Return standard normal noise that depends only on the id of an image.
-
-    A cache therefore has the same values whatever the batches are and wherever a run was interrupted.
-    """
+    """Return normal noise that depends only on an image's id, so that neither batches nor interruptions change a cache."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

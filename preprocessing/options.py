@@ -12,35 +12,29 @@ def new_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def choice(*names: str) -> dict:
+    """Return the arguments of an option that takes one of the names, the first by default."""
+    return {"choices": list(names), "default": names[0]}
+
+
 def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that scripts 2 and 3 have in common."""
-    parser.add_argument("--csv", type=Path, required=True, help="images to encode: CSV of script 1")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of this field; the same command resumes"
+    add = parser.add_argument
+    add("--csv", type=Path, required=True, help="images to encode: CSV of script 1")
+    add("--out", type=Path, required=True, help="folder of this field; the same command resumes")
+    add("--batch-size", type=positive, default=64, help="images per forward (default 64)")
+    workers = (
+        "processes that decode images (default: one for each core, 8 at most; here %(default)s; 0 = none)"
     )
-    parser.add_argument("--batch-size", type=positive, default=64, help="images per forward (default 64)")
-    parser.add_argument(
-        "--workers",
-        type=not_negative,
-        default=decoding_workers(),
-        help="processes that decode images (default: one for each core, 8 at most; here %(default)s; 0 = none)",
+    add("--workers", type=not_negative, default=decoding_workers(), help=workers)
+    precision = "of the encoder: auto (default) = bf16 on a GPU that has it, fp32 elsewhere"
+    add("--precision", **choice("auto", "bf16", "fp32"), help=precision)
+    shard = (
+        "write only every N-th shard, from the I-th on (I = 0 … N-1): one process for each GPU or machine, all with the "
+        "same --out; torchrun and accelerate launch set it by themselves"
     )
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "bf16", "fp32"],
-        default="auto",
-        help="of the encoder: auto (default) = bf16 on a GPU that has it, fp32 elsewhere",
-    )
-    parser.add_argument(
-        "--shard",
-        type=part,
-        metavar="I/N",
-        help="write only every N-th shard, from the I-th on (I = 0 … N-1): one process for each GPU or machine, all with the "
-        "same --out; torchrun and accelerate launch set it by themselves",
-    )
-    parser.add_argument(
-        "--shard-size", type=positive, help="images in one file (default 10000, or what the folder has)"
-    )
+    add("--shard", type=part, metavar="I/N", help=shard)
+    add("--shard-size", type=positive, help="images in one file (default 10000, or what the folder has)")
     add_device_option(parser)
 
 
@@ -52,92 +46,56 @@ def decoding_workers() -> int:
 
 
 def part_of(args: argparse.Namespace) -> tuple[int, int]:
-    """Return (i, n): of every n shards, this process writes number i.
-
-    This is --shard if it is given, otherwise rank and world size under a launcher, otherwise (0, 1), which means all shards.
-    """
+    """Return (i, n), of every n shards number i: --shard, else rank and world size of a launcher, else (0, 1), which is all."""
     if args.shard is not None:
         return args.shard
     rank = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     try:
         return part(rank)
     except argparse.ArgumentTypeError:
-        raise UserError(
-            f"RANK/WORLD_SIZE is {rank}, which no launcher sets: unset both, or give --shard"
-        ) from None
+        todo = "unset both, or give --shard"
+        raise UserError(f"RANK/WORLD_SIZE is {rank}, which no launcher sets: {todo}") from None
 
 
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the VAE and what is stored of its posterior."""
     add_base_options(parser)
-    parser.add_argument(
-        "--image-size", type=positive, default=512, help="side of the square in pixels (default 512)"
+    add = parser.add_argument
+    add("--image-size", type=positive, default=512, help="side of the square in pixels (default 512)")
+    posterior = (
+        "mode (default); sample = one draw, decided by the image's id; moments = mean and standard deviation, of which "
+        "training draws anew at every step (twice the size)"
     )
-    parser.add_argument(
-        "--posterior",
-        choices=["mode", "sample", "moments"],
-        default="mode",
-        help="mode (default); sample = one draw, decided by the image's id; moments = mean and standard deviation, of which "
-        "training draws anew at every step (twice the size)",
-    )
-    parser.add_argument(
-        "--unscaled", action="store_true", help="store without the VAE's scaling factor; training applies it"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float16", "bfloat16", "float32"],
-        default="float16",
-        help="stored as (default float16)",
-    )
+    add("--posterior", **choice("mode", "sample", "moments"), help=posterior)
+    unscaled = "store without the VAE's scaling factor; training applies it"
+    add("--unscaled", action="store_true", help=unscaled)
+    add("--dtype", **choice("float16", "bfloat16", "float32"), help="stored as (default float16)")
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
-    """Add the options that choose the teacher and the view of the image that it sees.
-
-    `prefix` keeps two of the names apart from other options of the same script.
-    """
-    parser.add_argument(
-        "--teacher",
-        default="facebook/dinov2-large",
-        help="DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "
-        "facebookresearch/dinov2 (default %(default)s)",
+    """Add the options of the teacher and its view; `prefix` keeps two of the names apart from others of the same script."""
+    add, size = parser.add_argument, parser.add_mutually_exclusive_group()
+    teacher = (
+        "DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "
+        "facebookresearch/dinov2 (default %(default)s)"
     )
-    parser.add_argument("--teacher-revision", help="hub revision (commit) of the teacher")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
-        "--grid",
-        type=positive,
-        default=14,
-        help="tokens per side (default 14: 196 px; 16: 224 px; 37: 518 px)",
-    )
-    size.add_argument(
-        f"--{prefix}image-size",
-        dest="teacher_image_size",
-        type=positive,
-        help="the same in pixels, a multiple of the patch",
-    )
-    parser.add_argument(
-        "--view",
-        choices=["aligned", "official"],
-        default="aligned",
-        help="of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%",
-    )
-    parser.add_argument(
-        f"--{prefix}dtype",
-        dest="teacher_dtype",
-        choices=["float16", "bfloat16", "float32", "int8"],
-        default="float16",
-        help="stored as (default float16; int8 = half the size, an fp16 scale for every 64 channels)",
-    )
+    add("--teacher", default="facebook/dinov2-large", help=teacher)
+    add("--teacher-revision", help="hub revision (commit) of the teacher")
+    grid = "tokens per side (default 14: 196 px; 16: 224 px; 37: 518 px)"
+    size.add_argument("--grid", type=positive, default=14, help=grid)
+    pixels = {"dest": "teacher_image_size", "help": "the same in pixels, a multiple of the patch"}
+    size.add_argument(f"--{prefix}image-size", type=positive, **pixels)
+    view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%"
+    add("--view", **choice("aligned", "official"), help=view)
+    stored = "stored as (default float16; int8 = half the size, an fp16 scale for every 64 channels)"
+    dtypes = choice("float16", "bfloat16", "float32", "int8")
+    add(f"--{prefix}dtype", dest="teacher_dtype", **dtypes, help=stored)
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the Stable Diffusion model, of which each script loads only a part."""
-    parser.add_argument(
-        "--base",
-        default="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        help="Stable Diffusion 1.5: hub id or local diffusers folder (default %(default)s)",
-    )
+    base = "Stable Diffusion 1.5: hub id or local diffusers folder (default %(default)s)"
+    parser.add_argument("--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help=base)
     parser.add_argument("--revision", help="hub revision (commit) of the base model")
 
 

@@ -8,16 +8,18 @@ import os
 import shutil
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cache.image_list import Sample, read_samples
@@ -34,13 +36,9 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True, eq=False)
 class FieldJob:
-    """One field to make.
+    """One field to make. `spec.view` names the square of the image that the encoder sees.
 
-    Attributes:
-        folder: the folder of the field.
-        spec: the specification of its values; `spec.view` names the square of the image that the encoder sees.
-        encode: maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
-        device: the device of the encoder.
+    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
     """
 
     folder: Path
@@ -53,15 +51,8 @@ class FieldJob:
         return self.spec.view["size"], self.spec.view["kind"]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A batch of images that are decoded, encoded and written together.
-
-    `jobs` lists the fields that need these images, each as `(job, shard number)`.
-    """
-
-    ids: list[str]
-    jobs: list[tuple[FieldJob, int]]
+# The ids of images that are decoded, encoded and written together, and the (job, shard number) of each field that needs them.
+Chunk = tuple[tuple[str, ...], list[tuple[FieldJob, int]]]
 
 
 def encode_fields(
@@ -94,51 +85,50 @@ def encode_fields(
 
 def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk]:
     """Return the batches that are left to do. Where two fields lack the same ids, one chunk serves both."""
-    chunks: dict[tuple[str, ...], Chunk] = {}
+    jobs = defaultdict(list)
     for job, writer in writers.items():
         for shard, ids in writer.pending(batch_size):
-            chunks.setdefault(tuple(ids), Chunk(ids, [])).jobs.append((job, shard))
+            jobs[tuple(ids)].append((job, shard))
     # Chunks are sorted by shard, so that shards are completed one after the other even if one field is ahead.
-    place = {
-        key: n for n, key in enumerate(key for shard in next(iter(writers.values())).plan for key in shard)
-    }
-    return sorted(chunks.values(), key=lambda chunk: place[chunk.ids[0]])
+    place = {key: n for n, key in enumerate(chain.from_iterable(next(iter(writers.values())).plan))}
+    return sorted(jobs.items(), key=lambda chunk: place[chunk[0][0]])
 
 
-def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -> bool:
+def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers: int, part) -> bool:
     """Encode and store all chunks; return whether a signal stopped this early."""
     paths = {sample.id: sample.img_path for sample in samples}
     mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
-    left = sum(len(chunk.ids) for chunk in chunks)
+    left = sum(len(ids) for ids, _ in chunks)
     total = max(len(mine), left)  # larger when two fields lack different ids: images are then read twice
     on_gpu = any(job.device.type == "cuda" for job in writers)
-    wanted = [(chunk.ids, list(dict.fromkeys(job.view for job, _ in chunk.jobs))) for chunk in chunks]
+    wanted = [(ids, list(dict.fromkeys(job.view for job, _ in jobs))) for ids, jobs in chunks]
     loader = DataLoader(
-        _ViewDataset(wanted, paths), batch_size=None, num_workers=workers, pin_memory=on_gpu,
+        wanted, batch_size=None, collate_fn=partial(_decode, paths), num_workers=workers, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
         # Forked workers end when this process is killed; those of a fork server would go on running.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     name = " and ".join(job.spec.field for job in writers)
     bar = tqdm(
-        total=total, initial=total - left, unit="img", smoothing=0.05, disable=_is_a_silent_rank(),
+        total=total, initial=total - left, unit="img", smoothing=0.05,
         desc=name if part[1] == 1 else f"{name} {part[0]}/{part[1]}",
+        disable=os.environ.get("LOCAL_RANK", "0") != "0",  # under torchrun, one process per machine shows a bar
     )  # fmt: skip
     in_flight: deque[Future] = deque()
     # One thread does all the writing, so that the device encodes the next batch while the last one is written.
     with _failures_explained(), bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
-        for chunk, decoded in zip(chunks, loader, strict=True):
+        for (ids, jobs), decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
                 raise decoded
             kept, views, unreadable = decoded
-            stored = []
-            for job, shard in chunk.jobs:
-                raw = _encode(job, views[job.view], kept)
-                stored.append((writers[job], shard, kept, *raw, unreadable))
+            stored = [
+                (writers[job], shard, kept, *_encode(job, views[job.view], kept), unreadable)
+                for job, shard in jobs
+            ]
             in_flight.append(disk.submit(_store, stored))
             while len(in_flight) > IN_FLIGHT or (in_flight and in_flight[0].done()):
                 in_flight.popleft().result()
-            bar.update(len(chunk.ids))
+            bar.update(len(ids))
             if stop.requested:
                 break
         for future in in_flight:
@@ -148,10 +138,7 @@ def _encode_chunks(chunks, writers, samples: list[Sample], workers: int, part) -
 
 @contextmanager
 def _failures_explained() -> Iterator[None]:
-    """Turn the errors that a lack of memory causes into a `UserError` that says what to do.
-
-    This wraps the whole loop because the death of a worker may be reported at any line of it.
-    """
+    """Explain the errors that a lack of memory causes. It wraps the whole loop, since any line may report a worker's death."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -193,57 +180,43 @@ def _store(stored) -> None:
         writer.put(shard, ids, raw, unreadable)
 
 
-class _ViewDataset(Dataset):
-    """Decodes one chunk per index, in a worker process of the DataLoader.
+def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
+    """Decode the images of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
     Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`} and {id: problem} of the unreadable ones. A `UserError`
     is returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
     """
-
-    def __init__(self, chunks: list[tuple[list[str], list[tuple[int, str]]]], paths: dict[str, str]):
-        self.chunks, self.paths = chunks, paths
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, index):
-        ids, wanted = self.chunks[index]
-        kept, unreadable = [], {}
-        views = {
-            (size, kind): torch.empty(len(ids), size, size, 3, dtype=torch.uint8) for size, kind in wanted
-        }
-        for key in ids:
-            try:
-                image = read_image(self.paths[key])
-            except UnreadableImage as error:
-                unreadable[key] = str(error)
-                continue
-            except UserError as error:
-                return error
-            for (size, kind), pixels in views.items():
-                pixels.numpy()[len(kept)] = cut_view(image, size, kind)
-            kept.append(key)
-        return (
-            kept,
-            {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()},
-            unreadable,
-        )
+    ids, wanted = chunk
+    kept, unreadable = [], {}
+    views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    for key in ids:
+        try:
+            image = read_image(paths[key])
+        except UnreadableImage as error:
+            unreadable[key] = str(error)
+            continue
+        except UserError as error:
+            return error
+        for view, pixels in views.items():
+            pixels.numpy()[len(kept)] = cut_view(image, *view)
+        kept.append(key)
+    views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
+    return kept, views, unreadable
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:
-    """Return the items of the CSV; raises `UserError` when an image does not exist.
-
-    The check lists each folder of images once instead of looking at every file.
-    """
+    """Return the items of the CSV; raises `UserError` when an image is absent. Folders are listed, not files looked at."""
     samples = read_samples(path)
-    present: dict[str, set[str]] = {}
-    absent = []
-    for sample in samples:
-        folder, name = os.path.split(sample.img_path)
-        if folder not in present:
-            present[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
-        if name not in present[folder]:
-            absent.append(sample.img_path)
+
+    @cache
+    def names_in(folder: str) -> set[str]:
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    def is_absent(path: str) -> bool:
+        folder, name = os.path.split(path)
+        return name not in names_in(folder or ".")
+
+    absent = [sample.img_path for sample in samples if is_absent(sample.img_path)]
     if absent:
         raise UserError(
             f"{len(absent)} of the {len(samples)} images of {path} do not exist, the first is {absent[0]}: restore them, run "
@@ -276,29 +249,17 @@ def _size(count: int) -> str:
 
 
 def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
+    shards = len(writer.plan)
     if not writer.mine:
-        print(f"{job.folder}: none of its {len(writer.plan)} shards falls to part {part[0]} of {part[1]}")
+        print(f"{job.folder}: none of its {shards} shards falls to part {part[0]} of {part[1]}")
         return
     if manifest is None:
-        done = sum(shard_path(job.folder, n).exists() for n in range(len(writer.plan)))
-        print(
-            f"{job.folder}: part {part[0]} of {part[1]} is done, {done} of {len(writer.plan)} shards are there"
-        )
+        done = sum(shard_path(job.folder, n).exists() for n in range(shards))
+        print(f"{job.folder}: part {part[0]} of {part[1]} is done, {done} of {shards} shards are there")
         return
-    if not manifest["num_samples"]:
-        raise UserError(
-            f"not one of {manifest['num_unreadable']} images could be read: see {job.folder / UNREADABLE}, then delete it all"
-        )
-    if manifest["num_unreadable"]:
-        print(
-            f"{manifest['num_unreadable']:,} images could not be read and are left out: {job.folder / UNREADABLE}",
-            file=sys.stderr,
-        )
-    print(
-        f"{job.folder} is complete: {manifest['num_samples']:,} {job.spec.field} {job.spec.shape} {job.spec.dtype}"
-    )
-
-
-def _is_a_silent_rank() -> bool:
-    """Return whether this process hides its progress bar: under torchrun, only one process per machine shows one."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
+    stored, lacking, listed = manifest["num_samples"], manifest["num_unreadable"], job.folder / UNREADABLE
+    if not stored:
+        raise UserError(f"not one of {lacking} images could be read: see {listed}, then delete it all")
+    if lacking:
+        print(f"{lacking:,} images could not be read and are left out: {listed}", file=sys.stderr)
+    print(f"{job.folder} is complete: {stored:,} {job.spec.field} {job.spec.shape} {job.spec.dtype}")

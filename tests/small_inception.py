@@ -7,7 +7,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from evaluation.image_files import save_images
-from metrics.inception import AdmExtractor, CleanExtractor, Inception
+from metrics.inception import AdmExtractor, CleanExtractor
 
 DIM, CLASSES = 24, 10
 
@@ -68,8 +68,8 @@ register_feature_extractor("small-inception", SmallInception)
 
 def small_extractors(sha256="f" * 64):
     """The protocols adm and clean over the small network."""
-    inception = Inception(SmallInception("small-inception", ["2048"]), sha256)
-    return AdmExtractor(inception), CleanExtractor(inception)
+    network = SmallInception("small-inception", ["2048"])
+    return AdmExtractor(network, sha256), CleanExtractor(network, sha256)
 
 
 def pictures(n, seed, *, side=48, tint=(0.0, 0.0, 0.0)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cache.batches import TrainingBatches
+from cache.batch_stream import TrainingBatches
 from cache.dataset import AlignedDataset
 from common.device import compute_dtype, pick_device
 from common.errors import UserError

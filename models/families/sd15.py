@@ -49,9 +49,7 @@ class SD15(Backbone):
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.CLIPTextModel,
         "tokenizer": lambda: transformers.CLIPTokenizer,
-        "scheduler": lambda: (
-            diffusers.DDPMScheduler
-        ),  # reads the config of any scheduler of the same noise schedule
+        "scheduler": lambda: diffusers.DDPMScheduler,  # reads any scheduler of the same noise schedule
     }
 
     def check(self, network: nn.Module) -> None:

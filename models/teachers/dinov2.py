@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import UserError
-from models.pipeline_parts import check_present
+from models.pipeline_parts import check_present, loading
 from models.teachers.dinov2_checkpoint import SUFFIXES, load_checkpoint
 
 # The pixel statistics DINOv2 was trained with.
@@ -54,16 +55,11 @@ class DINOv2Encoder(nn.Module):
         if name.endswith(SUFFIXES) and not Path(name).exists():  # weights/dinov2.pth also looks like a hub id
             raise UserError(f"teacher {name} does not exist: check the path")
         check_present(name)
-        try:
+        with loading(f"cannot load teacher {name}", name):
             config = transformers.AutoConfig.from_pretrained(name, revision=revision)
             if config.model_type not in MODEL_TYPES:
                 raise UserError(f"teacher {name} is a {config.model_type} model; DINOv2 was expected")
             model = transformers.AutoModel.from_pretrained(name, revision=revision)
-        except (OSError, ValueError) as error:
-            where = "" if Path(name).exists() else " (check the name and the network, or give a local folder)"
-            raise UserError(
-                f"cannot load teacher {name}: {str(error).strip().splitlines()[0]}{where}"
-            ) from None
         return cls(model.float(), grid)
 
     @property
@@ -90,29 +86,25 @@ class DINOv2Encoder(nn.Module):
         side = math.isqrt(positions.shape[1] - 1)
         native = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
         for antialias in (False, True):
-            resized = nn.functional.interpolate(
-                native, (self.grid, self.grid), mode="bicubic", antialias=antialias
-            )
+            resized = F.interpolate(native, (self.grid, self.grid), mode="bicubic", antialias=antialias)
             if used[:, 1:].allclose(resized.flatten(2).mT, atol=1e-5):
                 return f"bicubic, antialias={antialias}"
         return "unrecognised"
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Encode `images (B, 3, S, S)` in [0, 1] with S = patch · grid; returns `(B, grid², D)`."""
         if images.shape[1:] != (3, self.size, self.size):
             raise ValueError(f"expected images (B, 3, {self.size}, {self.size}), got {tuple(images.shape)}")
         hidden = self.model((images - self.mean) / self.std).last_hidden_state  # (B, prefix + N, D)
         return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
 
-    def check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+    def check_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens; raises ValueError unless they are `(B, grid², D)` with more than one token.
 
         With a single token, such as a CLS token, the manifold loss would be 0.
         """
-        expected = (self.grid**2, self.dim)
-        if tokens.ndim != 3 or tokens.shape[1:] != expected or tokens.shape[1] == 1:
-            raise ValueError(
-                f"the teacher must return (B, {expected[0]}, {expected[1]}) patch tokens, got {tuple(tokens.shape)}"
-            )
+        n, found = self.grid**2, tuple(tokens.shape)
+        if len(found) != 3 or found[1:] != (n, self.dim) or n == 1:
+            raise ValueError(f"the teacher must return (B, {n}, {self.dim}) patch tokens, got {found}")
         return tokens

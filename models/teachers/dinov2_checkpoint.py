@@ -59,11 +59,7 @@ def load_checkpoint(path: str | Path) -> nn.Module:
     check_complete(state, shapes_of(config), path)
     model_class = transformers.MODEL_MAPPING[type(config)]
     model, report = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=to_transformers(state),
-        dtype=torch.float32,
-        output_loading_info=True,
+        None, config=config, state_dict=to_transformers(state), dtype=torch.float32, output_loading_info=True
     )
     if left := {what: keys for what, keys in report.items() if keys}:
         raise RuntimeError(f"transformers {transformers.__version__} did not take all of {path}: {left}")
@@ -153,9 +149,7 @@ def infer_config(state: dict[str, Tensor], path: str | Path) -> transformers.Pre
         raise UserError(
             f"{path}: the MLP is {hidden} wide, which no whole multiple of the width {width} gives: give a DINOv2 checkpoint"
         )
-    registers = {}
-    if "register_tokens" in state:
-        registers["num_register_tokens"] = shape("register_tokens", 3)[1]
+    registers = {"num_register_tokens": shape("register_tokens", 3)[1]} if "register_tokens" in state else {}
     return transformers.AutoConfig.for_model(
         "dinov2_with_registers" if registers else "dinov2",
         hidden_size=width,

@@ -1,7 +1,5 @@
 """Compute teacher tokens during training, where there is no token cache: decode the latents, resize, encode."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from models.latents import LatentCodec
-from models.pipeline_parts import check_present
+from models.pipeline_parts import check_present, loading
 from models.teachers.dinov2 import DINOv2Encoder
 
 
@@ -31,23 +29,17 @@ class OnlineTeacher(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         images = self.codec.decode(latents)  # (B, 3, S, S)
         images = (images.float() / 2 + 0.5).clamp(0, 1)
-        if images.shape[-1] != self.encoder.size:
-            size = (self.encoder.size,) * 2
-            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-            images = images.clamp(0, 1)  # bicubic resizing can leave [0, 1]
+        size = self.encoder.size
+        if images.shape[-1] != size:  # bicubic resizing can leave [0, 1]
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         return F.normalize(self.encoder(images).float(), dim=-1)  # (B, N, D)
 
 
 def load_decoder(tiny: str) -> nn.Module:
     """Load the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
     check_present(tiny)
-    try:
+    with loading(f"cannot load teacher.decoder {tiny}", tiny):
         found = AutoencoderTiny.load_config(tiny).get("_class_name")
         if found != "AutoencoderTiny":
             raise UserError(f"teacher.decoder {tiny} is a {found}; an AutoencoderTiny was expected")
         return AutoencoderTiny.from_pretrained(tiny).float()
-    except (OSError, ValueError) as error:
-        where = "" if Path(tiny).exists() else " (check the name and the network, or give a local folder)"
-        raise UserError(
-            f"cannot load teacher.decoder {tiny}: {str(error).strip().splitlines()[0]}{where}"
-        ) from None

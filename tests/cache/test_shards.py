@@ -160,7 +160,7 @@ class TestCold:
 
         asked = []
         monkeypatch.setattr(reader_module, "_read_from_memory", part)
-        monkeypatch.setattr(reader_module, "_will_need", lambda *of: asked.append(of))
+        monkeypatch.setattr(reader_module, "will_need", lambda *of: asked.append(of))
         assert FieldReader(tmp_path, "latents").read(IDS[2:9]).equal(values(IDS[2:9]))
         assert len(asked) == (0 if in_memory == 12 else 7)
         assert all(size == 12 - in_memory for _, _, size in asked)

@@ -19,7 +19,6 @@ from metrics.inception import (
     FILES,
     HASH,
     AdmExtractor,
-    Inception,
     find_weights,
     load_inception,
     resize_adm,
@@ -73,7 +72,7 @@ def test_features_of_the_whole_network_are_torch_fidelitys_and_clean_fids(random
     assert (found.logits, found.spatial, found.labels) == (None, None, None)
     np.testing.assert_allclose(found.pool, expected, rtol=1e-4, atol=1e-5 * expected.max())
     assert (pool - expected).abs().max() > 1e-3 * expected.max()  # the two protocols do differ
-    assert adm.inception is clean.inception
+    assert adm.classifier is clean.classifier  # one network
     assert adm.identity["weights_sha256"] == sha256
 
 
@@ -100,7 +99,7 @@ def test_features_do_not_depend_on_the_batch_and_leave_no_hook():
     for extractor in small_extractors():
         one, all_ = extractor.features(images, batch_size=1), extractor.features(images, batch_size=64)
         np.testing.assert_allclose(one.pool, all_.pool, rtol=1e-5, atol=1e-6)
-        assert not extractor.inception.spatial._forward_hooks
+        assert not extractor.spatial._forward_hooks
         assert one.pool.dtype == np.float32
         for wrong in (images.astype(np.float32), images[0], images[:0], images[..., :1]):
             with pytest.raises(ValueError, match="uint8"):
@@ -131,7 +130,7 @@ def test_precision_is_full_and_given_back(tf32):
             )
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        AdmExtractor(Inception(Spy(), "0")).features(pictures(1, 0))
+        AdmExtractor(Spy(), "0").features(pictures(1, 0))
     assert seen == [(False, False, False)]
     assert all(flags.allow_tf32 for flags in tf32)
 

@@ -142,11 +142,11 @@ def test_the_tokenizer_pads_to_77_and_knows_every_character(demo: Path) -> None:
 
 
 def test_prompts_of_different_classes_become_distinct_under_the_full_training() -> None:
-    small, text = (importlib.import_module(f"miniature.{name}") for name in ("models", "text"))
-    tokenizer = text.build_tokenizer(miniature.CLASS_NAMES)
+    small = importlib.import_module("miniature.models")
+    tokenizer = small.build_tokenizer(miniature.CLASS_NAMES)
     with small.reproducible(0):
-        encoder = text.train_text_encoder(tokenizer, miniature.CLASS_NAMES, miniature.STEPS[False]["text"])
-    separation = 1 - text.measure_prompt_cosine(tokenizer, encoder, miniature.CLASS_NAMES)
+        encoder = small.train_text_encoder(tokenizer, miniature.CLASS_NAMES, miniature.STEPS[False]["text"])
+    separation = 1 - small.measure_prompt_cosine(tokenizer, encoder, miniature.CLASS_NAMES)
     assert separation >= miniature.FLOORS["prompt_separation"]
 
 

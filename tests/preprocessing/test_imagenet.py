@@ -20,7 +20,7 @@ from torchvision.datasets.folder import default_loader
 from cache.image_list import COLUMNS
 from cache.views import UnreadableImage, cut_view, read_image, read_view
 from common.errors import UserError
-from preprocessing.classes import read_class_names, read_synsets
+from preprocessing.classes import read_classes, read_synsets
 
 SYNSETS = ["n01440764", "n01443537", "n01484850"]
 NAMES = ["tench", "goldfish", "great white shark"]
@@ -39,6 +39,10 @@ def write(path, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
+
+
+def read_class_names(path) -> list[str]:
+    return [name for _, name in read_classes(path)]
 
 
 def one_line(error, *parts: object) -> None:

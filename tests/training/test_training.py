@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, ROOT, equal, stopped_at, tensors, timeless, train
 
 import train as train_script
-from cache import batches
+from cache import batch_stream
 from common.errors import UserError
 from configs.loading import load_config
 from method.paths import DiffusionPath
@@ -226,8 +226,8 @@ def test_every_step_draws_its_own_noise_and_every_seed_another(miniature, tmp_pa
 
 def test_captions_are_dropped_as_often_as_the_config_says(miniature, tmp_path, monkeypatch):
     asked = []
-    drop = batches.drop_captions
-    monkeypatch.setattr(batches, "drop_captions", lambda *args: asked.append(args[2]) or drop(*args))
+    drop = batch_stream.drop_captions
+    monkeypatch.setattr(batch_stream, "drop_captions", lambda *args: asked.append(args[2]) or drop(*args))
     train(miniature, tmp_path / "run", "data.caption_dropout=0.3", "train.steps=2")
     assert asked == [0.3, 0.3]
 
