@@ -85,6 +85,9 @@ def other_image(folder):
     put(drawn / "000001.png", (drawn / "000002.png").read_bytes())
 
 
+LATIN = "id,img_path,class_id,synset\né,a,0,b\n".encode("latin-1")
+
+
 def rows():
     for what, data, says in (
         ("lines of numbers", "\n".join(f"{i} name{i}" for i in range(12)), "number"),
@@ -142,7 +145,7 @@ def rows():
     yield Case(
         "a list in UTF-16", write("data/train.csv", "id,img_path\n".encode("utf-16")), LATENTS, ("train.csv",)
     )
-    yield Case("a list in Latin-1", write("data/train.csv", "id,img_path,class_id,synset\né,a,0,b\n".encode("latin-1")), LATENTS, ("train.csv", "UTF-8"))  # fmt: skip
+    yield Case("a list in Latin-1", write("data/train.csv", LATIN), LATENTS, ("train.csv", "UTF-8"))
     yield Case("a list that is a FIFO", fifo("data/train.csv"), LATENTS, ("train.csv",))
     yield Case("a list that is a folder", both(remove("data/train.csv"), lambda folder: (folder / "data/train.csv").mkdir()), LATENTS, ("train.csv",))  # fmt: skip
     bom = lines(lambda rows: ["\ufeff" + rows[0], *rows[1:]])
