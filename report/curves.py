@@ -159,9 +159,7 @@ def draw_curves(
     if curves:
         levels = result["levels"][main]
         plot_metric_curves(out / "curve.png", series[main], main, levels=levels, run_order=run_order)
-        plot_panels(
-            out / "curve_all.png", series, run_order=[label for label in run_order if label in curves]
-        )
+        plot_panels(out / "curve_all.png", series)
     if baseline in curves:
         result["steps_to_baseline"] = {m: speedup(series[m], baseline) for m in metrics if lower_is_better(m)}
     write_json(out / "curve.json", result)
