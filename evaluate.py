@@ -141,7 +141,7 @@ def curve(args: argparse.Namespace) -> None:
         found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
         out = Path("runs/curve") if args.out is None else args.out
         base_models = [label for label, run in runs.items() if run.is_base_model]
-        result = draw_curves(out, found, baseline, base_models=base_models, run_order=list(runs))
+        result = draw_curves(out, found, baseline, base_models)
         print("\n".join(filter(None, [format_speedup(result), str(out / "curve.png")])))
 
 

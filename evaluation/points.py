@@ -14,7 +14,7 @@ from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
-from report.curves import append_point, read_points
+from report.curves import append_point, format_value, read_points
 from training.metric_log import MetricLog
 from training.parts import Parts
 from training.ranks import Ranks
@@ -121,10 +121,7 @@ def _distinct(settings: Sequence[Eval]) -> list[Eval]:
 
 def format_metrics(metrics: Mapping[str, Mapping]) -> str:
     """The metrics in one line."""
-    return ", ".join(
-        f"{name} {found['value']:.4g}" + (f" ± {found['error']:.2g}" if found["error"] is not None else "")
-        for name, found in metrics.items()
-    )
+    return ", ".join(f"{name} {format_value(found)}" for name, found in metrics.items())
 
 
 def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ranks) -> None:

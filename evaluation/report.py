@@ -14,7 +14,7 @@ from evaluation.points import points_of
 from evaluation.sample import labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
-from report.curves import draw_curves, protocols
+from report.curves import draw_curves, points_under, protocols
 from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, points_at
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
@@ -38,9 +38,9 @@ def make_report(
     protocol = shared_protocol(facts)
     curve, figures = None, []
     if protocol is not None:
-        curves = points_at(facts, protocol)
-        base_models = [label for label, run in labelled.items() if run.is_base_model]
-        curve = draw_curves(folder, curves, compared, base_models=base_models, run_order=list(labelled))
+        curves = {label: points_under(run.points, protocol, MADE_BY) for label, run in facts.items()}
+        base_models = [label for label, run in facts.items() if run.is_base]
+        curve = draw_curves(folder, curves, compared, base_models)
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = class_names(read_manifest(runs[0].config.data.text, "text"))
     drawn = DrawnImages(labelled, facts, names)
