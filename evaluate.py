@@ -24,21 +24,14 @@ from common.errors import UserError, run_script
 from common.files import write_json
 from configs.loading import eval_changes, eval_settings
 from evaluation.image_files import PICTURES, image_chunks, load_images
-from evaluation.options import (
-    FINAL,
-    add_align_options,
-    add_curve_options,
-    add_final_options,
-    add_metrics_options,
-    add_pictures_options,
-    add_reference_options,
-    add_report_options,
-    add_sample_options,
-    split_settings,
-)
+from evaluation.options import FINAL, add_options, split_settings
+from evaluation.pictures import draw_pictures
 from evaluation.points import evaluate_all, format_metrics, points_of
+from evaluation.report import make_report
+from evaluation.sample import draw_samples
 from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup, points_under
 from training.ranks import Ranks, part
 from training.run_folder import this_command
@@ -49,14 +42,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
-    for name, (run, add_options) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=run.__doc__.split("\n")[0],
-            description=run.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_options(command)
+    for name, run in COMMANDS.items():
+        about = {"description": run.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        command = commands.add_parser(name, help=run.__doc__.split("\n")[0], **about)
+        add_options(command, name)
         command.set_defaults(run=run)
     settings, others = split_settings(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(others)
@@ -71,9 +60,6 @@ def sample(args: argparse.Namespace) -> None:
     processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
     what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
     """
-    from evaluation.sample import draw_samples
-    from metrics.npz_images import write_npz_images
-
     device, ranks = open_device(args)
     for target in chain(*targets_of(args)):
         indices = range(target.settings.num_samples)
@@ -194,8 +180,6 @@ def pictures(args: argparse.Namespace) -> None:
     Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Nobody selects the
     images: each is the first of its class. Only the images that are shown are drawn, if they are missing.
     """
-    from evaluation.pictures import draw_pictures
-
     if args.out.suffix != ".png":
         raise UserError(f"-o {args.out}: the picture's name must end in .png")
     device, _ = open_device(args)
@@ -210,8 +194,6 @@ def report(args: argparse.Namespace) -> None:
     Made of the records that curve, final, metrics, align and training left in the run folders; measures nothing. The figures
     are kept in PAGE_figures/ too, each with the JSON that it was drawn from. --times adds durations from a JSON list of stages.
     """
-    from evaluation.report import make_report
-
     if args.changes:
         raise UserError("`report` measures nothing: it takes no settings")
     if args.out.suffix != ".html":
@@ -244,16 +226,7 @@ def is_images(path: Path) -> bool:
     return path.suffix == ".npz"
 
 
-COMMANDS = {
-    "sample": (sample, add_sample_options),
-    "metrics": (metrics, add_metrics_options),
-    "reference": (reference, add_reference_options),
-    "curve": (curve, add_curve_options),
-    "final": (final, add_final_options),
-    "align": (align, add_align_options),
-    "pictures": (pictures, add_pictures_options),
-    "report": (report, add_report_options),
-}
+COMMANDS = {run.__name__: run for run in (sample, metrics, reference, curve, final, align, pictures, report)}
 
 
 if __name__ == "__main__":
