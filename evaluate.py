@@ -23,6 +23,7 @@ from common.device import pick_device
 from common.errors import UserError, run_script
 from common.files import write_json
 from configs.loading import eval_changes, eval_settings
+from evaluation.align import align_target, check_timesteps
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from evaluation.options import FINAL, add_options, split_settings
 from evaluation.pictures import draw_pictures
@@ -31,6 +32,7 @@ from evaluation.report import make_report
 from evaluation.sample import draw_samples
 from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from metrics.embedding import check_installed
 from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup, points_under
 from training.ranks import Ranks, part
@@ -157,21 +159,12 @@ def align(args: argparse.Namespace) -> None:
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
-    from evaluation.align import align_target, check_timesteps
-    from metrics.embedding import check_installed
-
     check_timesteps(args.timesteps)
     check_installed(args.embedding)
     device, _ = open_device(args)
     for group in targets_of(args):
-        align_target(
-            group[-1],
-            device,
-            timesteps=args.timesteps,
-            num_images=args.num_images,
-            with_base=not args.no_base,
-            embedding=args.embedding,
-        )
+        how = {"num_images": args.num_images, "with_base": not args.no_base, "embedding": args.embedding}
+        align_target(group[-1], device, timesteps=args.timesteps, **how)
 
 
 def pictures(args: argparse.Namespace) -> None:
