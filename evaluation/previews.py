@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from cache.text import class_names
-from method.sampler import rows_of, sample_latents
-from models.latents import decode_images
+from evaluation.sample import ImageSampler
 from report.plot_grids import plot_sample_grids
 from training.parts import Parts
 from training.state import TrainingState
@@ -23,42 +19,19 @@ class Previews:
 
     def __init__(self, parts: Parts):
         self.parts, config = parts, parts.config
-        self.codec = parts.family.load_codec().to(parts.device)
-        self.scheduler = parts.family.sampling_scheduler(parts.loss.path.output, config.eval.sampler)
-        self.text = parts.dataset.text.to(parts.device, torch.float32)
+        self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
         count, classes = config.train.preview_images, len(parts.dataset.text)
         self.columns = min(COLUMNS, count, classes)
         self.labels = [i % self.columns * classes // self.columns for i in range(count)]
 
     def draw(self, folder: Path, state: TrainingState) -> Path:
         """Write `step-….png` of the moving average and return its file path. Weights, modes and random states stay."""
-        settings, dataset = self.parts.config.eval, self.parts.dataset
+        settings, columns = self.parts.config.eval, self.labels[: self.columns]
         with self.parts.showing(state.ema.shadow_params):
-            images = self._images()
+            images = self.image_sampler.draw(self.labels, range(len(self.labels)))
         path = folder / f"step-{state.step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
-        names = class_names(dataset.text_manifest)
-        columns = [names.get(label, f"class {label}") for label in self.labels[: self.columns]]
-        plot_sample_grids(path, {title: images}, self.columns, columns)
+        names = class_names(self.parts.dataset.text_manifest)
+        named = [names.get(label, f"class {label}") for label in columns]
+        plot_sample_grids(path, {title: images}, len(columns), named)
         return path
-
-    def _images(self) -> np.ndarray:
-        """The images `(n, H, W, 3)`, uint8, of the U-Net's present weights."""
-        parts, settings, dataset = self.parts, self.parts.config.eval, self.parts.dataset
-        latents = sample_latents(
-            parts.model.predict,
-            self.scheduler,
-            self.text.rows(self.labels),
-            self.text.null,
-            list(range(len(self.labels))),
-            shape=dataset.latent_shape,
-            steps=settings.sampling_steps,
-            cfg=settings.cfg,
-            guidance_low=settings.guidance_low,
-            guidance_high=settings.guidance_high,
-            guidance_space=settings.guidance_space,
-            eta=settings.eta,
-            rows=rows_of(parts.device, settings.batch_size),
-        )
-        return decode_images(self.codec, latents)
