@@ -10,7 +10,7 @@ from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from evaluation.image_files import load_images
-from evaluation.sample import draw_samples, image_settings, labels_of
+from evaluation.sample import draw_samples, evenly_spread, image_settings, labels_of
 from evaluation.targets import Target
 from report.plot_grids import plot_rows
 from training.ranks import Ranks
@@ -36,24 +36,22 @@ def draw_pictures(
     settings = image_settings(first, device)
     indices = [first_of_class(settings, label) for label in shown]
 
-    def images(target: Target, wanted: Sequence[int]) -> np.ndarray:
-        folder, _ = draw_samples(target, device, wanted, ranks)
-        return load_images(folder, wanted)
+    def images(target: Target) -> list[np.ndarray]:
+        folder, _ = draw_samples(target, device, indices, ranks)
+        return list(load_images(folder, indices))
 
     if all(len(targets) == 1 for targets in groups.values()):
-        columns = [names.get(label, f"class {label}") for label in shown]
-        rows = {label: list(images(targets[0], indices)) for label, targets in groups.items()}
+        columns = [names[label] for label in shown]
+        rows = {label: images(targets[0]) for label, targets in groups.items()}
     else:
         steps = sorted({target.step for targets in groups.values() for target in targets})
         columns = [f"step {step:,}" for step in steps]
         rows = {}
         for label, targets in groups.items():
-            drawn = {target.step: images(target, indices) for target in targets}
+            drawn = {target.step: images(target) for target in targets}
             for i, index in enumerate(indices if classes else indices[:3]):
-                name = names.get(shown[i], f"class {shown[i]}")
-                rows[f"{label}\n{name}, seed {settings['seed'] + index}"] = [
-                    drawn[step][i] if step in drawn else None for step in steps
-                ]
+                name = f"{label}\n{names[shown[i]]}, seed {settings['seed'] + index}"
+                rows[name] = [drawn[step][i] if step in drawn else None for step in steps]
     note = f"{settings['sampler']} {settings['steps']} steps, guidance {settings['cfg']:g}, seeds from {settings['seed']}"
     plot_rows(file, rows, columns, note)
     return file
@@ -61,12 +59,9 @@ def draw_pictures(
 
 def choose_classes(wanted: Sequence[int] | None, count: int) -> list[int]:
     """The wanted classes, by default eight evenly spread ones of all `count`; raises `UserError` for an unknown class."""
-    if not wanted:
-        few = min(COLUMNS, count)
-        return [i * count // few for i in range(few)]
-    if foreign := [label for label in wanted if not 0 <= label < count]:
+    if foreign := [label for label in wanted or () if not 0 <= label < count]:
         raise UserError(f"--classes {foreign[0]}: classes are 0 to {count - 1}")
-    return list(wanted)
+    return list(wanted or evenly_spread(count, COLUMNS))
 
 
 def first_of_class(settings: dict, label: int) -> int:

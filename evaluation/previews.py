@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cache.text import class_names
-from evaluation.sample import ImageSampler
+from evaluation.sample import ImageSampler, evenly_spread
 from report.plot_grids import plot_sample_grids
 from training.parts import Parts
 from training.state import TrainingState
@@ -20,18 +20,18 @@ class Previews:
     def __init__(self, parts: Parts):
         self.parts, config = parts, parts.config
         self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
-        count, classes = config.train.preview_images, len(parts.dataset.text)
-        self.columns = min(COLUMNS, count, classes)
-        self.labels = [i % self.columns * classes // self.columns for i in range(count)]
+        count = config.train.preview_images
+        self.columns = evenly_spread(len(parts.dataset.text), min(COLUMNS, count))
+        self.labels = [self.columns[i % len(self.columns)] for i in range(count)]
 
     def draw(self, folder: Path, state: TrainingState) -> Path:
         """Write `step-….png` of the moving average and return its file path. Weights, modes and random states stay."""
-        settings, columns = self.parts.config.eval, self.labels[: self.columns]
+        settings = self.parts.config.eval
         with self.parts.showing(state.ema.shadow_params):
             images = self.image_sampler.draw(self.labels, range(len(self.labels)))
         path = folder / f"step-{state.step:07d}.png"
         title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
         names = class_names(self.parts.dataset.text_manifest)
-        named = [names.get(label, f"class {label}") for label in columns]
-        plot_sample_grids(path, {title: images}, len(columns), named)
+        named = [names.get(label, f"class {label}") for label in self.columns]
+        plot_sample_grids(path, {title: images}, len(named), named)
         return path

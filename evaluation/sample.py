@@ -103,6 +103,12 @@ def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
     return balanced_labels(indices, settings["classes"])
 
 
+def evenly_spread(count: int, few: int) -> list[int]:
+    """`few` of `count` classes, evenly spread; all where there are no more."""
+    few = min(few, count)
+    return [i * count // few for i in range(few)]
+
+
 def draw_samples(
     target: Target,
     device: torch.device,

@@ -107,15 +107,12 @@ def measure(
     own_indices = list(indices)[ranks.rank :: ranks.world]
     found = extract_features(scorers, image_chunks(folder, own_indices, CHUNK), len(indices), ranks)
     parts = ranks.gather([found])
-    return ranks.on_main(
-        lambda: score_all(
-            [FeatureSet.interleave(of_scorer) for of_scorer in zip(*parts, strict=True)],
-            scorers,
-            settings,
-            device,
-            labels,
-        )
-    )
+
+    def scored() -> dict[str, dict]:
+        whole = [FeatureSet.interleave(of_scorer) for of_scorer in zip(*parts, strict=True)]
+        return score_all(whole, scorers, settings, device, labels)
+
+    return ranks.on_main(scored)
 
 
 def extract_features(

@@ -25,12 +25,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The records of one run.
+    """The records of one run, which lie in `folder`.
 
     `points` are the lines of its points.jsonl, `log` those of its metrics.jsonl, `alignment` the contents of its align.json
     (None where `align` was not run) and `figures` the pictures beside that file.
     """
 
+    folder: Path
     is_base: bool
     settings: Mapping[str, object]
     commands: Sequence[str]
