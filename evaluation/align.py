@@ -115,10 +115,8 @@ def measure_alignment(
                     if tap in tokens:
                         bar.update()
                         head = tokens.pop(tap)
-                        found["head"] = (
-                            head_metrics(head.pooled, head.cosine, head.null_cosine, side),
-                            head.pooled,
-                        )
+                        cosines = head.cosine, head.null_cosine
+                        found["head"] = head_metrics(head.pooled, *cosines, side), head.pooled
                     bar.update()
                     for kind, (metrics, projected) in found.items():
                         where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}

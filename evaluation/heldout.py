@@ -2,7 +2,6 @@
 and heads."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -171,7 +170,11 @@ def read_taps(
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
-    with _listening(model) as taps:
+    family, network = model.family, model.backbone
+    taps = Taps(
+        network, {name: family.tap(network, name) for name in family.taps}
+    )  # also where the run taps fewer
+    try:
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))
             with taps.recording():
@@ -197,19 +200,10 @@ def read_taps(
                     cosine = cosine_similarity(tokens, target_of(bench.config, target), dim=-1)  # (b, N)
                     cosines[tap][place, rows] = cosine.mean(1).cpu().numpy()
                 _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
-    means = {tap: [found.mean().item() for found in cosines[tap]] for tap in heads}
-    return features, grids, {tap: HeadTokens(pooled[tap], *means[tap]) for tap in heads}
-
-
-@contextmanager
-def _listening(model: AlignedModel) -> Iterator[Taps]:
-    """Taps at all places of the family, also where the run taps fewer; their hooks are removed when the block ends."""
-    family, network = model.family, model.backbone
-    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
-    try:
-        yield taps
     finally:
         taps.remove()
+    means = {tap: [found.mean().item() for found in cosines[tap]] for tap in heads}
+    return features, grids, {tap: HeadTokens(pooled[tap], *means[tap]) for tap in heads}
 
 
 def target_of(config: Config, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of the same seeds from several runs: rows are runs, columns are classes or steps."""
+"""Pictures of the same seeds: of several runs side by side, and of one training's moving average while it goes on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,12 @@ from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from evaluation.image_files import load_images
-from evaluation.sample import draw_samples, evenly_spread, image_settings, labels_of
+from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_settings, labels_of
 from evaluation.targets import Target
-from report.plot_grids import plot_rows
+from report.plot_grids import plot_rows, plot_sample_grids
+from training.parts import Parts
 from training.ranks import Ranks
+from training.state import TrainingState
 
 COLUMNS = 8
 
@@ -68,3 +70,29 @@ def first_of_class(settings: dict, label: int) -> int:
     """The index of the first image that shows a class."""
     bound = 100 * settings["classes"]  # random labels: more than enough
     return labels_of(settings, range(bound)).index(label) if settings["labels"] == "random" else label
+
+
+class Previews:
+    """Draws `train.preview_images` images with the settings of `eval`, in rows of eight evenly spread classes.
+
+    Image i starts from the noise of seed i at every step, so that the grids of a run show the same images improve.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts, config = parts, parts.config
+        self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
+        count = config.train.preview_images
+        self.columns = evenly_spread(len(parts.dataset.text), min(COLUMNS, count))
+        self.labels = [self.columns[i % len(self.columns)] for i in range(count)]
+
+    def draw(self, folder: Path, state: TrainingState) -> Path:
+        """Write `step-….png` of the moving average and return its file path. Weights, modes and random states stay."""
+        settings = self.parts.config.eval
+        with self.parts.showing(state.ema.shadow_params):
+            images = self.image_sampler.draw(self.labels, range(len(self.labels)))
+        path = folder / f"step-{state.step:07d}.png"
+        title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
+        names = class_names(self.parts.dataset.text_manifest)
+        named = [names.get(label, f"class {label}") for label in self.columns]
+        plot_sample_grids(path, {title: images}, len(named), named)
+        return path

@@ -129,14 +129,9 @@ def draw_curves(
 ) -> dict:
     """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json.
 
-    Args:
-        out: folder.
-        points: {label: points of one protocol, by step} of all runs, also of those without points, so that a run has one
-            colour in all figures of a page.
-        baseline: label of the run that the others are compared with, if any.
-        base_models: the labels of bare base models, which have a level and no curve.
-
-    Returns the contents of curve.json.
+    `points` {label: points of one protocol, by step} are of all runs, also of those without points, so that a run has one
+    colour in all figures of a page. The others are compared with `baseline`, if there is one; `base_models` are the labels of
+    bare base models, which have a level and no curve. Returns the contents of curve.json.
     """
     measured = {label: found for label, found in points.items() if found}
     curves = {label: found for label, found in measured.items() if label not in base_models}

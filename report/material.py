@@ -25,41 +25,32 @@ class Pictures:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The records of one run, which lie in `folder`.
-
-    `points` are the lines of its points.jsonl, `log` those of its metrics.jsonl, `alignment` the contents of its align.json
-    (None where `align` was not run) and `figures` the pictures beside that file.
-    """
+    """The records of one run."""
 
     folder: Path
     is_base: bool
-    settings: Mapping[str, object]
+    settings: Mapping[str, object]  # by dotted key
     commands: Sequence[str]
-    log: Sequence[Mapping[str, float]]
-    points: Sequence[Mapping]
-    alignment: Mapping | None = None
-    figures: Sequence[Path] = ()
+    log: Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
+    points: Sequence[Mapping]  # the lines of points.jsonl
+    alignment: Mapping | None  # contents of align.json; None where `align` was not run
+    figures: Sequence[Path]  # beside that file
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything that the page shows.
+    """Everything that the page shows."""
 
-    The runs by label; the label of the `baseline` that the others are compared with; the contents of curve.json and its
-    figures; grids of samples; rows of pictures; stages with their `times`; the `command` that makes the page; the `folder` of
-    its figures.
-    """
-
-    runs: Mapping[str, RunFacts]
-    baseline: str | None
-    curve: Mapping | None
+    runs: Mapping[str, RunFacts]  # by label
+    baseline: str | None  # label of the run that the others are compared with
+    curve: Mapping | None  # contents of curve.json
     curve_figures: Sequence[Path]
-    grids: Mapping[str, np.ndarray]
+    grids: Mapping[str, np.ndarray]  # samples (N, H, W, 3) uint8 by label
     grid_columns: Sequence[str]
     pictures: Sequence[Pictures]
-    times: Sequence[Mapping]
-    command: str
-    folder: Path
+    times: Sequence[Mapping]  # stages: {stage, seconds, command, group}
+    command: str  # which makes the page
+    folder: Path  # of its figures
 
 
 def points_at(
