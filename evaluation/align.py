@@ -40,6 +40,9 @@ from training.run_folder import this_command
 EMBEDDED_TAP = "mid"
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
+# By model, and "head" for the head's tokens where the run has one, or "tap" for a model's ridge map.
+Sources = dict[tuple[str, str], Source]
+
 
 def align_target(
     target: Target,
@@ -65,8 +68,7 @@ def align_target(
     older = target.weights != "base" and step != run.checkpoint_steps()[-1]
     folder = run.path / "eval" / (f"step-{step:07d}" if older else "")
     write_json(folder / "align.json", result)
-    names = class_names(read_manifest(config.data.text, "text"))
-    draw_alignment(folder, run.name, result, sources, class_names=names, embedding=embedding)
+    draw_alignment(folder, target, result, sources, embedding)
     print(f"{target.name}, {result['num_images']} of {result['num_available']} held-out images")
     print(summary(result))
 
@@ -78,7 +80,7 @@ def measure_alignment(
     device: torch.device,
     timesteps: Sequence[int] = TIMESTEPS,
     num_images: int | None = None,
-) -> tuple[dict, dict[tuple[str, str], Source]]:
+) -> tuple[dict, Sources]:
     """Return the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
 
     Args:
@@ -88,7 +90,6 @@ def measure_alignment(
         timesteps: noise levels, 0 (clean) to 999.
         num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
 
-    The inputs' keys are (model, "head" | "tap"): the head's tokens where the run has a head, and each model's ridge map.
     Raises `UserError` for settings and caches that do not fit.
     """
     timesteps = check_timesteps(timesteps)
@@ -150,16 +151,9 @@ def measure_alignment(
     return result, sources
 
 
-def draw_alignment(
-    folder: Path,
-    name: str,
-    result: Mapping,
-    sources: Mapping[tuple[str, str], Source],
-    *,
-    class_names: Mapping[int, str],
-    embedding: str,
-) -> None:
+def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
+    name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
     weights = WEIGHTS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
@@ -177,7 +171,7 @@ def draw_alignment(
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
-        plot_embedding(folder / f"align_{method}.png", panels, class_names, title)
+        plot_embedding(folder / f"align_{method}.png", panels, names, title)
 
 
 def summary(result: Mapping) -> str:

@@ -94,5 +94,5 @@ class Previews:
         title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
         names = class_names(self.parts.dataset.text_manifest)
         named = [names.get(label, f"class {label}") for label in self.columns]
-        plot_sample_grids(path, {title: images}, len(named), named)
+        plot_sample_grids(path, {title: images}, named)
         return path

@@ -207,20 +207,11 @@ class ImageSampler:
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
         """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`."""
         given = self.config.eval
+        how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
+        how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
+        prompts, shape = self.text.rows(labels), stored_latent_shape(self.config)
         latents = sample_latents(
-            self.model.predict,
-            self.scheduler,
-            self.text.rows(labels),
-            self.text.null,
-            seeds,
-            shape=stored_latent_shape(self.config),
-            steps=given.sampling_steps,
-            cfg=given.cfg,
-            guidance_low=given.guidance_low,
-            guidance_high=given.guidance_high,
-            guidance_space=given.guidance_space,
-            eta=given.eta,
-            rows=rows_of(self.device, given.batch_size),
+            self.model.predict, self.scheduler, prompts, self.text.null, seeds, shape=shape, **how
         )
         return decode_images(self.codec, latents)
 

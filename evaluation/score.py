@@ -1,8 +1,9 @@
 """Measure images against references: read them once, extract features, and compute every metric of each extractor."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +51,13 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
         size = read_manifest(config.data.latents, "latents")["view"]["size"]
         return match_references(extractors, config.eval.reference, size)
     paths, facts = training_images(config)
-    files = {e.protocol: reference_file(config, e) for e in extractors}
+    files = {}
+    for e in extractors:
+        weights = e.identity["weights_sha256"][:8]
+        files[e.protocol] = config.data.csv.with_suffix(f".{e.protocol}-{weights}.npz")
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
-        for reference in build_references(missing, paths, facts, ranks):
-            ranks.on_main(lambda: reference.save(files[reference.protocol]))  # noqa: B023 (called at once)
+        build_references(missing, paths, facts, files, ranks)
     return [Scorer(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
-
-
-def reference_file(config: Config, extractor: Extractor) -> Path:
-    """The file, beside `data.csv`, of the training images' statistics in an extractor's features."""
-    return config.data.csv.with_suffix(
-        f".{extractor.protocol}-{extractor.identity['weights_sha256'][:8]}.npz"
-    )
 
 
 def match_references(extractors: Sequence[Extractor], files: Sequence[Path], size: int) -> list[Scorer]:
@@ -186,13 +182,10 @@ def make_references(
     else:
         paths = image_files(source)
         ids = [str(path.relative_to(source)) for path in paths]
-    facts = image_facts(ids, size, source)
-    written = []
-    for reference in build_references(extractors, paths, facts, ranks):
-        file = out.with_name(f"{out.name.removesuffix('.npz')}.{reference.protocol}.npz")
-        ranks.on_main(lambda: reference.save(file))  # noqa: B023 (called at once)
-        written.append(file)
-    return written
+    stem = out.name.removesuffix(".npz")
+    files = {e.protocol: out.with_name(f"{stem}.{e.protocol}.npz") for e in extractors}
+    build_references(extractors, paths, image_facts(ids, size, source), files, ranks)
+    return list(files.values())
 
 
 def training_images(config: Config) -> tuple[list[Path], dict]:
@@ -222,9 +215,16 @@ def photographs(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
 
 
 def build_references(
-    extractors: Sequence[Extractor], paths: Sequence[Path], facts: dict, ranks: Ranks
-) -> list[Reference]:
-    """A reference for each extractor from one reading of the images, of which each rank reads every n-th."""
+    extractors: Sequence[Extractor],
+    paths: Sequence[Path],
+    facts: dict,
+    files: Mapping[str, Path],
+    ranks: Ranks,
+) -> None:
+    """Write a reference for each extractor to the file of its protocol, from one reading of the images.
+
+    Each rank reads every n-th image.
+    """
     own_indices = np.arange(ranks.rank, len(paths), ranks.world)
     builders = [ReferenceBuilder(len(paths)) for _ in extractors]
     photos = photographs([paths[i] for i in own_indices], facts["size"])
@@ -232,10 +232,6 @@ def build_references(
         done, own_indices = own_indices[: len(images)], own_indices[len(images) :]
         for extractor, builder in zip(extractors, builders, strict=True):
             builder.add(extractor.features(images), done)
-    made = []
     for extractor, parts in zip(extractors, zip(*ranks.gather([builders]), strict=True), strict=True):
-        whole = parts[0]
-        for part in parts[1:]:
-            whole.merge(part)
-        made.append(whole.finish(extractor, facts))
-    return made
+        reference = reduce(ReferenceBuilder.merge, parts).finish(extractor, facts)
+        ranks.on_main(lambda: reference.save(files[reference.protocol]))  # noqa: B023 (called at once)

@@ -42,7 +42,7 @@ def samples_section(material: Material) -> Iterator[Block]:
     """Grids of the first samples of each run, and rows of pictures."""
     if material.grids:
         file = material.folder / "samples.png"
-        plot_sample_grids(file, material.grids, len(material.grid_columns), material.grid_columns)
+        plot_sample_grids(file, material.grids, material.grid_columns)
         yield Figure(
             file,
             f"The first {len(next(iter(material.grids.values())))} samples of each run by the protocol of the results, not "
@@ -65,7 +65,7 @@ def training_section(material: Material) -> Iterator[Block]:
                 series[name] = [line["step"] for line in lines], [line[key] for line in lines]
         if series:
             file, order = material.folder / f"{key}.png", list(material.runs)
-            plot_curves(file, series, "step", ylabel, title, log_y=True, smooth=9, run_order=order)
+            plot_curves(file, series, ylabel, title, order)
             note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."
             means = "means between two logged steps, and their running mean"
             yield Figure(file, f"{title} on the training data: {means}.{note}")

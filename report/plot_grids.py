@@ -16,30 +16,26 @@ COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
 def plot_sample_grids(
-    path: str | Path,
-    grids: Mapping[str, np.ndarray],
-    columns: int,
-    column_labels: Sequence[str] | None = None,
+    path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]
 ) -> None:
     """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images
-    beyond 256 px are reduced. `column_labels` (one per column) stand above the columns of every grid.
+    beyond 256 px are reduced. `column_labels`, one for each column, stand above the columns of every grid.
     """
-    if not grids or columns < 1:
+    columns = len(column_labels)
+    if not grids or not columns:
         raise ValueError("at least one grid and one column are needed")
     shapes = {label: images.shape for label, images in grids.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"grids differ in shape: {shapes}")
-    if column_labels is not None and len(column_labels) != columns:
-        raise ValueError(f"{len(column_labels)} column labels for {columns} columns")
     # Two grids stand side by side at least, so their cells shrink (but not below 64 px) to make room.
     canvases = {
         label: _canvas(images, columns, WIDEST // min(len(grids), 2)) for label, images in grids.items()
     }
     height, width = next(iter(canvases.values())).shape[:2]
     cell = width / columns
-    gap, top = 48, 84 if column_labels is None else 84 + 26
+    gap, top = 48, 110
     per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
     sheet = _Sheet(per_row * (width + gap) + gap, rows * (height + top) + gap)
@@ -47,12 +43,12 @@ def plot_sample_grids(
         left, y = gap + (i % per_row) * (width + gap), (i // per_row) * (height + top) + top
         sheet.picture(left, y, canvas)
         sheet.text(left, y - top + 28, label, fontsize=11, fontweight="bold", va="top")
-        for column, name in enumerate(column_labels or ()):
+        for column, name in enumerate(column_labels):
             sheet.text(left + (column + 0.5) * cell, y - 8, name, **COLUMN_LABEL)
     facts = {
         label: {"shape": list(images.shape), "sha256": _digest(images)} for label, images in grids.items()
     }
-    data = {"runs": facts, "columns": columns, "column_labels": list(column_labels or [])}
+    data = {"runs": facts, "columns": columns, "column_labels": list(column_labels)}
     save_figure(sheet.figure, path, data)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from report.plot_style import legend_below, plain, pyplot, run_styles, save_figure
 
+SMOOTH = 9  # points of the running mean of a loss
 LABEL_LINE = 0.058  # height of a line of labels in units of the axes
 
 Series = Mapping[str, Sequence[float | None]]  # steps, images, values, errors
@@ -15,18 +16,14 @@ Series = Mapping[str, Sequence[float | None]]  # steps, images, values, errors
 def plot_curves(
     path: str | Path,
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
     ylabel: str,
     title: str,
-    log_y: bool = False,
-    *,
-    smooth: int = 1,
     run_order: Sequence[str] | None = None,
 ) -> Path:
-    """Draw {run label: (xs, ys)} as lines, each labelled at its end.
+    """Draw {run label: (steps, values)} as lines on a logarithmic scale, each labelled at its end.
 
-    `smooth` > 1 draws the raw values light and their centred running mean over that many points strong, for
-    noisy training losses. Values that are not finite leave a gap, and are null in the JSON.
+    The raw values are light and their centred running mean over `SMOOTH` points strong, for noisy training losses. Values that
+    are not finite leave a gap, and are null in the JSON.
     """
     styles = run_styles(series, run_order)
     figure, axes = pyplot().subplots(figsize=(6.8, 4.0), layout="constrained")
@@ -35,22 +32,17 @@ def plot_curves(
         xs, ys = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
         if xs.ndim != 1 or xs.shape != ys.shape or len(xs) == 0:
             raise ValueError(f"{label!r} needs xs and ys of one length, got {xs.shape} and {ys.shape}")
-        style, strong = styles[label], ys
-        if smooth > 1:
-            axes.plot(xs, ys, color=style["color"], alpha=0.22, linewidth=0.7, zorder=1.5)
-            strong = _running_mean(ys, smooth)
-        marked = smooth <= 1 and len(xs) <= 30
-        line = style if marked else style | {"marker": None}
-        axes.plot(xs, strong, linewidth=2.0, markersize=5, zorder=3, **line)
+        look, strong = styles[label] | {"marker": None}, _running_mean(ys, SMOOTH)
+        axes.plot(xs, ys, color=look["color"], alpha=0.22, linewidth=0.7, zorder=1.5)
+        axes.plot(xs, strong, linewidth=2.0, zorder=3, **look)
         finite = np.flatnonzero(np.isfinite(strong))
         if len(finite):
-            ends.append((label, xs[finite[-1]], strong[finite[-1]], style["color"]))
+            ends.append((label, xs[finite[-1]], strong[finite[-1]], look["color"]))
         drawn[label] = {"x": plain(xs), "y": plain(ys)}
-    if log_y:
-        _log_y(axes)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _log_y(axes)
+    axes.set(xlabel="step", ylabel=ylabel, title=title)
     _label_ends(axes, ends)
-    data = {"title": title, "xlabel": xlabel, "ylabel": ylabel, "log_y": log_y, "smooth": smooth}
+    data = {"title": title, "xlabel": "step", "ylabel": ylabel, "log_y": True, "smooth": SMOOTH}
     return save_figure(figure, path, data | {"series": drawn})
 
 
