@@ -55,8 +55,7 @@ def draw_pictures(
                 name = f"{label}\n{names[shown[i]]}, seed {settings['seed'] + index}"
                 rows[name] = [drawn[step][i] if step in drawn else None for step in steps]
     note = f"{settings['sampler']} {settings['steps']} steps, guidance {settings['cfg']:g}, seeds from {settings['seed']}"
-    plot_rows(file, rows, columns, note)
-    return file
+    return plot_rows(file, rows, columns, note)
 
 
 def choose_classes(wanted: Sequence[int] | None, count: int) -> list[int]:
@@ -94,5 +93,4 @@ class Previews:
         title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
         names = class_names(self.parts.dataset.text_manifest)
         named = [names.get(label, f"class {label}") for label in self.columns]
-        plot_sample_grids(path, {title: images}, named)
-        return path
+        return plot_sample_grids(path, {title: images}, named)

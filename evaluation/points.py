@@ -82,9 +82,8 @@ def evaluate_point(
 
 def _find_known(target: Target, model: dict, protocol: dict, kind: str) -> dict | None:
     """The point of these weights under this protocol that was measured before: of this kind, or else of another."""
-    found = [
-        point for point in points_of(target.run) if point["protocol"] == protocol and point["model"] == model
-    ]
+    wanted = protocol, model
+    found = [point for point in points_of(target.run) if (point["protocol"], point["model"]) == wanted]
     return next((point for point in found if point["kind"] == kind), found[-1] if found else None)
 
 
@@ -159,10 +158,8 @@ class PeriodicEvaluation:
         parts, target = self.parts, Target(run, state.step, "ema", self.settings)
         try:
             with parts.showing(state.ema.shadow_params):
-                where = parts.device, parts.ranks
-                point = evaluate_point(
-                    target, self.scorers, *where, kind="curve", image_sampler=self.image_sampler
-                )
+                how = {"kind": "curve", "image_sampler": self.image_sampler}
+                point = evaluate_point(target, self.scorers, parts.device, parts.ranks, **how)
         except (UserError, OSError) as error:
             if parts.ranks.world > 1:
                 raise

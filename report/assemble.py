@@ -41,17 +41,14 @@ def write_report(page: Path, material: Material) -> Path:
 def samples_section(material: Material) -> Iterator[Block]:
     """Grids of the first samples of each run, and rows of pictures."""
     if material.grids:
-        file = material.folder / "samples.png"
-        plot_sample_grids(file, material.grids, material.grid_columns)
         yield Figure(
-            file,
+            plot_sample_grids(material.folder / "samples.png", material.grids, material.grid_columns),
             f"The first {len(next(iter(material.grids.values())))} samples of each run by the protocol of the results, not "
             "chosen: the same noise and class at the same place.",
         )
     for number, pictures in enumerate(material.pictures):
         file = material.folder / f"pictures_{number}.png"
-        plot_rows(file, pictures.rows, pictures.columns)
-        yield Figure(file, pictures.caption)
+        yield Figure(plot_rows(file, pictures.rows, pictures.columns), pictures.caption)
 
 
 def training_section(material: Material) -> Iterator[Block]:
@@ -64,11 +61,11 @@ def training_section(material: Material) -> Iterator[Block]:
             if lines and (key == "loss_diff" or any(line["coeff"] > 0 for line in lines)):
                 series[name] = [line["step"] for line in lines], [line[key] for line in lines]
         if series:
-            file, order = material.folder / f"{key}.png", list(material.runs)
-            plot_curves(file, series, ylabel, title, order)
             note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."
-            means = "means between two logged steps, and their running mean"
-            yield Figure(file, f"{title} on the training data: {means}.{note}")
+            yield Figure(
+                plot_curves(material.folder / f"{key}.png", series, ylabel, title, list(material.runs)),
+                f"{title} on the training data: means between two logged steps, and their running mean.{note}",
+            )
 
 
 def findings_section(material: Material) -> Iterator[Block]:

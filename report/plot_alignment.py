@@ -90,10 +90,8 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
     drawn = {metric: {model: {tap: {} for tap in tones} for model in models} for metric in METRICS}
     for axes, (metric, name) in zip(grid, METRICS.items(), strict=True):
         for model, tap, which in itertools.product(models, tones, ("null", "value")):
-            values = [
-                value_of(result, metric, which, model=model, tap=tap, timestep=timestep)
-                for timestep in result["timesteps"]
-            ]
+            where = {"model": model, "tap": tap}
+            values = [value_of(result, metric, which, timestep=t, **where) for t in result["timesteps"]]
             values = np.array(values, np.float64)  # (timesteps,); None, which is not defined, becomes NaN
             drawn[metric][model][tap][which] = plain(values)
             look = tones[tap] | {"markersize": 5, "markerfacecolor": "white"}
@@ -121,11 +119,8 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
 
 def _scatter(axes, name: str, panel: Panel, tones: Sequence[str]) -> None:
     shape = (len(panel.classes), 2)
-    if np.shape(panel.projected) != shape or np.shape(panel.teacher) != shape:
-        raise ValueError(
-            f"{name!r} needs projected and teacher of shape {shape}, got "
-            f"{np.shape(panel.projected)} and {np.shape(panel.teacher)}"
-        )
+    if not np.shape(panel.projected) == np.shape(panel.teacher) == shape:
+        raise ValueError(f"{name!r} needs projected and teacher of shape {shape}")
     axes.scatter(
         *np.transpose(panel.teacher), s=16, facecolors="none", edgecolors=tones, marker="o", linewidths=0.8
     )

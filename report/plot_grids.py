@@ -17,7 +17,7 @@ COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 def plot_sample_grids(
     path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]
-) -> None:
+) -> Path:
     """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images
@@ -49,12 +49,12 @@ def plot_sample_grids(
         label: {"shape": list(images.shape), "sha256": _digest(images)} for label, images in grids.items()
     }
     data = {"runs": facts, "columns": columns, "column_labels": list(column_labels)}
-    save_figure(sheet.figure, path, data)
+    return save_figure(sheet.figure, path, data)
 
 
 def plot_rows(
     path: str | Path, rows: Mapping[str, Sequence[np.ndarray | None]], columns: Sequence[str], note: str = ""
-) -> None:
+) -> Path:
     """Draw {row label: images (H, W, 3) uint8} under column labels; a cell that is None stays white."""
     shapes = {image.shape for images in rows.values() for image in images if image is not None}
     if len(shapes) != 1 or any(len(images) != len(columns) for images in rows.values()):
@@ -79,7 +79,7 @@ def plot_rows(
         sheet.text(left + column * cell + (cell - CELL_GAP) / 2, top - 12, name, **COLUMN_LABEL)
     sheet.text(left, sheet.height - 22, note, fontsize=8, color="#555555", va="bottom")
     facts = {label: [None if i is None else _digest(i) for i in images] for label, images in rows.items()}
-    save_figure(sheet.figure, path, {"rows": facts, "columns": list(columns), "note": note})
+    return save_figure(sheet.figure, path, {"rows": facts, "columns": list(columns), "note": note})
 
 
 class _Sheet:
