@@ -25,8 +25,8 @@ from common.errors import UserError
 from common.signals import StopSignal
 from configs.loading import knobs_help, load_config
 from configs.schema import Config
+from evaluation.pictures import Previews
 from evaluation.points import PeriodicEvaluation
-from evaluation.previews import Previews
 from export import export_run
 from method.objective import PER_IMAGE
 from method.paths import QUARTERS
