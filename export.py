@@ -91,7 +91,8 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
 
 def run_model(run: RunFolder) -> AlignedModel:
     """The run's model with its weights as they were before the training."""
-    return build_model(run.config, family_for(run.config))
+    config = run.config
+    return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
 def write_once(

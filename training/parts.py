@@ -66,7 +66,7 @@ def build_parts(config: Config) -> Parts:
     family = family_for(config)
     aligned = config.align.coeff > 0
     dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
-    model = build_model(config, family).to(device).train()
+    model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None:
         start_from(config.model, model)
@@ -158,20 +158,30 @@ def build_online_teacher(
     return OnlineTeacher(codec, encoder).to(device)
 
 
-def build_model(config: Config, family: Backbone, network: nn.Module | None = None) -> AlignedModel:
-    """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads."""
-    settings, taps = config.model, config.align.taps if config.align.coeff > 0 else ()
+def build_model(
+    settings: Model,
+    align: Align,
+    teacher: Teacher,
+    seed: int,
+    family: Backbone,
+    network: nn.Module | None = None,
+) -> AlignedModel:
+    """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads.
+
+    `seed` draws the weights of the heads.
+    """
+    taps = align.taps if align.coeff > 0 else ()
     family.check_trained(taps, settings.train, settings.lora_targets)
     model = AlignedModel(
         family,
         family.load_network() if network is None else network,
         taps,
-        config.teacher.dim,
-        head=config.align.head,
-        head_hidden=config.align.head_hidden,
+        teacher.dim,
+        head=align.head,
+        head_hidden=align.head_hidden,
         train=settings.train,
         lora=family_lora(family, settings.lora_rank, settings.lora_alpha, settings.lora_targets),
-        seed=config.seed,
+        seed=seed,
     )
     if settings.gradient_checkpointing:
         model.backbone.enable_gradient_checkpointing()
@@ -254,19 +264,19 @@ def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: 
     """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
     config = run.config
     family = family_for(config)
-    model = build_model(config, family) if weights != "base" else bare_model(config, family)
-    if weights != "base":
+    if weights == "base":
+        model = bare_model(config, family)
+    else:
+        model = build_model(config.model, config.align, config.teacher, config.seed, family)
         load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
     return model.to(device).eval().requires_grad_(False)
 
 
 def bare_model(config: Config, family: Backbone) -> AlignedModel:
     """Build the base model as it was before any training, without LoRA and without heads."""
-    plain = {
-        "model": config.model.model_copy(update={"train": "full"}),
-        "align": config.align.model_copy(update={"coeff": 0}),
-    }
-    return build_model(config.model_copy(update=plain), family)
+    model = config.model.model_copy(update={"train": "full"})
+    align = config.align.model_copy(update={"coeff": 0})
+    return build_model(model, align, config.teacher, config.seed, family)
 
 
 def output_of(config: Config) -> str:

@@ -59,7 +59,8 @@ def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, b
     family = family_for(config)
     network, known = family.network_of_shapes(local=config.model.base == family.default_base)
     with torch.device("meta"):
-        return build_model(config, family, network).to(dtype).train(), known
+        model = build_model(config.model, config.align, config.teacher, config.seed, family, network)
+        return model.to(dtype).train(), known
 
 
 def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], Tensor]:

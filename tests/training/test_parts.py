@@ -7,8 +7,10 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from configs.loading import load_config
+from configs.sections import Align, Model, Teacher
 from method.alignment import AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
+from models.families.table import family_of
 from training import checkpoint
 from training.parts import build_coefficient, build_model, build_objective, build_path, family_for
 
@@ -25,7 +27,7 @@ def objective(config):
 
 
 def model_of(config):
-    return build_model(config, family_for(config))
+    return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
 def coefficient_of(config):
@@ -81,6 +83,20 @@ def test_the_options_of_the_diffusion_loss_decide_it(config):
         _, target, weight = objective(config(*changes)).path(x_0, noise, t)
         errors.append(squared_error(out, target, weight).mean().item())
     assert len(set(errors)) == len(knobs)
+
+
+def test_a_model_is_built_of_its_own_sections(miniature):
+    """Without a config around them, and with heads whose weights the seed alone decides."""
+    base = Model(base=f"{miniature}/models/sd15-mini", train="full")
+    family, align, teacher = family_of(base.base), Align(taps=("mid", "dec_first")), Teacher(dim=64)
+    weights = [
+        build_model(base, align, teacher, seed, family).trained_parameters()["heads.mid.proj.0.weight"]
+        for seed in (0, 0, 1)
+    ]
+    assert weights[0].shape[0] == 64
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not build_model(base, Align(coeff=0), teacher, 0, family).heads
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "conv3x3"])

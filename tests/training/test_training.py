@@ -152,7 +152,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
 
 def test_heads_have_their_own_learning_rate(miniature, tmp_path):
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path, "optim.lr=0.01", "optim.head_lr=0.5"))
-    model = build_model(config, family_for(config))
+    model = build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
     state = TrainingState(config, Masters(model, torch.float32), None, Ranks(cpu=True), {})
     groups = state.optimizer.param_groups
     rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
