@@ -1,12 +1,13 @@
 """The table of optimisers for `optim.name`, and a step that can be undone, for any of them.
 
-A row takes the parameter groups, each with its own "lr", and the keywords `betas`, `eps` and `weight_decay`; it returns a
-`torch.optim.Optimizer`. Every value that changes from step to step must be in `optimizer.state`, because checkpoints save only
-that. An optimiser that keeps such values in its groups, as Prodigy and the schedule-free ones do, does not fit.
+A row's `build` takes the parameter groups, each with its own "lr", and the keywords `betas`, `eps` and `weight_decay`; it
+returns a `torch.optim.Optimizer`. Every value that changes from step to step must be in `optimizer.state`, because checkpoints
+save only that. An optimiser that keeps such values in its groups, as Prodigy and the schedule-free ones do, does not fit.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +36,16 @@ def _adamw8bit(groups: Iterable[dict], **options) -> Optimizer:
     return optimizer
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "adamw8bit": _adamw8bit,
+class OptimizerRow(NamedTuple):
+    build: Callable[..., Optimizer]
+    state_bytes: float  # what the state of one trained weight takes, for `--plan`
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerRow(partial(torch.optim.AdamW, fused=True), 8),
+    "adamw8bit": OptimizerRow(
+        _adamw8bit, 2 * (1 + 4 / 256)
+    ),  # tensors of less than 4096 weights stay in fp32
 }
 
 
@@ -52,7 +60,7 @@ def build_optimizer(
     if name not in OPTIMIZERS:
         raise UserError(f"optim.name = {name} is no optimiser: choose one of {', '.join(OPTIMIZERS)}")
     filled = [group for group in groups if group["params"]]
-    return OPTIMIZERS[name](filled, betas=betas, eps=eps, weight_decay=weight_decay)
+    return OPTIMIZERS[name].build(filled, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 @torch.no_grad()

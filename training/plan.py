@@ -17,6 +17,7 @@ from configs.schema import Config
 from models.aligned import BACKBONE, AlignedModel
 from training.cost import StepCost, count_step, saved_bytes
 from training.meter import PEAKS, peak_of
+from training.optimizers import OPTIMIZERS
 from training.parts import build_model, family_for
 
 SHARES = (0.3, 0.5)  # shares of a device's peak: 0.3 is usual, 0.5 very good
@@ -129,7 +130,7 @@ def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
-    moments, average = 8 * trained, 4 * trained
+    moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
     rows = model.family.text_shapes(model.backbone).values()
     text = PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize
     saved *= config.data.batch_size
@@ -147,7 +148,8 @@ def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: 
 def plan_disk(config: Config, model: AlignedModel) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     train = config.train
-    one = 16 * trained  # weights, their moving average and two moments, in fp32
+    # weights and their moving average in fp32, and the optimiser's state
+    one = (4 + 4 + OPTIMIZERS[config.optim.name].state_bytes) * trained
     kept = min(train.keep_checkpoints + 1, -(-train.steps // train.checkpoint_every))
     if train.keep_every:
         kept += train.steps // train.keep_every
