@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
-from configs.aliases import own_name, rename_aliases, suggestion
+from configs.aliases import SUGGESTED, own_name, rename_aliases
 from configs.evaluation import Eval
 from configs.schema import Config
 
@@ -196,9 +196,10 @@ def _unknown_key(key: str) -> str:
     known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
     if key in known:
         return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
-    near = [suggestion(key)] if suggestion(key) else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    last = key.rsplit(".", 1)[-1]
+    near = [SUGGESTED[last]] if last in SUGGESTED else difflib.get_close_matches(key, known, n=1)
     if not near:  # the right name in the wrong section
-        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        near = [name for name in known if name.rsplit(".", 1)[-1] == last]
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all keys")
 
 
