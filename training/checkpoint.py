@@ -54,12 +54,7 @@ def save_checkpoint(
     """
     final = folder / f"step-{step:07d}"
     moments, values = flat_state(optimizer, parameters)
-    state = {
-        "step": step,
-        "ema_step": ema.optimization_step,
-        "optimizer": values,
-        "extra": extra,
-    }
+    state = {"step": step, "ema_step": ema.optimization_step, "optimizer": values, "extra": extra}
     shutil.rmtree(final, ignore_errors=True)
     averages = dict(zip(parameters, ema.shadow_params, strict=True))
     try:

@@ -12,7 +12,7 @@ from cache.dataset import AlignedDataset
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
-from configs.sections import Align, Data, Model, Teacher
+from configs.sections import Align, Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
 from method.objective import Objective
 from method.paths import DiffusionPath
@@ -89,7 +89,7 @@ def build_parts(config: Config) -> Parts:
         family=family,
         model=model,
         masters=masters,
-        loss=build_objective(config.align, build_path(config, family)),
+        loss=build_objective(config.align, build_path(config.diffusion, family)),
         dataset=dataset,
         batches=batches,
         coefficient=build_coefficient(config.align, config.train.steps),
@@ -123,13 +123,13 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
     if dataset.tokens is None:
         return dataset
-    wanted = (teacher.grid**2, teacher.dim)
-    if dataset.tokens.spec.shape != wanted:
+    spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    if spec.shape != wanted:
         raise UserError(
-            f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
-            "set teacher.dim and teacher.grid, or run script 3 with that teacher"
+            f"{data.tokens} holds tokens {spec.shape}, the config's teacher makes {wanted}: set teacher.dim and teacher.grid, "
+            "or run script 3 with that teacher"
         )
-    made_by = dataset.tokens.spec.source.get("model")
+    made_by = spec.source.get("model")
     if teacher.model not in (None, made_by):
         raise UserError(
             f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
@@ -168,7 +168,7 @@ def build_model(
 ) -> AlignedModel:
     """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads.
 
-    `seed` draws the weights of the heads.
+    `seed` draws the initial weights of LoRA and heads.
     """
     taps = align.taps if align.coeff > 0 else ()
     family.check_trained(taps, settings.train, settings.lora_targets)
@@ -194,18 +194,18 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     Raises `UserError` where they do not fit.
     """
     base = family.base
-    wanted = family.text_shapes(network)
-    found = {name: tuple(values.shape[1:]) for name, values in dataset.text.fields.items()}
+    wanted = {name: shape[-1] for name, shape in family.text_shapes(network).items()}
+    found = {name: values.shape[-1] for name, values in dataset.text.fields.items()}
     if found.keys() != wanted.keys():
         raise UserError(
             f"{data.text} holds the text fields {', '.join(found)}, {base} reads {', '.join(wanted)}: run script 4 with "
             f"--base {base}"
         )
-    for name, shape in wanted.items():
-        if found[name][-1] != shape[-1]:
+    for name, width in wanted.items():
+        if found[name] != width:
             raise UserError(
-                f"{data.text} holds text of width {found[name][-1]}, the {family.noun} of {base} reads {shape[-1]}: run "
-                f"script 4 with --base {base}"
+                f"{data.text} holds text of width {found[name]}, the {family.noun} of {base} reads {width}: run script 4 "
+                f"with --base {base}"
             )
     channels, wanted_channels = dataset.latent_shape[0], family.latent_shape(network)[0]
     if channels != wanted_channels:
@@ -232,32 +232,31 @@ def check_same_weights(family: Backbone, part: str, source: dict, script: int) -
         )
 
 
-def build_path(config: Config, family: Backbone) -> DiffusionPath:
+def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
     """Build the path from data to noise, with the base model's noise schedule and with what its network outputs."""
-    return family.path(**config.diffusion.model_dump())
+    return family.path(**diffusion.model_dump())
 
 
 def build_objective(align: Align, path: DiffusionPath) -> Objective:
     """Build the training objective on a path from data to noise."""
-    names = ("manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm")
-    return Objective(path, align_coeff=align.coeff, **{name: getattr(align, name) for name in names})
+    settings = align.model_dump(
+        include={"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
+    )
+    return Objective(path, align_coeff=align.coeff, **settings)
 
 
 def build_coefficient(align: Align, steps: int) -> Coefficient:
     """Build the function that gives λ at each step of the training."""
-    names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
-    schedule = CoefficientSchedule(**{name: getattr(align, name) for name in names}, total_steps=steps)
-    if align.similarity_threshold is None:
-        return Coefficient(schedule)
-    return Coefficient(
-        schedule,
-        SimilarityCutoff(
+    names = {"coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step"}
+    cutoff = None
+    if align.similarity_threshold is not None:
+        cutoff = SimilarityCutoff(
             align.similarity_threshold,
             ema_decay=align.similarity_ema_decay,
             mode=align.threshold_mode,
             every=align.similarity_every,
-        ),
-    )
+        )
+    return Coefficient(CoefficientSchedule(**align.model_dump(include=names), total_steps=steps), cutoff)
 
 
 def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:

@@ -8,9 +8,8 @@ from small_runs import CONFIG, ROOT
 import train as train_script
 from common.errors import UserError
 from configs.loading import load_config
-from training.cost import count_step, saved_bytes
 from training.meter import Meter, peak_of
-from training.plan import forward_of, model_of_shapes, plan_disk, plan_memory
+from training.plan import count_step, forward_of, model_of_shapes, plan_disk, plan_memory, saved_bytes
 
 
 def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeypatch, tmp_path):
