@@ -1,11 +1,11 @@
 """The knobs of evaluation: held-out images, what judges samples, and how they are drawn."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from configs.sections import Count, Positive, Section, Share, knob
+from configs.sections import Count, OneNeedsNoList, Positive, Section, Share, knob
 from method.sampler import NOISE_LEVELS
 
 
@@ -22,7 +22,7 @@ class Eval(Section):
         None,
         "folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
     )
-    reference: tuple[Path, ...] = knob(
+    reference: Annotated[tuple[Path, ...], OneNeedsNoList] = knob(
         (),
         "reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "
         "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
@@ -57,11 +57,6 @@ class Eval(Section):
         True, "false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)"
     )
     bootstrap: Count = knob(10, "resamplings behind the error of a Fréchet distance; 0 = none")
-
-    @field_validator("reference", mode="before")
-    @classmethod
-    def _one_file_is_a_list_of_one(cls, value):
-        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _nothing_ignored(self):

@@ -20,7 +20,7 @@ from configs.evaluation import Eval
 from configs.schema import Config
 
 
-def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line.
 
     Of several files each is laid over the ones before it.
@@ -74,12 +74,10 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_config(
-    data: dict[str, Any], overrides: list[str] | None = None, *, where: str = "config"
-) -> Config:
+def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
     given = set()
-    for override in overrides or []:
+    for override in overrides:
         key, value = _parse_override(override)
         node = data
         *sections, name = key.split(".")
@@ -210,11 +208,9 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
     key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
+    if problem["type"] == "missing" and key in knobs():
+        return f"'{key}' is missing ({knobs()[key].description})"
     if problem["type"] == "missing":
-        return (
-            f"'{key}' is missing ({knobs()[key].description})"
-            if key in knobs()
-            else f"section '{key}' is missing"
-        )
+        return f"section '{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "value_error" else message

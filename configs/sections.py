@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
 from method.coefficient import DECAYS
@@ -16,6 +16,7 @@ AtLeast0 = Annotated[float, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+OneNeedsNoList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
 def knob(default: Any, meaning: str, **limits: Any) -> Any:
@@ -85,7 +86,7 @@ class Data(Section):
 
 
 class Align(Section):
-    taps: tuple[str, ...] = knob(
+    taps: Annotated[tuple[str, ...], OneNeedsNoList] = knob(
         ("mid",),
         "where the network is read, by the names of its family (Stable Diffusion 1.5: enc_last, mid, dec_first); "
         "the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
@@ -130,11 +131,6 @@ class Align(Section):
     similarity_every: Positive = knob(
         10, "while λ is 0 but recoverable, measure the similarity at every so many steps"
     )
-
-    @field_validator("taps", mode="before")
-    @classmethod
-    def _one_tap_needs_no_list(cls, taps):
-        return (taps,) if isinstance(taps, str) else taps
 
     @model_validator(mode="after")
     def _what_is_set_can_act(self):
