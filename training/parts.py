@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -193,43 +194,33 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
 
     Raises `UserError` where they do not fit.
     """
-    base = family.base
-    wanted = {name: shape[-1] for name, shape in family.text_shapes(network).items()}
-    found = {name: values.shape[-1] for name, values in dataset.text.fields.items()}
-    if found.keys() != wanted.keys():
-        raise UserError(
-            f"{data.text} holds the text fields {', '.join(found)}, {base} reads {', '.join(wanted)}: run script 4 with "
-            f"--base {base}"
+    base, noun = family.base, family.noun
+    reads = {name: shape[-1] for name, shape in family.text_shapes(network).items()}
+    held = {name: values.shape[-1] for name, values in dataset.text.fields.items()}
+    if held.keys() != reads.keys():
+        refuse(
+            f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base
         )
-    for name, width in wanted.items():
-        if found[name] != width:
-            raise UserError(
-                f"{data.text} holds text of width {found[name]}, the {family.noun} of {base} reads {width}: run script 4 "
-                f"with --base {base}"
+    for name, width in reads.items():
+        if held[name] != width:
+            refuse(
+                f"{data.text} holds text of width {held[name]}, the {noun} of {base} reads {width}", 4, base
             )
-    channels, wanted_channels = dataset.latent_shape[0], family.latent_shape(network)[0]
-    if channels != wanted_channels:
-        raise UserError(
-            f"{data.latents} has {channels} channels, the {family.noun} of {base} reads {wanted_channels}: run script 2 "
-            f"with --base {base}"
-        )
-    check_same_weights(family, "vae", dataset.latents.spec.source, 2)
-    check_same_weights(family, "text_encoder", dataset.text_manifest["source"], 4)
+    channels, wanted = dataset.latent_shape[0], family.latent_shape(network)[0]
+    if channels != wanted:
+        refuse(f"{data.latents} has {channels} channels, the {noun} of {base} reads {wanted}", 2, base)
+    latents, text = dataset.latents.spec.source, dataset.text_manifest["source"]
+    for part, source, script in (("vae", latents, 2), ("text_encoder", text, 4)):
+        # The weights are read only where the names differ: a fine-tune often shares its VAE and text encoder with its base.
+        made_by = source.get("model", base)
+        if made_by != base and weights_digest(family.load(part)) != source["weights_sha256"]:
+            refuse(
+                f"the cache was made with the {part} of {made_by}, which is not that of {base}", script, base
+            )
 
 
-def check_same_weights(family: Backbone, part: str, source: dict, script: int) -> None:
-    """Raise `UserError` where a field was made by another model whose weights differ from those of the base model.
-
-    The weights are read only where the names differ, since a fine-tune often shares its VAE and text encoder with its base.
-    """
-    base = family.base
-    if source.get("model", base) == base:
-        return
-    if weights_digest(family.load(part)) != source["weights_sha256"]:
-        raise UserError(
-            f"the cache was made with the {part} of {source['model']}, which is not that of {base}: run script {script} with "
-            f"--base {base}"
-        )
+def refuse(reason: str, script: int, base: str) -> NoReturn:
+    raise UserError(f"{reason}: run script {script} with --base {base}")
 
 
 def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
@@ -239,10 +230,8 @@ def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
 
 def build_objective(align: Align, path: DiffusionPath) -> Objective:
     """Build the training objective on a path from data to noise."""
-    settings = align.model_dump(
-        include={"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
-    )
-    return Objective(path, align_coeff=align.coeff, **settings)
+    names = {"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
+    return Objective(path, align_coeff=align.coeff, **align.model_dump(include=names))
 
 
 def build_coefficient(align: Align, steps: int) -> Coefficient:
@@ -262,20 +251,13 @@ def build_coefficient(align: Align, steps: int) -> Coefficient:
 def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:
     """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
     config = run.config
-    family = family_for(config)
-    if weights == "base":
-        model = bare_model(config, family)
-    else:
-        model = build_model(config.model, config.align, config.teacher, config.seed, family)
+    settings, align = config.model, config.align
+    if weights == "base":  # without LoRA and without heads
+        settings, align = settings.model_copy(update={"train": "full"}), align.model_copy(update={"coeff": 0})
+    model = build_model(settings, align, config.teacher, config.seed, family_for(config))
+    if weights != "base":
         load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
     return model.to(device).eval().requires_grad_(False)
-
-
-def bare_model(config: Config, family: Backbone) -> AlignedModel:
-    """Build the base model as it was before any training, without LoRA and without heads."""
-    model = config.model.model_copy(update={"train": "full"})
-    align = config.align.model_copy(update={"coeff": 0})
-    return build_model(model, align, config.teacher, config.seed, family)
 
 
 def output_of(config: Config) -> str:

@@ -11,8 +11,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 import train as train_script
 from common.errors import UserError
 from configs.sections import Optim
-from training.optimizer_state import flat_state, load_flat_state
-from training.optimizers import OPTIMIZERS, OptimizerRow, build_optimizer, step_unless
+from training.optimizers import (
+    OPTIMIZERS,
+    OptimizerRow,
+    build_optimizer,
+    flat_state,
+    load_flat_state,
+    step_unless,
+)
 
 OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
 

@@ -153,4 +153,4 @@ def test_a_run_of_before_is_refused_in_one_line(config, tmp_path):
     with pytest.raises(
         UserError, match=r"^[^\n]*written by an earlier version[^\n]*train the run again[^\n]*$"
     ):
-        checkpoint._matching(tmp_path / "trained.safetensors", model.trained_parameters())
+        checkpoint._copy_into(model.trained_parameters(), tmp_path / "trained.safetensors")
