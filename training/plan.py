@@ -48,11 +48,8 @@ def print_plan(config: Config) -> None:
     if not known:
         say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
     plan_parameters(config, model)
-    say(
-        "step",
-        f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({cost.forward / 1e9:.3g} forward and "
-        f"{cost.backward / 1e9:.3g} backward GFLOP an image)",
-    )
+    each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
+    say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
     plan_parts(cost, model)
     saved = saved_bytes(lambda: forward_of(model, shape)(1), list(model.parameters()))
     plan_memory(config, model, dtype, saved)
@@ -173,10 +170,8 @@ def plan_parameters(config: Config, model: AlignedModel) -> None:
     network = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
     heads = sum(p.numel() for p in model.heads.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(
-        "weights",
-        f"{network:,} of the {model.family.noun} are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
-    )
+    trained = f"{network:,} of the {model.family.noun} are trained ({config.model.train})"
+    say("weights", f"{trained}, {heads:,} of heads, {frozen:,} are frozen")
 
 
 def plan_parts(cost: StepCost, model: AlignedModel) -> None:
@@ -221,10 +216,8 @@ def plan_disk(config: Config, model: AlignedModel) -> None:
     there = next(folder for folder in (run, *run.parents) if folder.exists())  # a new run has no folder yet
     free = shutil.disk_usage(there).free
     warning = "" if kept * one < free else ": NOT ENOUGH"
-    say(
-        "checkpoints",
-        f"{one / GB:.2f} GB each, {kept * one / GB:.1f} GB at most; {free / GB:.0f} GB are free{warning}",
-    )
+    size = f"{one / GB:.2f} GB each, {kept * one / GB:.1f} GB at most"
+    say("checkpoints", f"{size}; {free / GB:.0f} GB are free{warning}")
 
 
 def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
@@ -240,12 +233,8 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
         try:
             manifest = read_manifest(folder, name)
         except UserError:
-            each = 2 * numbers
-            say(
-                name,
-                f"{folder} is not there yet: script {script} makes it, {each / 1e3:.0f} kB an image in fp16, "
-                f"{each / 1e4:.1f} GB for 100,000",
-            )
+            size = f"{2 * numbers / 1e3:.0f} kB an image in fp16, {2 * numbers / 1e4:.1f} GB for 100,000"
+            say(name, f"{folder} is not there yet: script {script} makes it, {size}")
         else:
             size = sum(shard["bytes"] for shard in manifest["shards"])
             read = size / manifest["num_samples"]
@@ -256,10 +245,8 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
 
 def plan_time(config: Config, cost: StepCost, device: torch.device, images: int, read: float) -> None:
     if cost.flops * images < 1e12:
-        say(
-            "time",
-            "no estimate: a step this small is bound by launching its kernels, not by their operations",
-        )
+        reason = "a step this small is bound by launching its kernels, not by their operations"
+        say("time", f"no estimate: {reason}")
         return
     peaks = {"A100": PEAKS["A100"], "H100, H200": PEAKS["H200"]}
     if (here := peak_of(device)) is not None:
@@ -267,9 +254,7 @@ def plan_time(config: Config, cost: StepCost, device: torch.device, images: int,
     for name, peak in peaks.items():
         for share in SHARES:
             rate = share * peak / (cost.flops * images)
+            speed = f"{rate:.2f} it/s, {rate * images:,.0f} images/s"
+            hours = f"{config.train.steps / rate / 3600:.1f} h for {config.train.steps:,} steps"
             reading = f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""
-            say(
-                name,
-                f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {rate:.2f} it/s, {rate * images:,.0f} images/s, "
-                f"{config.train.steps / rate / 3600:.1f} h for {config.train.steps:,} steps{reading}",
-            )
+            say(name, f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {speed}, {hours}{reading}")

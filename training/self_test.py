@@ -114,11 +114,8 @@ def check_trained(parts: Parts) -> None:
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
     heads = f"; heads {in_heads:,} at {head_lr:g}" if model.heads else ""
     total = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lora_" not in n)
-    say(
-        "train",
-        f"{config.model.train}: {network:,} weights (the {parts.family.noun} has {total:,}) at learning rate "
-        f"{optim.lr:g}{heads}",
-    )
+    weights = f"{network:,} weights (the {parts.family.noun} has {total:,})"
+    say("train", f"{config.model.train}: {weights} at learning rate {optim.lr:g}{heads}")
     if config.model.train == "lora":
         places = {place_of(name) for name in trained if ".lora_" in name}
         blocks = Counter(map(block_of, sorted(places)))
@@ -175,12 +172,11 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     model.clear_hooks()
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
     network = f"{loss.path.output}-network, loss in {loss.path.prediction}"
-    weighted = "" if loss.path.snr_gamma is None else f", min-SNR γ = {loss.path.snr_gamma:g}"
+    if loss.path.snr_gamma is not None:
+        network += f", min-SNR γ = {loss.path.snr_gamma:g}"
     norm = math.hypot(*(g.float().norm() for g in gradients if g is not None))
-    say(
-        "L_diff",
-        f"{network}{weighted}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({name_of(output.dtype)} on {device})",
-    )
+    where = f"{name_of(output.dtype)} on {device}"
+    say("L_diff", f"{network}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({where})")
     if not (output.isfinite().all() and loss_diff.isfinite() and math.isfinite(norm)):
         fail("the network's output or its gradient is not finite: check model.base and train.precision")
     if norm == 0:
@@ -204,10 +200,8 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     found = zip(weights, gradients[len(features) + len(heads) :], strict=True)
     reached = {place_of(name) for name, g in found if g is not None and g.any()}
     what = "LoRA modules" if config.model.train == "lora" else "trained tensors"
-    say(
-        "reach",
-        f"the alignment reaches {len(reached)} of {len(places)} {what} of the network: those before a tap",
-    )
+    count = f"{len(reached)} of {len(places)} {what} of the network"
+    say("reach", f"the alignment reaches {count}: those before a tap")
     if not reached:
         fail("the alignment reaches no trained weight of the network: train a block at or before a tap")
 
@@ -218,10 +212,8 @@ def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tens
         return values["dino_tokens"][:FED].to(parts.device)
     tokens = parts.online(latents)
     decoder, encoder = parts.online.codec.vae, parts.online.encoder
-    say(
-        "teacher",
-        f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
-    )
+    made_by = f"{parts.config.teacher.model} ({encoder.implementation})"
+    say("teacher", f"{made_by} online, through {type(decoder).__name__}")
     check_spatial(tokens)
     return tokens
 
