@@ -120,7 +120,7 @@ class Bench:
 
     @cached_property
     def path(self) -> DiffusionPath:
-        return build_path(self.config, family_for(self.config))
+        return build_path(self.config.diffusion, family_for(self.config))
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
         """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""

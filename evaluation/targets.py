@@ -11,7 +11,7 @@ from common.errors import UserError
 from configs.evaluation import Eval
 from configs.loading import load_config, with_settings
 from configs.schema import Config
-from training.checkpoint import WEIGHTS, images_per_step_of
+from training.checkpoint import WEIGHTS, state_of
 from training.run_folder import RunFolder
 
 
@@ -48,7 +48,9 @@ class Target:
     @cached_property
     def images_seen(self) -> int:
         """Images that training had read by then."""
-        return 0 if self.weights == "base" else self.step * images_per_step_of(self.run.checkpoint(self.step))
+        if self.weights == "base":
+            return 0
+        return self.step * state_of(self.run.checkpoint(self.step))["extra"]["data"]["images_per_step"]
 
     @property
     def name(self) -> str:

@@ -27,7 +27,8 @@ TWO_TAPS = ("align.taps=[mid,dec_first]", "align.spatial_norm=0.5")
 
 def untrained(config, device):
     """The model as its training finds it, heads and all."""
-    return build_model(config, family_for(config)).to(device).eval().requires_grad_(False)
+    model = build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
+    return model.to(device).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
