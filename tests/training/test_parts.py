@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from configs.loading import load_config
 from configs.sections import Align, Model, Teacher
-from method.alignment import AlignHead, manifold_gram_loss, spatial_norm, token_loss
+from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
 from models.families.table import family_of
 from training import checkpoint
@@ -62,7 +62,8 @@ def test_the_options_of_the_alignment_decide_its_loss(config, knobs, expected):
 def test_gathering_is_asked_for(config, monkeypatch):
     asked = []
     loss = objective(config("align.gather=true")).alignment
-    monkeypatch.setattr(loss, "_manifold", lambda x, y, upper_only, gather: asked.append(gather) or x.sum())
+    asks = lambda x, y, upper_only, gather: asked.append(gather) or x.sum()  # noqa: E731
+    monkeypatch.setitem(MANIFOLD_LOSSES, loss.manifold, asks)
     loss({"mid": tokens(0)}, tokens(1))
     assert asked == [True]
 
