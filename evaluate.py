@@ -23,22 +23,17 @@ from common.device import pick_device
 from common.errors import UserError
 from common.files import write_json
 from configs.loading import eval_changes, eval_settings
+from evaluation.align import align_target, check_timesteps
 from evaluation.image_files import PICTURES, image_chunks, load_images
-from evaluation.options import (
-    FINAL,
-    add_align_options,
-    add_curve_options,
-    add_final_options,
-    add_metrics_options,
-    add_pictures_options,
-    add_reference_options,
-    add_report_options,
-    add_sample_options,
-    split_settings,
-)
+from evaluation.options import FINAL, add_options, split_settings
+from evaluation.pictures import draw_pictures
 from evaluation.points import evaluate_all, format_metrics, points_of
+from evaluation.report import make_report
+from evaluation.sample import draw_samples
 from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from metrics.embedding import check_installed
+from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup, points_under
 from training.ranks import Ranks, run_ranks
 from training.run_folder import this_command
@@ -49,14 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
-    for name, (run, add_options) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=run.__doc__.split("\n")[0],
-            description=run.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_options(command)
+    for name, run in COMMANDS.items():
+        about = {"description": run.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        command = commands.add_parser(name, help=run.__doc__.split("\n")[0], **about)
+        add_options(command, name)
         command.set_defaults(run=run)
     settings, others = split_settings(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(others)
@@ -71,9 +62,6 @@ def sample(args: argparse.Namespace) -> None:
     processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
     what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
     """
-    from evaluation.sample import draw_samples
-    from metrics.npz_images import write_npz_images
-
     device, ranks = open_device(args)
     for target in chain(*targets_of(args)):
         indices = range(target.settings.num_samples)
@@ -141,7 +129,7 @@ def curve(args: argparse.Namespace) -> None:
         found = {label: points_under(points_of(run), protocol, ("curve",)) for label, run in runs.items()}
         out = Path("runs/curve") if args.out is None else args.out
         base_models = [label for label, run in runs.items() if run.is_base_model]
-        result = draw_curves(out, found, baseline, base_models=base_models, run_order=list(runs))
+        result = draw_curves(out, found, baseline, base_models)
         print("\n".join(filter(None, [format_speedup(result), str(out / "curve.png")])))
 
 
@@ -171,21 +159,12 @@ def align(args: argparse.Namespace) -> None:
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
-    from evaluation.align import align_target, check_timesteps
-    from metrics.embedding import check_installed
-
     check_timesteps(args.timesteps)
     check_installed(args.embedding)
     device, _ = open_device(args)
     for group in targets_of(args):
-        align_target(
-            group[-1],
-            device,
-            timesteps=args.timesteps,
-            num_images=args.num_images,
-            with_base=not args.no_base,
-            embedding=args.embedding,
-        )
+        how = {"num_images": args.num_images, "with_base": not args.no_base, "embedding": args.embedding}
+        align_target(group[-1], device, timesteps=args.timesteps, **how)
 
 
 def pictures(args: argparse.Namespace) -> None:
@@ -194,8 +173,6 @@ def pictures(args: argparse.Namespace) -> None:
     Rows are runs; columns are classes or, where a run has several checkpoints (--checkpoint all), steps. Nobody selects the
     images: each is the first of its class. Only the images that are shown are drawn, if they are missing.
     """
-    from evaluation.pictures import draw_pictures
-
     if args.out.suffix != ".png":
         raise UserError(f"-o {args.out}: the picture's name must end in .png")
     device, _ = open_device(args)
@@ -210,8 +187,6 @@ def report(args: argparse.Namespace) -> None:
     Made of the records that curve, final, metrics, align and training left in the run folders; measures nothing. The figures
     are kept in PAGE_figures/ too, each with the JSON that it was drawn from. --times adds durations from a JSON list of stages.
     """
-    from evaluation.report import make_report
-
     if args.changes:
         raise UserError("`report` measures nothing: it takes no settings")
     if args.out.suffix != ".html":
@@ -244,16 +219,7 @@ def is_images(path: Path) -> bool:
     return path.suffix == ".npz"
 
 
-COMMANDS = {
-    "sample": (sample, add_sample_options),
-    "metrics": (metrics, add_metrics_options),
-    "reference": (reference, add_reference_options),
-    "curve": (curve, add_curve_options),
-    "final": (final, add_final_options),
-    "align": (align, add_align_options),
-    "pictures": (pictures, add_pictures_options),
-    "report": (report, add_report_options),
-}
+COMMANDS = {run.__name__: run for run in (sample, metrics, reference, curve, final, align, pictures, report)}
 
 
 if __name__ == "__main__":

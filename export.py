@@ -24,7 +24,7 @@ from common.files import write_json, written_whole
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
-from training.checkpoint import EMA, TRAINED, checkpoints, contents_of, load_weights, step_of
+from training.checkpoint import EMA, TRAINED, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
 from training.parts import build_model, family_for
 from training.run_folder import RunFolder
@@ -91,7 +91,8 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
 
 def run_model(run: RunFolder) -> AlignedModel:
     """The run's model with its weights as they were before the training."""
-    return build_model(run.config, family_for(run.config))
+    config = run.config
+    return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
 def write_once(
@@ -102,7 +103,7 @@ def write_once(
     One that was made of the same checkpoint is left alone. One made of another, such as an earlier one of a run that went on,
     is replaced, or else refused by `UserError`.
     """
-    made_from = {"checkpoint": checkpoint.name, "files": contents_of(checkpoint)}
+    made_from = {"checkpoint": checkpoint.name, "files": state_of(checkpoint)["files"]}
     note = folder / "made_from.json"
     if note.exists() and json.loads(note.read_text()) == made_from:
         print(f"{folder} is there already")

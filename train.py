@@ -24,9 +24,8 @@ from cache.order import StepSampler, seed_of
 from common.errors import UserError
 from common.signals import StopSignal
 from configs.loading import knobs_help, load_config
-from configs.schema import Config
+from evaluation.pictures import Previews
 from evaluation.points import PeriodicEvaluation
-from evaluation.previews import Previews
 from export import export_run
 from method.objective import PER_IMAGE
 from method.paths import QUARTERS
@@ -35,11 +34,12 @@ from training.meter import Meter
 from training.metric_log import MetricLog
 from training.parts import Parts, build_parts
 from training.plan import print_plan, step_flops
-from training.ranks import Ranks, run_ranks
+from training.ranks import run_ranks
 from training.run_folder import RunFolder, this_command
 from training.self_test import self_test
 from training.state import TrainingState
 
+Terms = dict[str, torch.Tensor]  # of a loss, by name
 AGREE_EVERY = 10  # steps between two questions of several ranks whether to stop
 
 
@@ -49,21 +49,18 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"settings:\n{knobs_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--config",
         required=True,
         action="append",
         help="YAML file, for instance configs/A.yaml; given again, the next file is laid over the one before",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
-    parser.add_argument(
-        "--plan", action="store_true", help="operations, memory, disk and time of the run; trains nothing"
-    )
-    parser.add_argument("--self-test", action="store_true", help="test every part of the run and exit")
-    parser.add_argument(
-        "--init-from", type=Path, metavar="RUN", help="start from another run's weights: model.init_from=RUN"
-    )
-    parser.add_argument(
+    add("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    add("--plan", action="store_true", help="operations, memory, disk and time of the run; trains nothing")
+    add("--self-test", action="store_true", help="test every part of the run and exit")
+    add("--init-from", type=Path, metavar="RUN", help="start from another run's weights: model.init_from=RUN")
+    add(
         "--allow-change",
         action="append",
         default=[],
@@ -86,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(parts: Parts, allowed: list[str]) -> None:
     """Train to `train.steps`, from the newest checkpoint of the run folder if there is one, and export."""
     config, ranks = parts.config, parts.ranks
-    with claimed_run(config, ranks, allowed) as run:
+    with ExitStack() as claim:
+        run = ranks.on_main(lambda: claim.enter_context(RunFolder.claimed(config, allowed)))
         state = TrainingState(config, parts.masters, parts.coefficient, ranks, parts.dataset.identity)
         state.resume(run)
         stream = open_stream(parts, first_step=state.step)
@@ -163,9 +161,7 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
                 break
 
 
-def loss_of(
-    parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool
-) -> dict[str, torch.Tensor]:
+def loss_of(parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool) -> Terms:
     """The terms of a batch's loss (`Objective`), at λ = `coeff`; `aligned` evaluates the heads."""
     ready = parts.batches(batch, generator, with_tokens=aligned)
     return parts.loss(
@@ -180,9 +176,7 @@ def loss_of(
     )
 
 
-def backward(
-    parts: Parts, state: TrainingState, batch: Batch, terms: dict[str, torch.Tensor], aligned: bool
-) -> None:
+def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, aligned: bool) -> None:
     """Gradients of a batch, and what is learnt from its terms."""
     errors, timesteps = (terms[name] for name in PER_IMAGE)  # (B,) each
     # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
@@ -276,18 +270,6 @@ def explained() -> Iterator[None]:
     except torch._dynamo.exc.TorchDynamoException as error:  # has no public name
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise UserError(f"torch.compile failed ({reason}): train.compile=none does without") from error
-
-
-@contextmanager
-def claimed_run(config: Config, ranks: Ranks, allowed: list[str]) -> Iterator[RunFolder]:
-    """The run's folder, which the first rank claims for all."""
-    with ExitStack() as stack:
-
-        def claim() -> None:
-            stack.enter_context(RunFolder.claimed(config, allowed))
-
-        ranks.on_main(claim)
-        yield RunFolder(config.run, config, allowed)
 
 
 if __name__ == "__main__":

@@ -1,78 +1,62 @@
 """The knobs of evaluation: held-out images, what judges samples, and how they are drawn."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import model_validator
 
-from configs.sections import Section
+from configs.sections import Count, OneNeedsNoList, Positive, Section, Share, knob
 from method.sampler import NOISE_LEVELS
 
 
 class Eval(Section):
-    csv: Path | None = Field(None, description="held-out images (script 1 on val), for `align`")
-    latents: Path | None = Field(None, description="their latents")
-    tokens: Path | None = Field(None, description="their teacher tokens")
-    extractor: str = Field(
+    csv: Path | None = knob(None, "held-out images (script 1 on val), for `align`")
+    latents: Path | None = knob(None, "their latents")
+    tokens: Path | None = knob(None, "their teacher tokens")
+    extractor: str = knob(
         "inception",
-        description="what sees the images: inception (ADM's network, its weights in the standard cache), the path of its .pth, "
+        "what sees the images: inception (ADM's network, its weights in the standard cache), the path of its .pth, "
         "or the folder of an image classifier, whose numbers compare with nothing published",
     )
-    dinov2: str | None = Field(
+    dinov2: str | None = knob(
         None,
-        description="folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
+        "folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
     )
-    reference: tuple[Path, ...] = Field(
+    reference: Annotated[tuple[Path, ...], OneNeedsNoList] = knob(
         (),
-        description="reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "
+        "reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "
         "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
     )
-    num_samples: int = Field(10_000, ge=2, description="images that are drawn and measured")
-    sampler: Literal["ddim", "ddpm", "dpm++"] = Field("ddim", description="diffusers' scheduler")
-    sampling_steps: int = Field(50, ge=1, le=1000, description="denoising steps")
-    eta: float = Field(0.0, ge=0, le=1, description="noise that DDIM adds at each step, as a share of DDPM's")
-    cfg: float = Field(1.0, ge=1, description="guidance scale; 1 = unguided, one forward a step")
-    guidance_low: float = Field(
+    num_samples: int = knob(10_000, "images that are drawn and measured", ge=2)
+    sampler: Literal["ddim", "ddpm", "dpm++"] = knob("ddim", "diffusers' scheduler")
+    sampling_steps: int = knob(50, "denoising steps", ge=1, le=1000)
+    eta: Share = knob(0.0, "noise that DDIM adds at each step, as a share of DDPM's")
+    cfg: float = knob(1.0, "guidance scale; 1 = unguided, one forward a step", ge=1)
+    guidance_low: Share = knob(
         0.0,
-        ge=0,
-        le=1,
-        description="guide only at noise levels from this on, 0 (clean) to 1 (noise); an unguided step costs one forward",
+        "guide only at noise levels from this on, 0 (clean) to 1 (noise); an unguided step costs one forward",
     )
-    guidance_high: float = Field(
-        1.0, ge=0, le=1, description="guide only at noise levels up to this; 1 = always (plan: 0.7)"
-    )
-    guidance_space: Literal[tuple(NOISE_LEVELS)] = Field(
+    guidance_high: Share = knob(1.0, "guide only at noise levels up to this; 1 = always (plan: 0.7)")
+    guidance_space: Literal[tuple(NOISE_LEVELS)] = knob(
         "snr",
-        description="what a noise level is: REPA's time of equal signal-to-noise ratio, where 0.7 is DDPM index 605, "
+        "what a noise level is: REPA's time of equal signal-to-noise ratio, where 0.7 is DDPM index 605, "
         "or the share of the DDPM index, where 0.7 is index 700",
     )
-    labels: Literal["balanced", "random"] = Field(
-        "balanced", description="image i shows class i mod n, or one drawn at random, as DiT, ADM and REPA do"
+    labels: Literal["balanced", "random"] = knob(
+        "balanced", "image i shows class i mod n, or one drawn at random, as DiT, ADM and REPA do"
     )
-    seed: int = Field(0, ge=0, lt=2**62, description="image i starts from the noise of seed + i")
-    batch_size: int = Field(
-        16,
-        ge=1,
-        description="images in a forward while sampling; on a CPU, where that gains nothing, always 16",
+    seed: int = knob(0, "image i starts from the noise of seed + i", ge=0, lt=2**62)
+    batch_size: Positive = knob(
+        16, "images in a forward while sampling; on a CPU, where that gains nothing, always 16"
     )
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of the U-Net while sampling; auto = bf16 on a GPU that has it, else fp32"
+    precision: Literal["auto", "bf16", "fp32"] = knob(
+        "auto", "of the U-Net while sampling; auto = bf16 on a GPU that has it, else fp32"
     )
-    compile: bool = Field(
-        False, description="torch.compile the U-Net before sampling; pays above some 1,000 images"
+    compile: bool = knob(False, "torch.compile the U-Net before sampling; pays above some 1,000 images")
+    keep_images: bool = knob(
+        True, "false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)"
     )
-    keep_images: bool = Field(
-        True,
-        description="false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)",
-    )
-    bootstrap: int = Field(
-        10, ge=0, description="resamplings behind the error of a Fréchet distance; 0 = none"
-    )
-
-    @field_validator("reference", mode="before")
-    @classmethod
-    def _one_file_is_a_list_of_one(cls, value):
-        return [value] if isinstance(value, str) else value
+    bootstrap: Count = knob(10, "resamplings behind the error of a Fréchet distance; 0 = none")
 
     @model_validator(mode="after")
     def _nothing_ignored(self):

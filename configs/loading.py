@@ -15,12 +15,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
-from configs.aliases import own_name, rename_aliases, suggestion
+from configs.aliases import SUGGESTED, own_name, rename_aliases
 from configs.evaluation import Eval
 from configs.schema import Config
 
 
-def load_config(paths: str | Path | Sequence[str | Path], overrides: list[str] | None = None) -> Config:
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line.
 
     Of several files each is laid over the ones before it.
@@ -74,12 +74,10 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse_config(
-    data: dict[str, Any], overrides: list[str] | None = None, *, where: str = "config"
-) -> Config:
+def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
     given = set()
-    for override in overrides or []:
+    for override in overrides:
         key, value = _parse_override(override)
         node = data
         *sections, name = key.split(".")
@@ -196,9 +194,10 @@ def _unknown_key(key: str) -> str:
     known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
     if key in known:
         return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
-    near = [suggestion(key)] if suggestion(key) else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    last = key.rsplit(".", 1)[-1]
+    near = [SUGGESTED[last]] if last in SUGGESTED else difflib.get_close_matches(key, known, n=1)
     if not near:  # the right name in the wrong section
-        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        near = [name for name in known if name.rsplit(".", 1)[-1] == last]
     return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all keys")
 
 
@@ -209,11 +208,9 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
     key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
+    if problem["type"] == "missing" and key in knobs():
+        return f"'{key}' is missing ({knobs()[key].description})"
     if problem["type"] == "missing":
-        return (
-            f"'{key}' is missing ({knobs()[key].description})"
-            if key in knobs()
-            else f"section '{key}' is missing"
-        )
+        return f"section '{key}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "value_error" else message

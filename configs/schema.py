@@ -2,19 +2,16 @@
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from configs.evaluation import Eval
-from configs.sections import Align, Data, Diffusion, Model, Optim, Section, Teacher, Train
+from configs.sections import Align, Data, Diffusion, Model, Optim, Section, Teacher, Train, knob
 
 
 class Config(Section):
-    run: Path = Field(description="folder that this run writes")
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="seed of noise, timesteps, caption dropout, data order and head weights",
+    run: Path = knob(..., "folder that this run writes")
+    seed: int = knob(
+        0, "seed of noise, timesteps, caption dropout, data order and head weights", ge=0, lt=2**63
     )
     model: Model = Model()
     teacher: Teacher = Teacher()
@@ -27,10 +24,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _what_is_set_can_act(self):
-        align, steps = self.align, self.train.steps
-        if align.coeff > 0 and align.head == "conv1x1" and self.teacher.dim % 32:
+        align, teacher, steps = self.align, self.teacher, self.train.steps
+        if align.coeff > 0 and align.head == "conv1x1" and teacher.dim % 32:
             raise ValueError(
-                f"the head conv1x1 normalises 32 groups, and teacher.dim = {self.teacher.dim} is no multiple: choose another "
+                f"the head conv1x1 normalises 32 groups, and teacher.dim = {teacher.dim} is no multiple: choose another "
                 "align.head"
             )
         if align.cutoff_step >= steps > 1 and align.coeff > 0:
@@ -42,25 +39,15 @@ class Config(Section):
                 f"the average of align.similarity_ema_decay = {align.similarity_ema_decay} needs more than the {steps} steps "
                 "there are before it decides: lower it"
             )
-        if self.teacher.source == "cached" and self.teacher.decoder is not None:
+        if teacher.source == "cached" and teacher.decoder is not None:
             raise ValueError("teacher.decoder is for teacher.source=online: set that, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _the_teacher_has_a_source(self):
-        if self.teacher.source == "online" and self.teacher.model is None and self.align.coeff > 0:
+        if teacher.source == "online" and teacher.model is None and align.coeff > 0:
             raise ValueError("teacher.source=online needs teacher.model, for instance facebook/dinov2-large")
-        if self.teacher.source == "cached" and self.data.tokens is None:
+        if teacher.source == "cached" and self.data.tokens is None:
             raise ValueError(
                 "'data.tokens' is missing (folder of cached teacher tokens, script 3): set it, or teacher.source=online"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _gram_of_one_image(self):
-        sample_gram = (
-            self.align.coeff > 0 and self.align.manifold_coeff > 0 and self.align.manifold != "token"
-        )
+        sample_gram = align.coeff > 0 and align.manifold_coeff > 0 and align.manifold != "token"
         if sample_gram and self.data.batch_size < 2:
             raise ValueError(
                 "the sample Gram of one image says nothing: raise data.batch_size to 2 or more, "

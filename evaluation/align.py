@@ -27,11 +27,12 @@ from metrics.similarity_rows import (
     cca_components,
     head_metrics,
     nearest_timestep,
+    row_of,
     tap_metrics,
-    value_of,
 )
 from metrics.spatial import distances_on
 from models.aligned import AlignedModel
+from report.material import WEIGHTS
 from report.plot_alignment import plot_embedding, plot_timesteps
 from training.parts import load_run_model
 from training.run_folder import this_command
@@ -39,42 +40,35 @@ from training.run_folder import this_command
 EMBEDDED_TAP = "mid"
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
+# By model, and "head" for the head's tokens where the run has one, or "tap" for a model's ridge map.
+Sources = dict[tuple[str, str], Source]
+
 
 def align_target(
     target: Target,
     device: torch.device,
     *,
-    timesteps: Sequence[int] = TIMESTEPS,
-    num_images: int | None = None,
-    with_base: bool = True,
-    embedding: str = "tsne",
+    timesteps: Sequence[int],
+    num_images: int | None,
+    with_base: bool,
+    embedding: str,
 ) -> None:
     """Measure a target, beside its base model unless `with_base` is false, and write RUN/eval/align.json and its pictures.
 
     `timesteps` and `num_images` are those of `measure_alignment`; `embedding` "umap" draws that picture too.
     """
-    run, config = target.run, target.config
-    measured = {"run": target.weights, "base": "base"}
-    if target.weights == "base" or not with_base:
-        del measured["run" if target.weights == "base" else "base"]
-    models = {
-        name: load_run_model(run, target.step, device, weights=weights) for name, weights in measured.items()
-    }
-    found, sources = measure_alignment(
-        config,
-        models,
-        timesteps=timesteps,
-        seed=config.eval.seed,
-        device=device,
-        num_images=num_images,
-    )
-    result = {"step": target.step, "command": this_command()} | found | {"weights": target.weights}
+    run, config, step = target.run, target.config, target.step
+    weights = {} if target.weights == "base" else {"run": target.weights}
+    if with_base or not weights:
+        weights["base"] = "base"
+    models = {name: load_run_model(run, step, device, weights=which) for name, which in weights.items()}
+    found, sources = measure_alignment(config, models, device, timesteps, num_images)
+    result = {"step": step, "command": this_command()} | found | {"weights": target.weights}
     # Of a checkpoint that is not the newest: files of its own, so that it replaces nothing.
-    older = target.weights != "base" and target.step != run.checkpoint_steps()[-1]
-    folder = run.path / "eval" / (f"step-{target.step:07d}" if older else "")
+    older = target.weights != "base" and step != run.checkpoint_steps()[-1]
+    folder = run.path / "eval" / (f"step-{step:07d}" if older else "")
     write_json(folder / "align.json", result)
-    names = class_names(read_manifest(config.data.text, "text"))
-    draw_alignment(folder, run.name, result, sources, class_names=names, embedding=embedding)
+    draw_alignment(folder, target, result, sources, embedding)
     print(f"{target.name}, {result['num_images']} of {result['num_available']} held-out images")
     print(summary(result))
 
@@ -83,27 +77,26 @@ def align_target(
 def measure_alignment(
     config: Config,
     models: Mapping[str, AlignedModel],
-    *,
-    timesteps: Sequence[int] = TIMESTEPS,
-    seed: int,
     device: torch.device,
+    timesteps: Sequence[int] = TIMESTEPS,
     num_images: int | None = None,
-) -> tuple[dict, dict[tuple[str, str], Source]]:
+) -> tuple[dict, Sources]:
     """Return the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
 
     Args:
-        config: the run's, which names held-out images, teacher, noise schedule and batch size.
+        config: the run's, which names held-out images, teacher, noise schedule, batch size and seed. Image i of the list has
+            the noise of seed + i at every timestep. The halves and all nulls depend on the seed too.
         models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are measured.
         timesteps: noise levels, 0 (clean) to 999.
-        seed: image i of the list has the noise of seed + i at every timestep. The halves and all nulls depend on it too.
         num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
 
-    The inputs' keys are (model, "head" | "tap"): the head's tokens where the run has a head, and each model's ridge map.
     Raises `UserError` for settings and caches that do not fit.
     """
     timesteps = check_timesteps(timesteps)
     held = heldout_images(config, num_images)
-    n, heads = len(held.latents), {name: heads_of(name, model) for name, model in models.items()}
+    n, seed = len(held.latents), config.eval.seed
+    # A base model may have heads, but they were never trained.
+    heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
     rows, losses, sources, sides = [], {}, {}, {}
     forwards = -(-n // config.eval.batch_size) * (1 + len(timesteps))  # batches of one model
     steps = sum(forwards + len(timesteps) * (3 + len(found)) for found in heads.values())
@@ -119,23 +112,18 @@ def measure_alignment(
                     sides, k = _teacher_sides(bench, features, grids)
                 for tap, side in sides.items():
                     bar.set_description(f"{name}, timestep {timestep}: {tap}")
-                    metrics, projected = tap_metrics(features.pop(tap), side)  # popped: memory given back
-                    found = {"tap": (metrics, projected)}
+                    found = {"tap": tap_metrics(features.pop(tap), side)}  # popped: memory given back
                     if tap in tokens:
                         bar.update()
                         head = tokens.pop(tap)
-                        metrics = head_metrics(
-                            head.pooled, head.cosine.mean().item(), head.null_cosine.mean().item(), side
-                        )
-                        found["head"] = (metrics, head.pooled)
+                        cosines = head.cosine, head.null_cosine
+                        found["head"] = head_metrics(head.pooled, *cosines, side), head.pooled
                     bar.update()
-                    for kind, (metrics, _) in found.items():
+                    for kind, (metrics, projected) in found.items():
                         where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}
                         rows.append({**where, "metrics": metrics})
-                    if tap == EMBEDDED_TAP and timestep == nearest_timestep(timesteps):
-                        sources |= {
-                            (name, kind): _source(bench, side, kind, x) for kind, (_, x) in found.items()
-                        }
+                        if tap == EMBEDDED_TAP and timestep == nearest_timestep(timesteps):
+                            sources[name, kind] = _source(bench, side, kind, projected)
     fit, test = split_by_image(n, seed)
     result = {
         "num_images": n,
@@ -163,17 +151,10 @@ def measure_alignment(
     return result, sources
 
 
-def draw_alignment(
-    folder: Path,
-    name: str,
-    result: Mapping,
-    sources: Mapping[tuple[str, str], Source],
-    *,
-    class_names: Mapping[int, str],
-    embedding: str = "tsne",
-) -> None:
+def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
-    weights = {"ema": "EMA"}.get(result["weights"], result["weights"])
+    name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
+    weights = WEIGHTS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
     h, w = result["tap_grids"][EMBEDDED_TAP]
@@ -190,7 +171,7 @@ def draw_alignment(
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
-        plot_embedding(folder / f"align_{method}.png", panels, class_names, title)
+        plot_embedding(folder / f"align_{method}.png", panels, names, title)
 
 
 def summary(result: Mapping) -> str:
@@ -199,33 +180,24 @@ def summary(result: Mapping) -> str:
     for model, loss in (("run", result["heldout_loss_diff"]), ("base", result["heldout_loss_diff_base"])):
         if loss is None:
             continue
-        numbers = []
+        line = f"  {model:4} at timestep {shown}: mid-block"
         for metric in ("cca", "cknna"):
-            value, null = (
-                value_of(result, metric, which, model=model, timestep=shown) for which in ("value", "null")
-            )
-            found = "undefined" if value is None else f"{value:.3f} (null {null:.3f})"
-            numbers.append(f"{metric.upper()} {found}")
-        lines.append(
-            f"  {model:4} at timestep {shown}: mid-block {', '.join(numbers)}, held-out loss {loss:.4f}"
-        )
+            found = row_of(result, model=model, timestep=shown)[metric]
+            undefined = found["value"] is None
+            numbers = "undefined" if undefined else f"{found['value']:.3f} (null {found['null']:.3f})"
+            line += f" {metric.upper()} {numbers},"
+        lines.append(f"{line} held-out loss {loss:.4f}")
     return "\n".join(lines)
 
 
-def check_timesteps(timesteps: Sequence[int], num_steps: int = 1000) -> tuple[int, ...]:
+def check_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
     """Sort timesteps and drop repeats; raises `UserError` for none, or for one outside the noise schedule."""
-    wrong = [t for t in timesteps if not 0 <= t < num_steps]
+    wrong = [str(t) for t in timesteps if not 0 <= t < 1000]
     if wrong or not timesteps:
         raise UserError(
-            f"--timesteps are noise levels from 0 (clean) to {num_steps - 1} (noise), got "
-            f"{', '.join(map(str, wrong)) or 'none'}"
+            f"--timesteps are noise levels from 0 (clean) to 999 (noise), got {', '.join(wrong) or 'none'}"
         )
     return tuple(sorted(set(timesteps)))
-
-
-def heads_of(name: str, model: AlignedModel) -> dict[str, torch.nn.Module]:
-    """The heads to measure: the run's. A base model may have heads, but they were never trained."""
-    return dict(model.heads) if name == "run" else {}
 
 
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:

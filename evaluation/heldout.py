@@ -2,13 +2,13 @@
 and heads."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from cache.dataset import latents_of
 from cache.image_list import read_samples
@@ -120,7 +120,7 @@ class Bench:
 
     @cached_property
     def path(self) -> DiffusionPath:
-        return build_path(self.config, family_for(self.config))
+        return build_path(self.config.diffusion, family_for(self.config))
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
         """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""
@@ -150,13 +150,13 @@ class Bench:
 class HeadTokens:
     """A head's tokens, and how similar they are to the teacher's.
 
-    `pooled` are the tokens averaged over the cells of the tap's grid (n, T, D). `cosine` (n,) is the cosine of each image's
-    tokens with the teacher's on the teacher's grid, `null_cosine` (n,) that with the teacher's tokens of another image.
+    `pooled` are the tokens averaged over the cells of the tap's grid (n, T, D). `cosine` is the mean cosine of all images'
+    tokens with the teacher's on the teacher's grid, `null_cosine` that with the teacher's tokens of another image.
     """
 
     pooled: np.ndarray
-    cosine: np.ndarray
-    null_cosine: np.ndarray
+    cosine: float
+    null_cosine: float
 
 
 def read_taps(
@@ -170,39 +170,40 @@ def read_taps(
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
-    with _listening(model) as taps:
+    family, network = model.family, model.backbone
+    taps = Taps(
+        network, {name: family.tap(network, name) for name in family.taps}
+    )  # also where the run taps fewer
+    try:
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))
             with taps.recording():
                 t = torch.full((len(x_0),), timestep, device=x_0.device)  # (b,)
                 model.predict(bench.path(x_0, noise, t)[0], t, text)
             for tap, feature in taps.captured.items():  # (b, C, h, w)
-                grids[tap] = tuple(feature.shape[-2:])
-                _check_coarser(tap, grids[tap], grid[0])
+                grids[tap] = h, w = tuple(feature.shape[-2:])
+                if max(h, w) > grid[0]:
+                    raise UserError(
+                        f"the grid {h} × {w} of tap {tap} is finer than the teacher's {grid[0]}: cache more tokens"
+                    )
                 cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
-                _check_finite(cells, tap, timestep)
+                if not np.isfinite(cells).all():
+                    raise UserError(
+                        f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier "
+                        "--checkpoint"
+                    )
                 _put(features, tap, rows, cells, n)
             for tap, head in heads.items():
                 tokens = head(taps.captured[tap], grid)  # (b, N, D)
                 for place, images in enumerate((np.arange(n)[rows], other[rows])):
-                    target = target_of(
-                        bench.config, torch.from_numpy(teacher[images]).to(x_0.device)
-                    )  # (b, N, D)
-                    cosine = torch.nn.functional.cosine_similarity(tokens, target, dim=-1).mean(1)  # (b,)
-                    cosines[tap][place, rows] = cosine.cpu().numpy()
+                    target = torch.from_numpy(teacher[images]).to(x_0.device)  # (b, N, D)
+                    cosine = cosine_similarity(tokens, target_of(bench.config, target), dim=-1)  # (b, N)
+                    cosines[tap][place, rows] = cosine.mean(1).cpu().numpy()
                 _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
-    return features, grids, {tap: HeadTokens(pooled[tap], *cosines[tap]) for tap in heads}
-
-
-@contextmanager
-def _listening(model: AlignedModel) -> Iterator[Taps]:
-    """Taps at all places of the family, also where the run taps fewer; their hooks are removed when the block ends."""
-    family, network = model.family, model.backbone
-    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
-    try:
-        yield taps
     finally:
         taps.remove()
+    means = {tap: [found.mean().item() for found in cosines[tap]] for tap in heads}
+    return features, grids, {tap: HeadTokens(pooled[tap], *means[tap]) for tap in heads}
 
 
 def target_of(config: Config, teacher: Tensor) -> Tensor:
@@ -216,17 +217,3 @@ def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarra
     if tap not in arrays:
         arrays[tap] = np.empty((n, *values.shape[1:]), values.dtype)
     arrays[tap][rows] = values
-
-
-def _check_coarser(tap: str, grid: tuple[int, int], teacher_grid: int) -> None:
-    if max(grid) > teacher_grid:
-        raise UserError(
-            f"the grid {grid[0]} × {grid[1]} of tap {tap} is finer than the teacher's {teacher_grid}: cache more tokens"
-        )
-
-
-def _check_finite(features: np.ndarray, tap: str, timestep: int) -> None:
-    if not np.isfinite(features).all():
-        raise UserError(
-            f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier --checkpoint"
-        )

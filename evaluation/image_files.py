@@ -1,14 +1,16 @@
 """Read and write images: samples as `{index:06d}.png`, each written whole or not at all, and any other folder of images."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_atomically
+from training.ranks import Ranks
 
 PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -62,13 +64,20 @@ def image_chunks(folder: str | Path, indices: Sequence[int], size: int) -> Itera
         yield load_images(folder, indices[start : start + size])
 
 
+def watched(
+    chunks: Iterable[Sequence], ranks: Ranks, what: str, total: int, done: int = 0
+) -> Iterator[Sequence]:
+    """Yield chunks of this process's images under a bar that counts those of all processes together."""
+    bar = tqdm(desc=what, initial=done, total=total, unit="image", leave=False, disable=not ranks.main)
+    with bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(min(ranks.world * len(chunk), bar.total - bar.n))
+
+
 def image_files(folder: Path) -> list[Path]:
     """All pictures in a folder and its subfolders, by name; raises `UserError` where there is none."""
-    found = (
-        sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-        if folder.is_dir()
-        else []
-    )
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not found:
         raise UserError(f"{folder} is no folder of images ({', '.join(PICTURES)})")
     return found

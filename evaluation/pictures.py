@@ -1,4 +1,4 @@
-"""Pictures of the same seeds from several runs: rows are runs, columns are classes or steps."""
+"""Pictures of the same seeds: of several runs side by side, and of one training's moving average while it goes on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,12 @@ from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from evaluation.image_files import load_images
-from evaluation.sample import draw_samples, image_settings, labels_of
+from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_settings, labels_of
 from evaluation.targets import Target
-from report.plot_grids import plot_rows
+from report.plot_grids import plot_rows, plot_sample_grids
+from training.parts import Parts
 from training.ranks import Ranks
+from training.state import TrainingState
 
 COLUMNS = 8
 
@@ -36,40 +38,59 @@ def draw_pictures(
     settings = image_settings(first, device)
     indices = [first_of_class(settings, label) for label in shown]
 
-    def images(target: Target, wanted: Sequence[int]) -> np.ndarray:
-        folder, _ = draw_samples(target, device, wanted, ranks)
-        return load_images(folder, wanted)
+    def images(target: Target) -> list[np.ndarray]:
+        folder, _ = draw_samples(target, device, indices, ranks)
+        return list(load_images(folder, indices))
 
     if all(len(targets) == 1 for targets in groups.values()):
-        columns = [names.get(label, f"class {label}") for label in shown]
-        rows = {label: list(images(targets[0], indices)) for label, targets in groups.items()}
+        columns = [names[label] for label in shown]
+        rows = {label: images(targets[0]) for label, targets in groups.items()}
     else:
         steps = sorted({target.step for targets in groups.values() for target in targets})
         columns = [f"step {step:,}" for step in steps]
         rows = {}
         for label, targets in groups.items():
-            drawn = {target.step: images(target, indices) for target in targets}
+            drawn = {target.step: images(target) for target in targets}
             for i, index in enumerate(indices if classes else indices[:3]):
-                name = names.get(shown[i], f"class {shown[i]}")
-                rows[f"{label}\n{name}, seed {settings['seed'] + index}"] = [
-                    drawn[step][i] if step in drawn else None for step in steps
-                ]
+                name = f"{label}\n{names[shown[i]]}, seed {settings['seed'] + index}"
+                rows[name] = [drawn[step][i] if step in drawn else None for step in steps]
     note = f"{settings['sampler']} {settings['steps']} steps, guidance {settings['cfg']:g}, seeds from {settings['seed']}"
-    plot_rows(file, rows, columns, note)
-    return file
+    return plot_rows(file, rows, columns, note)
 
 
 def choose_classes(wanted: Sequence[int] | None, count: int) -> list[int]:
     """The wanted classes, by default eight evenly spread ones of all `count`; raises `UserError` for an unknown class."""
-    if not wanted:
-        few = min(COLUMNS, count)
-        return [i * count // few for i in range(few)]
-    if foreign := [label for label in wanted if not 0 <= label < count]:
+    if foreign := [label for label in wanted or () if not 0 <= label < count]:
         raise UserError(f"--classes {foreign[0]}: classes are 0 to {count - 1}")
-    return list(wanted)
+    return list(wanted or evenly_spread(count, COLUMNS))
 
 
 def first_of_class(settings: dict, label: int) -> int:
     """The index of the first image that shows a class."""
     bound = 100 * settings["classes"]  # random labels: more than enough
     return labels_of(settings, range(bound)).index(label) if settings["labels"] == "random" else label
+
+
+class Previews:
+    """Draws `train.preview_images` images with the settings of `eval`, in rows of eight evenly spread classes.
+
+    Image i starts from the noise of seed i at every step, so that the grids of a run show the same images improve.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts, config = parts, parts.config
+        self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
+        count = config.train.preview_images
+        self.columns = evenly_spread(len(parts.dataset.text), min(COLUMNS, count))
+        self.labels = [self.columns[i % len(self.columns)] for i in range(count)]
+
+    def draw(self, folder: Path, state: TrainingState) -> Path:
+        """Write `step-….png` of the moving average and return its file path. Weights, modes and random states stay."""
+        settings = self.parts.config.eval
+        with self.parts.showing(state.ema.shadow_params):
+            images = self.image_sampler.draw(self.labels, range(len(self.labels)))
+        path = folder / f"step-{state.step:07d}.png"
+        title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
+        names = class_names(self.parts.dataset.text_manifest)
+        named = [names.get(label, f"class {label}") for label in self.columns]
+        return plot_sample_grids(path, {title: images}, named)

@@ -9,12 +9,11 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from configs.evaluation import Eval
 from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
-from report.curves import append_point, read_points
+from report.curves import append_point, format_value, read_points
 from training.metric_log import MetricLog
 from training.parts import Parts
 from training.ranks import Ranks
@@ -44,67 +43,56 @@ def evaluate_point(
     A point is a line of RUN/eval/points.jsonl: `kind` (curve, final, sweep, metrics), `step`, `images_seen`, `protocol` (two
     points can be compared if theirs are equal), `metrics` {name: {value, error, …}}, and how it was made.
     """
-    settings, num_samples = image_settings(target, device), target.settings.num_samples
+    settings, given = image_settings(target, device), target.settings
+    indices = range(given.num_samples)
     protocol = protocol_of(target, settings) | {
-        "num_samples": num_samples,
-        "bootstrap": target.settings.bootstrap,
+        "num_samples": given.num_samples,
+        "bootstrap": given.bootstrap,
         "judges": {scorer.extractor.protocol: scorer.identity for scorer in scorers},
     }
     known = ranks.on_main(lambda: _find_known(target, settings["model"], protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
-        known = _measure_point(target, protocol, scorers, device, ranks, image_sampler)
+        started = time.monotonic()
+        folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
+        drawn = time.monotonic()
+        metrics = measure(folder, indices, labels_of(settings, indices), scorers, given, device, ranks)
+        measured = time.monotonic()
+        known = {
+            "target": target.run.name,
+            "step": target.step,
+            "images_seen": target.images_seen,
+            "model": settings["model"],
+            "protocol": protocol,
+            "metrics": metrics,
+            "distance_of_halves": {s.extractor.protocol: s.reference.distance_of_halves for s in scorers},
+            "samples": str(folder.relative_to(target.run.path)),
+            "command": this_command(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": {"samples": round(drawn - started, 1), "metrics": round(measured - drawn, 1)},
+        }
     point = known | {"kind": kind}
     ranks.on_main(lambda: append_point(target.run.path / POINTS, point))
-    if not target.settings.keep_images:
-        folder = target.run.path / point["samples"]
-        surplus = range(KEPT, num_samples)
-        ranks.on_main(lambda: [image_path(folder, i).unlink(missing_ok=True) for i in surplus])
+    if not given.keep_images:
+        surplus = [image_path(target.run.path / point["samples"], i) for i in indices[KEPT:]]
+        ranks.on_main(lambda: [path.unlink(missing_ok=True) for path in surplus])
     return point
 
 
 def _find_known(target: Target, model: dict, protocol: dict, kind: str) -> dict | None:
     """The point of these weights under this protocol that was measured before: of this kind, or else of another."""
-    found = [
-        point for point in points_of(target.run) if point["protocol"] == protocol and point["model"] == model
-    ]
+    wanted = protocol, model
+    found = [point for point in points_of(target.run) if (point["protocol"], point["model"]) == wanted]
     return next((point for point in found if point["kind"] == kind), found[-1] if found else None)
-
-
-def _measure_point(
-    target: Target,
-    protocol: dict,
-    scorers: Sequence[Scorer],
-    device: torch.device,
-    ranks: Ranks,
-    image_sampler: ImageSampler | None,
-) -> dict:
-    indices = range(target.settings.num_samples)
-    started = time.monotonic()
-    folder, settings = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
-    drawn = time.monotonic()
-    metrics = measure(folder, indices, labels_of(settings, indices), scorers, target.settings, device, ranks)
-    measured = time.monotonic()
-    return {
-        "target": target.run.name,
-        "step": target.step,
-        "images_seen": target.images_seen,
-        "model": settings["model"],
-        "protocol": protocol,
-        "metrics": metrics,
-        "distance_of_halves": {s.extractor.protocol: s.reference.distance_of_halves for s in scorers},
-        "samples": str(folder.relative_to(target.run.path)),
-        "command": this_command(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": {"samples": round(drawn - started, 1), "metrics": round(measured - drawn, 1)},
-    }
 
 
 def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, *, kind: str) -> list[dict]:
     """The points of all targets, in order; all are measured by the extractors and the references of the first."""
-    for settings in _distinct([target.settings for target in targets]):
-        check_comparable([target for target in targets if target.settings == settings], device, ranks)
+    for first in targets:
+        alike = [target for target in targets if target.settings == first.settings]
+        if alike[0] is first:
+            check_comparable(alike, device, ranks)
     scorers = load_scorers(targets[0].config, device, ranks)
     points = []
     for target in targets:
@@ -115,16 +103,9 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
     return points
 
 
-def _distinct(settings: Sequence[Eval]) -> list[Eval]:
-    return [one for i, one in enumerate(settings) if one not in settings[:i]]
-
-
 def format_metrics(metrics: Mapping[str, Mapping]) -> str:
     """The metrics in one line."""
-    return ", ".join(
-        f"{name} {found['value']:.4g}" + (f" ± {found['error']:.2g}" if found["error"] is not None else "")
-        for name, found in metrics.items()
-    )
+    return ", ".join(f"{name} {format_value(found)}" for name, found in metrics.items())
 
 
 def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ranks) -> None:
@@ -163,12 +144,7 @@ class PeriodicEvaluation:
         precision = "bf16" if parts.model.dtype == torch.bfloat16 else "fp32"
         self.settings = config.eval.model_copy(update={"precision": precision, "compile": False})
         self.scorers = load_scorers(config, parts.device, parts.ranks)
-        self.image_sampler = ImageSampler(
-            parts.model,
-            config,
-            sampler=self.settings.sampler,
-            output=parts.loss.path.output,
-        )
+        self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
 
     def due(self, step: int) -> bool:
         """Whether this step is to be measured; its checkpoint must have been written by then."""
@@ -182,14 +158,8 @@ class PeriodicEvaluation:
         parts, target = self.parts, Target(run, state.step, "ema", self.settings)
         try:
             with parts.showing(state.ema.shadow_params):
-                point = evaluate_point(
-                    target,
-                    self.scorers,
-                    parts.device,
-                    parts.ranks,
-                    kind="curve",
-                    image_sampler=self.image_sampler,
-                )
+                how = {"kind": "curve", "image_sampler": self.image_sampler}
+                point = evaluate_point(target, self.scorers, parts.device, parts.ranks, **how)
         except (UserError, OSError) as error:
             if parts.ranks.world > 1:
                 raise

@@ -1,7 +1,7 @@
 """Gather the evaluation results of run folders for the page. Measures nothing and draws no sample."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,19 @@ from cache.text import class_names
 from common.errors import UserError
 from evaluation.image_files import load_images, missing_images
 from evaluation.points import points_of
-from evaluation.sample import labels_of
+from evaluation.sample import evenly_spread, labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
-from report.curves import draw_curves, protocols
-from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, points_at
+from report.curves import draw_curves, points_under, protocols
+from report.material import (
+    MADE_BY,
+    Material,
+    Pictures,
+    RunFacts,
+    describe_protocol,
+    last_points,
+    points_at,
+)
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
 
@@ -38,27 +46,24 @@ def make_report(
     protocol = shared_protocol(facts)
     curve, figures = None, []
     if protocol is not None:
-        curves = points_at(facts, protocol)
-        base_models = [label for label, run in labelled.items() if run.is_base_model]
-        curve = draw_curves(folder, curves, compared, base_models=base_models, run_order=list(labelled))
+        curves = {label: points_under(run.points, protocol, MADE_BY) for label, run in facts.items()}
+        base_models = [label for label, run in facts.items() if run.is_base]
+        curve = draw_curves(folder, curves, compared, base_models)
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = class_names(read_manifest(runs[0].config.data.text, "text"))
-    drawn = DrawnImages(labelled, facts, names)
-    return write_report(
-        page,
-        Material(
-            runs=facts,
-            baseline=compared,
-            curve=curve,
-            curve_figures=[path for path in figures if path.exists()],
-            grids=drawn.grids(protocol),
-            grid_columns=[names.get(i, f"class {i}") for i in range(min(GRID_COLUMNS, len(names)))],
-            pictures=drawn.pictures(protocol),
-            times=times,
-            command=command,
-            folder=folder,
-        ),
+    material = Material(
+        runs=facts,
+        baseline=compared,
+        curve=curve,
+        curve_figures=[path for path in figures if path.exists()],
+        grids=sample_grids(facts, protocol, names),
+        grid_columns=[names[i] for i in range(min(GRID_COLUMNS, len(names)))],
+        pictures=[*pictures_by_step(facts, protocol, names), *pictures_by_class(facts, names)],
+        times=times,
+        command=command,
+        folder=folder,
     )
+    return write_report(page, material)
 
 
 def facts_of(run: RunFolder) -> RunFacts:
@@ -71,6 +76,7 @@ def facts_of(run: RunFolder) -> RunFacts:
     if found is not None and (not isinstance(found, dict) or "rows" not in found):
         raise UserError(f"{alignment} is damaged: run `align {run.path}` again")
     return RunFacts(
+        folder=run.path,
         is_base=run.is_base_model,
         settings=run.settings(),
         commands=run.commands(),
@@ -84,90 +90,68 @@ def facts_of(run: RunFolder) -> RunFacts:
 def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
     """The protocol of curves that most runs share; of equals the one with most points, then the one with most images."""
     points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
-    known = protocols(points)
-    if not known:
-        return None
-    return max(
-        known,
-        key=lambda p: (len(found := points_at(facts, p)), sum(map(len, found.values())), p["num_samples"]),
-    )
+
+    def rank(protocol: Mapping) -> tuple[int, int, int]:
+        found = points_at(facts, protocol)
+        return len(found), sum(map(len, found.values())), protocol["num_samples"]
+
+    return max(protocols(points), key=rank, default=None)
 
 
-class DrawnImages:
-    """Arranges images that were drawn before in rows and columns."""
+def sample_grids(
+    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
+) -> dict[str, np.ndarray]:
+    """The first images of each run at its last step under a protocol; none where classes are random."""
+    if protocol is None or protocol["labels"] != "balanced":
+        return {}
+    columns = min(GRID_COLUMNS, len(names))
+    # Image i shows class i: where not all classes have a column, a second row would be other classes.
+    most = GRID_ROWS if len(names) == columns else 1
+    indices = range(min(most, protocol["num_samples"] // columns) * columns)
+    points = last_points(runs, protocol)
+    found = {label: images_of(runs[label], point, indices) for label, point in points.items()}
+    return {label: images for label, images in found.items() if images is not None}
 
-    def __init__(
-        self, runs: Mapping[str, RunFolder], facts: Mapping[str, RunFacts], names: Mapping[int, str]
-    ):
-        self.runs, self.facts, self.names = runs, facts, names
 
-    def grids(self, protocol: Mapping | None) -> dict[str, np.ndarray]:
-        """The first images of each run at its last step under a protocol; none where classes are random."""
-        if protocol is None or protocol["labels"] != "balanced":
-            return {}
-        columns = min(GRID_COLUMNS, len(self.names))
-        count = min(GRID_ROWS * columns, protocol["num_samples"] // columns * columns)
-        if len(self.names) > columns:
-            count = min(count, columns)  # image i shows class i: a second row would be other classes
-        found = {
-            label: self._images(label, points[-1], range(count))
-            for label, points in self._at(protocol).items()
-        }
-        return {label: images for label, images in found.items() if images is not None and count}
-
-    def pictures(self, protocol: Mapping | None) -> list[Pictures]:
-        """A few images at every checkpoint, and an image of each class under the protocols of final numbers."""
-        made = [] if protocol is None else [self._by_step(protocol)]
-        finals = [p for run in self.facts.values() for p in run.points if p["kind"] == "final"]
-        made += [self._by_class(protocol) for protocol in protocols(finals)]
-        return [pictures for pictures in made if pictures is not None]
-
-    def _by_step(self, protocol: Mapping) -> Pictures | None:
-        points = {
-            label: found for label, found in self._at(protocol).items() if not self.facts[label].is_base
-        }
-        steps = sorted({point["step"] for found in points.values() for point in found})
-        if len(steps) < 2:
-            return None
-        drawn = labels_of(protocol, range(protocol["num_samples"]))
-        few = list(dict.fromkeys(i * len(self.names) // GROWING for i in range(GROWING)))
-        rows = {}
-        for index in (drawn.index(label) for label in few if label in drawn):
-            for label, found in points.items():
-                cells = {point["step"]: self._images(label, point, [index]) for point in found}
-                if any(cell is not None for cell in cells.values()):
-                    name = self.names.get(drawn[index], f"class {drawn[index]}")
-                    rows[f"{label}\n{name}"] = [
-                        None if cells.get(step) is None else cells[step][0] for step in steps
-                    ]
-        if not rows:
-            return None
+def pictures_by_step(
+    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
+) -> Iterator[Pictures]:
+    """A few images at every checkpoint."""
+    trained = {label: run for label, run in runs.items() if not run.is_base}
+    points = {} if protocol is None else points_at(trained, protocol)
+    steps = sorted({point["step"] for found in points.values() for point in found})
+    if len(steps) < 2:
+        return
+    drawn, rows = labels_of(protocol, range(protocol["num_samples"])), {}
+    for shown in (label for label in evenly_spread(len(names), GROWING) if label in drawn):
+        for label, found in points.items():
+            images = {p["step"]: images_of(runs[label], p, [drawn.index(shown)]) for p in found}
+            cells = {step: image[0] for step, image in images.items() if image is not None}
+            if cells:
+                rows[f"{label}\n{names[shown]}"] = [cells.get(step) for step in steps]
+    if rows:
         caption = "The same noise and class at every checkpoint of each run, by the protocol of the results."
-        return Pictures(rows, [f"step {step:,}" for step in steps], caption)
+        yield Pictures(rows, [f"step {step:,}" for step in steps], caption)
 
-    def _by_class(self, protocol: Mapping) -> Pictures | None:
-        few = min(CLASSES, len(self.names))
-        classes = [i * len(self.names) // few for i in range(few)]
+
+def pictures_by_class(runs: Mapping[str, RunFacts], names: Mapping[int, str]) -> Iterator[Pictures]:
+    """An image of each of a few classes, under each protocol of final numbers."""
+    few = evenly_spread(len(names), CLASSES)
+    for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):
         drawn = labels_of(protocol, range(protocol["num_samples"]))
-        indices = [drawn.index(label) for label in classes if label in drawn]
-        rows = {
-            label: list(images)
-            for label, found in self._at(protocol, ("final",)).items()
-            if (images := self._images(label, found[-1], indices)) is not None
-        }
-        if not rows:
-            return None
-        columns = [self.names.get(drawn[i], f"class {drawn[i]}") for i in indices]
-        return Pictures(
-            rows,
-            columns,
-            f"The first image of {few} classes, by the protocol of the final numbers: {describe_protocol(protocol)}",
-        )
+        shown = [label for label in few if label in drawn]
+        rows = {}
+        for label, point in last_points(runs, protocol, ("final",)).items():
+            images = images_of(runs[label], point, [drawn.index(label) for label in shown])
+            if images is not None:
+                rows[label] = list(images)
+        if rows:
+            caption = f"The first image of {len(few)} classes, by the protocol of the final numbers: "
+            columns = [names[label] for label in shown]
+            yield Pictures(rows, columns, caption + describe_protocol(protocol))
 
-    def _at(self, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:
-        return points_at(self.facts, protocol, kinds)
 
-    def _images(self, label: str, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:
-        """Images of a point; None where they were deleted."""
-        folder = self.runs[label].path / point["samples"]
-        return None if missing_images(folder, indices) else load_images(folder, indices)
+def images_of(run: RunFacts, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:
+    """Images of a point; None where there are none, or where they were deleted."""
+    folder = run.folder / point["samples"]
+    return load_images(folder, indices) if indices and not missing_images(folder, indices) else None

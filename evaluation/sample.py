@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
-from cache.text import read_table
+from cache.text import TextTable, read_table
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
 from configs.schema import Config
-from evaluation.image_files import missing_images, save_images
+from evaluation.image_files import missing_images, save_images, watched
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
@@ -103,6 +103,12 @@ def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
     return balanced_labels(indices, settings["classes"])
 
 
+def evenly_spread(count: int, few: int) -> list[int]:
+    """`few` of `count` classes, evenly spread; all where there are no more."""
+    few = min(few, count)
+    return [i * count // few for i in range(few)]
+
+
 def draw_samples(
     target: Target,
     device: torch.device,
@@ -121,34 +127,29 @@ def draw_samples(
     missing = ranks.on_main(lambda: missing_images(folder, indices))
     if missing:
         if ranks.main:
-            print_cost(target, settings, len(missing))
+            print_cost(target, len(missing))
         image_sampler = ImageSampler.load(target, device) if image_sampler is None else image_sampler
         ranks.on_main(lambda: claim_folder(folder, settings, image_sampler.made_with()))
-        own_indices = missing[ranks.rank :: ranks.world]
-        size = settings["rows"]
+        own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
+        parts = [own_indices[start : start + size] for start in range(0, len(own_indices), size)]
         done = len(indices) - len(missing)
-        with tqdm(
-            desc=f"sample {target.name}",
-            initial=done,
-            total=len(indices),
-            unit="image",
-            leave=False,
-            disable=not ranks.main,
-        ) as bar:
-            for start in range(0, len(own_indices), size):
-                part = own_indices[start : start + size]
-                save_images(image_sampler(part, settings), folder, part)
-                bar.update(min(ranks.world * len(part), bar.total - bar.n))
+        for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
+            seeds = [settings["seed"] + i for i in part]
+            save_images(image_sampler.draw(labels_of(settings, part), seeds), folder, part)
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
 
 
-def print_cost(target: Target, settings: dict, count: int) -> None:
-    """Print how many forwards of the U-Net it takes to draw `count` images."""
-    each = count_forwards(target.config, settings)
+def print_cost(target: Target, count: int) -> None:
+    """Print how many forwards of the network it takes to draw `count` images."""
+    given, config = target.settings, target.config
+    scheduler = family_for(config).sampling_scheduler(output_of(config), given.sampler)
+    scheduler.set_timesteps(given.sampling_steps)
+    interval = given.guidance_low, given.guidance_high
+    each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
     tqdm.write(
-        f"{target.name}: {count:,} images to draw, {settings['sampler']} {settings['steps']} steps, guidance "
-        f"{settings['cfg']:g}: {each} forwards of the network each, {each * count:,} in all"
+        f"{target.name}: {count:,} images to draw, {given.sampler} {given.sampling_steps} steps, guidance "
+        f"{given.cfg:g}: {each} forwards of the network each, {each * count:,} in all"
     )
 
 
@@ -170,32 +171,25 @@ def claim_folder(folder: Path, settings: dict, made_with: dict) -> None:
         return
     date = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {package: version(package) for package in ("torch", "diffusers", "peft")}
-    write_json(
-        file,
-        {
-            "settings": settings,
-            "made_with": made_with,
-            "command": this_command(),
-            "date": date,
-            "versions": versions,
-        },
-    )
+    made = {"settings": settings, "made_with": made_with, "command": this_command()}
+    write_json(file, made | {"date": date, "versions": versions})
 
 
 class ImageSampler:
-    """Draws images: holds the U-Net, the decoder, the scheduler and the prompts on their device.
+    """Draws images: holds the network, the decoder, the scheduler and the prompts on their device.
 
     Args:
         model: in eval mode, in the dtype in which it computes.
-        config: the run's, for its cache.
-        sampler, output: see `Backbone.sampling_scheduler`.
+        config: the run's, whose `eval` says how images are drawn.
+        text: the prompts of all classes.
     """
 
-    def __init__(self, model: AlignedModel, config: Config, *, sampler: str, output: str):
-        self.model, device = model, next(model.backbone.parameters()).device
-        self.codec = model.family.load_codec().to(device)
-        self.scheduler = model.family.sampling_scheduler(output, sampler)
-        self.text = read_table(config.data.text)[0].to(device, torch.float32)
+    def __init__(self, model: AlignedModel, config: Config, text: TextTable):
+        self.model, self.config = model, config
+        self.device = next(model.backbone.parameters()).device
+        self.codec = model.family.load_codec().to(self.device)
+        self.scheduler = model.family.sampling_scheduler(output_of(config), config.eval.sampler)
+        self.text = text.to(self.device, torch.float32)
 
     @classmethod
     def load(cls, target: Target, device: torch.device) -> "ImageSampler":
@@ -208,47 +202,26 @@ class ImageSampler:
             model.backbone.to(memory_format=torch.channels_last)
         if given.compile:
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
-        return cls(model, config, sampler=given.sampler, output=output_of(config))
+        return cls(model, config, read_table(config.data.text)[0])
 
-    def __call__(self, indices: Sequence[int], settings: dict) -> np.ndarray:
-        """The images of these indices, uint8 `(n, H, W, 3)`."""
-        low, high = settings["guidance_interval"] or (0.0, 1.0)
+    def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+        """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`."""
+        given = self.config.eval
+        how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
+        how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
+        prompts, shape = self.text.rows(labels), stored_latent_shape(self.config)
         latents = sample_latents(
-            self.model.predict,
-            self.scheduler,
-            self.text.rows(labels_of(settings, indices)),
-            self.text.null,
-            [settings["seed"] + i for i in indices],
-            shape=settings["latent_shape"],
-            steps=settings["steps"],
-            cfg=settings["cfg"],
-            guidance_low=low,
-            guidance_high=high,
-            guidance_space=settings["guidance_space"] or "snr",
-            eta=settings["eta"] or 0.0,
-            rows=settings["rows"],
+            self.model.predict, self.scheduler, prompts, self.text.null, seeds, shape=shape, **how
         )
         return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
         """Digests of the weights in memory, in the dtype in which they compute."""
-        return {
-            "network_sha256": weights_digest(self.model.backbone),
-            "vae_sha256": weights_digest(self.codec.vae),
-        }
+        network, vae = weights_digest(self.model.backbone), weights_digest(self.codec.vae)
+        return {"network_sha256": network, "vae_sha256": vae}
 
 
 def stored_latent_shape(config: Config) -> list[int]:
     """`(C, h, w)` of the latents that a run was trained on."""
     manifest = read_manifest(config.data.latents, "latents")
     return list(latent_shape(manifest["shape"], manifest["details"]))
-
-
-def count_forwards(config: Config, settings: dict) -> int:
-    """How many forwards of the network one image takes under these settings."""
-    family = family_for(config)
-    scheduler = family.sampling_scheduler(settings["model"]["parameterization"], settings["sampler"])
-    scheduler.set_timesteps(settings["steps"])
-    low, high = settings["guidance_interval"] or (0.0, 1.0)
-    plan = guidance_plan(scheduler, settings["cfg"], low, high, settings["guidance_space"] or "snr")
-    return forwards_per_image(plan)

@@ -1,13 +1,13 @@
 """Measure images against references: read them once, extract features, and compute every metric of each extractor."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cache.image_list import read_samples
 from cache.manifest import ids_digest, read_manifest
@@ -16,7 +16,7 @@ from cache.views import UnreadableImage, read_view
 from common.errors import UserError
 from configs.evaluation import Eval
 from configs.schema import Config
-from evaluation.image_files import files_in_chunks, image_chunks, image_files
+from evaluation.image_files import files_in_chunks, image_chunks, image_files, watched
 from metrics.extractors import load_extractors
 from metrics.features import Extractor, FeatureSet
 from metrics.npz_images import iterate_npz_images, npz_image_shape
@@ -51,18 +51,13 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
         size = read_manifest(config.data.latents, "latents")["view"]["size"]
         return match_references(extractors, config.eval.reference, size)
     paths, facts = training_images(config)
-    files = {e.protocol: reference_file(config, e) for e in extractors}
+    files = {}
+    for e in extractors:
+        weights = e.identity["weights_sha256"][:8]
+        files[e.protocol] = config.data.csv.with_suffix(f".{e.protocol}-{weights}.npz")
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
-        for reference in build_references(missing, paths, facts, ranks):
-            ranks.on_main(lambda: reference.save(files[reference.protocol]))  # noqa: B023 (called at once)
+        build_references(missing, paths, facts, files, ranks)
     return [Scorer(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
-
-
-def reference_file(config: Config, extractor: Extractor) -> Path:
-    """The file, beside `data.csv`, of the training images' statistics in an extractor's features."""
-    return config.data.csv.with_suffix(
-        f".{extractor.protocol}-{extractor.identity['weights_sha256'][:8]}.npz"
-    )
 
 
 def match_references(extractors: Sequence[Extractor], files: Sequence[Path], size: int) -> list[Scorer]:
@@ -108,15 +103,12 @@ def measure(
     own_indices = list(indices)[ranks.rank :: ranks.world]
     found = extract_features(scorers, image_chunks(folder, own_indices, CHUNK), len(indices), ranks)
     parts = ranks.gather([found])
-    return ranks.on_main(
-        lambda: score_all(
-            [FeatureSet.interleave(of_scorer) for of_scorer in zip(*parts, strict=True)],
-            scorers,
-            settings,
-            device,
-            labels,
-        )
-    )
+
+    def scored() -> dict[str, dict]:
+        whole = [FeatureSet.interleave(of_scorer) for of_scorer in zip(*parts, strict=True)]
+        return score_all(whole, scorers, settings, device, labels)
+
+    return ranks.on_main(scored)
 
 
 def extract_features(
@@ -124,11 +116,9 @@ def extract_features(
 ) -> list[FeatureSet]:
     """Read the images once and extract each scorer's features. `count` is the number of images of all ranks together."""
     found = [FeatureSet() for _ in scorers]
-    with tqdm(desc="features", total=count, unit="image", leave=False, disable=not ranks.main) as bar:
-        for images in chunks:
-            for scorer, features in zip(scorers, found, strict=True):
-                features.add(scorer.extractor.features(images))
-            bar.update(min(ranks.world * len(images), bar.total - bar.n))
+    for images in watched(chunks, ranks, "features", count):
+        for scorer, features in zip(scorers, found, strict=True):
+            features.add(scorer.extractor.features(images))
     return found
 
 
@@ -188,38 +178,29 @@ def make_references(
     extractors = load_extractors(settings.extractor, device, dinov2=settings.dinov2)
     if source.suffix == ".csv":
         items = read_samples(source)
-        paths, digest = [item.img_path for item in items], ids_digest(item.id for item in items)
+        paths, ids = [item.img_path for item in items], [item.id for item in items]
     else:
         paths = image_files(source)
-        digest = ids_digest(str(path.relative_to(source)) for path in paths)
-    facts = {
-        "num_images": len(paths),
-        "size": size,
-        "crop": "centre",
-        "source": source.name,
-        "ids_sha256": digest,
-    }
-    written = []
-    for reference in build_references(extractors, paths, facts, ranks):
-        file = out.with_name(f"{out.name.removesuffix('.npz')}.{reference.protocol}.npz")
-        ranks.on_main(lambda: reference.save(file))  # noqa: B023 (called at once)
-        written.append(file)
-    return written
+        ids = [str(path.relative_to(source)) for path in paths]
+    stem = out.name.removesuffix(".npz")
+    files = {e.protocol: out.with_name(f"{stem}.{e.protocol}.npz") for e in extractors}
+    build_references(extractors, paths, image_facts(ids, size, source), files, ranks)
+    return list(files.values())
 
 
 def training_images(config: Config) -> tuple[list[Path], dict]:
-    """The files of the training images, and the facts that a reference records of the images it was made of."""
+    """The files of the training images, and the facts that a reference records of them."""
     manifest = read_manifest(config.data.latents, "latents")
     cached = set(FieldReader(config.data.latents, "latents").ids)
     items = [item for item in read_samples(config.data.csv) if item.id in cached]
-    facts = {
-        "num_images": len(items),
-        "size": manifest["view"]["size"],
-        "crop": "centre",
-        "source": config.data.csv.name,
-        "ids_sha256": ids_digest(item.id for item in items),
-    }
+    facts = image_facts([item.id for item in items], manifest["view"]["size"], config.data.csv)
     return [item.img_path for item in items], facts
+
+
+def image_facts(ids: Sequence[str], size: int, source: Path) -> dict:
+    """What a reference records of the images that it was made of."""
+    facts = {"num_images": len(ids), "size": size, "crop": "centre", "source": source.name}
+    return facts | {"ids_sha256": ids_digest(ids)}
 
 
 def photographs(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
@@ -227,29 +208,30 @@ def photographs(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(paths), CHUNK):
             try:
-                yield np.stack(
-                    list(pool.map(lambda path: read_view(path, size), paths[start : start + CHUNK]))
-                )
+                chunk = paths[start : start + CHUNK]
+                yield np.stack(list(pool.map(read_view, chunk, [size] * len(chunk))))
             except UnreadableImage as error:
                 raise UserError(f"the real images are needed once more: {error}") from None
 
 
 def build_references(
-    extractors: Sequence[Extractor], paths: Sequence[Path], facts: dict, ranks: Ranks
-) -> list[Reference]:
-    """A reference for each extractor from one reading of the images, of which each rank reads every n-th."""
+    extractors: Sequence[Extractor],
+    paths: Sequence[Path],
+    facts: dict,
+    files: Mapping[str, Path],
+    ranks: Ranks,
+) -> None:
+    """Write a reference for each extractor to the file of its protocol, from one reading of the images.
+
+    Each rank reads every n-th image.
+    """
     own_indices = np.arange(ranks.rank, len(paths), ranks.world)
     builders = [ReferenceBuilder(len(paths)) for _ in extractors]
-    with tqdm(desc="real images", total=len(paths), unit="image", leave=False, disable=not ranks.main) as bar:
-        for images in photographs([paths[i] for i in own_indices], facts["size"]):
-            done, own_indices = own_indices[: len(images)], own_indices[len(images) :]
-            for extractor, builder in zip(extractors, builders, strict=True):
-                builder.add(extractor.features(images), done)
-            bar.update(min(ranks.world * len(images), bar.total - bar.n))
-    made = []
+    photos = photographs([paths[i] for i in own_indices], facts["size"])
+    for images in watched(photos, ranks, "real images", len(paths)):
+        done, own_indices = own_indices[: len(images)], own_indices[len(images) :]
+        for extractor, builder in zip(extractors, builders, strict=True):
+            builder.add(extractor.features(images), done)
     for extractor, parts in zip(extractors, zip(*ranks.gather([builders]), strict=True), strict=True):
-        whole = parts[0]
-        for part in parts[1:]:
-            whole.merge(part)
-        made.append(whole.finish(extractor, facts))
-    return made
+        reference = reduce(ReferenceBuilder.merge, parts).finish(extractor, facts)
+        ranks.on_main(lambda: reference.save(files[reference.protocol]))  # noqa: B023 (called at once)

@@ -11,7 +11,7 @@ from common.errors import UserError
 from configs.evaluation import Eval
 from configs.loading import load_config, with_settings
 from configs.schema import Config
-from training.checkpoint import WEIGHTS, images_per_step_of
+from training.checkpoint import WEIGHTS, state_of
 from training.run_folder import RunFolder
 
 
@@ -48,12 +48,14 @@ class Target:
     @cached_property
     def images_seen(self) -> int:
         """Images that training had read by then."""
-        return 0 if self.weights == "base" else self.step * images_per_step_of(self.run.checkpoint(self.step))
+        if self.weights == "base":
+            return 0
+        return self.step * state_of(self.run.checkpoint(self.step))["extra"]["data"]["images_per_step"]
 
     @property
     def name(self) -> str:
         """The name that messages use."""
-        return f"{self.run.name}" if self.weights == "base" else f"{self.run.name} step {self.step}"
+        return self.run.name if self.weights == "base" else f"{self.run.name} step {self.step}"
 
     def with_changes(self, changes: Mapping[str, object]) -> "Target":
         """The same weights, evaluated by other values of these dotted keys; their checksum is not computed again."""
@@ -84,12 +86,9 @@ def find_targets(
 ) -> list[list[Target]]:
     """The targets of each RUN, in the order given.
 
-    Args:
-        paths: RUN arguments.
-        which: `--checkpoint`: a step, "newest" or "all".
-        raw: the raw weights instead of their moving average.
-        changes: {dotted key: value} of `eval`, laid over the run's own settings.
-        alike: all targets have the settings of the first run, so that they can be compared.
+    `which` is a step, "newest" or "all"; `raw` takes the raw weights instead of their moving average. `changes` {dotted key:
+    value} of `eval` are laid over the run's own settings, or over those of the first run for all of them, where they are to be
+    `alike`, so that they can be compared.
 
     Raises `UserError` where a run has no such checkpoint, or where a target is given twice.
     """
@@ -138,17 +137,12 @@ def find_baseline(runs: Mapping[str, RunFolder], named: Path | None) -> str | No
 def _targets_of(run: RunFolder, which: str, weights: str, settings: Eval) -> list[Target]:
     if run.is_base_model:
         return [Target(run, 0, "base", settings, asked=weights)]
-    return [Target(run, step, weights, settings, asked=weights) for step in _steps(run, which)]
-
-
-def _steps(run: RunFolder, which: str) -> list[int]:
     steps = run.checkpoint_steps()
     if not steps:
         raise UserError(
             f"{run.path} has no checkpoint yet: train_sd15.py writes one every train.checkpoint_every steps"
         )
-    if which in ("all", "newest"):
-        return steps if which == "all" else steps[-1:]
-    if which not in map(str, steps):
+    named = {"all": steps, "newest": steps[-1:]} | {str(step): [step] for step in steps}
+    if which not in named:
         raise UserError(f"{run.path} has no checkpoint of step {which}; it has {', '.join(map(str, steps))}")
-    return [int(which)]
+    return [Target(run, step, weights, settings, asked=weights) for step in named[which]]

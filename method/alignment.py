@@ -175,9 +175,7 @@ class AlignmentLoss:
     manifold: str = "sample"  # which of `MANIFOLD_LOSSES`
     upper_only: bool = False  # see `manifold_gram_loss`
     gather: bool = False
-    spatial_norm: float | None = (
-        None  # α of `spatial_norm` on the teacher's tokens; None leaves them as they are
-    )
+    spatial_norm: float | None = None  # α of `spatial_norm` on the teacher's tokens; None: as they are
 
     def __call__(self, tokens: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
         """Compute the terms of the loss from the tokens `(B, N, D)` of each tap and those of the teacher.

@@ -1,11 +1,12 @@
 """A set of runs, several seeds of each arm, as a table (mean ± standard error, n), differences from one arm, and a figure."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from report.plot_style import plain, pyplot, run_style, save_figure
+from report.plot_style import COLOURS, pyplot, save_figure
 
 Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]  # {arm: {seed: {measure: value}}}
 
@@ -26,26 +27,25 @@ def summarise(
     noise, so that much of the chance cancels. Its error is that of the mean of these differences. `incomparable` names
     the measures of an arm that cannot be compared with the reference's: they have no difference.
     """
-    table = {}
-    for arm, seeds in results.items():
-        table[arm] = {}
-        for measure in _measures(results):
-            values = {s: r[measure] for s, r in seeds.items() if r.get(measure) is not None}
-            if not values:
-                continue
-            mean, error = mean_and_error(list(values.values()))
-            comparable = measure not in (incomparable or {}).get(arm, ())
-            row = {"mean": mean, "error": error, "n": len(values), "comparable": comparable}
-            others = results[reference]
-            pairs = [
-                v - others[s][measure]
-                for s, v in values.items()
-                if others.get(s, {}).get(measure) is not None
-            ]
-            if arm != reference and pairs and comparable:
-                row["difference"], row["difference_error"] = mean_and_error(pairs)
-            table[arm][measure] = row
+    measures = dict.fromkeys(m for seeds in results.values() for r in seeds.values() for m in r)
+    table = {arm: {} for arm in results}
+    for arm, measure in itertools.product(results, measures):
+        values, others = (_by_seed(results[name], measure) for name in (arm, reference))
+        if not values:
+            continue
+        mean, error = mean_and_error(list(values.values()))
+        comparable = measure not in (incomparable or {}).get(arm, ())
+        row = {"mean": mean, "error": error, "n": len(values), "comparable": comparable}
+        pairs = [value - others[seed] for seed, value in values.items() if seed in others]
+        if arm != reference and pairs and comparable:
+            row["difference"], row["difference_error"] = mean_and_error(pairs)
+        table[arm][measure] = row
     return table
+
+
+def _by_seed(seeds: Mapping[int, Mapping[str, float | None]], measure: str) -> dict[int, float]:
+    """{seed: value} of an arm, where it was measured."""
+    return {seed: found[measure] for seed, found in seeds.items() if found.get(measure) is not None}
 
 
 def markdown(
@@ -57,21 +57,25 @@ def markdown(
     """
     heads = ["arm", "n"]
     for name in measures:
-        heads += [name] + (["Δ"] if name in differences else [])
+        heads += [name, "Δ"] if name in differences else [name]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, rows in table.items():
         cells = [arm, str(max(row["n"] for row in rows.values()))]
         for name, form in measures.items():
             row = rows.get(name, {})
             mark = "" if row.get("comparable", True) else " †"
-            cells.append(_plus_minus(row["mean"], row["error"], form) + mark if row else "—")
+            cells.append(_plus_minus(row, "mean", "error", form) + mark)
             if name in differences:
-                found = "difference" in row
-                cells.append(
-                    _plus_minus(row["difference"], row["difference_error"], f"+{form}") if found else "—"
-                )
+                cells.append(_plus_minus(row, "difference", "difference_error", f"+{form}"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plus_minus(row: Mapping, value: str, error: str, form: str) -> str:
+    if value not in row:
+        return "—"
+    shown = format(row[value], form)
+    return shown if np.isnan(row[error]) else f"{shown} ± {format(row[error], form.removeprefix('+'))}"
 
 
 def plot_arms(
@@ -86,29 +90,20 @@ def plot_arms(
 
     Measures of an arm that cannot be compared with the reference's (`incomparable`, as in `summarise`) are left out.
     """
-    plt = pyplot()
     arms = list(results)
-    figure, axes = plt.subplots(
-        1,
-        len(measures),
-        figsize=(2.0 + 2.9 * len(measures), 1.3 + 0.34 * len(arms)),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (2.0 + 2.9 * len(measures), 1.3 + 0.34 * len(arms))
+    shape = {"figsize": size, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot().subplots(1, len(measures), **shape)
     for panel, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for row, arm in enumerate(arms):
-            values = [r[measure] for r in results[arm].values() if r.get(measure) is not None]
+            values = list(_by_seed(results[arm], measure).values())
             if not values or measure in (incomparable or {}).get(arm, ()):
                 continue
             mean, error = mean_and_error(values)
-            colour = "#555555" if arm == reference else run_style(0)["color"]
-            panel.plot(
-                values, [row + 0.16] * len(values), "o", color=colour, alpha=0.4, markersize=4, zorder=2
-            )
-            panel.errorbar(
-                mean, row, xerr=None if np.isnan(error) else error, fmt="D", color=colour, markersize=5, capsize=3
-            )  # fmt: skip
+            bar = None if np.isnan(error) else error
+            dot = {"color": "#555555" if arm == reference else COLOURS[0], "zorder": 2}
+            panel.plot(values, [row + 0.16] * len(values), "o", alpha=0.4, markersize=4, **dot)
+            panel.errorbar(mean, row, xerr=bar, fmt="D", markersize=5, capsize=3, **dot)
             if arm == reference:
                 panel.axvline(mean, color="#777777", linewidth=1, linestyle="--", zorder=1)
         panel.set_xlabel(label)
@@ -116,24 +111,9 @@ def plot_arms(
         panel.locator_params(axis="x", nbins=4)
     axes[0, 0].set_yticks(range(len(arms)), arms)
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title)
     data = {
-        measure: {
-            arm: plain([_number(r.get(measure)) for r in seeds.values()]) for arm, seeds in results.items()
-        }
+        measure: {arm: [seed.get(measure) for seed in seeds.values()] for arm, seeds in results.items()}
         for measure in measures
     }
     save_figure(figure, path, {"title": title, "reference": reference, "measures": data})
-
-
-def _measures(results: Results) -> list[str]:
-    return list(dict.fromkeys(m for seeds in results.values() for r in seeds.values() for m in r))
-
-
-def _plus_minus(mean: float, error: float, form: str) -> str:
-    shown = format(mean, form)
-    return shown if np.isnan(error) else f"{shown} ± {format(error, form.removeprefix('+'))}"
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value

@@ -1,23 +1,23 @@
-"""Assemble the page about several runs from what was recorded of them; nothing is measured anew."""
+"""Assemble the page about several runs from what was recorded of them, its sections about the runs themselves included.
 
+Nothing is measured anew.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 
-from report.material import Material
-from report.page import write_page
+from report.material import Material, fold_commands, last_points
+from report.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
+from report.plot_grids import plot_rows, plot_sample_grids
+from report.plots import plot_curves
 from report.section_alignment import alignment_section
-from report.section_metrics import curve_section, final_section, results_section
-from report.section_runs import findings_section, making_section, samples_section, training_section
+from report.section_metrics import curve_section, final_section, other_section, results_section
 
-SECTIONS = (
-    results_section,
-    curve_section,
-    final_section,
-    samples_section,
-    alignment_section,
-    training_section,
-    findings_section,
-    making_section,
-)
+LOSSES = {  # of metrics.jsonl: what a figure of it is called, and its axis
+    "loss_diff": ("Diffusion loss", "diffusion loss"),
+    "loss_token": ("Token loss", "1 − cosine to the teacher"),
+    "loss_manifold": ("Manifold loss", "Gram difference"),
+}
 
 
 def write_report(page: Path, material: Material) -> Path:
@@ -31,5 +31,103 @@ def write_report(page: Path, material: Material) -> Path:
         f"{', '.join(names)}: what was measured on these very runs. Every number stands with its protocol; those of different "
         "protocols do not compare."
     )
-    blocks = [block for section in SECTIONS for block in section(material)]
+    blocks: list[Block] = []
+    for heading, section in SECTIONS.items():
+        if found := list(section(material)):
+            blocks += [Heading(heading), *found]
     return write_page(page, title=f"U-REPA: {', '.join(material.runs)}", lead=lead, sections=blocks)
+
+
+def samples_section(material: Material) -> Iterator[Block]:
+    """Grids of the first samples of each run, and rows of pictures."""
+    if material.grids:
+        yield Figure(
+            plot_sample_grids(material.folder / "samples.png", material.grids, material.grid_columns),
+            f"The first {len(next(iter(material.grids.values())))} samples of each run by the protocol of the results, not "
+            "chosen: the same noise and class at the same place.",
+        )
+    for number, pictures in enumerate(material.pictures):
+        file = material.folder / f"pictures_{number}.png"
+        yield Figure(plot_rows(file, pictures.rows, pictures.columns), pictures.caption)
+
+
+def training_section(material: Material) -> Iterator[Block]:
+    """The losses of each run on the training data."""
+    runs = {name: run for name, run in material.runs.items() if run.log}
+    for key, (title, ylabel) in LOSSES.items():
+        series = {}
+        for name, run in runs.items():
+            lines = [line for line in run.log if key in line]
+            if lines and (key == "loss_diff" or any(line["coeff"] > 0 for line in lines)):
+                series[name] = [line["step"] for line in lines], [line[key] for line in lines]
+        if series:
+            note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."
+            yield Figure(
+                plot_curves(material.folder / f"{key}.png", series, ylabel, title, list(material.runs)),
+                f"{title} on the training data: means between two logged steps, and their running mean.{note}",
+            )
+
+
+def findings_section(material: Material) -> Iterator[Block]:
+    """What the numbers show and what they do not, in sentences made of the numbers."""
+    runs = {name: run for name, run in material.runs.items() if not run.is_base}
+    shows = []
+    if material.curve is not None:
+        metric, points = material.curve["metric"], last_points(runs, material.curve["protocol"])
+        last = {name: point["metrics"][metric] for name, point in points.items()}
+        trained = sorted((found["value"], name) for name, found in last.items())
+        shows.append(f"{metric} in order: {', '.join(f'`{name}` {value:.3g}' for value, name in trained)}.")
+        if len(trained) == 2:
+            (low, best), (high, other) = trained
+            spread = sum((found["error"] or 0.0) ** 2 for found in (last[best], last[other])) ** 0.5
+            times = f", {(high - low) / spread:.1f} times the error of their difference" if spread else ""
+            shows.append(
+                f"`{best}` is {1 - low / high:.0%} below `{other}`{times}, on this one seed of training. Both were sampled "
+                "from the same noise, which makes the true error smaller."
+            )
+    aligned = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
+    losses = {name: found["heldout_loss_diff"] for name, found in aligned.items()}
+    losses = {name: loss for name, loss in losses.items() if loss is not None}
+    if losses:
+        lowest = min(losses, key=losses.get)
+        shows.append(f"The lowest held-out diffusion loss is `{lowest}`'s, {losses[lowest]:.4f}.")
+    yield Paragraph(" ".join(shows))
+    yield Paragraph(
+        "It does not show that a difference would survive another seed of training: the errors here are of sampling alone, "
+        "and two trainings differ by more. That takes several runs of each and their spread. The head's cosine mainly says "
+        "that its own loss was minimised; CCA, CKA and CKNNA look at the features before it."
+    )
+
+
+def making_section(material: Material) -> Iterator[Block]:
+    """Settings that differ, commands, and how long each stage took."""
+    runs = {name: run for name, run in material.runs.items() if not run.is_base}
+    keys = sorted({key for run in runs.values() for key in run.settings})
+    rows = [[key, *(str(run.settings.get(key)) for run in runs.values())] for key in keys]
+    if differing := [row for row in rows if len(set(row[1:])) > 1]:
+        yield Table(["setting", *runs], differing, "All settings in which the runs differ.")
+    times = material.times
+    commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
+    if times:
+        longest: dict = {}
+        for stage in times:
+            longest[stage["group"]] = max(stage["seconds"], longest.get(stage["group"], 0))
+        yield Table(
+            ["stage", "time"],
+            [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times],
+            f"{sum(longest.values()):.0f} s in all; of stages that ran side by side only the longest counts.",
+        )
+    yield Command(fold_commands([*commands, material.command]))
+
+
+SECTIONS = {
+    "Results": results_section,
+    "Curves": curve_section,
+    "Final numbers and guidance": final_section,
+    "Other measurements": other_section,
+    "Samples": samples_section,
+    "Alignment on held-out images": alignment_section,
+    "Training": training_section,
+    "What this shows, and what it does not": findings_section,
+    "How this was made": making_section,
+}

@@ -52,11 +52,8 @@ def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[s
 
 def protocols(points: Sequence[Mapping]) -> list[Mapping]:
     """The protocols of points, each once, in the order in which they appear."""
-    found: list[Mapping] = []
-    for point in points:
-        if point["protocol"] not in found:
-            found.append(point["protocol"])
-    return found
+    found = [point["protocol"] for point in points]
+    return [protocol for i, protocol in enumerate(found) if protocol not in found[:i]]
 
 
 def kind_of(metric: str) -> str:
@@ -67,6 +64,12 @@ def kind_of(metric: str) -> str:
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is a distance."""
     return kind_of(metric) in DISTANCES
+
+
+def format_value(found: Mapping) -> str:
+    """A metric's value, and its error where it has one."""
+    error = "" if found["error"] is None else f" ± {found['error']:.2g}"
+    return f"{found['value']:.4g}{error}"
 
 
 def headline(metrics: Sequence[str]) -> str:
@@ -94,17 +97,12 @@ def steps_to_reach(steps: Sequence[float], values: Sequence[float], goal: float)
 
 def series_of(points: Sequence[Mapping], metric: str) -> dict[str, list]:
     """{steps, images, values, errors} of one metric over a run's points, by step; of several of a step the last counts."""
-    rows = {
-        point["step"]: (
-            point["step"],
-            point["images_seen"],
-            point["metrics"][metric]["value"],
-            point["metrics"][metric]["error"],
-        )
-        for point in points
-        if metric in point["metrics"]
-    }
-    columns = zip(*[rows[step] for step in sorted(rows)], strict=True)
+    found = {point["step"]: point for point in points if metric in point["metrics"]}
+    rows = [
+        (step, point["images_seen"], point["metrics"][metric]["value"], point["metrics"][metric]["error"])
+        for step, point in sorted(found.items())
+    ]
+    columns = zip(*rows, strict=True)
     return dict(zip(("steps", "images", "values", "errors"), map(list, columns), strict=False))
 
 
@@ -127,41 +125,27 @@ def draw_curves(
     out: Path,
     points: Mapping[str, Sequence[Mapping]],
     baseline: str | None,
-    *,
     base_models: Collection[str],
-    run_order: Sequence[str],
 ) -> dict:
     """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json.
 
-    Args:
-        out: folder.
-        points: {label: points of one protocol, by step}.
-        baseline: label of the run that the others are compared with, if any.
-        base_models: the labels of bare base models, which have a level and no curve.
-        run_order: all labels, also of runs without points, so that a run has one colour in all figures of a page.
-
-    Returns the contents of curve.json.
+    `points` {label: points of one protocol, by step} are of all runs, also of those without points, so that a run has one
+    colour in all figures of a page. The others are compared with `baseline`, if there is one; `base_models` are the labels of
+    bare base models, which have a level and no curve. Returns the contents of curve.json.
     """
-    first = next(iter(points.values()))[0]
-    curves = {label: found for label, found in points.items() if label not in base_models}
+    measured = {label: found for label, found in points.items() if found}
+    curves = {label: found for label, found in measured.items() if label not in base_models}
+    last = {label: found[-1]["metrics"] for label, found in measured.items() if label in base_models}
+    first = next(iter(measured.values()))[0]
     metrics = list(first["metrics"])
-    series = {
-        metric: {label: series_of(found, metric) for label, found in curves.items()} for metric in metrics
-    }
     main = headline(metrics)
+    series = {m: {label: series_of(found, m) for label, found in curves.items()} for m in metrics}
+    levels = {m: {label: found[m]["value"] for label, found in last.items()} for m in metrics}
     result = {"metric": main, "protocol": first["protocol"], "series": series, "baseline": baseline}
-    result["levels"] = {
-        metric: {
-            label: points[label][-1]["metrics"][metric]["value"] for label in points if label in base_models
-        }
-        for metric in metrics
-    }
+    result["levels"] = levels
     if curves:
-        levels = result["levels"][main]
-        plot_metric_curves(out / "curve.png", series[main], main, levels=levels, run_order=run_order)
-        plot_panels(
-            out / "curve_all.png", series, run_order=[label for label in run_order if label in curves]
-        )
+        plot_metric_curves(out / "curve.png", series[main], main, levels=levels[main], run_order=list(points))
+        plot_panels(out / "curve_all.png", series)
     if baseline in curves:
         result["steps_to_baseline"] = {m: speedup(series[m], baseline) for m in metrics if lower_is_better(m)}
     write_json(out / "curve.json", result)
@@ -172,13 +156,12 @@ def format_speedup(result: Mapping) -> str:
     """A line that says after how many steps each run of curve.json reached the baseline's final value; empty without one."""
     if "steps_to_baseline" not in result:
         return ""
-    found = result["steps_to_baseline"][result["metric"]]
-    parts = [
-        f"{run} never reached it"
-        if row["reached"] is None
-        else f"{run} after {row['reached']:.0f} steps ({row['factor']:.2f}×)"
-        for run, row in found.items()
-        if run != result["baseline"]
-    ]
-    goal = found[result["baseline"]]["goal"]
-    return f"{result['baseline']}'s final {result['metric']}, {goal:.4g}: {', '.join(parts)}"
+    metric, baseline = result["metric"], result["baseline"]
+    found = result["steps_to_baseline"][metric]
+    parts = []
+    for run, row in found.items():
+        if run != baseline and row["reached"] is None:
+            parts.append(f"{run} never reached it")
+        elif run != baseline:
+            parts.append(f"{run} after {row['reached']:.0f} steps ({row['factor']:.2f}×)")
+    return f"{baseline}'s final {metric}, {found[baseline]['goal']:.4g}: {', '.join(parts)}"

@@ -1,15 +1,16 @@
 """The material of a page about several runs, and the words in which its sections describe it."""
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import TextWrapper
 
 import numpy as np
 
 from report.curves import points_under
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
+WEIGHTS = {"ema": "EMA", "raw": "raw"}
 MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
 
 
@@ -24,40 +25,32 @@ class Pictures:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The records of one run.
+    """The records of one run."""
 
-    `points` are the lines of its points.jsonl, `log` those of its metrics.jsonl, `alignment` the contents of its align.json
-    (None where `align` was not run) and `figures` the pictures beside that file.
-    """
-
+    folder: Path
     is_base: bool
-    settings: Mapping[str, object]
+    settings: Mapping[str, object]  # by dotted key
     commands: Sequence[str]
-    log: Sequence[Mapping[str, float]]
-    points: Sequence[Mapping]
-    alignment: Mapping | None = None
-    figures: Sequence[Path] = ()
+    log: Sequence[Mapping[str, float]]  # the lines of metrics.jsonl
+    points: Sequence[Mapping]  # the lines of points.jsonl
+    alignment: Mapping | None  # contents of align.json; None where `align` was not run
+    figures: Sequence[Path]  # beside that file
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything that the page shows.
+    """Everything that the page shows."""
 
-    The runs by label; the label of the `baseline` that the others are compared with; the contents of curve.json and its
-    figures; grids of samples; rows of pictures; stages with their `times`; the `command` that makes the page; the `folder` of
-    its figures.
-    """
-
-    runs: Mapping[str, RunFacts]
-    baseline: str | None
-    curve: Mapping | None
+    runs: Mapping[str, RunFacts]  # by label
+    baseline: str | None  # label of the run that the others are compared with
+    curve: Mapping | None  # contents of curve.json
     curve_figures: Sequence[Path]
-    grids: Mapping[str, np.ndarray]
+    grids: Mapping[str, np.ndarray]  # samples (N, H, W, 3) uint8 by label
     grid_columns: Sequence[str]
     pictures: Sequence[Pictures]
-    times: Sequence[Mapping]
-    command: str
-    folder: Path
+    times: Sequence[Mapping]  # stages: {stage, seconds, command, group}
+    command: str  # which makes the page
+    folder: Path  # of its figures
 
 
 def points_at(
@@ -81,31 +74,25 @@ def describe_protocol(protocol: Mapping, scale: str | None = None) -> str:
     guided = "unguided"
     if p["cfg"] > 1:
         low, high = p["guidance_interval"]
-        where = (
-            "" if (low, high) == (0, 1) else f" at noise levels {low:g} to {high:g} ({p['guidance_space']})"
-        )
-        guided = f"guidance {scale or format(p['cfg'], 'g')}{where}"
+        guided = f"guidance {scale or format(p['cfg'], 'g')}"
+        if (low, high) != (0, 1):
+            guided += f" at noise levels {low:g} to {high:g} ({p['guidance_space']})"
     eta = f", η = {p['eta']:g}" if p["eta"] else ""
-    judged = "; ".join(
-        f"{name}: {judge['extractor']['network']} {judge['extractor']['weights_sha256'][:8]}, {judge['extractor']['resize']}, "
-        f"against {judge['reference']['name']}"
-        + (
-            f" ({judge['reference']['num_images']:,} real images)"
-            if "num_images" in judge["reference"]
-            else ""
+    judged = []
+    for name, judge in p["judges"].items():
+        extractor, reference = judge["extractor"], judge["reference"]
+        images = f" ({reference['num_images']:,} real images)" if "num_images" in reference else ""
+        judged.append(
+            f"{name}: {extractor['network']} {extractor['weights_sha256'][:8]}, {extractor['resize']}, "
+            f"against {reference['name']}{images}"
         )
-        for name, judge in p["judges"].items()
-    )
     return (
-        f"{p['num_samples']:,} samples of {p['weights'].upper() if p['weights'] == 'ema' else 'raw'} weights, "
-        f"{SAMPLER_NAMES[p['sampler']]} {p['steps']} steps{eta}, {guided}, {p['labels']} labels, seeds from {p['seed']}, "
-        f"{p['dtype']}. {judged}."
+        f"{p['num_samples']:,} samples of {WEIGHTS[p['weights']]} weights, {SAMPLER_NAMES[p['sampler']]} {p['steps']} "
+        f"steps{eta}, {guided}, {p['labels']} labels, seeds from {p['seed']}, {p['dtype']}. {'; '.join(judged)}."
     )
 
 
-def fold_command(command: str) -> str:
-    """Break a long command into lines that can still be pasted."""
-    lines = textwrap.wrap(
-        command, 96, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-    )
-    return " \\\n".join(lines)
+def fold_commands(commands: Iterable[str]) -> str:
+    """Commands, one below the other; a long one is broken into lines that can still be pasted."""
+    fold = TextWrapper(96, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    return "\n".join(" \\\n".join(fold.wrap(command)) for command in commands)

@@ -5,7 +5,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,28 @@ class Heading:
 
     text: str
 
+    def html(self) -> str:
+        return f"<h2>{_text(self.text)}</h2>"
+
 
 @dataclass
 class Paragraph:
     """Running text; `words between backticks` are set as code, everything else is literal."""
 
     text: str
+
+    def html(self) -> str:
+        return f"<p>{_text(self.text)}</p>"
+
+
+@dataclass
+class Command:
+    """Preformatted text, such as the command that made the page."""
+
+    text: str
+
+    def html(self) -> str:
+        return f"<pre><code>{html.escape(self.text)}</code></pre>"
 
 
 @dataclass
@@ -35,6 +51,24 @@ class Figure:
 
     path: str | Path
     caption: str = ""
+
+    def html(self) -> str:
+        try:
+            data = Path(self.path).read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                kind, size = image.format, image.size
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read as a picture ({error})") from None
+        if kind != "PNG":
+            raise UserError(f"{self.path} is a {kind} file, a PNG is wanted")
+        # Our figures are drawn at twice the density of a page's pixel, to stay sharp when enlarged.
+        width, height = (math.ceil(side / 2) for side in size)
+        wide = ' class="wide"' if width > 760 else ""
+        return _captioned(
+            f'<div class="card"><img{wide} alt="{html.escape(self.caption or Path(self.path).stem)}" '
+            f'width="{width}" height="{height}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></div>',
+            self.caption,
+        )
 
 
 @dataclass
@@ -45,15 +79,27 @@ class Table:
     rows: Sequence[Sequence[str | int | float | None]]
     caption: str = ""
 
+    def html(self) -> str:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"row {list(row)} has {len(row)} cells, the header {len(self.header)}")
+        # A lone arrow at the end of a name ("fd ↓") does not go on a line of its own.
+        names = [re.sub(r" (?=\S$)", "\u00a0", name) for name in self.header]
+        numeric = [any(isinstance(row[i], int | float) for row in self.rows) for i in range(len(names))]
 
-@dataclass
-class Command:
-    """Preformatted text, such as the command that made the page."""
+        def line(tag: str, cells: Sequence[str | int | float | None]) -> str:
+            marks = [f'{tag} class="number"' if is_number else tag for is_number in numeric]
+            shown = zip(marks, map(_cell, cells), strict=True)
+            return f"<tr>{''.join(f'<{mark}>{_text(cell)}</{tag}>' for mark, cell in shown)}</tr>"
 
-    text: str
+        body = "\n".join(line("td", row) for row in self.rows)
+        return _captioned(
+            f'<div class="scroll"><table><thead>{line("th", names)}</thead><tbody>{body}</tbody></table></div>',
+            self.caption,
+        )
 
 
-Block = Heading | Paragraph | Figure | Table | Command
+Block = Heading | Paragraph | Command | Figure | Table
 
 # No script, no request: the reader's browser enforces what this file promises.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -105,12 +151,10 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Bl
     """
     body, headings = [], []
     for block in sections:
-        if type(block) not in RENDER:
-            raise ValueError(f"not a block of a page: {block!r}")
         if isinstance(block, Heading):
             body.append(f'<a id="s{len(headings)}"></a>')
             headings.append(block.text)
-        body.append(RENDER[type(block)](block))
+        body.append(block.html())
     links = "".join(f'<a href="#s{i}">{_text(heading)}</a>' for i, heading in enumerate(headings))
     nav = f"<nav>{links}</nav>" if len(headings) > 2 else ""
     page = f"""<!DOCTYPE html>
@@ -136,48 +180,9 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Bl
     return Path(path)
 
 
-def _figure(block: Figure) -> str:
-    try:
-        data = Path(block.path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            kind, (width, height) = image.format, image.size
-    except OSError as error:
-        raise UserError(f"{block.path} cannot be read as a picture ({error})") from None
-    if kind != "PNG":
-        raise UserError(f"{block.path} is a {kind} file, a PNG is wanted")
-    # Our figures are drawn at twice the density of a page's pixel, to stay sharp when enlarged.
-    width, height = math.ceil(width / 2), math.ceil(height / 2)
-    encoded = base64.b64encode(data).decode()
-    wide = ' class="wide"' if width > 760 else ""
-    caption = f"<figcaption>{_text(block.caption)}</figcaption>" if block.caption else ""
-    return (
-        f'<figure><div class="card"><img{wide} alt="{html.escape(block.caption or Path(block.path).stem)}" '
-        f'width="{width}" height="{height}" src="data:image/png;base64,{encoded}"></div>'
-        f"{caption}</figure>"
-    )
-
-
-def _table(block: Table) -> str:
-    for row in block.rows:
-        if len(row) != len(block.header):
-            raise ValueError(f"row {list(row)} has {len(row)} cells, the header {len(block.header)}")
-    numeric = [any(isinstance(row[i], int | float) for row in block.rows) for i in range(len(block.header))]
-    side = [' class="number"' if is_number else "" for is_number in numeric]
-    # A lone arrow at the end of a name ("fd ↓") does not go on a line of its own.
-    names = [re.sub(r" (?=\S$)", "\u00a0", name) for name in block.header]
-    head = "".join(f"<th{c}>{_text(name)}</th>" for c, name in zip(side, names, strict=True))
-    rows = "\n".join(
-        "<tr>"
-        + "".join(f"<td{c}>{_text(_cell(cell))}</td>" for c, cell in zip(side, row, strict=True))
-        + "</tr>"
-        for row in block.rows
-    )
-    caption = f"<figcaption>{_text(block.caption)}</figcaption>" if block.caption else ""
-    return (
-        f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-        f"{caption}</figure>"
-    )
+def _captioned(content: str, caption: str) -> str:
+    below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    return f"<figure>{content}{below}</figure>"
 
 
 def _cell(value: str | int | float | None) -> str:
@@ -188,12 +193,3 @@ def _cell(value: str | int | float | None) -> str:
 
 def _text(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-
-
-RENDER: dict[type, Callable[..., str]] = {
-    Heading: lambda block: f"<h2>{_text(block.text)}</h2>",
-    Paragraph: lambda block: f"<p>{_text(block.text)}</p>",
-    Figure: _figure,
-    Table: _table,
-    Command: lambda block: f"<pre><code>{html.escape(block.text)}</code></pre>",
-}

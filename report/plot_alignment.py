@@ -1,5 +1,6 @@
 """The figures of `align`: joint embeddings of projected tokens and the teacher's, and metrics against the timestep."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
@@ -8,10 +9,11 @@ import numpy as np
 
 from metrics.embedding import Panel
 from metrics.similarity_rows import value_of
-from report.plot_style import CLASS_COLOURS, plain, pyplot, run_style, save_figure
+from report.plot_style import CLASS_COLOURS, legend_below, plain, pyplot, run_style, save_figure
 
 KINDS = {"raw": "as they are", "centred": "each side centred by itself"}
 METRICS = {"cknna": "CKNNA", "cca": "held-out CCA"}
+INK = "#333333"  # of what stands for all colours in a legend
 MODELS = {"run": "-", "base": "--"}
 
 
@@ -34,58 +36,34 @@ def plot_embedding(
             f"{len(sources)} sources with {len(classes)} classes: 1 or more with 1 to 10 are wanted"
         )
     colour = dict(zip(classes, CLASS_COLOURS, strict=False))
-    figure, grid = plt.subplots(
-        len(KINDS),
-        len(sources),
-        figsize=(max(3.7 * len(sources), 6.4), 8.9),
-        squeeze=False,
-        layout="constrained",
-    )
+    shape, size = (len(KINDS), len(sources)), (max(3.7 * len(sources), 6.4), 8.9)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    content = {}
     for column, (name, panels) in enumerate(sources.items()):
+        content[name] = {}
         for row, (kind, subtitle) in enumerate(KINDS.items()):
             axes, panel = grid[row, column], panels[kind]
+            numbers = caption(panel.numbers)
             _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
             axes.set_title(f"{fill(name, 44)}\n{subtitle}" if row == 0 else subtitle, fontsize=10)
-            axes.set_xlabel(caption(panel.numbers), fontsize=8.5, linespacing=1.35)
-    dot = {"linestyle": "", "markersize": 6}
-    handles = [
-        plt.Line2D([], [], marker="o", markerfacecolor="none", color="#333333", label="teacher", **dot),
-        plt.Line2D([], [], marker="x", color="#333333", label="U-Net, projected", **dot),
-    ]
-    handles += [
-        plt.Line2D(
-            [],
-            [],
-            marker="s",
-            color=colour[c],
-            label=shorten(class_names.get(c, str(c)), 20, placeholder=" …"),
-            **dot,
-        )
-        for c in classes
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(3, 2 * len(sources)),
-        frameon=False,
-        fontsize=9,
-        handletextpad=0.2,
-    )
-    lines = [fill(line, 42 * max(len(sources), 2)) for line in title.splitlines()]
-    figure.suptitle("\n".join(lines) or None, fontsize=11)
-    content = {
-        name: {
-            kind: {
+            axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
+            content[name][kind] = {
                 "projected": plain(panel.projected),
                 "teacher": plain(panel.teacher),
                 "classes": [int(c) for c in panel.classes],
                 "numbers": dict(panel.numbers),
-                "caption": caption(panel.numbers).replace("\n", "; "),
+                "caption": numbers.replace("\n", "; "),
             }
-            for kind, panel in panels.items()
-        }
-        for name, panels in sources.items()
-    }
+    looks = [
+        {"marker": "o", "markerfacecolor": "none", "color": INK, "label": "teacher"},
+        {"marker": "x", "color": INK, "label": "U-Net, projected"},
+    ]
+    for c in classes:
+        name = shorten(class_names.get(c, str(c)), 20, placeholder=" …")
+        looks.append({"marker": "s", "color": colour[c], "label": name})
+    handles = [plt.Line2D([], [], linestyle="", markersize=6, **look) for look in looks]
+    legend_below(figure, handles, max(3, 2 * len(sources)), handletextpad=0.2)
+    figure.suptitle("\n".join(fill(line, 42 * max(len(sources), 2)) for line in title.splitlines()))
     save_figure(figure, path, {"title": title, "sources": content})
 
 
@@ -107,70 +85,45 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
     """
     plt = pyplot()
     models = [model for model in MODELS if any(row["model"] == model for row in result["rows"])]
+    tones = {tap: run_style(i) for i, tap in enumerate(result["taps"])}
     figure, grid = plt.subplots(1, len(METRICS), figsize=(8.6, 4.1), layout="constrained")
-    drawn = {}
+    drawn = {metric: {model: {tap: {} for tap in tones} for model in models} for metric in METRICS}
     for axes, (metric, name) in zip(grid, METRICS.items(), strict=True):
-        for model in models:
-            for place, tap in enumerate(result["taps"]):
-                style = run_style(place)
-                for which in ("null", "value"):
-                    values = _series(result, metric, which, model, tap)
-                    drawn.setdefault(metric, {}).setdefault(model, {}).setdefault(tap, {})[which] = plain(
-                        values
-                    )
-                    null = which == "null"
-                    axes.plot(
-                        result["timesteps"],
-                        values,
-                        color=style["color"],
-                        linestyle=":" if null else MODELS[model],
-                        linewidth=1.1 if null else 1.9,
-                        alpha=0.35 if null else 1.0,
-                        marker=None if null and len(values) > 1 else style["marker"],
-                        markersize=5,
-                        markerfacecolor=style["color"] if model == "run" else "white",
-                        zorder=1.5 if null else 3,
-                    )
+        for model, tap, which in itertools.product(models, tones, ("null", "value")):
+            where = {"model": model, "tap": tap}
+            values = [value_of(result, metric, which, timestep=t, **where) for t in result["timesteps"]]
+            values = np.array(values, np.float64)  # (timesteps,); None, which is not defined, becomes NaN
+            drawn[metric][model][tap][which] = plain(values)
+            look = tones[tap] | {"markersize": 5, "markerfacecolor": "white"}
+            if model == "run":
+                look["markerfacecolor"] = look["color"]
+            if which == "value":
+                look |= {"linestyle": MODELS[model], "linewidth": 1.9, "zorder": 3}
+            else:
+                look |= {"linestyle": ":", "linewidth": 1.1, "zorder": 1.5, "alpha": 0.35}
+                look["marker"] = look["marker"] if len(values) == 1 else None
+            axes.plot(result["timesteps"], values, **look)
         axes.set(title=name, xlabel="timestep (0 = clean, 999 = noise)", xlim=(-30, 1029))
         axes.set_xticks(result["timesteps"])
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     grid[0].set_ylabel("alignment with the teacher")
-    line = {"color": "#333333", "linewidth": 1.9}
-    handles = [
-        plt.Line2D(
-            [], [], color=run_style(i)["color"], marker=run_style(i)["marker"], linewidth=1.9, label=tap
-        )
-        for i, tap in enumerate(result["taps"])
-    ]
+    looks = [tone | {"linestyle": "-", "label": tap} for tap, tone in tones.items()]
     labels = {"run": "run", "base": "bare base model"}
-    handles += [plt.Line2D([], [], linestyle=MODELS[model], label=labels[model], **line) for model in models]
-    handles.append(
-        plt.Line2D([], [], linestyle=":", color="#333333", alpha=0.5, linewidth=1.1, label="random pairs")
-    )
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(title or None, fontsize=11)
+    looks += [{"color": INK, "linestyle": MODELS[model], "label": labels[model]} for model in models]
+    null = {"color": INK, "linestyle": ":", "linewidth": 1.1, "alpha": 0.5, "label": "random pairs"}
+    handles = [plt.Line2D([], [], **{"linewidth": 1.9, **look}) for look in [*looks, null]]
+    legend_below(figure, handles, len(handles))
+    figure.suptitle(title)
     save_figure(figure, path, {"title": title, "timesteps": list(result["timesteps"]), "metrics": drawn})
 
 
 def _scatter(axes, name: str, panel: Panel, tones: Sequence[str]) -> None:
     shape = (len(panel.classes), 2)
-    if np.shape(panel.projected) != shape or np.shape(panel.teacher) != shape:
-        raise ValueError(
-            f"{name!r} needs projected and teacher of shape {shape}, got "
-            f"{np.shape(panel.projected)} and {np.shape(panel.teacher)}"
-        )
+    if not np.shape(panel.projected) == np.shape(panel.teacher) == shape:
+        raise ValueError(f"{name!r} needs projected and teacher of shape {shape}")
     axes.scatter(
         *np.transpose(panel.teacher), s=16, facecolors="none", edgecolors=tones, marker="o", linewidths=0.8
     )
     axes.scatter(*np.transpose(panel.projected), s=16, c=tones, marker="x", linewidths=1.0)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="#bbbbbb")
-
-
-def _series(result: Mapping, metric: str, which: str, model: str, tap: str) -> np.ndarray:
-    """(timesteps,) with NaN for what is not defined."""
-    values = [
-        value_of(result, metric, which, model=model, tap=tap, timestep=timestep)
-        for timestep in result["timesteps"]
-    ]
-    return np.array(values, np.float64)  # None becomes NaN

@@ -12,110 +12,106 @@ from report.plot_style import DPI, pyplot, save_figure
 
 WIDEST = 2600  # px of a row of grids
 CELL_GAP = 8  # px between cells
+COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
 def plot_sample_grids(
-    path: str | Path,
-    grids: Mapping[str, np.ndarray],
-    columns: int,
-    column_labels: Sequence[str] | None = None,
-) -> None:
+    path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]
+) -> Path:
     """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images
-    beyond 256 px are reduced. `column_labels` (one per column) stand above the columns of every grid.
+    beyond 256 px are reduced. `column_labels`, one for each column, stand above the columns of every grid.
     """
-    plt = pyplot()
-    if not grids or columns < 1:
+    columns = len(column_labels)
+    if not grids or not columns:
         raise ValueError("at least one grid and one column are needed")
-    if len({images.shape for images in grids.values()}) != 1:
-        raise ValueError(
-            f"grids differ in shape: { {label: images.shape for label, images in grids.items()} }"
-        )
-    if column_labels is not None and len(column_labels) != columns:
-        raise ValueError(f"{len(column_labels)} column labels for {columns} columns")
+    shapes = {label: images.shape for label, images in grids.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"grids differ in shape: {shapes}")
     # Two grids stand side by side at least, so their cells shrink (but not below 64 px) to make room.
-    largest = max(64, min(128, WIDEST // min(len(grids), 2) // columns - 2 * CELL_GAP))
-    canvases = {label: _canvas(images, columns, largest) for label, images in grids.items()}
+    canvases = {
+        label: _canvas(images, columns, WIDEST // min(len(grids), 2)) for label, images in grids.items()
+    }
     height, width = next(iter(canvases.values())).shape[:2]
     cell = width / columns
-    gap, top = 48, 84 if column_labels is None else 84 + 26
+    gap, top = 48, 110
     per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
-    full_w, full_h = per_row * (width + gap) + gap, rows * (height + top) + gap
-    figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
+    sheet = _Sheet(per_row * (width + gap) + gap, rows * (height + top) + gap)
     for i, (label, canvas) in enumerate(canvases.items()):
         left, y = gap + (i % per_row) * (width + gap), (i // per_row) * (height + top) + top
-        axes = figure.add_axes((left / full_w, 1 - (y + height) / full_h, width / full_w, height / full_h))
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        figure.text(
-            left / full_w, 1 - (y - top + 28) / full_h, label, fontsize=11, fontweight="bold", va="top"
-        )
-        for column, name in enumerate(column_labels or ()):
-            figure.text(
-                (left + (column + 0.5) * cell) / full_w,
-                1 - (y - 8) / full_h,
-                name,
-                fontsize=8.5,
-                ha="center",
-                va="bottom",
-            )
+        sheet.picture(left, y, canvas)
+        sheet.text(left, y - top + 28, label, fontsize=11, fontweight="bold", va="top")
+        for column, name in enumerate(column_labels):
+            sheet.text(left + (column + 0.5) * cell, y - 8, name, **COLUMN_LABEL)
     facts = {
         label: {"shape": list(images.shape), "sha256": _digest(images)} for label, images in grids.items()
     }
-    save_figure(figure, path, {"runs": facts, "columns": columns, "column_labels": list(column_labels or [])})
+    data = {"runs": facts, "columns": columns, "column_labels": list(column_labels)}
+    return save_figure(sheet.figure, path, data)
 
 
 def plot_rows(
     path: str | Path, rows: Mapping[str, Sequence[np.ndarray | None]], columns: Sequence[str], note: str = ""
-) -> None:
+) -> Path:
     """Draw {row label: images (H, W, 3) uint8} under column labels; a cell that is None stays white."""
-    plt = pyplot()
     shapes = {image.shape for images in rows.values() for image in images if image is not None}
     if len(shapes) != 1 or any(len(images) != len(columns) for images in rows.values()):
         raise ValueError(
             f"rows need images of one size, one for each of {len(columns)} columns; sizes: {shapes}"
         )
-    (shape,) = shapes
-    blank = np.full(shape, 255, np.uint8)
-    largest = max(64, min(128, WIDEST // len(columns) - 2 * CELL_GAP))
+    blank = np.full(*shapes, 255, np.uint8)
     canvases = [
-        _canvas(np.stack([blank if image is None else image for image in images]), len(columns), largest)
+        _canvas(np.stack([blank if image is None else image for image in images]), len(columns), WIDEST)
         for images in rows.values()
     ]
     height, width = canvases[0].shape[:2]
     longest = max(len(line) for label in rows for line in label.split("\n"))
     left, top, bottom = 40 + 15 * longest, 70, 70 if note else 24
-    full_w, full_h = left + max(width, 13 * len(note)) + 24, top + height * len(rows) + bottom
-    figure = plt.figure(figsize=(full_w / DPI, full_h / DPI))
+    sheet = _Sheet(left + max(width, 13 * len(note)) + 24, top + height * len(rows) + bottom)
     for i, (label, canvas) in enumerate(zip(rows, canvases, strict=True)):
         y = top + i * height
-        axes = figure.add_axes((left / full_w, 1 - (y + height) / full_h, width / full_w, height / full_h))
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        middle = 1 - (y + (height - CELL_GAP) / 2) / full_h
-        figure.text((left - 16) / full_w, middle, label, fontsize=9, ha="right", va="center")
+        sheet.picture(left, y, canvas)
+        sheet.text(left - 16, y + (height - CELL_GAP) / 2, label, fontsize=9, ha="right", va="center")
     cell = width / len(columns)
     for column, name in enumerate(columns):
-        x = (left + column * cell + (cell - CELL_GAP) / 2) / full_w
-        figure.text(x, 1 - (top - 12) / full_h, name, fontsize=8.5, ha="center", va="bottom")
-    figure.text(left / full_w, 22 / full_h, note, fontsize=8, color="#555555", va="bottom")
-    facts = {
-        label: [None if image is None else _digest(image) for image in images]
-        for label, images in rows.items()
-    }
-    save_figure(figure, path, {"rows": facts, "columns": list(columns), "note": note})
+        sheet.text(left + column * cell + (cell - CELL_GAP) / 2, top - 12, name, **COLUMN_LABEL)
+    sheet.text(left, sheet.height - 22, note, fontsize=8, color="#555555", va="bottom")
+    facts = {label: [None if i is None else _digest(i) for i in images] for label, images in rows.items()}
+    return save_figure(sheet.figure, path, {"rows": facts, "columns": list(columns), "note": note})
+
+
+class _Sheet:
+    """A figure of whole pixels, on which places are px from the left and from the top."""
+
+    def __init__(self, width: int, height: int):
+        self.width, self.height = width, height
+        self.figure = pyplot().figure(figsize=(width / DPI, height / DPI))
+
+    def picture(self, x: float, y: float, canvas: np.ndarray) -> None:
+        """Show a canvas (H, W, 3), pixel by pixel, with its upper left corner here."""
+        h, w = canvas.shape[0] / self.height, canvas.shape[1] / self.width
+        axes = self.figure.add_axes((x / self.width, 1 - (y + canvas.shape[0]) / self.height, w, h))
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+    def text(self, x: float, y: float, text: str, **look) -> None:
+        self.figure.text(x / self.width, 1 - y / self.height, text, **look)
 
 
 def _digest(images: np.ndarray) -> str:
     return hashlib.sha256(images.tobytes()).hexdigest()
 
 
-def _canvas(images: np.ndarray, columns: int, largest: int) -> np.ndarray:
-    """(N, H, W, 3) -> one white picture of N cells in `columns` columns, each about `largest` px or, of photographs, 256."""
+def _canvas(images: np.ndarray, columns: int, widest: int) -> np.ndarray:
+    """(N, H, W, 3) -> one white picture of N cells in `columns` columns that share `widest` px.
+
+    A cell has 64 to 128 px, or 256 of photographs.
+    """
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    largest = max(64, min(128, widest // columns - 2 * CELL_GAP))
     longest = max(images.shape[1:3])
     if longest <= 256:
         factor = max(1, largest // longest)

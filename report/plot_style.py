@@ -16,20 +16,8 @@ DPI = 200  # twice the density of a page's 100 px per inch
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
 # Ten classes; a class is a colour in the t-SNE figure, where runs are panels.
-CLASS_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#332288",
-    "#882255",
-    "#999933",
-    "#666666",
-)
+CLASS_COLOURS = (*COLOURS[:4], "#E69F00", "#56B4E9", "#332288", "#882255", "#999933", "#666666")
 
 STYLE = {
     "font.size": 10,
@@ -41,19 +29,29 @@ STYLE = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
     "figure.dpi": DPI,
+    "figure.titlesize": 11,
     "savefig.facecolor": "white",
 }
 
 
 def run_style(index: int) -> dict:
-    """Colour, line style, marker and hatch of run number `index`, the same in every figure."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": LINES[index % len(LINES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "hatch": HATCHES[index % len(HATCHES)],
-    }
+    """Colour, line style and marker of run number `index`, the same in every figure."""
+    looks = {"color": COLOURS, "linestyle": LINES, "marker": MARKERS}
+    return {name: values[index % len(values)] for name, values in looks.items()}
+
+
+def run_styles(runs: Iterable[str], run_order: Sequence[str] | None) -> dict[str, dict]:
+    """The style of each run. `run_order` lists all runs, so that a figure of some of them keeps their colours."""
+    runs = list(runs)
+    if not runs:
+        raise ValueError("no runs to draw")
+    order = runs if run_order is None else run_order
+    if set(runs) - set(order):
+        raise ValueError(f"run_order {order} lacks {sorted(set(runs) - set(order))}")
+    return {run: run_style(i) for i, run in enumerate(order) if run in runs}
 
 
 def pyplot():
@@ -66,8 +64,13 @@ def pyplot():
     return plt
 
 
-def save_figure(figure, path: str | Path, data: dict) -> None:
-    """Write the PNG and its JSON. The JSON is strict: a NaN is a null."""
+def legend_below(figure, handles: list, columns: int, **look) -> None:
+    """One legend for all panels, below them."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **look)
+
+
+def save_figure(figure, path: str | Path, data: dict) -> Path:
+    """Write the PNG, and beside it the JSON of its data, in which a NaN is an error; returns the PNG's path."""
     import matplotlib.pyplot as plt
 
     path = Path(path)
@@ -79,17 +82,7 @@ def save_figure(figure, path: str | Path, data: dict) -> None:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     write_atomically(path.with_suffix(".json"), text.encode())
     write_atomically(path, buffer.getvalue())
-
-
-def ordered(runs: Iterable[str], run_order: Sequence[str] | None) -> list[str]:
-    """All runs in the order that decides their colours."""
-    runs = list(runs)
-    if not runs:
-        raise ValueError("no runs to draw")
-    order = list(runs if run_order is None else run_order)
-    if set(runs) - set(order):
-        raise ValueError(f"run_order {order} lacks {sorted(set(runs) - set(order))}")
-    return order
+    return path
 
 
 def plain(values):

@@ -1,11 +1,11 @@
 """The page's section on alignment, from what `align` wrote of each run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metrics.similarity_rows import nearest_timestep, value_of
-from report.material import Material
-from report.page import Block, Command, Figure, Heading, Paragraph, Table
+from report.material import WEIGHTS, Material
+from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_panels
 
 # Metric of the mid-block's own features, and what the table calls it.
@@ -21,18 +21,15 @@ BEFORE_HEAD = {
     "rmsc": "RMSC",
 }
 AFTER_HEAD = {"cosine": "head's tokens: cosine", "cknna": "head's tokens: CKNNA"}
-ACROSS = {"cca": "CCA", "cka": "unbiased CKA", "cknna": "CKNNA"}  # drawn against the timestep for all runs
+ACROSS = ("cca", "cka", "cknna")  # drawn against the timestep for all runs
 ALIKE = (
-    "num_images",
-    "images_sha256",
-    "teacher_sha256",
-    "seed",
-    "timesteps",
-    "tap_grids",
-    "teacher_grid",
-    "prompt",
+    *("num_images", "images_sha256", "teacher_sha256", "seed"),
+    *("timesteps", "tap_grids", "teacher_grid", "prompt"),
 )
-BASE = "bare base model"
+LOSS = {
+    "run": "heldout_loss_diff",
+    "base": "heldout_loss_diff_base",
+}  # None where that model was not measured
 PICTURES = {
     "align_timesteps.png": "{name}: the same by timestep and tap; dashed: the bare base model; faint: pairs at random.",
     "align_tsne.png": "{name}: joint embedding of U-Net and teacher tokens, as they are and with each source centred. "
@@ -40,124 +37,101 @@ PICTURES = {
     "align_umap.png": "{name}: the same by UMAP.",
 }
 
+Column = tuple[str, Mapping, str]  # label, contents of align.json, and which of its models: run or base
 
-def alignment_section(material: Material) -> list[Block]:
+
+def alignment_section(material: Material) -> Iterator[Block]:
     """Table, conditions and pictures of the runs that were measured, and the command for those that were not."""
     runs = material.runs
     measured = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
-    blocks: list[Block] = [Heading("Alignment on held-out images")]
-    missing = [name for name, run in runs.items() if run.alignment is None and not run.is_base]
-    if missing:
-        blocks.append(Paragraph(f"Not measured: {', '.join(missing)} (`python evaluate_sd15.py align RUN`)."))
+    if missing := [name for name, run in runs.items() if run.alignment is None and not run.is_base]:
+        yield Paragraph(f"Not measured: {', '.join(missing)} (`python evaluate_sd15.py align RUN`).")
     if not measured:
-        return blocks
-    first = next(iter(measured.values()))
-    differing = [name for name, found in measured.items() if _conditions(found) != _conditions(first)]
-    if differing:
-        note = f"Measured under other conditions than {next(iter(measured))}, so not shown: {', '.join(differing)}."
-        blocks.append(Paragraph(note))
-    alike = {name: found for name, found in measured.items() if name not in differing}
+        return
+    reference, first = next(iter(measured.items()))
+    alike = {name: found for name, found in measured.items() if _conditions(found) == _conditions(first)}
+    if differing := [name for name in measured if name not in alike]:
+        yield Paragraph(
+            f"Measured under other conditions than {reference}, so not shown: {', '.join(differing)}."
+        )
     timestep = nearest_timestep(first["timesteps"])
+    columns = _columns(alike)
     h, w = first["tap_grids"]["mid"]
-    blocks += [
-        _table(alike, timestep),
-        Paragraph(
-            f"Mid-block at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
-            f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
-            f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
-            "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
-            f"similarity) and CDS (its fall with distance) shuffled positions. CCA: {first['cca_k']} principal components a "
-            f"side, each position's mean removed. CKNNA: one vector an image, {first['cknna_k']} neighbours among "
-            f"{first['num_images']}; it depends on both numbers. RMSC is the contrast within an image. A dash: not defined on "
-            "so small a grid, or the run has no head. The pictures of tokens below carry numbers of what they show, of the "
-            "test half and of mapped tokens."
-        ),
-        Command("\n".join(dict.fromkeys(found["command"] for found in alike.values()))),
-        _across(alike, material.folder),
+    yield _table(columns, first["teacher"]["mid"], timestep)
+    yield Paragraph(
+        f"Mid-block at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
+        f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
+        f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
+        "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
+        f"similarity) and CDS (its fall with distance) shuffled positions. CCA: {first['cca_k']} principal components a "
+        f"side, each position's mean removed. CKNNA: one vector an image, {first['cknna_k']} neighbours among "
+        f"{first['num_images']}; it depends on both numbers. RMSC is the contrast within an image. A dash: not defined on "
+        "so small a grid, or the run has no head. The pictures of tokens below carry numbers of what they show, of the "
+        "test half and of mapped tokens."
+    )
+    yield Command("\n".join(dict.fromkeys(found["command"] for found in alike.values())))
+    yield Figure(
+        _across(material.folder / "align_runs.png", columns, first["timesteps"]),
+        "The mid-block of all runs against the timestep at which it is read.",
+    )
+    for name in alike:
+        for path in runs[name].figures:
+            yield Figure(path, PICTURES[path.name].format(name=name))
+
+
+def _conditions(found: Mapping) -> list[str]:
+    return [str(found.get(key)) for key in ALIKE]
+
+
+def _columns(measured: Mapping[str, Mapping]) -> list[Column]:
+    """The runs that were measured, and the bare base model as the first result has it that has it."""
+    runs = [(name, found, "run") for name, found in measured.items() if found[LOSS["run"]] is not None]
+    bases = [
+        ("bare base model", found, "base") for found in measured.values() if found[LOSS["base"]] is not None
     ]
-    for name, run in runs.items():
-        if name not in alike:
-            continue
-        blocks += [
-            Figure(path, PICTURES[path.name].format(name=name))
-            for path in run.figures
-            if path.name in PICTURES
-        ]
-    return blocks
+    return runs + bases[:1]
 
 
-def _across(measured: Mapping[str, Mapping], folder: Path) -> Figure:
-    """Figure of the mid-block's metrics of all runs and of the bare base model, against the timestep."""
-    timesteps = next(iter(measured.values()))["timesteps"]
-    trained, base = _trained_and_base(measured)
-    lines = [(name, found, "run") for name, found in trained.items()]
-    lines += [] if base is None else [(BASE, base, "base")]
-    panels = {
-        f"mid-block {title}": {
-            name: {
+def _across(file: Path, columns: Sequence[Column], timesteps: Sequence[int]) -> Path:
+    """Draw the mid-block's metrics of all columns against the timestep."""
+    panels = {}
+    for metric in ACROSS:
+        panels[f"mid-block {BEFORE_HEAD[metric]}"] = {
+            label: {
                 "steps": timesteps,
                 "values": [value_of(found, metric, model=model, timestep=t) for t in timesteps],
                 "errors": [None] * len(timesteps),
             }
-            for name, found, model in lines
+            for label, found, model in columns
         }
-        for metric, title in ACROSS.items()
-    }
-    file = folder / "align_runs.png"
-    plot_panels(file, panels, xlabel="timestep (0 = clean, 999 = noise)")
-    return Figure(file, "The mid-block of all runs against the timestep at which it is read.")
+    return plot_panels(file, panels, xlabel="timestep (0 = clean, 999 = noise)")
 
 
-def _trained_and_base(measured: Mapping[str, Mapping]) -> tuple[dict[str, Mapping], Mapping | None]:
-    """The results that have a run, by its label, and the first result that has the bare base model."""
-    trained = {name: found for name, found in measured.items() if found["heldout_loss_diff"] is not None}
-    base = next((found for found in measured.values() if found["heldout_loss_diff_base"] is not None), None)
-    return trained, base
-
-
-def _conditions(found: Mapping) -> tuple:
-    return tuple(str(found.get(key)) for key in ALIKE)
-
-
-def _table(measured: Mapping[str, Mapping], timestep: int) -> Table:
+def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
     """A table with a row for each metric, and a column for each run, for the bare base model, and for the teacher itself."""
-    trained, base = _trained_and_base(measured)
-    columns = [*trained, *([BASE] if base else []), "teacher"]
     rows = []
     for features, metrics in (("tap", BEFORE_HEAD), ("head", AFTER_HEAD)):
         for metric, title in metrics.items():
             cells = [
-                _cell(found, metric, model="run", timestep=timestep, features=features)
-                for found in trained.values()
+                _cell(found, metric, model=model, timestep=timestep, features=features)
+                for _, found, model in columns
             ]
-            if base:
-                cells.append(_cell(base, metric, model="base", timestep=timestep, features=features))
-            own = next(iter(measured.values()))["teacher"]["mid"].get(metric) if features == "tap" else None
-            cells.append(None if own is None or own["value"] is None else own["value"])
+            cells.append(teacher[metric]["value"] if features == "tap" and metric in teacher else None)
             if any(cell is not None for cell in cells):
                 rows.append([title, *cells])
-    losses = [found["heldout_loss_diff"] for found in trained.values()]
-    losses += [base["heldout_loss_diff_base"]] if base else []
-    rows.append(["held-out diffusion loss ↓", *(f"{loss:.4f}" for loss in losses), None])
     rows.append(
-        [
-            "optimiser steps",
-            *(f"{found['step']:,}" for found in trained.values()),
-            *(["0"] if base else []),
-            None,
-        ]
+        ["held-out diffusion loss ↓", *(f"{found[LOSS[model]]:.4f}" for _, found, model in columns), None]
     )
-    weights = {"ema": "EMA", "raw": "raw"}
-    kinds = [weights.get(found["weights"], found["weights"]) for found in trained.values()]
-    rows.append(["weights", *kinds, *(["base"] if base else []), None])
-    shown = [i for i in range(len(columns)) if any(row[i + 1] is not None for row in rows)]
-    return Table(
-        ["mid-block", *(columns[i] for i in shown)], [[row[0], *(row[i + 1] for i in shown)] for row in rows]
-    )
+    steps = [f"{found['step']:,}" if model == "run" else "0" for _, found, model in columns]
+    kinds = [WEIGHTS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
+    rows += [["optimiser steps", *steps, None], ["weights", *kinds, None]]
+    header = ["mid-block", *(label for label, _, _ in columns), "teacher"]
+    shown = [i for i in range(len(header)) if any(row[i] is not None for row in rows)]
+    return Table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def _cell(found: Mapping, metric: str, **row) -> str | None:
-    value, null = (value_of(found, metric, which, tap="mid", **row) for which in ("value", "null"))
+    value, null = (value_of(found, metric, which, **row) for which in ("value", "null"))
     if value is None:
         return None
     return f"{value:.3f}" if null is None else f"{value:.3f} ({null:.3f})"

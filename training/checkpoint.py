@@ -24,59 +24,43 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import write_json, written_whole
-from training.optimizer_state import flat_state, load_flat_state
+from training.optimizers import flat_state, load_flat_state
 
-TRAINED, EMA, OPTIMIZER, STATE = (
-    "trained.safetensors",
-    "ema.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+TRAINED, EMA, OPTIMIZER = "trained.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE = "state.json"
 WEIGHTS = {"ema": EMA, "raw": TRAINED}  # from the name that evaluation uses to the file
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    *,
-    parameters: dict[str, nn.Parameter],
-    optimizer,
-    ema,
-    extra,
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Write `folder/step-…` and return its path; delete old checkpoints.
+def save_checkpoint(folder: Path, training, extra: dict, *, keep: int, keep_every: int) -> None:
+    """Write `folder/step-…` from the step, parameters, optimizer and ema of a `TrainingState`; delete old checkpoints.
 
-    The newest `keep` checkpoints stay, and those at multiples of `keep_every`. `parameters` are the trained parameters by name,
-    in the order with which `ema` was built; `extra` is anything that JSON can hold. Raises `UserError` when the checkpoint
-    cannot be written; the earlier checkpoints are then untouched.
+    The newest `keep` checkpoints stay, and those at multiples of `keep_every`. `extra` is anything that JSON can hold. Raises
+    `UserError` when the checkpoint cannot be written; the earlier checkpoints are then untouched.
     """
+    step, parameters, ema = training.step, training.parameters, training.ema
     final = folder / f"step-{step:07d}"
-    moments, values = flat_state(optimizer, parameters)
-    state = {
-        "step": step,
-        "ema_step": ema.optimization_step,
-        "optimizer": values,
-        "extra": extra,
-    }
+    moments, values = flat_state(training.optimizer, parameters)
+    state = {"step": step, "ema_step": ema.optimization_step, "optimizer": values, "extra": extra}
     shutil.rmtree(final, ignore_errors=True)
     averages = dict(zip(parameters, ema.shadow_params, strict=True))
     try:
         with written_whole(final) as aside:
             for tensors, name in ((parameters, TRAINED), (averages, EMA), (moments, OPTIMIZER)):
-                save_file(_on_cpu(tensors), aside / name)
+                # Copies, because safetensors refuses tensors that share memory.
+                save_file(
+                    {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()},
+                    aside / name,
+                )
             files = {name: fingerprint(aside / name) for name in (TRAINED, EMA, OPTIMIZER)}
             write_json(aside / STATE, _sealed(state | {"files": files}))
     except (OSError, SafetensorError) as error:
-        reason = f"cannot write the checkpoint of step {step} ({error})"
         raise UserError(
-            f"{reason}: free some disk; the same command goes on from the checkpoint before"
+            f"cannot write the checkpoint of step {step} ({error}): free some disk; the same command goes on from the "
+            "checkpoint before"
         ) from None
     for old in checkpoints(folder)[:-keep]:
         if not (keep_every and step_of(old) % keep_every == 0):
             shutil.rmtree(old)
-    return final
 
 
 def fingerprint(file: Path) -> dict[str, int]:
@@ -96,7 +80,7 @@ def newest_whole(folder: Path) -> Path | None:
     without being asked, neither now nor when the command is repeated.
     """
     damaged: list[tuple[Path, _DamagedError]] = []
-    for path in sorted(filter(_is_named, folder.glob("step-*")), key=step_of, reverse=True):
+    for path in reversed(_step_folders(folder)):
         try:
             _verify(path)
         except _DamagedError as damage:
@@ -144,14 +128,12 @@ def _sealed(state: dict) -> dict:
     return bare | {"crc32": zlib.crc32(json.dumps(bare, sort_keys=True).encode())}
 
 
-def contents_of(path: Path) -> dict[str, dict[str, int]]:
-    """Return sizes and CRC-32 of a checkpoint's files from its state.json; raises `UserError` where that is damaged."""
-    return _check_whole(path, ())["files"]
-
-
-def images_per_step_of(path: Path) -> int:
-    """Return the number of images that each step before a checkpoint took."""
-    return _check_whole(path, ())["extra"]["data"]["images_per_step"]
+def state_of(path: Path, names: tuple[str, ...] = ()) -> dict:
+    """Return a checkpoint's state.json; raises `UserError` where that or one of the files `names` is damaged."""
+    try:
+        return _verify(path, names)
+    except (_DamagedError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): choose another checkpoint") from None
 
 
 def step_of(path: Path) -> int:
@@ -159,43 +141,35 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _is_named(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{7,}", path.name) is not None
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints of a folder, sorted by step."""
+    return [path for path in _step_folders(folder) if (path / STATE).exists()]
 
 
-@torch.no_grad()
-def restore_checkpoint(
-    path: Path, *, parameters: dict[str, nn.Parameter], optimizer, ema
-) -> tuple[int, dict]:
-    """Restore parameters, optimiser and moving average from an undamaged checkpoint; returns its step and `extra`."""
+def _step_folders(folder: Path) -> list[Path]:
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name))
+    return sorted(named, key=step_of)
+
+
+def restore_checkpoint(path: Path, training) -> dict:
+    """Restore step, parameters, optimizer and ema of a `TrainingState` from an undamaged checkpoint; returns its `extra`."""
     state = json.loads((path / STATE).read_bytes())
-    for name, value in _matching(path / TRAINED, parameters).items():
-        parameters[name].copy_(value)
-    for shadow, value in zip(ema.shadow_params, _matching(path / EMA, parameters).values(), strict=True):
-        shadow.copy_(value)
-    ema.optimization_step = state["ema_step"]
+    parameters, ema = training.parameters, training.ema
+    _copy_into(parameters, path / TRAINED)
+    _copy_into(dict(zip(parameters, ema.shadow_params, strict=True)), path / EMA)
     values = state.get("optimizer", {})  # checkpoints from before optim.name existed have none
-    load_flat_state(optimizer, parameters, _load(path / OPTIMIZER), values)
-    return state["step"], state["extra"]
+    load_flat_state(training.optimizer, parameters, _load(path / OPTIMIZER), values)
+    training.step, ema.optimization_step = state["step"], state["ema_step"]
+    return state["extra"]
 
 
-@torch.no_grad()
 def load_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
     """Copy a checkpoint's `trained.safetensors` or `ema.safetensors` into the parameters of the same names.
 
     Raises `UserError` where the file is damaged.
     """
-    _check_whole(file.parent, (file.name,))
-    for name, value in _matching(file, parameters).items():
-        parameters[name].copy_(value)
-
-
-def _check_whole(path: Path, names: tuple[str, ...]) -> dict:
-    """Call `_verify`, and raise its errors as `UserError`."""
-    try:
-        return _verify(path, names)
-    except (_DamagedError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): choose another checkpoint") from None
+    state_of(file.parent, (file.name,))
+    _copy_into(parameters, file)
 
 
 def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -216,18 +190,13 @@ def trained_file_of(source: Path) -> tuple[Path, dict[str, Tensor]]:
             f"{source} is no run, no checkpoint and no trained.safetensors: a new run cannot start from it"
         )
     if (file.parent / STATE).exists():  # a file that was copied elsewhere has no state.json
-        _check_whole(file.parent, (file.name,))
+        state_of(file.parent, (file.name,))
     return file, _load(file)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints of a folder, sorted by step."""
-    found = (path for path in folder.glob("step-*") if _is_named(path) and (path / STATE).exists())
-    return sorted(found, key=step_of)
-
-
-def _matching(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the file's tensors in the order of `parameters`; raises `UserError` unless names and shapes agree."""
+@torch.no_grad()
+def _copy_into(parameters: dict[str, Tensor], file: Path) -> None:
+    """Copy the tensors of a file into those of the same names; raises `UserError` unless names and shapes agree."""
     stored = _load(file)
     if any(name.startswith("unet.") for name in stored):
         raise UserError(
@@ -243,7 +212,8 @@ def _matching(file: Path, parameters: dict[str, nn.Parameter]) -> dict[str, Tens
             raise UserError(
                 f"{file}: {name} is {tuple(stored[name].shape)}, the model's is {tuple(parameter.shape)}"
             )
-    return {name: stored[name] for name in parameters}
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name])
 
 
 def _load(file: Path) -> dict[str, Tensor]:
@@ -251,8 +221,3 @@ def _load(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the CPU, because safetensors refuses tensors that share memory."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

@@ -67,14 +67,10 @@ class Guard:
         lines = []
         for step in sorted({report["step"] for report in reports}):
             parts = [report for report in reports if report["step"] == step]
-            blamed = [image for part in parts for image in part["broken"]]
-            lines.append(
-                {
-                    "step": step,
-                    "loss_finite": all(part["loss_finite"] for part in parts),
-                    "images": blamed or [image for part in parts for image in part["images"]],
-                }
-            )
+            images = [image for part in parts for image in part["images"]]
+            broken = [image for part in parts for image in part["broken"]]
+            finite = all(part["loss_finite"] for part in parts)
+            lines.append({"step": step, "loss_finite": finite, "images": broken or images})
         return lines
 
     def state_dict(self) -> dict[str, int]:

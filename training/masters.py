@@ -21,23 +21,18 @@ class Masters:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         own: dict[str, nn.Parameter] = model.trained_parameters()
-        self.dtype = dtype
         self.parameters = own
-        if dtype != torch.float32:
+        self._separate = dtype != torch.float32  # from the network's own weights
+        if self._separate:
             self.parameters = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items()}
             model.to(dtype)
         self._working = list(own.values())
         self._masters = list(self.parameters.values())
 
-    @property
-    def separate(self) -> bool:
-        """Whether the masters are separate from the network's own weights."""
-        return self.dtype != torch.float32
-
     @torch.no_grad()
     def collect(self) -> None:
         """Add the network's gradients to those of the masters, in fp32, and remove them from the network."""
-        if not self.separate:
+        if not self._separate:
             return
         fresh, added, onto = [], [], []
         for master, working in zip(self._masters, self._working, strict=True):
@@ -58,7 +53,7 @@ class Masters:
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters' values into the network."""
-        if self.separate:
+        if self._separate:
             torch._foreach_copy_(self._working, self._masters)
 
     @contextmanager

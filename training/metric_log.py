@@ -1,6 +1,7 @@
 """Log metrics and pictures of a training to the run folder, to TensorBoard and, if asked, to Weights & Biases."""
 
 import uuid
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from configs.loading import resolved_yaml
 from training.run_folder import RunFolder
 
 
-class MetricLog:
+class MetricLog(AbstractContextManager):
     """Writes the logs of a run, which a `with` closes. With `active=False`, on all ranks but the first, it writes nothing."""
 
     def __init__(self, run: RunFolder, step: int, *, active: bool):
@@ -21,9 +22,6 @@ class MetricLog:
         if active:
             self._board = SummaryWriter(run.path / "tensorboard", purge_step=step + 1)
             self._wandb = _join_wandb(run) if run.config.train.wandb else None
-
-    def __enter__(self) -> "MetricLog":
-        return self
 
     def __exit__(self, *_) -> None:
         if self._active:
@@ -58,14 +56,6 @@ class MetricLog:
             self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
 
-def _wandb_id(run: RunFolder) -> str:
-    """Return the run's id, created once and kept in its folder: a resumed run keeps it, and no other run has the same."""
-    file = run.path / "wandb_id"
-    if not file.exists():
-        write_atomically(file, uuid.uuid4().hex.encode())
-    return file.read_text()
-
-
 def _join_wandb(run: RunFolder):
     try:
         import wandb
@@ -73,10 +63,14 @@ def _join_wandb(run: RunFolder):
         raise UserError(
             "train.wandb needs Weights & Biases: pip install wandb, or leave train.wandb out"
         ) from None
+    # The id is made once and kept in the run's folder: a resumed run keeps it, and no other run has the same.
+    file = run.path / "wandb_id"
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex.encode())
     return wandb.init(
         project=run.config.train.wandb,
         name=run.name,
-        id=_wandb_id(run),
+        id=file.read_text(),
         dir=str(run.path),
         resume="allow",
         config={"yaml": resolved_yaml(run.config)},

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from cache.dataset import AlignedDataset
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
-from configs.sections import Align, Data, Model, Teacher
+from configs.sections import Align, Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
 from method.objective import Objective
 from method.paths import DiffusionPath
@@ -66,7 +67,7 @@ def build_parts(config: Config) -> Parts:
     family = family_for(config)
     aligned = config.align.coeff > 0
     dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
-    model = build_model(config, family).to(device).train()
+    model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None:
         start_from(config.model, model)
@@ -89,7 +90,7 @@ def build_parts(config: Config) -> Parts:
         family=family,
         model=model,
         masters=masters,
-        loss=build_objective(config.align, build_path(config, family)),
+        loss=build_objective(config.align, build_path(config.diffusion, family)),
         dataset=dataset,
         batches=batches,
         coefficient=build_coefficient(config.align, config.train.steps),
@@ -123,13 +124,13 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
     if dataset.tokens is None:
         return dataset
-    wanted = (teacher.grid**2, teacher.dim)
-    if dataset.tokens.spec.shape != wanted:
+    spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    if spec.shape != wanted:
         raise UserError(
-            f"{data.tokens} holds tokens {dataset.tokens.spec.shape}, the config's teacher makes {wanted}: "
-            "set teacher.dim and teacher.grid, or run script 3 with that teacher"
+            f"{data.tokens} holds tokens {spec.shape}, the config's teacher makes {wanted}: set teacher.dim and teacher.grid, "
+            "or run script 3 with that teacher"
         )
-    made_by = dataset.tokens.spec.source.get("model")
+    made_by = spec.source.get("model")
     if teacher.model not in (None, made_by):
         raise UserError(
             f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
@@ -158,20 +159,30 @@ def build_online_teacher(
     return OnlineTeacher(codec, encoder).to(device)
 
 
-def build_model(config: Config, family: Backbone, network: nn.Module | None = None) -> AlignedModel:
-    """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads."""
-    settings, taps = config.model, config.align.taps if config.align.coeff > 0 else ()
+def build_model(
+    settings: Model,
+    align: Align,
+    teacher: Teacher,
+    seed: int,
+    family: Backbone,
+    network: nn.Module | None = None,
+) -> AlignedModel:
+    """Build the base model's network (or take `network`), mark the trained weights and, unless λ is 0, add alignment heads.
+
+    `seed` draws the initial weights of LoRA and heads.
+    """
+    taps = align.taps if align.coeff > 0 else ()
     family.check_trained(taps, settings.train, settings.lora_targets)
     model = AlignedModel(
         family,
         family.load_network() if network is None else network,
         taps,
-        config.teacher.dim,
-        head=config.align.head,
-        head_hidden=config.align.head_hidden,
+        teacher.dim,
+        head=align.head,
+        head_hidden=align.head_hidden,
         train=settings.train,
         lora=family_lora(family, settings.lora_rank, settings.lora_alpha, settings.lora_targets),
-        seed=config.seed,
+        seed=seed,
     )
     if settings.gradient_checkpointing:
         model.backbone.enable_gradient_checkpointing()
@@ -183,90 +194,70 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
 
     Raises `UserError` where they do not fit.
     """
-    base = family.base
-    wanted = family.text_shapes(network)
-    found = {name: tuple(values.shape[1:]) for name, values in dataset.text.fields.items()}
-    if found.keys() != wanted.keys():
-        raise UserError(
-            f"{data.text} holds the text fields {', '.join(found)}, {base} reads {', '.join(wanted)}: run script 4 with "
-            f"--base {base}"
+    base, noun = family.base, family.noun
+    reads = {name: shape[-1] for name, shape in family.text_shapes(network).items()}
+    held = {name: values.shape[-1] for name, values in dataset.text.fields.items()}
+    if held.keys() != reads.keys():
+        refuse(
+            f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base
         )
-    for name, shape in wanted.items():
-        if found[name][-1] != shape[-1]:
-            raise UserError(
-                f"{data.text} holds text of width {found[name][-1]}, the {family.noun} of {base} reads {shape[-1]}: run "
-                f"script 4 with --base {base}"
+    for name, width in reads.items():
+        if held[name] != width:
+            refuse(
+                f"{data.text} holds text of width {held[name]}, the {noun} of {base} reads {width}", 4, base
             )
-    channels, wanted_channels = dataset.latent_shape[0], family.latent_shape(network)[0]
-    if channels != wanted_channels:
-        raise UserError(
-            f"{data.latents} has {channels} channels, the {family.noun} of {base} reads {wanted_channels}: run script 2 "
-            f"with --base {base}"
-        )
-    check_same_weights(family, "vae", dataset.latents.spec.source, 2)
-    check_same_weights(family, "text_encoder", dataset.text_manifest["source"], 4)
+    channels, wanted = dataset.latent_shape[0], family.latent_shape(network)[0]
+    if channels != wanted:
+        refuse(f"{data.latents} has {channels} channels, the {noun} of {base} reads {wanted}", 2, base)
+    latents, text = dataset.latents.spec.source, dataset.text_manifest["source"]
+    for part, source, script in (("vae", latents, 2), ("text_encoder", text, 4)):
+        # The weights are read only where the names differ: a fine-tune often shares its VAE and text encoder with its base.
+        made_by = source.get("model", base)
+        if made_by != base and weights_digest(family.load(part)) != source["weights_sha256"]:
+            refuse(
+                f"the cache was made with the {part} of {made_by}, which is not that of {base}", script, base
+            )
 
 
-def check_same_weights(family: Backbone, part: str, source: dict, script: int) -> None:
-    """Raise `UserError` where a field was made by another model whose weights differ from those of the base model.
-
-    The weights are read only where the names differ, since a fine-tune often shares its VAE and text encoder with its base.
-    """
-    base = family.base
-    if source.get("model", base) == base:
-        return
-    if weights_digest(family.load(part)) != source["weights_sha256"]:
-        raise UserError(
-            f"the cache was made with the {part} of {source['model']}, which is not that of {base}: run script {script} with "
-            f"--base {base}"
-        )
+def refuse(reason: str, script: int, base: str) -> NoReturn:
+    raise UserError(f"{reason}: run script {script} with --base {base}")
 
 
-def build_path(config: Config, family: Backbone) -> DiffusionPath:
+def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
     """Build the path from data to noise, with the base model's noise schedule and with what its network outputs."""
-    return family.path(**config.diffusion.model_dump())
+    return family.path(**diffusion.model_dump())
 
 
 def build_objective(align: Align, path: DiffusionPath) -> Objective:
     """Build the training objective on a path from data to noise."""
-    names = ("manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm")
-    return Objective(path, align_coeff=align.coeff, **{name: getattr(align, name) for name in names})
+    names = {"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
+    return Objective(path, align_coeff=align.coeff, **align.model_dump(include=names))
 
 
 def build_coefficient(align: Align, steps: int) -> Coefficient:
     """Build the function that gives λ at each step of the training."""
-    names = ("coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step")
-    schedule = CoefficientSchedule(**{name: getattr(align, name) for name in names}, total_steps=steps)
-    if align.similarity_threshold is None:
-        return Coefficient(schedule)
-    return Coefficient(
-        schedule,
-        SimilarityCutoff(
+    names = {"coeff", "schedule", "warmup_steps", "decay_steps", "coeff_end", "power", "cutoff_step"}
+    cutoff = None
+    if align.similarity_threshold is not None:
+        cutoff = SimilarityCutoff(
             align.similarity_threshold,
             ema_decay=align.similarity_ema_decay,
             mode=align.threshold_mode,
             every=align.similarity_every,
-        ),
-    )
+        )
+    return Coefficient(CoefficientSchedule(**align.model_dump(include=names), total_steps=steps), cutoff)
 
 
 def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:
     """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
     config = run.config
-    family = family_for(config)
-    model = build_model(config, family) if weights != "base" else bare_model(config, family)
+    settings, align = config.model, config.align
+    if weights == "base":  # without LoRA and without heads
+        settings, align = settings.model_copy(update={"train": "full"}), align.model_copy(update={"coeff": 0})
+    model = build_model(settings, align, config.teacher, config.seed, family_for(config))
     if weights != "base":
         load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
     return model.to(device).eval().requires_grad_(False)
-
-
-def bare_model(config: Config, family: Backbone) -> AlignedModel:
-    """Build the base model as it was before any training, without LoRA and without heads."""
-    plain = {
-        "model": config.model.model_copy(update={"train": "full"}),
-        "align": config.align.model_copy(update={"coeff": 0}),
-    }
-    return build_model(config.model_copy(update=plain), family)
 
 
 def output_of(config: Config) -> str:

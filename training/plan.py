@@ -1,23 +1,30 @@
-"""The plan: forecast the operations, memory, disk and time of a training before it starts, by counting on shapes."""
+"""The plan: forecast the operations, memory, disk and time of a training before it starts.
+
+Operations and memory are counted on the device "meta", from shapes only: nothing is computed and no weight is read. One
+multiply-add is two operations; norms, activations, softmax and resizing are not counted.
+"""
 
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
-from models.aligned import BACKBONE, AlignedModel
-from training.cost import StepCost, count_step, saved_bytes
+from models.aligned import AlignedModel
 from training.meter import PEAKS, peak_of
+from training.optimizers import OPTIMIZERS
 from training.parts import build_model, family_for
+from training.self_test import name_of, say
 
 SHARES = (0.3, 0.5)  # shares of a device's peak: 0.3 is usual, 0.5 very good
 PROMPTS = 1001  # one prompt for each class of ImageNet, and the null prompt
@@ -41,15 +48,11 @@ def print_plan(config: Config) -> None:
     if not known:
         say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
     plan_parameters(config, model)
-    say(
-        "step",
-        f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({cost.forward / 1e9:.3g} forward and "
-        f"{cost.backward / 1e9:.3g} backward GFLOP an image)",
-    )
+    each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
+    say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
     plan_parts(cost, model)
-    plan_memory(
-        config, model, dtype, saved_bytes(partial(forward_of(model, shape), 1), list(model.parameters()))
-    )
+    saved = saved_bytes(lambda: forward_of(model, shape)(1), list(model.parameters()))
+    plan_memory(config, model, dtype, saved)
     plan_disk(config, model)
     plan_time(config, cost, device, images, plan_cache(config, shape))
 
@@ -59,7 +62,8 @@ def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, b
     family = family_for(config)
     network, known = family.network_of_shapes(local=config.model.base == family.default_base)
     with torch.device("meta"):
-        return build_model(config, family, network).to(dtype).train(), known
+        model = build_model(config.model, config.align, config.teacher, config.seed, family, network)
+        return model.to(dtype).train(), known
 
 
 def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
@@ -83,6 +87,66 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], T
     return forward
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """Operations per image: of forward, of backward, and of forward by the name of each module inside the network."""
+
+    forward: float
+    backward: float
+    modules: dict[str, float]
+
+    @property
+    def flops(self) -> float:
+        return self.forward + self.backward
+
+
+def count_step(forward: Callable[[int], Tensor], batch: int = 1) -> StepCost:
+    """Count the operations of `forward(batch)`, which returns a loss, and of its backward; both run on the device "meta"."""
+    with FlopCounterMode(display=False) as there:
+        loss = forward(batch)
+    with FlopCounterMode(display=False) as back:
+        loss.backward()
+    modules = {
+        name.partition(".")[2]: sum(flops.values()) / batch for name, flops in there.get_flop_counts().items()
+    }
+    return StepCost(there.get_total_flops() / batch, back.get_total_flops() / batch, modules)
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Return the bytes that autograd keeps for backward, for a GPU's attention.
+
+    Each storage counts once, and the weights are left out.
+    """
+    known = {_storage(p) for p in parameters}
+    kept: dict[int, Tensor] = {}  # holds the tensors, because a freed storage could be reused
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(_storage(tensor), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FlashAttention():
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Use attention that keeps no N×N matrix; on the device "meta" PyTorch would choose the kernel that does."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        names = ("query", "key", "value")
+        query, key, value = (*args, *(kwargs[name] for name in names[len(args) :]))[:3]
+        if query.device.type != "meta":
+            return function(*args, **kwargs)
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def step_flops(config: Config) -> float:
     """Return the operations of one step on one process; the count takes a second, and is kept for each kind of model."""
     shape = shape_of_latents(config)
@@ -103,14 +167,11 @@ def shape_of_latents(config: Config) -> tuple[int, ...] | None:
 
 
 def plan_parameters(config: Config, model: AlignedModel) -> None:
-    trained = model.trained_parameters()
-    network = sum(p.numel() for name, p in trained.items() if name.startswith(BACKBONE))
+    network = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
     heads = sum(p.numel() for p in model.heads.parameters())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    say(
-        "weights",
-        f"{network:,} of the {model.family.noun} are trained ({config.model.train}), {heads:,} of heads, {frozen:,} are frozen",
-    )
+    trained = f"{network:,} of the {model.family.noun} are trained ({config.model.train})"
+    say("weights", f"{trained}, {heads:,} of heads, {frozen:,} are frozen")
 
 
 def plan_parts(cost: StepCost, model: AlignedModel) -> None:
@@ -128,7 +189,7 @@ def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: 
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
-    moments, average = 8 * trained, 4 * trained
+    moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
     rows = model.family.text_shapes(model.backbone).values()
     text = PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize
     saved *= config.data.batch_size
@@ -139,23 +200,24 @@ def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: 
         "memory",
         f"about {total / GB:.3g} GB on each device: {saved / GB:.3g} kept for backward, {weights / GB:.3g} weights, "
         f"{(own + gradients + moments + average) / GB:.3g} gradients, masters, AdamW and EMA, {text / GB:.3g} text "
-        f"({_name(dtype)}; without what kernels need in passing): {fits}",
+        f"({name_of(dtype)}; without what kernels need in passing): {fits}",
     )
 
 
 def plan_disk(config: Config, model: AlignedModel) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     train = config.train
-    one = 16 * trained  # weights, their moving average and two moments, in fp32
+    # weights and their moving average in fp32, and the optimiser's state
+    one = (4 + 4 + OPTIMIZERS[config.optim.name].state_bytes) * trained
     kept = min(train.keep_checkpoints + 1, -(-train.steps // train.checkpoint_every))
     if train.keep_every:
         kept += train.steps // train.keep_every
-    free = shutil.disk_usage(_existing(config.run)).free
+    run = config.run.absolute()
+    there = next(folder for folder in (run, *run.parents) if folder.exists())  # a new run has no folder yet
+    free = shutil.disk_usage(there).free
     warning = "" if kept * one < free else ": NOT ENOUGH"
-    say(
-        "checkpoints",
-        f"{one / GB:.2f} GB each, {kept * one / GB:.1f} GB at most; {free / GB:.0f} GB are free{warning}",
-    )
+    size = f"{one / GB:.2f} GB each, {kept * one / GB:.1f} GB at most"
+    say("checkpoints", f"{size}; {free / GB:.0f} GB are free{warning}")
 
 
 def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
@@ -163,21 +225,16 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
 
     Returns the bytes that training reads for each image, 0 where there is no cache.
     """
+    fields = [("latents", config.data.latents, 2, math.prod(shape))]  # name, folder, script, numbers an image
+    if config.data.tokens is not None and config.align.coeff > 0:
+        fields.append(("tokens", config.data.tokens, 3, config.teacher.grid**2 * config.teacher.dim))
     read_in_all = 0.0
-    for name, folder in (("latents", config.data.latents), ("tokens", config.data.tokens)):
-        if folder is None or (name == "tokens" and config.align.coeff == 0):
-            continue
+    for name, folder, script, numbers in fields:
         try:
             manifest = read_manifest(folder, name)
         except UserError:
-            each = 2 * (
-                math.prod(shape) if name == "latents" else config.teacher.grid**2 * config.teacher.dim
-            )
-            say(
-                name,
-                f"{folder} is not there yet: script {2 if name == 'latents' else 3} makes it, {each / 1e3:.0f} kB an image in "
-                f"fp16, {each / 1e4:.1f} GB for 100,000",
-            )
+            size = f"{2 * numbers / 1e3:.0f} kB an image in fp16, {2 * numbers / 1e4:.1f} GB for 100,000"
+            say(name, f"{folder} is not there yet: script {script} makes it, {size}")
         else:
             size = sum(shard["bytes"] for shard in manifest["shards"])
             read = size / manifest["num_samples"]
@@ -187,35 +244,17 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
 
 
 def plan_time(config: Config, cost: StepCost, device: torch.device, images: int, read: float) -> None:
+    if cost.flops * images < 1e12:
+        reason = "a step this small is bound by launching its kernels, not by their operations"
+        say("time", f"no estimate: {reason}")
+        return
     peaks = {"A100": PEAKS["A100"], "H100, H200": PEAKS["H200"]}
     if (here := peak_of(device)) is not None:
         peaks = {torch.cuda.get_device_name(device): here}
-    if cost.flops * images < 1e12:
-        say(
-            "time",
-            "no estimate: a step this small is bound by launching its kernels, not by their operations",
-        )
-        return
     for name, peak in peaks.items():
         for share in SHARES:
             rate = share * peak / (cost.flops * images)
-            hours = config.train.steps / rate / 3600
-            say(
-                f"{name}",
-                f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {rate:.2f} it/s, {rate * images:,.0f} images/s, "
-                f"{hours:.1f} h for {config.train.steps:,} steps"
-                + (f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""),
-            )
-
-
-def say(name: str, text: str) -> None:
-    print(f"  {name:<14} {text}", flush=True)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest folder above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+            speed = f"{rate:.2f} it/s, {rate * images:,.0f} images/s"
+            hours = f"{config.train.steps / rate / 3600:.1f} h for {config.train.steps:,} steps"
+            reading = f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""
+            say(name, f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {speed}, {hours}{reading}")

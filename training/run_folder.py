@@ -12,7 +12,9 @@ samples/ eval/    samples and results, which evaluate_sd15.py writes
 """
 
 import fcntl
+import functools
 import json
+import operator
 import platform
 import shlex
 import sys
@@ -24,9 +26,9 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from configs.loading import load_config, resolved_yaml, yaml_value
+from configs.loading import knobs, load_config, resolved_yaml, yaml_value
 from configs.schema import Config
-from training.checkpoint import checkpoints, newest_whole, step_of
+from training.checkpoint import checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
@@ -51,7 +53,9 @@ class RunFolder:
     """One run's folder on disk. `RunFolder(path)` opens an existing one and raises `UserError` when there is none."""
 
     def __init__(self, path: str | Path, config: Config | None = None, allowed: Sequence[str] = ()):
-        self.path, self._allowed = Path(path), allowed
+        self.path, self.name, self._allowed = Path(path), Path(path).name, allowed
+        self.config_file, self._record_file = self.path / "config.yaml", self.path / "run.json"
+        self.checkpoint_folder = self.path / "checkpoints"
         self._forced: list[str] = []  # changes that were allowed but are not settings, such as other images
         if config is None and not self.config_file.exists():
             raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
@@ -94,7 +98,7 @@ class RunFolder:
         config = config.model_copy(update={"run": config.run.with_name(f"{config.run.name}_base")})
         run = cls(config.run, config)
         if not run.is_base_model:
-            if (run.path / "config.yaml").exists():
+            if run.config_file.exists():
                 raise UserError(f"{run.path} is a run; the base model's results would go there: rename it")
             write_json(run._record_file, _provenance() | {"base_model": config.model.base})
         write_atomically(run.config_file, resolved_yaml(config).encode())
@@ -131,40 +135,19 @@ class RunFolder:
         """Return `{key: "key: before -> now"}` for each setting that affects the result and differs from config.yaml."""
         if not self.config_file.exists():
             return {}
-        old, new = _deciding(load_config(self.config_file)), _deciding(self.config)
+        old, new = RunFolder(self.path).settings(), self.settings()
         return {
             key: f"{key}: {yaml_value(old.get(key))} -> {yaml_value(new[key])}"
             for key in new
             if old.get(key) != new[key]
         }
 
-    @property
-    def _record_file(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
     def checkpoint(self, step: int) -> Path:
-        """Return the folder of the checkpoint of a step."""
         return self.checkpoint_folder / f"step-{step:07d}"
 
     def newest_checkpoint(self) -> Path | None:
         """Return the finished checkpoint with the highest step, or None."""
         return (checkpoints(self.checkpoint_folder) or [None])[-1]
-
-    def newest_whole_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint whose files are undamaged, or None; newer damaged ones are reported and renamed."""
-        return newest_whole(self.checkpoint_folder)
 
     def checkpoint_steps(self) -> list[int]:
         """Return the steps of all finished checkpoints, in ascending order."""
@@ -190,14 +173,10 @@ class RunFolder:
             )
         self._forced.append(f"data: {what}")
 
-    def check_not_beyond(self, step: int, steps: int) -> None:
-        """Raise `UserError` when the run is already beyond its last step, `steps`."""
-        if step > steps:
-            raise UserError(f"{self.path} is at step {step} already, beyond train.steps={steps}: choose more")
-
     def settings(self) -> dict[str, object]:
         """Return the settings that affect the result, by dotted key."""
-        return _deciding(self.config)
+        settings = flat_settings(self.config)
+        return {k: v for k, v in settings.items() if k not in OPERATIONAL and not k.startswith("eval.")}
 
     def commands(self) -> list[str]:
         """Return the command line that started the run and those that changed its settings later."""
@@ -213,13 +192,12 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Delete the lines that were logged after the step from which a run resumes; they will be logged again."""
         for log in LOGS:
-            kept = [line for line in self.metrics(log) if line["step"] <= step]
-            if kept or (self.path / log).exists():
+            if (self.path / log).exists():
+                kept = (line for line in self.metrics(log) if line["step"] <= step)
                 text = "".join(json.dumps(line) + "\n" for line in kept)
                 write_atomically(self.path / log, text.encode())
 
     def append(self, line: dict, log: str = "metrics.jsonl") -> None:
-        """Add a line to a log."""
         with open(self.path / log, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -239,11 +217,8 @@ def _provenance() -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {
-        "command": this_command(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"command": this_command(), "started": started, "versions": versions}
 
 
 def _parsed(text: str) -> dict | None:
@@ -254,21 +229,7 @@ def _parsed(text: str) -> dict | None:
     return line if isinstance(line, dict) and "step" in line else None
 
 
-def _deciding(config: Config) -> dict[str, object]:
-    return {
-        key: value
-        for key, value in flat_settings(config).items()
-        if key not in OPERATIONAL and not key.startswith("eval.")
-    }
-
-
 def flat_settings(config: Config) -> dict[str, object]:
     """Return every setting of a config by its dotted key."""
-    return _flat(config.model_dump(mode="json"))
-
-
-def _flat(data: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    data = config.model_dump(mode="json")
+    return {key: functools.reduce(operator.getitem, key.split("."), data) for key in knobs()}

@@ -9,7 +9,6 @@ reason.
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -67,9 +66,7 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
 def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     dataset = parts.dataset
     per_class = Counter(dataset.class_ids.tolist()).values()
-    each = (
-        f"{min(per_class)}" if min(per_class) == max(per_class) else f"{min(per_class)} to {max(per_class)}"
-    )
+    each = " to ".join(map(str, sorted({min(per_class), max(per_class)})))
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
     say("data", f"{len(dataset):,} images, {each} of each of {len(per_class)} classes{left_out}")
 
@@ -110,34 +107,29 @@ def check_text(parts: Parts) -> None:
 def check_trained(parts: Parts) -> None:
     config, model = parts.config, parts.model
     trained = model.trained_parameters()
-    count = {
-        part: sum(p.numel() for n, p in trained.items() if n.startswith(part)) for part in (BACKBONE, HEADS)
-    }
+    network, in_heads = (
+        sum(p.numel() for n, p in trained.items() if n.startswith(part)) for part in (BACKBONE, HEADS)
+    )
     optim = config.optim
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
-    heads = f"; heads {count[HEADS]:,} at {head_lr:g}" if model.heads else ""
+    heads = f"; heads {in_heads:,} at {head_lr:g}" if model.heads else ""
     total = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lora_" not in n)
-    say(
-        "train",
-        f"{config.model.train}: {count[BACKBONE]:,} weights (the {parts.family.noun} has {total:,}) at learning rate "
-        f"{optim.lr:g}{heads}",
-    )
+    weights = f"{network:,} weights (the {parts.family.noun} has {total:,})"
+    say("train", f"{config.model.train}: {weights} at learning rate {optim.lr:g}{heads}")
     if config.model.train == "lora":
-        places = sorted(
-            {name.split(".lora_")[0].removeprefix(BACKBONE) for name in trained if ".lora_" in name}
-        )
-        blocks = Counter(block_of(place) for place in places)
+        places = {place_of(name) for name in trained if ".lora_" in name}
+        blocks = Counter(map(block_of, sorted(places)))
         listed = ", ".join(f"{block} {number}" for block, number in blocks.items())
         scale = config.model.lora_alpha / config.model.lora_rank
         say("lora", f"rank {config.model.lora_rank}, scale {scale:g}, in {len(places)} modules: {listed}")
-    if not count[BACKBONE]:
+    if not network:
         fail("no weight of the network is trained: check model.train and model.lora_targets")
 
 
 def check_coefficient(parts: Parts) -> None:
     schedule, align, steps = parts.coefficient.schedule, parts.config.align, parts.config.train.steps
-    named = {0: "", align.warmup_steps: " (end of warm-up)", steps // 2: " (middle)", steps - 1: " (end)"}
-    named[0] = ""  # step 0 has no name, even where the warm-up ends at step 0
+    # Step 0 comes last, because it has no name even where the warm-up ends there.
+    named = {align.warmup_steps: " (end of warm-up)", steps // 2: " (middle)", steps - 1: " (end)", 0: ""}
     values = ", ".join(f"{schedule(at):.3g} at {at:,}{named[at]}" for at in sorted(named) if at < steps)
     also = f"; 0 from step {align.cutoff_step:,}" if align.cutoff_step else ""
     if align.similarity_threshold is not None:
@@ -147,17 +139,10 @@ def check_coefficient(parts: Parts) -> None:
         fail(
             "λ is 0 at every step: check align.cutoff_step and align.warmup_steps, or set align.coeff=0 for a baseline"
         )
-    gram = (
-        f"w = {align.manifold_coeff:g} ({align.manifold} Gram)"
-        if align.manifold_coeff
-        else "w = 0: no manifold loss"
-    )
-    norm = (
-        ""
-        if align.spatial_norm is None
-        else f"; teacher's tokens normalised spatially, α = {align.spatial_norm:g}"
-    )
-    say("align", gram + norm)
+    what = f" ({align.manifold} Gram)" if align.manifold_coeff else ": no manifold loss"
+    if align.spatial_norm is not None:
+        what += f"; teacher's tokens normalised spatially, α = {align.spatial_norm:g}"
+    say("align", f"w = {align.manifold_coeff:g}{what}")
 
 
 def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
@@ -177,17 +162,21 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     if model.heads:
         teacher = teacher_of(parts, values, latents)
         tokens = model.get_aligned_tokens(parts.batches.grid or square(teacher))  # {tap: (b, N, D)}
-        check_equal(tokens, teacher)
+        for tap, x in tokens.items():
+            if x.shape[1:] != teacher.shape[1:]:
+                fail(
+                    f"the head of tap {tap} makes tokens {shape_of(x[0])}, the teacher's are {shape_of(teacher[0])}: set "
+                    "teacher.dim and teacher.grid"
+                )
         terms = loss.alignment(tokens, teacher)
     model.clear_hooks()
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
     network = f"{loss.path.output}-network, loss in {loss.path.prediction}"
-    weighted = "" if loss.path.snr_gamma is None else f", min-SNR γ = {loss.path.snr_gamma:g}"
-    norm = norm_of(gradients)
-    say(
-        "L_diff",
-        f"{network}{weighted}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({precision_of(output)} on {device})",
-    )
+    if loss.path.snr_gamma is not None:
+        network += f", min-SNR γ = {loss.path.snr_gamma:g}"
+    norm = math.hypot(*(g.float().norm() for g in gradients if g is not None))
+    where = f"{name_of(output.dtype)} on {device}"
+    say("L_diff", f"{network}: {loss_diff.item():.4g}, gradient norm {norm:.3g} ({where})")
     if not (output.isfinite().all() and loss_diff.isfinite() and math.isfinite(norm)):
         fail("the network's output or its gradient is not finite: check model.base and train.precision")
     if norm == 0:
@@ -207,14 +196,12 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
         fail("no weight of a head gets gradient: the heads must be trained")
     # Count LoRA by module: its first matrix gets no gradient while its second is 0, as at the start of a training.
-    places = {name.split(".lora_")[0] for name in weights}
+    places = set(map(place_of, weights))
     found = zip(weights, gradients[len(features) + len(heads) :], strict=True)
-    reached = {name.split(".lora_")[0] for name, g in found if g is not None and g.any()}
+    reached = {place_of(name) for name, g in found if g is not None and g.any()}
     what = "LoRA modules" if config.model.train == "lora" else "trained tensors"
-    say(
-        "reach",
-        f"the alignment reaches {len(reached)} of {len(places)} {what} of the network: those before a tap",
-    )
+    count = f"{len(reached)} of {len(places)} {what} of the network"
+    say("reach", f"the alignment reaches {count}: those before a tap")
     if not reached:
         fail("the alignment reaches no trained weight of the network: train a block at or before a tap")
 
@@ -225,10 +212,8 @@ def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tens
         return values["dino_tokens"][:FED].to(parts.device)
     tokens = parts.online(latents)
     decoder, encoder = parts.online.codec.vae, parts.online.encoder
-    say(
-        "teacher",
-        f"{parts.config.teacher.model} ({encoder.implementation}) online, through {type(decoder).__name__}",
-    )
+    made_by = f"{parts.config.teacher.model} ({encoder.implementation})"
+    say("teacher", f"{made_by} online, through {type(decoder).__name__}")
     check_spatial(tokens)
     return tokens
 
@@ -244,7 +229,7 @@ def report_tap(
     grid = "×".join(map(str, parts.batches.grid))
     say(
         f"tap {tap}",
-        f"{path} {shape_of(feature[0])} {precision_of(feature)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
+        f"{path} {shape_of(feature[0])} {name_of(feature.dtype)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
         f"L_align's gradient there {norm:.3g}, cells reached {share:.0%}",
     )
     if not math.isfinite(norm):
@@ -266,19 +251,9 @@ def check_spatial(tokens: Tensor) -> None:
         fail("the teacher's tokens are the same for all images: run script 3 again")
 
 
-def check_equal(tokens: dict[str, Tensor], teacher: Tensor) -> None:
-    for tap, x in tokens.items():
-        if x.shape[1:] != teacher.shape[1:]:
-            fail(
-                f"the head of tap {tap} makes tokens {shape_of(x[0])}, the teacher's are {shape_of(teacher[0])}: set "
-                "teacher.dim and teacher.grid"
-            )
-
-
-def norm_of(gradients: Sequence[Tensor | None]) -> float:
-    return (
-        torch.stack([g.float().norm() for g in gradients if g is not None] or [torch.zeros(())]).norm().item()
-    )
+def place_of(name: str) -> str:
+    """Return the module in the network that a LoRA weight belongs to; another weight is returned as it is."""
+    return name.removeprefix(BACKBONE).split(".lora_")[0]
 
 
 def block_of(place: str) -> str:
@@ -287,8 +262,8 @@ def block_of(place: str) -> str:
     return f"{first}.{rest[0]}" if rest and rest[0].isdecimal() else first
 
 
-def precision_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shape_of(tensor: Tensor) -> str:

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LRScheduler
 
+from common.errors import UserError
 from configs.schema import Config
 from models.aligned import BACKBONE, HEADS
-from training.checkpoint import restore_checkpoint, save_checkpoint
+from training.checkpoint import newest_whole, restore_checkpoint, save_checkpoint
 from training.guard import Guard
 from training.masters import Masters
-from training.means import Means, Measured
+from training.meter import Means, Measured
 from training.optimizers import build_optimizer, step_unless
 from training.ranks import Ranks
 from training.run_folder import RunFolder
@@ -106,18 +107,9 @@ class TrainingState:
             "guard": self.guard.state_dict(),
             "coefficient": self.coefficient.state_dict(),
         }
-        train = self.config.train
+        keep, keep_every = self.config.train.keep_checkpoints, self.config.train.keep_every
         self.ranks.on_main(
-            lambda: save_checkpoint(
-                run.checkpoint_folder,
-                self.step,
-                parameters=self.parameters,
-                optimizer=self.optimizer,
-                ema=self.ema,
-                extra=extra,
-                keep=train.keep_checkpoints,
-                keep_every=train.keep_every,
-            )
+            lambda: save_checkpoint(run.checkpoint_folder, self, extra, keep=keep, keep_every=keep_every)
         )
 
     def resume(self, run: RunFolder) -> None:
@@ -126,15 +118,15 @@ class TrainingState:
         Raises `UserError` where the checkpoint is beyond the last step, where its steps took another number of images, or where
         it was trained on other images.
         """
-        newest = self.ranks.on_main(run.newest_whole_checkpoint)
+        newest = self.ranks.on_main(lambda: newest_whole(run.checkpoint_folder))
         if newest is not None:
-            step, extra = restore_checkpoint(
-                newest, parameters=self.parameters, optimizer=self.optimizer, ema=self.ema
-            )
+            extra = restore_checkpoint(newest, self)
             run.check_same_data(extra["data"], self.data, self.ranks.world)
-            run.check_not_beyond(step, self.config.train.steps)
-            self.step = step
-            self.lr_schedule = self._lr_schedule_from(step)
+            if self.step > (steps := self.config.train.steps):
+                raise UserError(
+                    f"{run.path} is at step {self.step} already, beyond train.steps={steps}: choose more"
+                )
+            self.lr_schedule = self._lr_schedule_from(self.step)
             self.masters.publish()
             self.means.load_state_dict(extra["means"], self.device, zero=not self.ranks.main)
             self.guard.load_state_dict(extra["guard"])

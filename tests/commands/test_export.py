@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import export
 import train as train_script
 from common.errors import UserError
-from evaluation import previews
+from evaluation import sample
 from method.sampler import initial_noise
 
 LORA = ["model.train=lora", "model.lora_rank=4", "model.lora_alpha=8", "optim.lr=0.02"]
@@ -176,7 +176,7 @@ def test_a_preview_that_cannot_be_drawn_ends_no_training(miniature, tmp_path, mo
         raise UserError("the decoder made no picture")
 
     modes, loss_of = [], train_script.loss_of
-    monkeypatch.setattr(previews, "decode_images", fail)
+    monkeypatch.setattr(sample, "decode_images", fail)
     monkeypatch.setattr(
         train_script,
         "loss_of",

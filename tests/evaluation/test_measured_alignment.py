@@ -27,7 +27,8 @@ TWO_TAPS = ("align.taps=[mid,dec_first]", "align.spatial_norm=0.5")
 
 def untrained(config, device):
     """The model as its training finds it, heads and all."""
-    return build_model(config, family_for(config)).to(device).eval().requires_grad_(False)
+    model = build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
+    return model.to(device).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,18 @@ def runs(miniature, tmp_path_factory):
     }
 
 
+def evaluated(run, seed=5, **settings):
+    """The run's config with other settings of `eval`."""
+    return run.config.model_copy(
+        update={"eval": run.config.eval.model_copy(update={"seed": seed, **settings})}
+    )
+
+
 def measured(run, *, step=6, timesteps=(250,), num_images=None, only=("run", "base"), **settings):
-    config = run.config
-    config = config.model_copy(update={"eval": config.eval.model_copy(update=settings)})
+    config = evaluated(run, **settings)
     models = {"run": load_run_model(run, step, CPU), "base": untrained(config, CPU)}
     models = {name: models[name] for name in only}
-    result, _ = measure_alignment(
-        config, models, timesteps=timesteps, seed=5, device=CPU, num_images=num_images
-    )
+    result, _ = measure_alignment(config, models, CPU, timesteps, num_images)
     return result
 
 
@@ -136,9 +141,9 @@ def test_head_rows_are_only_where_a_head_is(results):
 
 
 def test_untrained_weights_read_as_the_base_model_and_trained_ones_do_not(runs, results):
-    config = runs["urepa"].config
+    config = evaluated(runs["urepa"])
     models = {"run": untrained(config, CPU), "base": untrained(config, CPU)}
-    result, _ = measure_alignment(config, models, timesteps=[250], seed=5, device=CPU)
+    result, _ = measure_alignment(config, models, CPU, [250])
     ours, theirs = (
         [row["metrics"] for row in rows_of(result, model=model, features="tap")] for model in models
     )
@@ -204,7 +209,7 @@ def test_features_that_collapsed_have_no_cca_and_say_why(runs):
     model = untrained(config, CPU)
     last = model.backbone.mid_block.resnets[-1]
     last.register_forward_hook(lambda module, args, output: torch.ones_like(output))
-    result, _ = measure_alignment(config, {"base": model}, timesteps=[250], seed=0, device=CPU)
+    result, _ = measure_alignment(config, {"base": model}, CPU, [250])
     found = row_of(result, model="base")
     assert found["cca"]["value"] is None
     assert "rank" in found["cca"]["reason"]
@@ -217,7 +222,7 @@ def test_a_run_that_diverged_is_said_to_have(runs):
     model = untrained(config, CPU)
     model.backbone.conv_in.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite: the run has diverged"):
-        measure_alignment(config, {"run": model}, timesteps=[250], seed=0, device=CPU)
+        measure_alignment(config, {"run": model}, CPU, [250])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ RUNS = {"baseline": ([0, 1, 2], [3.0, 2.0, 1.5]), "aligned": ([0, 1, 2], [3.0, f
 
 def test_every_figure_lies_beside_the_numbers_it_was_drawn_from(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    plots.plot_curves(tmp_path / "curves.png", RUNS, "step", "loss", "Loss", log_y=True, smooth=3)
-    plot_sample_grids(tmp_path / "grids.png", {"a": images, "b": images}, 2, ["x", "y"])
+    plots.plot_curves(tmp_path / "curves.png", RUNS, "loss", "Loss")
+    plot_sample_grids(tmp_path / "grids.png", {"a": images, "b": images}, ["x", "y"])
     plot_rows(tmp_path / "rows.png", {"a": [images[0], None], "b": list(images[:2])}, ["x", "y"], "note")
     points = {"steps": [1, 2], "images": [4, 8], "values": [3.0, 2.0], "errors": [0.1, None]}
     plots.plot_metric_curves(tmp_path / "metric.png", {"a": points}, "adm_fid10k", levels={"base": 9.0})
@@ -48,15 +48,15 @@ def test_a_run_keeps_its_colour_in_a_figure_without_the_others(tmp_path):
 
     second = tuple(int(run_style(1)["color"][i : i + 2], 16) for i in (1, 3, 5))
     alone = {"aligned": RUNS["aligned"]}
-    plots.plot_curves(tmp_path / "a.png", alone, "step", "loss", "t", run_order=["baseline", "aligned"])
-    plots.plot_curves(tmp_path / "b.png", alone, "step", "loss", "t")
+    plots.plot_curves(tmp_path / "a.png", alone, "loss", "t", run_order=["baseline", "aligned"])
+    plots.plot_curves(tmp_path / "b.png", alone, "loss", "t")
     assert second in colours(tmp_path / "a.png")
     assert second not in colours(tmp_path / "b.png")
 
 
 def test_an_enlarged_sample_shows_its_own_pixels_and_no_others(tmp_path):
     image = np.random.default_rng(2).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    plot_sample_grids(tmp_path / "g.png", {"a": image}, 1)
+    plot_sample_grids(tmp_path / "g.png", {"a": image}, ["x"])
     with Image.open(tmp_path / "g.png") as drawn:
         pixels = np.asarray(drawn.convert("RGB"))
     wanted = image[0].repeat(16, axis=0).repeat(16, axis=1)  # (128, 128, 3)
@@ -66,10 +66,10 @@ def test_an_enlarged_sample_shows_its_own_pixels_and_no_others(tmp_path):
 
 def test_figures_refuse_data_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="one length"):
-        plots.plot_curves(tmp_path / "x.png", {"a": ([1, 2], [1])}, "", "", "")
+        plots.plot_curves(tmp_path / "x.png", {"a": ([1, 2], [1])}, "", "")
     grids = {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros((1, 4, 4, 3), np.uint8)}
     with pytest.raises(ValueError, match="differ in shape"):
-        plot_sample_grids(tmp_path / "x.png", grids, 1)
+        plot_sample_grids(tmp_path / "x.png", grids, ["x"])
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="one for each of 1 columns"):
         plot_rows(tmp_path / "x.png", {"a": [image, image]}, ["x"])

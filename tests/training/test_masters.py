@@ -8,7 +8,7 @@ from small_runs import CONFIG, FILES, assert_same_run, stopped_at, tensors, trai
 import train as train_script
 from configs.loading import load_config
 from training.masters import Masters
-from training.means import Means
+from training.meter import Means
 from training.parts import build_parts
 from training.ranks import Ranks
 from training.state import TrainingState

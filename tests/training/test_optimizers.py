@@ -11,8 +11,14 @@ from torch.testing._internal.two_tensor import TwoTensor
 import train as train_script
 from common.errors import UserError
 from configs.sections import Optim
-from training.optimizer_state import flat_state, load_flat_state
-from training.optimizers import OPTIMIZERS, build_optimizer, step_unless
+from training.optimizers import (
+    OPTIMIZERS,
+    OptimizerRow,
+    build_optimizer,
+    flat_state,
+    load_flat_state,
+    step_unless,
+)
 
 OPTIONS = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -39,8 +45,8 @@ class Odd(torch.optim.Optimizer):
                 p -= group["lr"] / state["count"] * change
 
 
-# As a row of the table would be; none but the last heeds `found_inf`.
-ROWS = {
+# As a row of the table would build it; none but the last heeds `found_inf`.
+BUILD = {
     "momentum": lambda groups, betas, eps, weight_decay: torch.optim.SGD(
         groups, momentum=betas[0], dampening=0.5, weight_decay=weight_decay
     ),
@@ -52,8 +58,9 @@ ROWS = {
         groups, weight_decay=weight_decay
     ),
     "odd": Odd,
-    "adamw": OPTIMIZERS["adamw"],
 }
+ROWS = {name: OptimizerRow(build, state_bytes=0) for name, build in BUILD.items()}
+ROWS["adamw"] = OPTIMIZERS["adamw"]
 
 
 @pytest.fixture(params=ROWS)
@@ -100,6 +107,19 @@ def test_configs_allow_the_rows_of_the_table():
 def test_a_name_without_a_row_is_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"^optim.name = lion .*: choose one of adamw, adamw8bit$"):
         build_optimizer("lion", [], **OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_row_says_how_many_bytes_a_weight_its_state_takes(name):
+    if name == "adamw8bit":
+        pytest.importorskip("torchao")
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = build_optimizer(name, [{"params": [p], "lr": 1e-2}], **OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        step({"unet.p": p}, optimizer, 0)
+    tensors, _ = flat_state(optimizer, {"unet.p": p})
+    vectors = sum(t.nbytes for name, t in tensors.items() if not name.endswith(("/step", "/qmap")))
+    assert vectors / p.numel() == OPTIMIZERS[name].state_bytes
 
 
 def test_a_missing_library_is_one_line_that_says_how_to_install_it(monkeypatch):

@@ -7,8 +7,10 @@ from safetensors.torch import save_file
 
 from common.errors import UserError
 from configs.loading import load_config
-from method.alignment import AlignHead, manifold_gram_loss, spatial_norm, token_loss
+from configs.sections import Align, Model, Teacher
+from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
+from models.families.table import family_of
 from training import checkpoint
 from training.parts import build_coefficient, build_model, build_objective, build_path, family_for
 
@@ -21,11 +23,11 @@ def config(miniature, tmp_path):
 
 
 def objective(config):
-    return build_objective(config.align, build_path(config, family_for(config)))
+    return build_objective(config.align, build_path(config.diffusion, family_for(config)))
 
 
 def model_of(config):
-    return build_model(config, family_for(config))
+    return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
 def coefficient_of(config):
@@ -60,7 +62,8 @@ def test_the_options_of_the_alignment_decide_its_loss(config, knobs, expected):
 def test_gathering_is_asked_for(config, monkeypatch):
     asked = []
     loss = objective(config("align.gather=true")).alignment
-    monkeypatch.setattr(loss, "_manifold", lambda x, y, upper_only, gather: asked.append(gather) or x.sum())
+    asks = lambda x, y, upper_only, gather: asked.append(gather) or x.sum()  # noqa: E731
+    monkeypatch.setitem(MANIFOLD_LOSSES, loss.manifold, asks)
     loss({"mid": tokens(0)}, tokens(1))
     assert asked == [True]
 
@@ -81,6 +84,20 @@ def test_the_options_of_the_diffusion_loss_decide_it(config):
         _, target, weight = objective(config(*changes)).path(x_0, noise, t)
         errors.append(squared_error(out, target, weight).mean().item())
     assert len(set(errors)) == len(knobs)
+
+
+def test_a_model_is_built_of_its_own_sections(miniature):
+    """Without a config around them, and with heads whose weights the seed alone decides."""
+    base = Model(base=f"{miniature}/models/sd15-mini", train="full")
+    family, align, teacher = family_of(base.base), Align(taps=("mid", "dec_first")), Teacher(dim=64)
+    weights = [
+        build_model(base, align, teacher, seed, family).trained_parameters()["heads.mid.proj.0.weight"]
+        for seed in (0, 0, 1)
+    ]
+    assert weights[0].shape[0] == 64
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not build_model(base, Align(coeff=0), teacher, 0, family).heads
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "conv3x3"])
@@ -137,4 +154,4 @@ def test_a_run_of_before_is_refused_in_one_line(config, tmp_path):
     with pytest.raises(
         UserError, match=r"^[^\n]*written by an earlier version[^\n]*train the run again[^\n]*$"
     ):
-        checkpoint._matching(tmp_path / "trained.safetensors", model.trained_parameters())
+        checkpoint._copy_into(model.trained_parameters(), tmp_path / "trained.safetensors")

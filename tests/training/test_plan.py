@@ -8,9 +8,8 @@ from small_runs import CONFIG, ROOT
 import train as train_script
 from common.errors import UserError
 from configs.loading import load_config
-from training.cost import count_step, saved_bytes
 from training.meter import Meter, peak_of
-from training.plan import forward_of, model_of_shapes
+from training.plan import count_step, forward_of, model_of_shapes, plan_disk, plan_memory, saved_bytes
 
 
 def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeypatch, tmp_path):
@@ -25,6 +24,20 @@ def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeyp
     assert (parts["mid_block"], parts["alignment"]) == (12.39, 0.1678)
     assert "2.26 it/s" in said  # an A100 at half of its peak
     assert not (tmp_path / "A").exists()
+
+
+def test_the_plan_counts_the_state_of_the_optimiser_that_is_chosen(capsys):
+    config = load_config(ROOT / "configs" / "A.yaml")
+    model, _ = model_of_shapes(config, torch.bfloat16)
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    for name, moments in (("adamw", 8), ("adamw8bit", 2.03125)):
+        config = load_config(ROOT / "configs" / "A.yaml", [f"optim.name={name}"])
+        plan_memory(config, model, torch.bfloat16, saved=0)
+        plan_disk(config, model)
+        said = capsys.readouterr().out
+        # fp32 gradients, masters and moving average, and gradients in bf16
+        assert f" {(4 + 4 + 4 + 2 + moments) * trained / 1e9:.3g} gradients, masters, AdamW and EMA" in said
+        assert f" {(4 + 4 + moments) * trained / 1e9:.2f} GB each" in said
 
 
 def test_frozen_early_blocks_do_no_autograd_work():

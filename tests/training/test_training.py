@@ -27,7 +27,7 @@ from models.latents import decode_images
 from training import checkpoint
 from training.masters import Masters
 from training.metric_log import MetricLog
-from training.parts import bare_model, build_model, family_for, load_run_model, output_of
+from training.parts import build_model, family_for, load_run_model, output_of
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.state import TrainingState
@@ -152,7 +152,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
 
 def test_heads_have_their_own_learning_rate(miniature, tmp_path):
     config = load_config(CONFIG, demo_overrides(miniature, tmp_path, "optim.lr=0.01", "optim.head_lr=0.5"))
-    model = build_model(config, family_for(config))
+    model = build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
     state = TrainingState(config, Masters(model, torch.float32), None, Ranks(cpu=True), {})
     groups = state.optimizer.param_groups
     rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
@@ -275,7 +275,7 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
     )
     ours = decode_images(model.family.load_codec(), latents)
     assert np.abs(ours / 255 - theirs).max() < 0.003  # half a level of the 8-bit image
-    bare = bare_model(run.config, model.family)
+    bare = load_run_model(run, 6, torch.device("cpu"), weights="base")
     plain = sample_latents(
         bare.predict, pipe.scheduler, fields, null, [7], shape=(4, 16, 16), steps=4, cfg=cfg
     )
