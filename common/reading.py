@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,7 +25,11 @@ RECORD = ConfigDict(
     extra="forbid", strict=True
 )  # pydantic's settings of a schema: no other keys, no "3" for 3
 LIMIT = 2**28  # bytes: the largest file that is read whole, a CSV of two million images
-T = TypeVar("T", bound=Mapping)
+T = TypeVar("T")
+
+
+class UnreadableFile(UserError):
+    """The file system does not give the file: it is absent, locked away, or its disk fails. Says nothing of its content."""
 
 
 def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
@@ -36,7 +40,7 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UnreadableFile(f"cannot read {path}: {error.strerror}") from None
     except ValueError:  # NUL or a lone surrogate in the name
         raise UserError(f"{str(path)!r} can be no file name") from None
     if len(data) > limit:
@@ -57,7 +61,15 @@ def read_text(path: str | Path, limit: int = LIMIT) -> str:
 
 def read_record(path: str | Path, schema: type[T], remedy: str) -> T:
     """Return what a JSON file of ours holds; raises `UserError` with file, key and `remedy` unless it fits the schema."""
-    return _parse(read_bytes(path), schema, str(path), remedy)
+    return parse_record(read_bytes(path), schema, str(path), remedy)
+
+
+def parse_record(data: bytes | str, schema: type[T], where: str, remedy: str) -> T:
+    """Return what a JSON text of ours holds; raises `UserError` with `where`, key and `remedy` unless it fits the schema."""
+    try:
+        return _adapter(schema).validate_json(data)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_complaint(error)}: {remedy}") from None
 
 
 class JsonLines(Generic[T]):
@@ -66,50 +78,70 @@ class JsonLines(Generic[T]):
     Args:
         path: the file, absent until the first line.
         schema: of each line.
-        remedy: what to do where a line is damaged, for its error.
+        remedy: what to do where a line is damaged, for its error. None: such a line is left out, and a warning says so.
+        allow_nan: whether to write numbers that are not finite, which other readers of JSON refuse.
     """
 
-    def __init__(self, path: Path, schema: type[T], remedy: str = "remove that line"):
-        self.path, self._schema, self._remedy = path, schema, remedy
+    def __init__(
+        self, path: Path, schema: type[T], remedy: str | None = "remove that line", *, allow_nan: bool = True
+    ):
+        self.path, self._schema, self._remedy, self._allow_nan = path, schema, remedy, allow_nan
 
     def read(self) -> list[T]:
         """Return all lines in order.
 
-        A last line without its end, which a crash leaves, is left out and reported on stderr. Raises `UserError` for a line
-        that does not fit the schema.
+        A last line without its end, which a crash leaves, is left out, and a warning on stderr says so. Raises `UserError` for
+        a line that does not fit the schema, where there is a `remedy`.
         """
         if not self.path.exists():
             return []
         *lines, rest = read_bytes(self.path).split(b"\n")
         if rest:
             print(f"warning: {self.path}: its last line is incomplete and is left out", file=sys.stderr)
-        return [
-            _parse(line, self._schema, f"line {number} of {self.path}", self._remedy)
-            for number, line in enumerate(lines, start=1)
-        ]
+        found = []
+        for number, line in enumerate(lines, start=1):
+            where = f"line {number} of {self.path}"
+            try:
+                found.append(parse_record(line, self._schema, where, self._remedy or "it is left out"))
+            except UserError as error:
+                if self._remedy is not None:
+                    raise
+                print(f"warning: {error}", file=sys.stderr)
+        return found
 
     def append(self, line: T, *, unless: Callable[[T], bool] | None = None) -> None:
         """Add a line, after what a crash left of one is gone; add nothing where `unless` holds for a line that is there."""
-        text = json.dumps(line, ensure_ascii=False) + "\n"
         with locked(self.path.parent):
-            if unless is not None and any(map(unless, self.read())):
-                return
-            with open(self.path, "ab+") as file:
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.write(text.encode())
+            if unless is None or not any(map(unless, self.read())):
+                self._append([line])
 
-    def split(self, stays: Callable[[T], bool]) -> list[T]:
-        """Keep the lines for which `stays` holds and return the others, which are then no longer in the file."""
+    def split(self, stays: Callable[[T], bool], into: Path | None = None) -> int:
+        """Keep the lines for which `stays` holds; the others go to the log `into`, or nowhere. Returns their number."""
         if not self.path.exists():
-            return []
+            return 0
         with locked(self.path.parent):
             lines = self.read()
-            kept = [line for line in lines if stays(line)]
-            write_atomically(
-                self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode()
-            )
-        return [line for line in lines if not stays(line)]
+            gone = [line for line in lines if not stays(line)]
+            if into is not None and gone:
+                JsonLines(into, self._schema)._append(gone)
+            kept = self._encoded(filter(stays, lines))
+            if kept != read_bytes(self.path):
+                write_atomically(self.path, kept)
+        return len(gone)
+
+    def _append(self, lines: Iterable[T]) -> None:
+        data = self._encoded(lines)
+        with open(self.path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            if end and file.read() != b"\n":  # a crash left half a line
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(data)
+
+    def _encoded(self, lines: Iterable[T]) -> bytes:
+        texts = (json.dumps(line, ensure_ascii=False, allow_nan=self._allow_nan) for line in lines)
+        return "".join(f"{text}\n" for text in texts).encode()
 
 
 @contextmanager
@@ -122,13 +154,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _parse(data: bytes, schema: type[T], where: str, remedy: str) -> T:
-    try:
-        return _adapter(schema).validate_json(data)
-    except ValidationError as error:
-        raise UserError(f"{where}: {_complaint(error)}: {remedy}") from None
 
 
 @functools.cache

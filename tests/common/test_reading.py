@@ -90,6 +90,14 @@ def test_a_line_that_is_there_is_not_added_twice(tmp_path):
     assert log.read() == [{"step": 1, "loss": 1.0}]
 
 
+def test_a_damaged_line_is_an_error_or_left_out_and_said(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\0\0\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*log.jsonl"):
+        JsonLines(tmp_path / "log.jsonl", Line).read()
+    assert JsonLines(tmp_path / "log.jsonl", Line, None).read() == [{"step": 1}, {"step": 2}]
+    assert "line 2 of" in capsys.readouterr().err
+
+
 def append_many(path, first):
     for step in range(first, first + 100):
         JsonLines(path, Line).append({"step": step})
@@ -103,10 +111,11 @@ def test_no_line_is_lost_when_one_process_splits_the_log_while_others_append(tmp
     ]
     for writer in writers:
         writer.start()
-    taken = []
+    into, even = tmp_path / "taken.jsonl", lambda line: line["step"] % 2 == 0
     while any(writer.is_alive() for writer in writers):
-        taken += log.split(lambda line: line["step"] % 2 == 0)
-    taken += log.split(lambda line: line["step"] % 2 == 0)
+        log.split(even, into)
+    log.split(even, into)
+    taken = JsonLines(into, Line).read()
     kept = [json.loads(line) for line in log.path.read_text().splitlines()]
     steps = sorted(line["step"] for line in (*kept, *taken))
     assert steps == [*range(100), *range(1000, 1100)]

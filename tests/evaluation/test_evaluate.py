@@ -28,7 +28,7 @@ from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
 from models.pipeline_parts import files_digest
-from report.curves import read_points
+from report.curves import points_file
 
 
 def evaluate(*arguments) -> None:
@@ -36,7 +36,7 @@ def evaluate(*arguments) -> None:
 
 
 def points(run) -> list[dict]:
-    return read_points(Path(run) / "eval" / "points.jsonl")
+    return points_file(Path(run) / "eval" / "points.jsonl").read()
 
 
 def drawn(run) -> dict[str, bytes]:

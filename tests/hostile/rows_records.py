@@ -68,9 +68,8 @@ def rows():
         ("not UTF-8", b"\xff"),
     ):
         data = line if isinstance(line, bytes) else line.encode()
-        yield Case(
-            f"a line of metrics is {what}", write(METRICS, data + b"\n"), report, ("metrics.jsonl", "line 1")
-        )
+        says = ("metrics.jsonl", "line 1", "left out")
+        yield Case(f"a line of metrics is {what}", write(METRICS, data + b"\n"), report, says, goes_on=True)
     half = (cut(METRICS, 0.9), cut(POINTS, 0.9))
     yield Case("half a line of metrics", half[0], report, ("metrics.jsonl", "incomplete"), goes_on=True)
     yield Case("half a line of points", half[1], report, ("points.jsonl", "incomplete"), goes_on=True)

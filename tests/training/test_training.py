@@ -144,7 +144,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
     run = RunFolder(shutil.copytree(unbroken.path, tmp_path / "copy"))
     run.forget_after(3)
     assert [line["step"] for line in run.metrics()] == [2]
-    run.append({"step": 4})
+    run.log.append({"step": 4})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5')  # a process killed while it wrote
     assert [line["step"] for line in run.metrics()] == [2, 4]
