@@ -36,7 +36,7 @@ def test_one_step_of_config_a_at_full_size(tmp_path, monkeypatch, precision):
     assert "skipped" not in line
     trained = load_file(run.newest_checkpoint() / "trained.safetensors")
     assert {str(value.dtype) for value in trained.values()} == {"torch.float32"}
-    assert sum(value.numel() for name, value in trained.items() if name.startswith("unet.")) == 7_462_912
+    assert sum(value.numel() for name, value in trained.items() if name.startswith("backbone.")) == 7_462_912
     head = sum(value.numel() for name, value in trained.items() if name.startswith("heads.mid."))
     assert head == 1280 * 1024 + 2 * 1024
     exported = load_file(run.path / "export" / "ema" / "pytorch_lora_weights.safetensors")
