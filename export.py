@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError, run_script
 from common.files import sync_tree, write_json
+from common.pretrained import load_pretrained
 from common.reading import RECORD, locked, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
@@ -190,7 +191,13 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     load_weights(checkpoint / EMA, model.trained_parameters())
     family = model.family
     options = {family.part: model.merged_network()} | dict(family.load_options)
-    pipeline = family.pipeline_class.from_pretrained(settings.base, revision=settings.revision, **options)
+    pipeline = load_pretrained(
+        family.pipeline_class,
+        settings.base,
+        f"pipeline {settings.base}",
+        revision=settings.revision,
+        **options,
+    )
     if (output := run.config.diffusion.parameterization) != "auto":
         pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
     pipeline.save_pretrained(folder)
@@ -201,7 +208,8 @@ def model_card(run: RunFolder, step: int) -> str:
     config, lora = run.config, run.config.model.train == "lora"
     base, family = config.model.base, family_for(run.config)
     pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
-    where = str(Path(base).resolve()) if Path(base).is_dir() else base  # the card may be read from anywhere
+    folder = Path(base).expanduser()
+    where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
     load = (
         f"from diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("{where}")\n'

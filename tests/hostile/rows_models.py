@@ -91,7 +91,7 @@ def rows():
             "a config that is missing": remove(config),
         }.items():  # fmt: skip
             yield Case(f"{part} has {what}", spoil, command, (says,))
-        yield Case(f"{part} brings code of its own", foreign_code(config), command, (), check=no_code_ran, goes_on=part in ("the network", "the VAE", "the text encoder"), loses=("runs/b",))  # fmt: skip
+        yield Case(f"{part} brings code of its own", foreign_code(config), command, (), check=no_code_ran, goes_on=part in ("the network", "the VAE"), loses=("runs/b",))  # fmt: skip
     for part, config, key, value, command, says in (
         ("the network", f"{BASE}/unet/config.json", "block_out_channels", [8, 8, 8, 8], TRAIN, "unet"),
         ("the network", f"{BASE}/unet/config.json", "block_out_channels", "x", TRAIN, "unet"),
@@ -117,7 +117,7 @@ def rows():
         ("the classifier", f"{CLASSIFIER}/preprocessor_config.json", "image_mean", "x", SCORE, "classifier"),
         ("the classifier", f"{CLASSIFIER}/preprocessor_config.json", "image_mean", ["a", "b", "c"], SCORE, "classifier"),
         ("the classifier", f"{CLASSIFIER}/preprocessor_config.json", "image_std", [0, 0, 0], SCORE, "classifier"),
-        ("the classifier", f"{CLASSIFIER}/preprocessor_config.json", "size", {"height": -1}, SCORE, "classifier"),
+        ("the classifier", f"{CLASSIFIER}/preprocessor_config.json", "crop_size", {"height": -1}, SCORE, "classifier"),
         ("the scheduler", f"{BASE}/scheduler/scheduler_config.json", "beta_start", "x", TRAIN, "scheduler"),
         ("the scheduler", f"{BASE}/scheduler/scheduler_config.json", "num_train_timesteps", 0, TRAIN, "scheduler"),
         ("the scheduler", f"{BASE}/scheduler/scheduler_config.json", "prediction_type", "x", TRAIN, "prediction"),
