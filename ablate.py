@@ -26,6 +26,7 @@ from metrics.similarity_rows import NUM_IMAGES, value_of
 from report.ablation import markdown, plot_arms, summarise
 from report.curves import headline, kind_of, points_file, protocols
 from report.material import read_alignment
+from training.parts import family_for
 from training.run_folder import flat_settings, this_command
 
 # The measures that are compared, with their formats in the table.
@@ -201,7 +202,8 @@ def write_results(
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
         f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
-        f"guidance {drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
+        f"guidance {drawn.cfg:g}); CKNNA and CCA of the tap "
+        f"{family_for(config).main_tap} with the teacher at timestep {TIMESTEP}, held-out images."
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."

@@ -40,6 +40,7 @@ class Backbone:
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
     taps: tuple[str, ...]  # names of the places that can be aligned
+    main_tap: str  # the one of them that tables and pictures of a single tap show
     lora_targets: Mapping[str, str]  # {name: regex over module paths}
     partial_blocks: tuple[str, ...]  # what model.train=partial trains
     checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes

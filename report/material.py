@@ -53,6 +53,7 @@ class Alignment(TypedDict):
     noise: str
     timesteps: list[int]
     taps: list[str]
+    main_tap: str
     tap_grids: dict[str, list[int]]
     teacher_grid: list[int]
     prompt: str

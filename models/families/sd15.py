@@ -34,7 +34,7 @@ class SD15(Backbone):
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
     blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
-    taps = tuple(blocks)
+    taps, main_tap = tuple(blocks), "mid"
     # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
     # attention.
     lora_targets = {  # noqa: RUF012
