@@ -61,6 +61,10 @@ def load_pretrained(
         options["use_safetensors"] = True
     if pipeline or library == "transformers":
         options["trust_remote_code"] = False
+    if (
+        network and library == "transformers"
+    ):  # its own error is a table on the terminal; ours names the weights
+        options["ignore_mismatched_sizes"] = True
     if part is not None:
         options["subfolder"] = part
     place = os.path.expanduser(name)
@@ -72,12 +76,13 @@ def load_pretrained(
             loaded, report = kind.from_pretrained(
                 place, revision=revision, output_loading_info=True, **where, **options
             )
-        for key in ("missing_keys", "mismatched_keys"):
+        for key, says in (
+            ("missing_keys", "lacks weights"),
+            ("mismatched_keys", "has weights of other shapes"),
+        ):
             if report[key]:
-                first = min(map(str, report[key]))
-                raise UserError(
-                    f"{what} lacks weights ({first}, …), which would be random: give a whole model"
-                )
+                first = f"{min(map(str, report[key])):.{REASON}}"
+                raise UserError(f"{what} {says} ({first}, …), which would be random: give a whole model")
         return loaded
 
     return _found(load, name, what, revision)
@@ -95,6 +100,10 @@ def read_config(
     """Return a JSON file of a folder or hub id; raises `UserError` where it is none (`local`: without asking a hub)."""
     if (folder := local_folder(name)) is not None:
         path = folder / (part or "") / file
+        if not path.exists():
+            raise UserError(
+                f"{path} cannot be read, it is not there: give a whole folder that save_pretrained wrote"
+            )
     else:
         path = _found(
             lambda **where: hf_hub_download(name, file, subfolder=part, revision=revision, **where),

@@ -177,7 +177,7 @@ def test_a_name_that_a_family_does_not_have_is_one_line_that_lists_those_it_has(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, r"cannot read .*model_index.json"),
+        (None, "model_index.json cannot be read"),
         ("{", r"model_index.json: it is damaged"),
         ('{"_class_name": "OtherPipeline"}', "is a OtherPipeline"),
     ],
