@@ -170,6 +170,8 @@ def _complaint(error: ValidationError) -> str:
             return f"it is damaged ({problem['ctx']['error']})"
         case "missing":
             return f"'{key}' is missing"
+        case "union_tag_not_found":
+            return f"{problem['ctx']['discriminator']} is missing"
         case "extra_forbidden":
             return f"'{key}' is not known here, so a newer version wrote it"
         case _:

@@ -8,6 +8,8 @@ from hostile import Case
 from rows_cache import LATENTS, _png, _text_bomb
 from spoil import both, fifo, link, nothing, only, put
 
+from cache.manifest import digest_of
+
 TRAIN = "train --config a.yaml run=runs/b"
 FIRST = "data/ILSVRC/Data/CLS-LOC/train"
 UNREADABLE = "cache_new/latents/unreadable.csv"
@@ -74,7 +76,8 @@ def classes_named(name):
         for path in (folder / "cache/text").glob("*.json"):
             content = json.loads(path.read_text())
             content["details"]["prompts"][0] = f"a photo of a {name}"
-            put(path, json.dumps(content))
+            del content["seal"]
+            put(path, json.dumps(content | {"seal": digest_of(content)}))
 
     return spoil
 
@@ -117,7 +120,7 @@ def rows():
             f"an image that is {what}", first_image(how), LATENTS, ("left out",), goes_on=True, check=listed
         )
     yield Case("an image of 60,000 × 1 pixels", first_image(wide), LATENTS, ("complete",), goes_on=True)
-    official = "3 --csv data/train.csv --teacher data/models/dinov2-mini --grid 4 --workers 0 --view official --out cache_new/latents"  # fmt: skip
+    official = "3 --csv data/train.csv --teacher data/models/dinov2-mini --grid 14 --workers 0 --view official --out cache_new/latents"  # fmt: skip
     yield Case(
         "a wide image in the official view",
         first_image(wide),
@@ -132,7 +135,7 @@ def rows():
         os.rename(os.fsencode(picture), os.fsencode(picture.parent) + b"/\xff\xfe.JPEG")
 
     again = "1 --imagenet data/ILSVRC --split train --per-class 6 --out new.csv"
-    yield Case("an image whose name is no UTF-8", not_utf8, again.replace("6", "1000"), ())
+    yield Case("an image whose name is no UTF-8", not_utf8, again.replace("6", "12"), (r"\xff\xfe.JPEG",))
     yield Case("a picture that is a FIFO in the tree", _fifo_in_tree, again, ("new.csv",), goes_on=True)
 
     for setting, says in {
