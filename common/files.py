@@ -29,9 +29,9 @@ def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
     An interrupted write leaves no partial file, and two processes that write the same file do not mix their contents. Missing
     parent folders are created; a symbolic link is followed. Raises `UserError` where something else than a file is there.
     """
-    path = _place_of(path)
+    given, path = path, _place_of(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file and is not replaced: choose another name")
+        raise UserError(f"{given} is no regular file and is not replaced: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = _temporary(path)
@@ -58,9 +58,9 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     A symbolic link is followed. Raises `UserError` where something else than a folder is in the place.
     """
-    target = _place_of(target)
+    given, target = target, _place_of(target)
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is no folder and is not replaced: choose another name")
+        raise UserError(f"{given} is no folder and is not replaced: choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     partial = _temporary(target)
