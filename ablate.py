@@ -9,7 +9,6 @@ was stopped, and draws the results anew: OUT/table.md, results.json and arms.png
 """
 
 import argparse
-import json
 import shlex
 from itertools import dropwhile, product
 from pathlib import Path
@@ -25,7 +24,9 @@ from configs.schema import Config
 from metrics.extractors import load_extractors
 from metrics.similarity_rows import NUM_IMAGES, value_of
 from report.ablation import markdown, plot_arms, summarise
-from report.curves import headline, kind_of, protocols, read_points
+from report.curves import headline, kind_of, points_file, protocols
+from report.material import read_alignment
+from training.parts import family_for
 from training.run_folder import flat_settings, this_command
 
 # The measures that are compared, with their formats in the table.
@@ -157,13 +158,13 @@ def measures_of(config: Config) -> dict[str, float | None]:
     same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
     ours = [
         point
-        for point in read_points(folder / "points.jsonl")
+        for point in points_file(folder / "points.jsonl").read()
         if (point["kind"], point["step"]) == ("metrics", last)
         and all(point["protocol"][key] == value for key, value in same.items())
     ]
-    align = json.loads((folder / "align.json").read_text())
+    align = read_alignment(folder)
     here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
-    here["num_images"] = min(NUM_IMAGES, align.get("num_available", 0))
+    here["num_images"] = min(NUM_IMAGES, align["num_available"])
     if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
             f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
@@ -201,7 +202,8 @@ def write_results(
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
         f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
-        f"guidance {drawn.cfg:g}); CKNNA and CCA of the mid-block with the teacher at timestep {TIMESTEP}, held-out images."
+        f"guidance {drawn.cfg:g}); CKNNA and CCA of the tap "
+        f"{family_for(config).main_tap} with the teacher at timestep {TIMESTEP}, held-out images."
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."

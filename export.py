@@ -11,23 +11,29 @@ Heads are never exported.
 """
 
 import argparse
-import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from pydantic import with_config
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from common.errors import UserError, run_script
-from common.files import write_json, written_whole
+from common.files import sync_tree, write_json
+from common.pretrained import load_pretrained
+from common.reading import RECORD, locked, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
-from training.checkpoint import EMA, TRAINED, checkpoints, load_weights, state_of, step_of
+from report.curves import points_file
+from training.checkpoint import EMA, TRAINED, Fingerprint, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
 from training.parts import build_model, family_for
-from training.run_folder import RunFolder
+from training.run_folder import POINTS, RunFolder
 
 KINDS = {"ema": EMA, "raw": TRAINED}
 
@@ -80,6 +86,10 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
         (aside / "README.md").write_text(model_card(run, step_of(checkpoint)), encoding="utf-8")
 
     write_once(folder, checkpoint, write, replace=replace)
+    for also in (folder / "kohya", folder / "pipeline"):
+        note = also / "made_from.json"
+        if note.exists() and (of := read_made_from(note)["checkpoint"]) != checkpoint.name:
+            print(f"{also} is still that of {of}: --{also.name} makes it anew")
     part = family_for(run.config).part
     how = (
         f'pipe.load_lora_weights("{folder}/ema")'
@@ -95,28 +105,68 @@ def run_model(run: RunFolder) -> AlignedModel:
     return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
+@with_config(RECORD)
+class MadeFrom(TypedDict):
+    """made_from.json: the checkpoint of an export, and the files that the export wrote, {path in the folder: bytes}."""
+
+    checkpoint: str
+    files: dict[str, Fingerprint]
+    written: dict[str, int]
+
+
 def write_once(
     folder: Path, checkpoint: Path, write: Callable[[Path], None], *, replace: bool = True
 ) -> None:
-    """Let `write` fill a folder from a checkpoint; it appears whole or not at all.
+    """Let `write` fill a folder from a checkpoint; of two processes that do so at once, one waits.
 
-    One that was made of the same checkpoint is left alone. One made of another, such as an earlier one of a run that went on,
-    is replaced, or else refused by `UserError`.
+    One that was made of the same checkpoint and is whole is left alone. In one of another checkpoint, such as an earlier one of
+    a run that went on, what that export wrote is replaced and everything else stays; without `replace` it is refused by
+    `UserError`.
     """
-    made_from = {"checkpoint": checkpoint.name, "files": state_of(checkpoint)["files"]}
+    source = {"checkpoint": checkpoint.name, "files": state_of(checkpoint)["files"]}
     note = folder / "made_from.json"
-    if note.exists() and json.loads(note.read_text()) == made_from:
-        print(f"{folder} is there already")
-        return
-    if folder.exists() and not replace:
-        raise UserError(
-            f"{folder} is there already and holds something else: remove it, or choose another --out"
-        )
-    with written_whole(folder) as aside:
-        write(aside)
-        write_json(aside / note.name, made_from)
-        shutil.rmtree(folder, ignore_errors=True)
+    with locked(checkpoint.parent):
+        nothing = {"checkpoint": None, "files": {}, "written": {}}
+        before = read_made_from(note) if os.path.lexists(note) else nothing
+        whole = all(size_of(folder / name) == size for name, size in before["written"].items())
+        if before == source | {"written": before["written"]} and whole:
+            print(f"{folder} is there already")
+            return
+        if folder.exists() and not replace:
+            raise UserError(
+                f"{folder} is there already and holds something else: remove it, or choose another --out"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = f".{folder.name}.unfinished-"
+        for left in folder.parent.glob(f"{unfinished}*"):  # whoever wrote it was killed: the lock is ours
+            shutil.rmtree(left)
+        with TemporaryDirectory(dir=folder.parent, prefix=unfinished) as aside:
+            write(Path(aside))
+            sync_tree(Path(aside))
+            written = {
+                str(path.relative_to(aside)): path.stat().st_size
+                for path in sorted(Path(aside).rglob("*"))
+                if path.is_file()
+            }
+            note.unlink(
+                missing_ok=True
+            )  # from here on until the last file is in its place, the folder is not whole
+            for name in before["written"].keys() - written.keys():
+                (folder / name).unlink(missing_ok=True)
+            for name in written:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(aside) / name, folder / name)
+            write_json(note, source | {"written": written})
     print(folder)
+
+
+def read_made_from(note: Path) -> MadeFrom:
+    return read_record(note, MadeFrom, "remove it and export again")
+
+
+def size_of(path: Path) -> int | None:
+    """The size of a file; None where there is none."""
+    return path.stat().st_size if path.is_file() else None
 
 
 def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
@@ -141,7 +191,13 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     load_weights(checkpoint / EMA, model.trained_parameters())
     family = model.family
     options = {family.part: model.merged_network()} | dict(family.load_options)
-    pipeline = family.pipeline_class.from_pretrained(settings.base, revision=settings.revision, **options)
+    pipeline = load_pretrained(
+        family.pipeline_class,
+        settings.base,
+        f"pipeline {settings.base}",
+        revision=settings.revision,
+        **options,
+    )
     if (output := run.config.diffusion.parameterization) != "auto":
         pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
     pipeline.save_pretrained(folder)
@@ -152,7 +208,8 @@ def model_card(run: RunFolder, step: int) -> str:
     config, lora = run.config, run.config.model.train == "lora"
     base, family = config.model.base, family_for(run.config)
     pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
-    where = str(Path(base).resolve()) if Path(base).is_dir() else base  # the card may be read from anywhere
+    folder = Path(base).expanduser()
+    where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
     load = (
         f"from diffusers import {pipeline}\n\n"
         f'pipe = {pipeline}.from_pretrained("{where}")\n'
@@ -168,8 +225,10 @@ def model_card(run: RunFolder, step: int) -> str:
         f"| {name} | {value:.6g} |\n" for name, value in (reached or [{}])[-1].items() if name not in RATES
     )
     measured = "".join(
-        f"- `{path.name}`: {json.loads(path.read_text())['value']:.4g}\n"
-        for path in sorted((run.path / "eval").glob(f"fid_*step{step:07d}*.json"))
+        f"- `{name}`: {found['value']:.4g} ({point['kind']})\n"
+        for point in points_file(run.path / POINTS).read()
+        if point["step"] == step
+        for name, found in point["metrics"].items()
     )
     names = {"lora": "LoRA", "partial": "Some blocks of the network", "full": "The network"}
     how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"

@@ -236,11 +236,9 @@ def report_skipped(parts: Parts, run: RunFolder, state: TrainingState) -> None:
     if reports:  # the gradient is that of all ranks: each has something to report, or none
         reports = parts.ranks.gather(reports)
     for line in Guard.merged(reports) if parts.ranks.main else ():
-        run.append(line, "skipped.jsonl")
-        tqdm.write(
-            f"step {line['step']} was skipped: its gradient is not finite; see {run.path / 'skipped.jsonl'}"
-        )
-    state.guard.check(run.path / "skipped.jsonl")
+        run.skipped.append(line)
+        tqdm.write(f"step {line['step']} was skipped: its gradient is not finite; see {run.skipped.path}")
+    state.guard.check(run.skipped.path)
 
 
 def draw_preview(previews: Previews, run: RunFolder, state: TrainingState, log: MetricLog) -> None:

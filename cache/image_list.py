@@ -2,15 +2,18 @@
 
 import csv
 import io
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+from cache.csv_file import read_csv
 from common.errors import UserError
 from common.files import write_atomically
 
-MAX_CLASSES = 2**31
+CLASS_ID, MAX_CLASSES = re.compile("[0-9]{1,10}"), 2**31
 COLUMNS = ["id", "img_path", "class_id", "synset"]
 
 
@@ -26,22 +29,17 @@ class Sample:
 
 def read_samples(path: str | Path) -> list[Sample]:
     """Read the CSV of script 1; raises `UserError` when it is missing, empty or malformed, or contains an id twice."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                raise UserError(f"{path}: the columns must be {', '.join(COLUMNS)} (script 1 writes them)")
-            samples = [
-                Sample(row["id"], row["img_path"], int(row["class_id"]), row["synset"]) for row in reader
-            ]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; make it with script 1") from None
-    except (ValueError, TypeError, csv.Error):
-        raise UserError(f"{path} is damaged (a row is incomplete); make it again with script 1") from None
-    if odd := [sample.id for sample in samples if not 0 <= sample.class_id < MAX_CLASSES]:
-        raise UserError(f"{path} gives {odd[0]} a class_id that is none; classes count from 0")
-    if odd := [sample.id for sample in samples if not sample.id or not sample.id.isprintable()]:
-        raise UserError(f"{path} has the id {odd[0]!r}; ids are names without control characters")
+    samples = []
+    for line, (key, img_path, class_id, synset) in read_csv(path, COLUMNS, "make it again with script 1"):
+        if not CLASS_ID.fullmatch(class_id) or int(class_id) >= MAX_CLASSES:
+            raise UserError(
+                f"line {line} of {path} has the class_id {class_id!r:.60}; classes count 0, 1, 2 …"
+            )
+        if not key or not key.isprintable():
+            raise UserError(
+                f"line {line} of {path} has the id {key!r:.60}; ids are names without control characters"
+            )
+        samples.append(Sample(key, img_path, int(class_id), synset))
     if not samples:
         raise UserError(f"{path} lists no images; make it again with script 1")
     if twice := [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]:
@@ -53,8 +51,7 @@ def write_samples(path: str | Path, samples: list[Sample]) -> None:
     """Write the CSV atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(attrgetter(*COLUMNS), samples)])
-    try:
-        write_atomically(path, text.getvalue().encode())
-    except UnicodeEncodeError as error:
-        name = error.object[error.start - 40 : error.end]
-        raise UserError(f"a file name is not UTF-8 ({name!r}): rename it") from None
+    for name in (sample.img_path for sample in samples):
+        if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
+            raise UserError(f"the file name {shown} is no UTF-8: rename that file")
+    write_atomically(path, text.getvalue().encode())

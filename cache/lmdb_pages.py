@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 MAGIC, DATA_VERSION = 0xBEEFC0DE, 1
 HEADER = struct.Struct("<QHHHH")  # page number, pad, flags, lower, upper: the first 16 bytes of a page
-META = struct.Struct("<II16x48x40xQ8xQ")  # magic, version, root of the values, transaction number
+META = struct.Struct("<II16x40xQ40xQ8xQ")  # magic, version, roots of free list and values, transaction number
 NODE = struct.Struct("<HHHH")  # two halves of size or child, flags, key size
 BRANCH, LEAF, OVERFLOW, META_PAGE = 1, 2, 4, 8
 BIG_DATA = 1
@@ -24,12 +24,16 @@ class DamagedFile(ValueError):
     """The file is not a whole LMDB file of the known format; the message says what is wrong."""
 
 
-def value_ranges(file: int) -> Iterator[tuple[bytes, int, int]]:
+def value_ranges(file: int, *, to_write: bool = False) -> Iterator[tuple[bytes, int, int]]:
     """Yield `(key, offset, size)` of every value of an open LMDB file, in the order of its keys.
 
-    The file is read without a memory map. Raises `DamagedFile` where a page contradicts the format or lies outside the file.
+    The file is read without a memory map. Raises `DamagedFile` where a page contradicts the format or lies outside the file;
+    with `to_write` also where the pages do that which only a writer reads.
     """
     pages = _Pages(file)
+    if to_write and pages.free != NO_ROOT:
+        for _ in _walk(pages, pages.free, MAX_DEPTH):
+            pass
     if pages.root != NO_ROOT:
         yield from _walk(pages, pages.root, MAX_DEPTH)
 
@@ -50,7 +54,7 @@ class _Pages:
         metas = [META.unpack_from(page, 16) for page in (first, second)]
         if any(meta[:2] != (MAGIC, DATA_VERSION) for meta in metas):
             raise DamagedFile("it is no LMDB file of data format 1")
-        self.root = max(metas, key=lambda meta: meta[-1])[2]  # that of the newest transaction
+        _, _, self.free, self.root, _ = max(metas, key=lambda meta: meta[-1])  # of the newest transaction
 
     def read(self, number: int) -> bytes:
         if (number + 1) * self.size > self.bytes:

@@ -10,17 +10,111 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired
 
+from pydantic import Field, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cache.encodings import ENCODINGS
 from common.errors import UserError
+from common.files import write_json
+from common.reading import RECORD, read_record
 
 FORMAT, VERSION = "urepa-cache", 3
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
-TABLE_KEYS = {"rows", "sha256"}
-SHARD_KEYS = {"num_samples", "ids_sha256", "shards"}
-SHARD_ENTRY = {"file", "count", "bytes", "checksum"}  # keys of each entry of `shards`
+UNREADABLE_COLUMNS = ("id", "shard", "problem")
+Count, Size = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, lt=2**31)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{5,}\.lmdb$")]  # in the same folder
+Template = Annotated[str, Field(pattern=r"\{class_name\}")]
+
+
+@with_config(RECORD)
+class View(TypedDict, total=False):
+    """The square that the model saw; the text has none."""
+
+    kind: str
+    size: Size  # px
+    patch: Size  # px
+    grid: Size  # tokens per side
+
+
+@with_config(RECORD)
+class ImageDetails(TypedDict, total=False):
+    """What only latents have."""
+
+    posterior: Literal["mode", "sample", "moments"]
+    scaled: bool
+    scaling_factor: int | float  # as it was written: 1 and 1.0 have different seals
+
+
+@with_config(RECORD)
+class TextDetails(TypedDict):
+    """What only the text has."""
+
+    fields: dict[str, list[Size]]  # the shape of one row of each
+    template: NotRequired[Template]
+    prompts: NotRequired[list[str]]  # of each class, and the null prompt
+    n_classes: NotRequired[Size]
+    synsets: NotRequired[list[str]]  # of each class
+
+
+@with_config(RECORD)
+class Specification(TypedDict):
+    """A `FieldSpec` as JSON."""
+
+    format: Literal[FORMAT]
+    version: Literal[VERSION]
+    field: Literal["latents", "tokens"]
+    shape: list[Size]
+    dtype: Literal[*ENCODINGS]
+    meaning: str
+    source: dict[str, str | None]
+    view: View
+    details: ImageDetails
+
+
+@with_config(RECORD)
+class Settings(Specification):
+    """settings.json."""
+
+    shard_size: Size
+
+
+@with_config(RECORD)
+class ShardEntry(TypedDict):
+    """A finished shard."""
+
+    file: ShardName
+    count: Count
+    bytes: Count
+    checksum: Count
+
+
+@with_config(RECORD)
+class ImageManifest(Specification):
+    """manifest.json of latents and tokens."""
+
+    num_samples: Count
+    num_unreadable: Count
+    ids_sha256: Sha256
+    shards: list[ShardEntry]
+    seal: Sha256
+
+
+@with_config(RECORD)
+class TextManifest(Specification):
+    """manifest.json of the text."""
+
+    field: Literal["text"]
+    details: TextDetails
+    rows: Size
+    sha256: Sha256
+    seal: Sha256
+
+
+AnyManifest = Annotated[ImageManifest | TextManifest, Field(discriminator="field")]
 
 
 @dataclass(frozen=True)
@@ -66,34 +160,64 @@ class FieldSpec:
         return cls(**known | {"shape": tuple(data["shape"])})
 
 
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write a finished field's manifest with its seal, the digest of all the rest."""
+    write_json(folder / MANIFEST, manifest | {"seal": digest_of(manifest)})
+
+
 def read_manifest(folder: str | Path, field: str) -> dict:
-    """Return a finished field's manifest; raises `UserError` if it is missing, damaged or for another format, field, folder."""
+    """Return a finished field's manifest without its seal.
+
+    Raises `UserError` if it is missing, damaged, edited, or for another format, field or folder.
+    """
     path = Path(folder) / MANIFEST
+    remedy = "restore it, or delete it and run the script that wrote it again"
     if not path.exists():
         state = "is not finished" if (path.parent / SETTINGS).exists() else "is not a cache"
         raise UserError(f"{folder} {state} (no {MANIFEST}): run the preprocessing script that writes it")
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        wanted = f"format {FORMAT} version {VERSION}"
-        raise UserError(f"{path} is not of {wanted}: run the preprocessing script again")
-    if manifest.get("field") != field:
-        raise UserError(f"{folder} holds {manifest.get('field')}, not {field}: check the paths")
-    described = {entry.name for entry in fields(FieldSpec)}
-    if lacking := (described | (TABLE_KEYS if field == "text" else SHARD_KEYS)) - manifest.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(lacking))}: run the preprocessing script again")
-    if manifest["dtype"] not in list(ENCODINGS):
-        raise UserError(f"{path} names an unknown dtype {manifest['dtype']!r}: update this code")
-    shards, shape = manifest.get("shards", []), manifest["shape"]
-    whole = isinstance(shape, list) and {type(size) for size in shape} <= {int} and isinstance(shards, list)
-    if not whole or any(not isinstance(shard, dict) or shard.keys() != SHARD_ENTRY for shard in shards):
-        raise UserError(f"{path} is damaged: delete it and run the preprocessing script again")
+    manifest = read_record(path, AnyManifest, remedy)
+    if manifest.pop("seal") != digest_of(manifest):
+        raise UserError(f"{path} was edited by hand: {remedy}")
+    if manifest["field"] != field:
+        raise UserError(f"{folder} holds {manifest['field']}, not {field}: check the paths")
+    if wrong := _contradiction(manifest):
+        raise UserError(f"{path} contradicts itself ({wrong}): {remedy}")
     if field != "text" and (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
-        settings = read_json(path.parent / SETTINGS)
-        if other := [key for key in sorted(described) if settings.get(key) != manifest[key]]:
-            raise UserError(
-                f"{path} is not this folder's own (another {other[0]}): delete it and run the preprocessing script again"
-            )
+        settings = read_settings(path.parent)
+        if other := [
+            entry.name for entry in fields(FieldSpec) if settings[entry.name] != manifest[entry.name]
+        ]:
+            raise UserError(f"{path} is not this folder's own (another {other[0]} than {SETTINGS}): {remedy}")
     return manifest
+
+
+def read_settings(folder: Path) -> Settings:
+    """Return what a field's folder is meant for."""
+    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
+    return read_record(folder / SETTINGS, Settings, remedy)
+
+
+def _contradiction(manifest: dict) -> str | None:
+    """Return what of a manifest cannot be true together with the rest of it."""
+    shape, details, view = manifest["shape"], manifest["details"], manifest["view"]
+    if manifest["field"] == "text":
+        rows = {"prompts": len(details.get("prompts", range(manifest["rows"])))}
+        rows["n_classes"] = details.get("n_classes", manifest["rows"] - 1) + 1
+        rows["synsets"] = len(details.get("synsets", range(manifest["rows"] - 1))) + 1
+        return next((f"{name} and rows" for name, n in rows.items() if n != manifest["rows"]), None)
+    shards = manifest["shards"]
+    if sum(shard["count"] for shard in shards) != manifest["num_samples"]:
+        return "num_samples and the counts of its shards"
+    if len({shard["file"] for shard in shards}) < len(shards):
+        return "two shards of one name"
+    if len(shape) != (3 if manifest["field"] == "latents" else 2):
+        return f"a shape {shape} of {manifest['field']}"
+    return "shape and grid" if "grid" in view and shape[0] != view["grid"] ** 2 else None
+
+
+def digest_of(content: dict) -> str:
+    """Return the SHA-256 of JSON, whatever the order of its keys and its blanks."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def ids_digest(ids: Iterable[str]) -> str:
@@ -109,16 +233,3 @@ def check_same(folder: Path, known: dict, wanted: dict) -> None:
                 f"{folder} was written with another {key} ({known.get(key)!r} there, {value!r} here): choose another folder "
                 "or delete that one"
             )
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises `UserError` when the file cannot be read or contains anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}): restore it, or delete {path.parent} and run the script that wrote it again"
-        ) from None
-    return content

@@ -5,7 +5,6 @@ byte ranges of an ordinary file. It maps, locks and shares nothing, so a reader 
 works on read-only and network file systems.
 """
 
-import csv
 import errno
 import os
 import zlib
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.csv_file import read_csv
 from cache.lmdb_pages import DamagedFile, value_ranges, will_need
-from cache.manifest import MANIFEST, UNREADABLE, FieldSpec, ids_digest, read_manifest
+from cache.manifest import MANIFEST, UNREADABLE, UNREADABLE_COLUMNS, FieldSpec, ids_digest, read_manifest
 from common.errors import UserError
 
 
@@ -41,9 +41,9 @@ class FieldReader:
         self.spec = FieldSpec.from_json(self.manifest)
         self._paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
-            if not path.exists():
+            if not path.is_file():
                 anew = "run the script that wrote it again; only this shard is made anew"
-                raise UserError(f"{path} is missing: {anew}")
+                raise UserError(f"{path} is missing or no file: {anew}")
             if (size := path.stat().st_size) != shard["bytes"]:
                 raise _damaged(path, f"has {size} bytes, its manifest says {shard['bytes']}")
         self._open: dict[int, object] = {}
@@ -61,12 +61,8 @@ class FieldReader:
         path = self.folder / UNREADABLE
         if not path.exists():
             return []
-        try:
-            with open(path, newline="", encoding="utf-8") as file:
-                return [row["id"] for row in csv.DictReader(file)]
-        except (KeyError, UnicodeDecodeError, csv.Error):
-            todo = f"delete it and {MANIFEST}, and run the script again"
-            raise UserError(f"{path} is damaged: {todo}") from None
+        todo = f"delete it and {MANIFEST}, and run the script that wrote it again"
+        return [key for _, (key, _, _) in read_csv(path, UNREADABLE_COLUMNS, todo)]
 
     @property
     def ids(self) -> list[str]:

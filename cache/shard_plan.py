@@ -10,9 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cache.manifest import MANIFEST, SETTINGS, check_same, read_json
+from pydantic import with_config
+from typing_extensions import TypedDict
+
+from cache.manifest import MANIFEST, SETTINGS, Settings, check_same, read_settings
 from common.errors import UserError
 from common.files import write_json
+from common.reading import RECORD, read_record
 
 PLAN = "plan.json"
 SHARD_SIZE = 10_000
@@ -20,18 +24,25 @@ LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+@with_config(RECORD)
+class Plan(TypedDict):
+    """plan.json."""
+
+    shards: list[list[str]]  # the ids of each
+
+
 def shard_path(folder: Path, shard: int) -> Path:
     """Return the file path of a complete shard."""
     return folder / f"shard-{shard:05d}.lmdb"
 
 
-def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict:
+def check_settings(folder: Path, settings: dict, shard_size: int | None) -> Settings:
     """Write a new folder's settings, or check an existing folder's, and return them; raises `UserError` where they differ."""
     path = folder / SETTINGS
     if path.exists():
-        known = read_json(path)
+        known = read_settings(folder)
         check_same(folder, known, settings)
-        if shard_size not in (None, size := known.get("shard_size")):
+        if shard_size not in (None, size := known["shard_size"]):
             raise UserError(f"{folder} has shards of {size} images: leave --shard-size out")
         return known
     if (folder / PLAN).exists() or (folder / MANIFEST).exists():
@@ -44,10 +55,8 @@ def check_settings(folder: Path, settings: dict, shard_size: int | None) -> dict
 def read_plan(folder: Path) -> list[list[str]]:
     """Return the ids of every shard, in order; the list is empty for a new folder."""
     path = folder / PLAN
-    plan = read_json(path).get("shards") if path.exists() else []
-    if not isinstance(plan, list) or not all(isinstance(ids, list) for ids in plan):
-        raise UserError(f"{path} is damaged: restore it, or delete the folder {folder}")
-    return plan
+    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
+    return read_record(path, Plan, remedy)["shards"] if path.exists() else []
 
 
 def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:

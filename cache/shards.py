@@ -10,10 +10,10 @@ A *field* is one cached quantity, `latents` or `tokens`, with one value of fixed
     manifest.json        written last: meaning, model, shape and dtype of the values, their counts, digest of ids, shards
 
 The writer fills `shard-00000.lmdb.partial` in synchronous transactions. It *seals* a complete shard: it writes the description
-and renames the file, so a file named `.lmdb` is always whole. Until then `shard-00000.unreadable` lists the images of the shard
-that could not be read, and the file locks on `.lock` keep a second writer out. A folder without `manifest.json` is not a cache
-yet. Several processes may write one field if each has its own shards (`part`); the process that seals the last shard writes the
-manifest. `cache/reader.py` reads the shards without LMDB.
+and renames the file, so a file named `.lmdb` is always whole. Until then `shard-00000.begun` has the digest of the settings and
+the images that could not be read (`cache/partial_shard.py`), and the file locks on `.lock` keep a second writer out. A folder
+without `manifest.json` is not a cache yet. Several processes may write one field if each has its own shards (`part`); the one
+that seals the last shard writes the manifest. `cache/reader.py` reads the shards without LMDB.
 """
 
 import csv
@@ -25,18 +25,37 @@ from pathlib import Path
 
 import lmdb
 import torch
+from pydantic import with_config
 from torch import Tensor
 
-from cache.manifest import MANIFEST, SHARD_ENTRY, UNREADABLE, FieldSpec, ids_digest, read_json, read_manifest
+from cache.manifest import (
+    MANIFEST,
+    UNREADABLE,
+    UNREADABLE_COLUMNS,
+    FieldSpec,
+    ShardEntry,
+    digest_of,
+    ids_digest,
+    read_manifest,
+    write_manifest,
+)
+from cache.partial_shard import PAGE, PARTIAL, PartialShard
 from cache.reader import row_checksum
 from cache.shard_plan import NumberedLocks, check_settings, extend_plan, read_plan, shard_path
 from common.errors import UserError
 from common.files import sync_folder, write_atomically, write_json
+from common.reading import RECORD, read_record
 
-PARTIAL = ".lmdb.partial"
 MAX_KEY_BYTES = 511
-PAGE, PAGE_HEADER = min(32768, os.sysconf("SC_PAGE_SIZE")), 16
+PAGE_HEADER = 16
 PLANNING = 0  # the number of the lock for the folder's JSON files; shard n has lock n + 1
+
+
+@with_config(RECORD)
+class Sealed(ShardEntry):
+    """shard-00000.json."""
+
+    unreadable: dict[str, str]  # from ids to reasons
 
 
 class FieldWriter:
@@ -67,12 +86,13 @@ class FieldWriter:
         self._checksum: int | None = None  # of the open shard; None if it had rows when it was opened
         if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
             limit = f"{MAX_KEY_BYTES} bytes, LMDB's limit"
-            raise UserError(f"the id {long} is longer than {limit}: rename that file")
+            raise UserError(f"the id {long:.60} … is longer than {limit}: rename that file")
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = NumberedLocks(self.folder)
             with self._locks.held(PLANNING):
                 settings = check_settings(self.folder, spec.as_json(), shard_size)
+                self._settings_sha256 = digest_of(settings)
                 self.plan = extend_plan(self.folder, ids, settings["shard_size"])
         self.mine = [number for number in range(len(self.plan)) if number % part[1] == part[0]]
         self.complete = self._is_complete()
@@ -112,9 +132,10 @@ class FieldWriter:
             )
         rows = raw.numpy()
         with self._writing():
+            environment = self._environment(shard)
             if unreadable:
-                write_json(self._path(shard, ".unreadable"), self._unreadable(shard) | dict(unreadable))
-            with self._environment(shard).begin(write=True) as transaction:
+                self._partial(shard).note(self._partial(shard).unreadable | dict(unreadable))
+            with environment.begin(write=True) as transaction:
                 for key, value in zip(ids, rows, strict=True):
                     transaction.put(key.encode(), value.data)
         if self._checksum is not None:
@@ -152,20 +173,19 @@ class FieldWriter:
 
     def _is_complete(self) -> bool:
         """Return whether every assigned shard is sealed and the manifest describes exactly these shards."""
-        manifest = self.folder / MANIFEST
-        if not (self._all_sealed() and manifest.exists()):
+        if not (self._all_sealed() and (self.folder / MANIFEST).exists()):
             return False
-        return read_json(manifest).get("shards") == [shard for shard, _ in self._sealed()]
+        manifest = read_manifest(self.folder, self.spec.field)
+        return manifest["shards"] == [shard for shard, _ in self._sealed()]
 
-    def _sealed(self) -> list[tuple[dict, dict[str, str]]]:
+    def _sealed(self) -> list[tuple[ShardEntry, dict[str, str]]]:
         """Return for every shard its manifest entry and {id: reason} of its unreadable images."""
         shards = []
         for number in range(len(self.plan)):
-            path, notes = self._path(number), self._path(number, ".json")
-            shard = read_json(notes)
-            unreadable = shard.pop("unreadable", None)
-            if not isinstance(unreadable, dict) or shard.keys() != SHARD_ENTRY:
-                raise UserError(f"{notes} is damaged: delete {path} and run the same command")
+            path = self._path(number)
+            anew = f"restore it, or delete {path} and run the same command; only this shard is made anew"
+            shard = read_record(self._path(number, ".json"), Sealed, anew)
+            unreadable = shard.pop("unreadable")
             if (size := path.stat().st_size) != shard["bytes"]:
                 raise UserError(
                     f"{path} has {size} bytes, {shard['bytes']} were written: delete that file and run the same command; only "
@@ -188,12 +208,11 @@ class FieldWriter:
             self._seal(self._open[0], only_if_complete=True)
         if not self._open:
             path = self._path(shard, PARTIAL)
-            # The file is this short if the disk was full before the first two pages were written.
-            if path.exists() and path.stat().st_size < 2 * PAGE:
-                path.unlink()
+            self._checksum = 0 if self._stored(shard) is None else None
+            if self._checksum == 0:
+                self._partial(shard).note({})
             # LMDB must know the largest size beforehand; the file is sparse, so the unused rest takes no disk.
             room = int(self._stored_bytes(len(self.plan[shard])) * 1.25) + (64 << 20)
-            self._checksum = None if path.exists() else 0
             try:
                 environment = lmdb.open(str(path), subdir=False, map_size=room, lock=False, lib_version=0)
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
@@ -206,28 +225,27 @@ class FieldWriter:
             self._open[1].close()
             self._open = None
 
-    def _unreadable(self, shard: int) -> dict[str, str]:
-        path = self._path(shard, ".unreadable")
-        return read_json(path) if path.exists() else {}
+    def _partial(self, shard: int) -> PartialShard:
+        return PartialShard(self._path(shard), self._settings_sha256)
+
+    def _stored(self, shard: int) -> set[str] | None:
+        return self._partial(shard).stored(self.plan[shard], self.spec.value_bytes)
 
     def _durable(self, shard: int) -> set[str]:
         """Return the ids of a partial shard that are stored or known to be unreadable."""
-        if not self._path(shard, PARTIAL).exists():
-            # Notes about unreadable images may remain from a shard that somebody deleted; the new shard starts without.
-            self._path(shard, ".unreadable").unlink(missing_ok=True)
-            return set()
         with self._writing():
-            with self._environment(shard).begin() as transaction:
-                keys = _keys(transaction)
-            self._close_shard()
-        return keys | self._unreadable(shard).keys()
+            stored = self._stored(shard)
+        # Notes may remain from a shard that somebody deleted; the new shard starts without them.
+        return set() if stored is None else stored | self._partial(shard).unreadable.keys()
 
     def _seal(self, shard: int, *, only_if_complete: bool = False) -> None:
         planned = set(self.plan[shard])
         with self._environment(shard).begin() as transaction:
             stored = _keys(transaction)
             # An image noted as unreadable may have been repaired before a later run; a stored value takes precedence.
-            unreadable = {key: why for key, why in self._unreadable(shard).items() if key not in stored}
+            unreadable = {
+                key: why for key, why in self._partial(shard).unreadable.items() if key not in stored
+            }
             if stored | unreadable.keys() != planned:
                 if not only_if_complete:
                     what = f"shard {shard} has {len(stored)} of {len(planned)} values"
@@ -244,7 +262,7 @@ class FieldWriter:
         # The description is written first, so that a shard with its final name always has one.
         write_json(self._path(shard, ".json"), about | {"unreadable": unreadable})
         os.replace(partial, path)
-        self._path(shard, ".unreadable").unlink(missing_ok=True)
+        self._partial(shard).forget()
         sync_folder(self.folder)
 
     def _write_manifest(self) -> None:
@@ -253,14 +271,14 @@ class FieldWriter:
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
         if unreadable:  # written before the manifest, so that a finished field always lists what it lacks
             text = io.StringIO()
-            rows = [("id", "shard", "problem"), *((key, *where) for key, where in unreadable.items())]
+            rows = [UNREADABLE_COLUMNS, *((key, *where) for key, where in unreadable.items())]
             csv.writer(text, lineterminator="\n").writerows(rows)
             write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
         else:
             (self.folder / UNREADABLE).unlink(missing_ok=True)
         counts = {"num_samples": len(stored), "num_unreadable": len(unreadable)}
         listed = {"ids_sha256": ids_digest(stored), "shards": [shard for shard, _ in sealed]}
-        write_json(self.folder / MANIFEST, self.spec.as_json() | counts | listed)
+        write_manifest(self.folder, self.spec.as_json() | counts | listed)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The table of text embeddings: a row for the prompt of each class, and a last row for the null prompt of guidance."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cache.manifest import MANIFEST, FieldSpec, read_manifest
+from cache.manifest import MANIFEST, FieldSpec, read_manifest, write_manifest
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import write_atomically
+from common.reading import read_bytes
 
 TABLE = "text.safetensors"
+HEADER = 2**20  # bytes, more than the names and shapes in the file take
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def write_table(folder: str | Path, fields: Mapping[str, Tensor], spec: FieldSpe
     write_atomically(folder / TABLE, content)
     (rows,) = {len(values) for values in fields.values()}
     about = {"rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
-    write_json(folder / MANIFEST, spec.as_json() | about)
+    write_manifest(folder, spec.as_json() | about)
 
 
 def text_spec(
@@ -81,13 +84,13 @@ def read_table(folder: str | Path) -> tuple[TextTable, dict]:
     """Return the table that `write_table` stored, and its manifest; raises `UserError` when the file has changed since."""
     folder = Path(folder)
     manifest = read_manifest(folder, "text")
-    try:
-        content = (folder / TABLE).read_bytes()
-    except OSError:
-        content = b""
+    numbers = sum(map(math.prod, manifest["details"]["fields"].values())) * manifest["rows"]
+    whole = (folder / TABLE).is_file()
+    content = read_bytes(folder / TABLE, limit=8 * numbers + HEADER) if whole else b""
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
         problem = "is not the file its manifest describes"
-        raise UserError(f"{folder / TABLE} {problem}: run preprocessing script 4 again")
+        todo = f"restore it, or delete {folder} and run preprocessing script 4 again"
+        raise UserError(f"{folder / TABLE} {problem}: {todo}")
     return TextTable(load(content)), manifest
 
 

@@ -5,7 +5,10 @@ that its grid of tokens covers the same area as the grid of latent cells. The `o
 which covers only the central 87.5 % of the square's sides; it exists for comparison with published features.
 """
 
+import errno
 import io
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -17,6 +20,7 @@ from PIL import ExifTags, Image
 from common.errors import UserError
 
 OFFICIAL_RESIZE = 256 / 224  # DINOv2 resizes the shorter side to 256 px and crops the central 224 px
+MAX_BYTES = 2**31  # an image that takes more, as a file or in memory, is left out
 # The exceptions that PIL raises for a damaged file.
 DAMAGE = (
     OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error,
@@ -47,12 +51,20 @@ def read_view(path: str | Path, size: int, view: str = "aligned") -> np.ndarray:
 def read_image(path: str | Path) -> Image.Image:
     """Decode an image file to upright RGB with 8 bits per channel; transparency is dropped, as in torchvision's loader.
 
-    Raises `UnreadableImage` when the file is empty, truncated or not an image. Raises `UserError` when the file system cannot
-    read it: otherwise an unmounted disk would look like a thousand damaged images.
+    Raises `UnreadableImage` when the file is empty, truncated or no image, and when it is no regular file, which is not opened,
+    because a FIFO would wait for its writer. Raises `UserError` when the file system cannot read it: otherwise an unmounted
+    disk would look like a thousand damaged images.
     """
     try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise UnreadableImage(f"{path}: not a regular file")
+        if about.st_size > MAX_BYTES:
+            raise UnreadableImage(f"{path}: {about.st_size:,} bytes, more than {MAX_BYTES:,}")
         data = Path(path).read_bytes()
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnreadableImage(f"{path}: a loop of links") from None
         todo = "is the disk still mounted? The same command goes on from here"
         raise UserError(f"cannot read {path}: {error.strerror}; {todo}") from None
     # The file system is not involved from here on, so an OSError comes from PIL and means damage.
@@ -61,7 +73,10 @@ def read_image(path: str | Path) -> Image.Image:
             # Large images and odd metadata are usable, so PIL need not warn of each on the terminal.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(
+                io.BytesIO(data)
+            ) as image:  # its size alone; PIL refuses far more pixels than photos have
+                _check_memory(*image.size)
                 image.load()
                 turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
                 upright = image if turn is None else image.transpose(turn)
@@ -73,15 +88,30 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Image:
-    """Cut the view out of an RGB image; both views resize with antialiased bicubic interpolation."""
+    """Cut the view out of an RGB image; both views resize with antialiased bicubic interpolation.
+
+    Raises `UnreadableImage` where an image is so narrow that its official view would need more than `MAX_BYTES`.
+    """
     if view == "aligned":
         return _central(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
     if view == "official":
         shorter = round(size * OFFICIAL_RESIZE)
         # As torchvision does, truncate the longer side and round the position of the crop.
         sides = [shorter * side // min(image.size) for side in image.size]
+        try:
+            _check_memory(*sides)
+        except ValueError as error:
+            raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
         return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
     raise ValueError(f"view must be one of aligned, official, not {view!r}")
+
+
+def _check_memory(width: int, height: int) -> None:
+    """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
+    if (needed := 4 * width * height) > MAX_BYTES:
+        raise ValueError(
+            f"{width} × {height} pixels need {needed:,} bytes of memory, more than {MAX_BYTES:,}"
+        )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

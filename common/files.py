@@ -1,12 +1,19 @@
-"""Write files and folders so that they are either whole or absent. Every room may import this; it imports nothing of ours."""
+"""Write files and folders so that they are either whole or absent. Every room may import this."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from common.errors import UserError
+
+FRESH = 10  # seconds
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -19,14 +26,18 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Yield an open temporary file beside `path`; when the block ends, it is synced to disk and renamed to `path`.
 
-    An interrupted write leaves no partial file, and two processes that write the same file do not mix their contents.
-    Missing parent folders are created.
+    An interrupted write leaves no partial file, and two processes that write the same file do not mix their contents. Missing
+    parent folders are created; a symbolic link is followed. Raises `UserError` where something else than a file is there.
     """
-    path = Path(path)
+    given, path = path, _place_of(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{given} is no regular file and is not replaced: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _sweep(path)
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -43,20 +54,35 @@ def write_json(path: str | Path, content) -> None:
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `target` when the block ends, and deleted when the block fails."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have left it
-    partial.mkdir(parents=True)
+    """Yield a temporary folder that is renamed to `target` when the block ends, and deleted when the block fails.
+
+    A symbolic link is followed. Raises `UserError` where something else than a folder is in the place.
+    """
+    given, target = target, _place_of(target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{given} is no folder and is not replaced: choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    partial = _temporary(target)
+    partial.mkdir()
+    handle = os.open(partial, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync_tree(partial)
         partial.rename(target)
         sync_folder(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file below a folder to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,3 +92,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _place_of(path: str | Path) -> Path:
+    """The path without symbolic links, because a rename would replace the link."""
+    try:
+        return Path(os.path.realpath(path, strict=False))
+    except ValueError:
+        raise UserError(f"{str(path)!r} can be no file name") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left beside `path`; whoever still writes holds the lock of its own.
+
+    A fresh one is let alone: its owner may be about to lock it.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):  # its owner has it, or has just renamed it
+            if time.time() - left.lstat().st_mtime < FRESH:
+                continue
+            handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(handle)

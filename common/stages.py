@@ -1,7 +1,6 @@
 """Run commands in order or side by side, record those that succeed, and skip them the next time."""
 
 import ctypes
-import json
 import os
 import shlex
 import signal
@@ -12,9 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import write_json
+from common.reading import RECORD, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,12 +36,24 @@ class Stage:
         return f"python {self.command}"
 
 
+@with_config(RECORD)
+class StageEntry(TypedDict):
+    """A stage that has finished; `group` and `config` are the demo's."""
+
+    stage: str
+    command: str
+    seconds: float
+    group: NotRequired[int]
+    config: NotRequired[str]
+
+
 class Record:
     """The record of the stages that have finished, kept as a JSON list of {stage, command, seconds, …}."""
 
     def __init__(self, file: Path):
         self.file = file
-        entries = json.loads(file.read_text()) if file.exists() else []
+        remedy = f"remove {file}: then all stages are looked at again"
+        entries = read_record(file, list[StageEntry], remedy) if file.exists() else []
         self.entries = {entry["command"]: entry for entry in entries}
 
     def of(self, stage: Stage) -> dict | None:

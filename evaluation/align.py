@@ -34,10 +34,9 @@ from metrics.spatial import distances_on
 from models.aligned import AlignedModel
 from report.material import WEIGHTS
 from report.plot_alignment import plot_embedding, plot_timesteps
-from training.parts import load_run_model
+from training.parts import family_for, load_run_model
 from training.run_folder import this_command
 
-EMBEDDED_TAP = "mid"
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 # By model, and "head" for the head's tokens where the run has one, or "tap" for a model's ridge map.
@@ -81,7 +80,7 @@ def measure_alignment(
     timesteps: Sequence[int] = TIMESTEPS,
     num_images: int | None = None,
 ) -> tuple[dict, Sources]:
-    """Return the contents of align.json (without step and command), and the inputs of the mid tap's embedding.
+    """Return the contents of align.json (without step and command), and the inputs of the main tap's embedding.
 
     Args:
         config: the run's, which names held-out images, teacher, noise schedule, batch size and seed. Image i of the list has
@@ -93,7 +92,7 @@ def measure_alignment(
     Raises `UserError` for settings and caches that do not fit.
     """
     timesteps = check_timesteps(timesteps)
-    held = heldout_images(config, num_images)
+    held, main_tap = heldout_images(config, num_images), family_for(config).main_tap
     n, seed = len(held.latents), config.eval.seed
     # A base model may have heads, but they were never trained.
     heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
@@ -122,7 +121,7 @@ def measure_alignment(
                     for kind, (metrics, projected) in found.items():
                         where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}
                         rows.append({**where, "metrics": metrics})
-                        if tap == EMBEDDED_TAP and timestep == nearest_timestep(timesteps):
+                        if tap == main_tap and timestep == nearest_timestep(timesteps):
                             sources[name, kind] = _source(bench, side, kind, projected)
     fit, test = split_by_image(n, seed)
     result = {
@@ -136,6 +135,7 @@ def measure_alignment(
         "noise": "image i of the list has the noise of seed + i, at every timestep",
         "timesteps": list(timesteps),
         "taps": list(grids),
+        "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
         "teacher_grid": [config.teacher.grid] * 2,
         "prompt": "null",
@@ -157,17 +157,17 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
     weights = WEIGHTS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
-    h, w = result["tap_grids"][EMBEDDED_TAP]
-    shown = nearest_timestep(result["timesteps"])
+    h, w = result["tap_grids"][result["main_tap"]]
+    shown, tap = nearest_timestep(result["timesteps"]), result["main_tap"]
     called = {
         ("run", "head"): f"{name}: head's tokens",
-        ("run", "tap"): f"{name}: ridge map of mid-block",
-        ("base", "tap"): "bare base model: ridge map of mid-block",
+        ("run", "tap"): f"{name}: ridge map of {tap}",
+        ("base", "tap"): f"bare base model: ridge map of {tap}",
     }
     drawn = {called[key]: sources[key] for key in called if key in sources}
     for method in dict.fromkeys(("tsne", embedding)):
         title = (
-            f"Joint {EMBEDDINGS[method]} of tokens on the mid-block's {h} × {w} cells, timestep {shown}, held-out images\n"
+            f"Joint {EMBEDDINGS[method]} of tokens on the {h} × {w} cells of {tap}, timestep {shown}, held-out images\n"
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
@@ -180,7 +180,7 @@ def summary(result: Mapping) -> str:
     for model, loss in (("run", result["heldout_loss_diff"]), ("base", result["heldout_loss_diff_base"])):
         if loss is None:
             continue
-        line = f"  {model:4} at timestep {shown}: mid-block"
+        line = f"  {model:4} at timestep {shown}: {result['main_tap']}"
         for metric in ("cca", "cknna"):
             found = row_of(result, model=model, timestep=shown)[metric]
             undefined = found["value"] is None

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,20 +12,19 @@ from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
-from report.curves import append_point, format_value, read_points
+from report.curves import Point, format_value, points_file
 from training.metric_log import MetricLog
 from training.parts import Parts
 from training.ranks import Ranks
-from training.run_folder import RunFolder, this_command
+from training.run_folder import POINTS, RunFolder, this_command
 from training.state import TrainingState
 
-POINTS = Path("eval/points.jsonl")
 KEPT = 100  # images that stay where eval.keep_images is false
 
 
-def points_of(run: RunFolder) -> list[dict]:
+def points_of(run: RunFolder) -> list[Point]:
     """Everything measured of a run, in the order in which it was measured."""
-    return read_points(run.path / POINTS)
+    return points_file(run.path / POINTS).read()
 
 
 def evaluate_point(
@@ -73,7 +71,12 @@ def evaluate_point(
             "seconds": {"samples": round(drawn - started, 1), "metrics": round(measured - drawn, 1)},
         }
     point = known | {"kind": kind}
-    ranks.on_main(lambda: append_point(target.run.path / POINTS, point))
+    # Another process may have measured the same meanwhile: then its point stays.
+    same = ("kind", "protocol", "model")
+    there = points_file(target.run.path / POINTS)
+    ranks.on_main(
+        lambda: there.append(point, unless=lambda known: all(known[key] == point[key] for key in same))
+    )
     if not given.keep_images:
         surplus = [image_path(target.run.path / point["samples"], i) for i in indices[KEPT:]]
         ranks.on_main(lambda: [path.unlink(missing_ok=True) for path in surplus])

@@ -1,6 +1,5 @@
 """Gather the evaluation results of run folders for the page. Measures nothing and draws no sample."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from report.material import (
     describe_protocol,
     last_points,
     points_at,
+    read_alignment,
 )
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
@@ -68,13 +68,7 @@ def make_report(
 
 def facts_of(run: RunFolder) -> RunFacts:
     """Read the records of a run folder."""
-    alignment = run.path / "eval" / "align.json"
-    try:
-        found = json.loads(alignment.read_text(encoding="utf-8")) if alignment.exists() else None
-    except ValueError:
-        found = {}
-    if found is not None and (not isinstance(found, dict) or "rows" not in found):
-        raise UserError(f"{alignment} is damaged: run `align {run.path}` again")
+    folder = run.path / "eval"
     return RunFacts(
         folder=run.path,
         is_base=run.is_base_model,
@@ -82,8 +76,8 @@ def facts_of(run: RunFolder) -> RunFacts:
         commands=run.commands(),
         log=run.metrics(),
         points=points_of(run),
-        alignment=found,
-        figures=alignment_figures(run.path / "eval"),
+        alignment=read_alignment(folder) if (folder / "align.json").exists() else None,
+        figures=alignment_figures(folder),
     )
 
 

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
@@ -17,6 +21,7 @@ from cache.text import TextTable, read_table
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
+from common.reading import RECORD, read_record
 from configs.schema import Config
 from evaluation.image_files import missing_images, save_images, watched
 from evaluation.targets import Target
@@ -153,16 +158,22 @@ def print_cost(target: Target, count: int) -> None:
     )
 
 
+@with_config(RECORD)
+class SamplesManifest(TypedDict):
+    """manifest.json of a folder of samples."""
+
+    settings: dict[str, Any]
+    made_with: dict[str, str]
+    command: str
+    date: str
+    versions: dict[str, str]
+
+
 def claim_folder(folder: Path, settings: dict, made_with: dict) -> None:
     """Write the manifest of a folder; raises `UserError` where its images were drawn by other settings or weights."""
     file = folder / MANIFEST
-    if file.exists():
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            known = None
-        if not isinstance(known, dict) or not {"settings", "made_with"} <= known.keys():
-            raise UserError(f"{file} is damaged: remove {folder}, it is drawn again")
+    if os.path.lexists(file):
+        known = read_record(file, SamplesManifest, f"remove {folder}, it is drawn again")
         if known["settings"] != settings or known["made_with"] != made_with:
             raise UserError(
                 f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "

@@ -1,8 +1,9 @@
 """The feature extractors that the settings name: Inception, or an image classifier of a transformers folder, and DINOv2."""
 
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import transformers
 
 from common.errors import UserError
+from common.pretrained import load_pretrained, local_folder, read_config
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
 
@@ -30,10 +32,10 @@ def load_extractors(
     """
     device = torch.device(device)
     if str(setting) == "inception" or Path(setting).suffix == ".pth":
-        extractors = load_inception(find_weights(setting), device)
+        extractors = load_inception(find_weights(Path(setting).expanduser()), device)
     else:
-        extractors = [load_classifier(Path(setting), device)]
-    return extractors if dinov2 is None else [*extractors, load_dinov2(Path(dinov2), device)]
+        extractors = [load_classifier(_folder(setting), device)]
+    return extractors if dinov2 is None else [*extractors, load_dinov2(_folder(dinov2), device)]
 
 
 class FolderExtractor(Extractor):
@@ -116,10 +118,10 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
             f"{path} holds {kind!r}; a feature extractor is 'inception', a .pth of Inception's weights, or a transformers "
             "folder of an image classifier (config.json, model.safetensors, preprocessor_config.json)"
         )
-    preprocessing = _read_json(path / PREPARATION)
+    preprocessing = _read(path, PREPARATION)
     mean, std = _normalisation(path, preprocessing)
     size = _network_size(path, preprocessing)
-    model, sha256 = _load(transformers.AutoModelForImageClassification, path, "an image classifier")
+    model, sha256 = _load(transformers.AutoModelForImageClassification, path)
     return ClassifierExtractor(model.to(device), sha256, mean=mean, std=std, size=size)
 
 
@@ -128,47 +130,59 @@ def load_dinov2(path: Path, device: torch.device) -> Extractor:
     kind = _architecture(path)
     if kind not in ("Dinov2Model", "Dinov2WithRegistersModel"):
         raise UserError(f"{path} holds {kind!r}; a transformers folder of a Dinov2Model was expected")
-    native = _read_json(path / "config.json").get("image_size", DINOV2_SIDE)
+    native = _read(path, "config.json").get("image_size", DINOV2_SIDE)
+    if not isinstance(native, int) or native < 1:
+        raise UserError(f"{path / 'config.json'} gives no usable image_size: {native!r}")
     mean, std, size = IMAGENET_MEAN, IMAGENET_STD, (min(DINOV2_SIDE, native),) * 2
     if (path / PREPARATION).exists():
-        preprocessing = _read_json(path / PREPARATION)
+        preprocessing = _read(path, PREPARATION)
         mean, std = _normalisation(path, preprocessing)
         if native < DINOV2_SIDE:  # a small model: what it was trained on
             size = _network_size(path, preprocessing)
-    model, sha256 = _load(transformers.AutoModel, path, "DINOv2")
+    model, sha256 = _load(transformers.AutoModel, path)
     return Dinov2Extractor(model.to(device), sha256, mean=mean, std=std, size=size)
 
 
-def _load(loader: type, path: Path, what: str) -> tuple[torch.nn.Module, str]:
+def _load(loader: type, path: Path) -> tuple[torch.nn.Module, str]:
     """Load the whole model; returns it with the checksum of its weights."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, report = loader.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} cannot be loaded as {what}: {reason}") from None
-    if report["missing_keys"]:
-        missing = min(report["missing_keys"])
-        raise UserError(f"{path} lacks weights ({missing}, ...): they would be random")
+    model = load_pretrained(loader, str(path), f"extractor {path}", dtype=torch.float32)
     return model, sha256_of(*sorted(path.glob("*.safetensors")))
+
+
+def _folder(setting: str | Path) -> Path:
+    """The folder of a setting; a hub is never asked."""
+    try:
+        folder = local_folder(str(setting))
+    except UserError:
+        folder = None
+    if folder is None:
+        raise UserError(f"no feature extractor at {setting}: no such folder (of hub ids give the folder)")
+    return folder
 
 
 def _architecture(path: Path) -> str:
     """The architecture that the folder's config.json names, or the words that say what is missing."""
-    if not path.exists():
-        raise UserError(f"no feature extractor at {path}: no such folder")
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         return "no config.json"
-    return (_read_json(path / "config.json").get("architectures") or ["no architecture"])[0]
+    match _read(path, "config.json").get("architectures"):
+        case [str(kind), *_]:
+            return kind
+        case _:
+            return "no architecture"
 
 
 def _normalisation(path: Path, preprocessing: dict) -> tuple[list[float], list[float]]:
-    found = preprocessing.get("image_mean"), preprocessing.get("image_std")
-    if not all(isinstance(values, list) and len(values) == 3 for values in found):
-        raise UserError(f"{path / PREPARATION} must give image_mean and image_std for 3 channels")
+    mean, std = found = preprocessing.get("image_mean"), preprocessing.get("image_std")
+    numbers = all(isinstance(v, list) and len(v) == 3 and all(map(_is_finite, v)) for v in found)
+    if not numbers or min(std) <= 0:
+        raise UserError(
+            f"{path / PREPARATION} must give image_mean and image_std for 3 channels, not {mean!r:.60} and {std!r:.60}"
+        )
     return found
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _network_size(path: Path, preprocessing: dict) -> tuple[int, int]:
@@ -184,8 +198,5 @@ def _network_size(path: Path, preprocessing: dict) -> tuple[int, int]:
     return size
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+def _read(path: Path, file: str) -> dict[str, Any]:
+    return read_config(str(path), file, f"extractor {path}")

@@ -88,9 +88,13 @@ def entry(value: float | None, null: float | None, **more) -> dict[str, float | 
 
 
 def row_of(
-    result: Mapping, *, model: str = "run", tap: str = "mid", timestep: int = 250, features: str = "tap"
+    result: Mapping, *, model: str = "run", tap: str | None = None, timestep: int = 250, features: str = "tap"
 ) -> Metrics | None:
-    """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep)."""
+    """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep).
+
+    `tap` None is the family's main tap.
+    """
+    tap = result["main_tap"] if tap is None else tap
     wanted = {"model": model, "tap": tap, "timestep": timestep, "features": features}
     found = [row for row in result["rows"] if all(row[name] == value for name, value in wanted.items())]
     return found[0]["metrics"] if found else None

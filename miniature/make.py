@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import write_json, written_whole
+from common.reading import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +174,24 @@ def wanted(out: Path, self_distilled: bool) -> list[str]:
 def floors_of(name: str) -> dict[str, float]:
     """Return the floors that a model's measures must reach."""
     return {**FLOORS, **OWN_FLOORS.get(name, {})}
+
+
+@with_config(RECORD)
+class Settings(TypedDict):
+    """demo.json: what decides the content of the folder."""
+
+    seed: int
+    quick: bool
+
+
+@with_config(RECORD)
+class Quality(Settings):
+    """models/quality.json: the measures of each model, and the floors that they reach."""
+
+    floors_enforced: bool
+    floors: dict[str, float]
+    own_floors: NotRequired[dict[str, dict[str, float]]]
+    models: dict[str, dict[str, float]]
 
 
 def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath
 from models.latents import LatentCodec
-from models.pipeline_parts import SAMPLERS, SPACING, load_part, load_part_config
+from models.pipeline_parts import SAMPLERS, SPACING, load_part, shapes_of_part
 from models.taps import Tap
 
 
@@ -40,6 +40,7 @@ class Backbone:
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
     taps: tuple[str, ...]  # names of the places that can be aligned
+    main_tap: str  # the one of them that tables and pictures of a single tap show
     lora_targets: Mapping[str, str]  # {name: regex over module paths}
     partial_blocks: tuple[str, ...]  # what model.train=partial trains
     checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes
@@ -101,15 +102,13 @@ class Backbone:
 
     def network_of_shapes(self, *, local: bool = False) -> tuple[nn.Module, bool]:
         """The network on the device "meta", and whether its config was at hand (else `assumed_config` is taken)."""
-        known = True
         try:
-            config = load_part_config(self.base, self.part, self.network_class, self.revision, local=local)
+            return shapes_of_part(self.base, self.part, self.network_class, self.revision, local=local), True
         except UserError:
             if self.base != self.default_base:
                 raise
-            config, known = self.assumed_config, False
         with torch.device("meta"):
-            return self.network_class.from_config(config), known
+            return self.network_class.from_config(self.assumed_config), False
 
     @property
     def network_class(self) -> type[nn.Module]:
@@ -118,19 +117,28 @@ class Backbone:
 
     def load_codec(self) -> LatentCodec:
         """The VAE and its normalisation, in fp32."""
-        return LatentCodec(self.load("vae"))
+        return LatentCodec(self.load("vae"), f"vae of {self.base}")
 
     @cached_property
     def scheduler(self):
-        """The base model's noise schedule."""
-        return self.load("scheduler")
+        """The base model's noise schedule; raises `UserError` unless it is one."""
+        found = self.load("scheduler")
+        kept = found.alphas_cumprod  # (T,)
+        if not len(kept) or not ((kept >= 0) & (kept <= 1)).all():  # NaN is neither
+            raise UserError(
+                f"scheduler of {self.base} has no noise schedule (num_train_timesteps = {len(kept)}, alphas_cumprod must lie "
+                "between 0 and 1): mend its scheduler_config.json"
+            )
+        return found
 
     @cached_property
     def own_output(self) -> str:
         """What the base model outputs, "epsilon" or "v"; raises `UserError` for anything else."""
         found = self.scheduler.config.prediction_type
         if found not in PREDICTION_TYPES:
-            raise UserError(f"{self.base} predicts {found}; epsilon or v was expected")
+            raise UserError(
+                f"scheduler of {self.base} has prediction_type {found!r}; one of {', '.join(PREDICTION_TYPES)} was expected"
+            )
         return PREDICTION_TYPES[found]
 
     def output_of(self, parameterization: str) -> str:

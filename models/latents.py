@@ -1,5 +1,7 @@
 """Pixels to latents and back: the one place that knows a VAE's posterior and its normalisation."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,19 +16,27 @@ class LatentCodec(nn.Module):
     """A VAE and the normalisation of its latents, x_0 = (z − mean) · scaling / std.
 
     mean, std and scaling are what the VAE's config says (`shift_factor` or `latents_mean`, `latents_std`, `scaling_factor`);
-    Stable Diffusion 1.5 only scales. `encode` and `decode` are exact inverses in this normalisation. An `AutoencoderTiny`
+    Stable Diffusion 1.5 only scales. `what` names the VAE in errors.
+    `encode` and `decode` are exact inverses in this normalisation. An `AutoencoderTiny`
     will do where only decoding is asked for.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, what: str = "vae"):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         config = vae.config
-        mean = config.get("latents_mean")
-        self.mean = _per_channel(config.get("shift_factor") if mean is None else mean, 0.0)
-        self.std = _per_channel(config.get("latents_std"), 1.0)
-        self.scaling = config.get("scaling_factor") or 1.0
         self.channels = config.latent_channels
+        numbers = {"latents_mean": None, "latents_std": None, "shift_factor": None, "scaling_factor": 1.0}
+        numbers |= {key: config[key] for key in numbers if key in config}
+        for key, value in numbers.items():
+            if not _is_normalisation(key, value, self.channels):
+                raise UserError(
+                    f"{what} has {key} = {value!r:.60}, which is no number to normalise by: mend its config"
+                )
+        mean = numbers["latents_mean"]
+        self.mean = _per_channel(numbers["shift_factor"] if mean is None else mean, 0.0)
+        self.std = _per_channel(numbers["latents_std"], 1.0)
+        self.scaling = numbers["scaling_factor"]
         self.down = 2 ** (len(config.block_out_channels) - 1)  # pixels on a side of one latent cell
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +89,16 @@ def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int = DECODED_RO
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
         decoded.append((image * 255).round().astype(np.uint8))
     return np.concatenate(decoded)  # (B, H, W, 3)
+
+
+def _is_normalisation(key: str, value: object, channels: int) -> bool:
+    """Whether a config's number can be used: finite, one or one a channel, absent but for the scale, positive if divided by."""
+    if value is None:
+        return key != "scaling_factor"
+    values = value if isinstance(value, list | tuple) and key.startswith("latents_") else [value]
+    sound = all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    positive = key in ("shift_factor", "latents_mean") or (sound and min(values, default=0) > 0)
+    return sound and positive and len(values) in (1, channels)
 
 
 def _per_channel(value, default: float) -> float | list[float]:

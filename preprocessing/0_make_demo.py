@@ -16,7 +16,6 @@ the same weights, byte for byte.
     python preprocessing/0_make_demo.py --out data/demo
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -29,8 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, run_script
 from common.files import write_json
+from common.reading import read_record
 from miniature import make as miniature
 from preprocessing.options import new_parser
+
+AGAIN = "delete the folder that holds it, and the same command makes it again"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     claim(args.out, settings)
     names, quality = miniature.wanted(args.out, args.self_distilled), args.out / miniature.QUALITY
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    whole = not missing and quality.is_file() and (args.out / miniature.IMAGES).is_dir()
-    if whole and list(read_json(quality)["models"]) == names:
+    whole = not missing and quality.exists() and (args.out / miniature.IMAGES).is_dir()
+    if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:
         print(f"{args.out} is already complete")
         return
 
@@ -69,8 +71,8 @@ def claim(out: Path, settings: dict) -> None:
     record = out / miniature.SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if record.is_file():
-            made = read_json(record)
+        if record.exists():
+            made = read_record(record, miniature.Settings, f"delete {out}, and it is made again")
             if made != settings:
                 raise UserError(
                     f"{out} was made with {made}, not {settings}; choose another --out or delete it"
@@ -80,7 +82,7 @@ def claim(out: Path, settings: dict) -> None:
         else:
             write_json(record, settings)
         (out / "models").mkdir(exist_ok=True)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"cannot use --out {out}: {error}") from error
 
 
@@ -111,10 +113,6 @@ def die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def report(name: str, measures: dict[str, float]) -> None:
     """Print one line about a finished model: its name, its seconds and its measures."""
     listed = "  ".join(f"{key} {value:.3f}" for key, value in measures.items() if key != "seconds")
@@ -123,7 +121,8 @@ def report(name: str, measures: dict[str, float]) -> None:
 
 def summarise(names: list[str], out: Path, settings: dict) -> None:
     """Collect the named models' measures into `models/quality.json` and print them as a table."""
-    models = {name: read_json(out / "models" / name / "quality.json") for name in names}
+    files = {name: out / "models" / name / "quality.json" for name in names}
+    models = {name: read_record(file, dict[str, float], AGAIN) for name, file in files.items()}
     own = {name: floors for name, floors in miniature.OWN_FLOORS.items() if name in names}
     content = settings | {"floors_enforced": not settings["quick"], "floors": miniature.FLOORS}
     content |= ({"own_floors": own} if own else {}) | {"models": models}

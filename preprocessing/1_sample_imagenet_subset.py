@@ -15,7 +15,6 @@ The same --seed chooses the same images. Each round of rows has one image of eve
 per class is the beginning of the list of 500.
 """
 
-import csv
 import os
 import random
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 
 from tqdm import tqdm
 
+from cache.csv_file import read_csv
 from cache.image_list import Sample, write_samples
 from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
@@ -108,9 +108,8 @@ def find_beside(root: Path, name: str) -> Path | None:
 def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str, list[str]]:
     """Return the sorted image files of every class, relative to `folder`; class folders decide, or else the file of labels."""
     with os.scandir(folder) as scan:
-        entries = [entry for entry in scan if entry.name[0] != "."]
-    synsets = sorted(entry.name for entry in entries if entry.is_dir())
-    loose = image_names(entry.name for entry in entries)
+        synsets = sorted(entry.name for entry in scan if entry.name[0] != "." and entry.is_dir())
+    loose = image_names(folder)
     if not synsets:
         return sort_by_labels(folder, loose, labels, root)
     if labels:
@@ -119,8 +118,8 @@ def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str,
         print(f"{folder}: {len(loose)} images beside the class folders are not used", file=sys.stderr)
     found = {}
     for synset in tqdm(synsets, desc="classes", unit="class", disable=None):  # None: a bar only on a terminal
-        # Only names are read: opening or checking each of 1.3 million files would take minutes on a network disk.
-        found[synset] = [f"{synset}/{name}" for name in image_names(os.listdir(folder / synset))]
+        # Only folders are read: opening or checking each of 1.3 million files would take minutes on a network disk.
+        found[synset] = [f"{synset}/{name}" for name in image_names(folder / synset)]
     return found
 
 
@@ -148,15 +147,12 @@ def sort_by_labels(folder: Path, names: list[str], labels: Path | None, root: Pa
 
 def read_labels(path: Path) -> dict[str, str]:
     """Read the synset of each image id from a CSV `ImageId,PredictionString`; a prediction is `synset x y x y ...`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {VAL_LABELS} was expected") from None
-    except (KeyError, AttributeError, IndexError, ValueError, csv.Error):
-        raise UserError(
-            f"{path} is no {VAL_LABELS}: every row must have ImageId and PredictionString, the synset first"
-        ) from None
+    remedy, synset_of = f"give {VAL_LABELS}, in which every prediction begins with the synset", {}
+    for line, (key, prediction) in read_csv(path, ["ImageId", "PredictionString"], remedy):
+        if not prediction.strip():
+            raise UserError(f"line {line} of {path} has no prediction: {remedy}")
+        synset_of[key] = prediction.split()[0]
+    return synset_of
 
 
 def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classes: Path) -> None:
@@ -172,10 +168,26 @@ def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classe
         )
 
 
-def image_names(names: Iterable[str]) -> list[str]:
-    """Return the image files among the names, sorted, without hidden files (macOS writes ._*.JPEG)."""
-    shown = (name for name in names if name[0] != ".")
-    return sorted(name for name in shown if os.path.splitext(name)[1].lower() in EXTENSIONS)
+def image_names(folder: Path) -> list[str]:
+    """Return the image files of a folder, sorted, without hidden files (macOS writes ._*.JPEG).
+
+    What has the name of an image and is no regular file, such as a FIFO, is reported on stderr and left out; none is opened.
+    """
+    with os.scandir(folder) as scan:
+        shown = [entry for entry in scan if entry.name[0] != "."]
+    named = [entry for entry in shown if os.path.splitext(entry.name)[1].lower() in EXTENSIONS]
+    files = sorted(entry.name for entry in named if _is_file(entry))
+    if odd := sorted({entry.name for entry in named} - set(files)):
+        print(f"{folder}: {few(odd)} left out, no regular file", file=sys.stderr)
+    return files
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Return whether an entry, or what it links to, is a regular file; the folder says that of all but links."""
+    try:
+        return entry.is_file()
+    except OSError:  # a loop of links
+        return False
 
 
 def few(names: list[str]) -> str:

@@ -10,13 +10,19 @@ In all of them the number of a class is the position of its synset in sorted ord
 """
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
-from common.errors import UserError
+from pydantic_core import from_json
 
+from common.errors import UserError
+from common.reading import read_text
+
+LIMIT = 2**26  # bytes; the names of ImageNet-21k take 1 MB
 NAMES_ONLY = '{"0": "tench", ...}'
 WITH_SYNSETS = 'LOC_synset_mapping.txt or imagenet_class_index.json ({"0": ["n01440764", "tench"], ...})'
+FORMATS = f"give {NAMES_ONLY} or {WITH_SYNSETS}"
 
 
 def read_synsets(path: str | Path) -> list[str]:
@@ -29,15 +35,11 @@ def read_synsets(path: str | Path) -> list[str]:
 
 def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
     """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-    except OSError as error:
-        what = f"it names the classes: {NAMES_ONLY} or LOC_synset_mapping.txt"
-        raise UserError(f"cannot read {path}: {error.strerror}; {what}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text: give {NAMES_ONLY} or {WITH_SYNSETS}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"cannot read {path}, which does not exist: {FORMATS}")
+    text = read_text(path, LIMIT).strip()
     if not text:
-        raise UserError(f"{path} is empty: give {NAMES_ONLY} or {WITH_SYNSETS}")
+        raise UserError(f"{path} is empty: {FORMATS}")
     classes = _from_json(path, text) if text[0] in "{[" else _from_lines(path, text)
     synsets = [synset for synset, _ in classes if synset is not None]
     if twice := [synset for synset, count in Counter(synsets).items() if count > 1]:
@@ -51,11 +53,14 @@ def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
 
 def _from_json(path, text: str) -> list[tuple[str | None, str]]:
     try:
+        from_json(text)  # refuses deep nests and halves of characters, which json takes
         # Pairs are kept because a dict would hide that a number occurs twice.
         pairs = json.loads(text, object_pairs_hook=tuple)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON ({error}): {FORMATS}") from None
     numbers = [number for number, _ in pairs] if isinstance(pairs, tuple) else []
+    if twice := [number for number, count in Counter(numbers).items() if count > 1]:
+        raise UserError(f"{path} names the class {twice[0]:.60} twice")
     if not numbers or (missing := {str(number) for number in range(len(numbers))} - set(numbers)):
         lacks = f"; {min(missing, key=int)} is missing" if numbers else ""
         raise UserError(f'{path} must map every class number from "0" on to a name, without a gap{lacks}')
@@ -83,6 +88,8 @@ def _from_lines(path, text: str) -> list[tuple[str | None, str]]:
         if not line.strip():
             continue
         synset, *names = line.split(maxsplit=1)
+        if looks := _looks_like(synset):
+            raise UserError(f"line {number} of {path} looks like {looks}: {FORMATS}")
         name = names[0].split(",")[0].strip() if names else ""
         if not name:
             raise UserError(
@@ -90,3 +97,12 @@ def _from_lines(path, text: str) -> list[tuple[str | None, str]]:
             )
         classes.append((synset, name))
     return sorted(classes)
+
+
+def _looks_like(word: str) -> str | None:
+    """Return which other format a line that begins with this word has, or None if the word can be a synset."""
+    if word == "-" or word.endswith(":"):
+        return "YAML"
+    if "," in word:
+        return "a CSV"
+    return "a numbered list" if word.rstrip(".)").isdecimal() else None

@@ -192,13 +192,14 @@ def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, s
     for key in ids:
         try:
             image = read_image(paths[key])
+            cuts = {view: cut_view(image, *view) for view in views}
         except UnreadableImage as error:
             unreadable[key] = str(error)
             continue
         except UserError as error:
             return error
-        for view, pixels in views.items():
-            pixels.numpy()[len(kept)] = cut_view(image, *view)
+        for view, cut in cuts.items():
+            views[view].numpy()[len(kept)] = cut
         kept.append(key)
     views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
     return kept, views, unreadable

@@ -1,47 +1,71 @@
 """Curves of a metric over a training: its points (one JSON line each), the steps to reach a value, and the figures."""
 
-import fcntl
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
-from common.errors import UserError
 from common.files import write_json
+from common.reading import RECORD, JsonLines
 from report.plots import plot_metric_curves, plot_panels
 
-NEEDED = {"step", "kind", "model", "protocol", "metrics"}  # of a point
 DISTANCES = ("fid", "sfid", "fd", "kid")
 
 
-def read_points(file: Path) -> list[dict]:
-    """The lines of a run's `points.jsonl`; what a crash left of a line is left out, other damage is a `UserError`."""
-    if not file.exists():
-        return []
-    *lines, _ = file.read_bytes().split(b"\n")
-    points = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            point = json.loads(line)
-        except ValueError:
-            point = None
-        if not isinstance(point, dict) or not point.keys() >= NEEDED:
-            raise UserError(f"line {number} of {file} is no point of an evaluation: remove that line")
-        points.append(point)
-    return points
+@with_config(RECORD)
+class Metric(TypedDict):
+    """One metric's value, with its standard error and how that was found."""
+
+    value: float
+    error: float | None
+    error_kind: str | None
+    notes: list[str]
 
 
-def append_point(file: Path, point: Mapping) -> None:
-    """Add a line, after whatever a crash left of one is gone."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)  # another process may be measuring another checkpoint
-        opened.seek(0)
-        whole = opened.read().rfind(b"\n") + 1
-        opened.truncate(whole)
-        opened.write(json.dumps(point, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Protocol(TypedDict):
+    """The settings that two points must share to be compared: these, which the page tells, and others."""
+
+    sampler: str
+    steps: int
+    eta: float | None
+    cfg: float
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    guidance_space: str | None
+    dtype: str
+    labels: str
+    classes: int
+    seed: int
+    weights: str
+    num_samples: int
+    judges: dict[str, dict[str, dict[str, Any]]]
+
+
+@with_config(RECORD)
+class Point(TypedDict):
+    """The metrics of one checkpoint under one protocol: a line of points.jsonl."""
+
+    target: str
+    step: int
+    images_seen: int
+    model: dict[str, Any]
+    protocol: Protocol
+    metrics: dict[str, Metric]
+    distance_of_halves: dict[str, float | None]
+    samples: str
+    command: str
+    date: str
+    seconds: dict[str, float]
+    kind: str
+
+
+def points_file(file: Path) -> JsonLines[Point]:
+    """A run's points.jsonl, which several commands may write at once."""
+    return JsonLines(file, Point, allow_nan=False)
 
 
 def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[str]) -> list[Mapping]:

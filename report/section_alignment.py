@@ -8,7 +8,7 @@ from report.material import WEIGHTS, Material
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_panels
 
-# Metric of the mid-block's own features, and what the table calls it.
+# Metric of the main tap's own features, and what the table calls it.
 BEFORE_HEAD = {
     "cca": "CCA",
     "cka": "unbiased CKA",
@@ -56,10 +56,11 @@ def alignment_section(material: Material) -> Iterator[Block]:
         )
     timestep = nearest_timestep(first["timesteps"])
     columns = _columns(alike)
-    h, w = first["tap_grids"]["mid"]
-    yield _table(columns, first["teacher"]["mid"], timestep)
+    tap = first["main_tap"]
+    h, w = first["tap_grids"][tap]
+    yield _table(columns, first["teacher"][tap], timestep)
     yield Paragraph(
-        f"Mid-block at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
+        f"Features of the tap {tap} at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
         f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
         f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
         "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
@@ -72,7 +73,7 @@ def alignment_section(material: Material) -> Iterator[Block]:
     yield Command("\n".join(dict.fromkeys(found["command"] for found in alike.values())))
     yield Figure(
         _across(material.folder / "align_runs.png", columns, first["timesteps"]),
-        "The mid-block of all runs against the timestep at which it is read.",
+        f"The tap {tap} of all runs against the timestep at which it is read.",
     )
     for name in alike:
         for path in runs[name].figures:
@@ -93,10 +94,10 @@ def _columns(measured: Mapping[str, Mapping]) -> list[Column]:
 
 
 def _across(file: Path, columns: Sequence[Column], timesteps: Sequence[int]) -> Path:
-    """Draw the mid-block's metrics of all columns against the timestep."""
+    """Draw the main tap's metrics of all columns against the timestep."""
     panels = {}
     for metric in ACROSS:
-        panels[f"mid-block {BEFORE_HEAD[metric]}"] = {
+        panels[f"{columns[0][1]['main_tap']} {BEFORE_HEAD[metric]}"] = {
             label: {
                 "steps": timesteps,
                 "values": [value_of(found, metric, model=model, timestep=t) for t in timesteps],
@@ -125,7 +126,7 @@ def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
     steps = [f"{found['step']:,}" if model == "run" else "0" for _, found, model in columns]
     kinds = [WEIGHTS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
     rows += [["optimiser steps", *steps, None], ["weights", *kinds, None]]
-    header = ["mid-block", *(label for label, _, _ in columns), "teacher"]
+    header = [columns[0][1]["main_tap"], *(label for label, _, _ in columns), "teacher"]
     shown = [i for i in range(len(header)) if any(row[i] is not None for row in rows)]
     return Table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 

@@ -16,14 +16,18 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any, NotRequired
 
 import torch
+from pydantic import with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import write_json, written_whole
+from common.reading import RECORD, UnreadableFile, read_record
 from training.optimizers import flat_state, load_flat_state
 
 TRAINED, EMA, OPTIMIZER = "trained.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -63,7 +67,7 @@ def save_checkpoint(folder: Path, training, extra: dict, *, keep: int, keep_ever
             shutil.rmtree(old)
 
 
-def fingerprint(file: Path) -> dict[str, int]:
+def fingerprint(file: Path) -> "Fingerprint":
     """Return the size and the CRC-32 of a file."""
     checksum, size = 0, 0
     with open(file, "rb") as opened:
@@ -102,23 +106,46 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+@with_config(RECORD)
+class Fingerprint(TypedDict):
+    """Size and CRC-32 of a file."""
+
+    bytes: int
+    crc32: int
+
+
+@with_config(RECORD)
+class State(TypedDict):
+    """state.json."""
+
+    step: int
+    ema_step: int
+    optimizer: NotRequired[dict[str, Any]]  # not in those of before optim.name existed
+    extra: dict[str, Any]
+    files: dict[str, Fingerprint]
+    crc32: int  # of all else in state.json
+
+
 class _DamagedError(Exception):
     """A file of a checkpoint is missing or has changed since it was written."""
 
 
-def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> dict:
+def _verify(path: Path, names: tuple[str, ...] = (TRAINED, EMA, OPTIMIZER)) -> State:
     """Compare files of a checkpoint with the sizes and CRC-32 in its state.json, and return the state."""
+    for name in (STATE, *names):
+        if not (path / name).exists():
+            raise _DamagedError(f"{name} is missing")
     try:
-        state = json.loads((path / STATE).read_bytes())
-        if not isinstance(state, dict) or state != _sealed(state) or state["step"] != step_of(path):
-            raise _DamagedError(f"{STATE} is not as it was written")
-        for name in names:
-            if fingerprint(path / name) != state["files"][name]:
-                raise _DamagedError(f"{name} is not as it was written")
-    except FileNotFoundError as error:
-        raise _DamagedError(f"{Path(error.filename).name} is missing") from None
-    except ValueError:
+        state = read_record(path / STATE, State, "")
+    except UnreadableFile:
+        raise
+    except UserError:
         raise _DamagedError(f"{STATE} is not as it was written") from None
+    if state != _sealed(state) or state["step"] != step_of(path):
+        raise _DamagedError(f"{STATE} is not as it was written")
+    for name in names:
+        if fingerprint(path / name) != state["files"].get(name):
+            raise _DamagedError(f"{name} is not as it was written")
     return state
 
 
@@ -128,7 +155,7 @@ def _sealed(state: dict) -> dict:
     return bare | {"crc32": zlib.crc32(json.dumps(bare, sort_keys=True).encode())}
 
 
-def state_of(path: Path, names: tuple[str, ...] = ()) -> dict:
+def state_of(path: Path, names: tuple[str, ...] = ()) -> State:
     """Return a checkpoint's state.json; raises `UserError` where that or one of the files `names` is damaged."""
     try:
         return _verify(path, names)
@@ -153,12 +180,11 @@ def _step_folders(folder: Path) -> list[Path]:
 
 def restore_checkpoint(path: Path, training) -> dict:
     """Restore step, parameters, optimizer and ema of a `TrainingState` from an undamaged checkpoint; returns its `extra`."""
-    state = json.loads((path / STATE).read_bytes())
+    state = state_of(path)
     parameters, ema = training.parameters, training.ema
     _copy_into(parameters, path / TRAINED)
     _copy_into(dict(zip(parameters, ema.shadow_params, strict=True)), path / EMA)
-    values = state.get("optimizer", {})  # checkpoints from before optim.name existed have none
-    load_flat_state(training.optimizer, parameters, _load(path / OPTIMIZER), values)
+    load_flat_state(training.optimizer, parameters, _load(path / OPTIMIZER), state.get("optimizer", {}))
     training.step, ema.optimization_step = state["step"], state["ema_step"]
     return state["extra"]
 

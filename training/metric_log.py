@@ -33,7 +33,7 @@ class MetricLog(AbstractContextManager):
         """Log one line of metrics, of which `step` is one: to metrics.jsonl, TensorBoard and Weights & Biases."""
         if not self._active:
             return
-        self.run.append(line)
+        self.run.log.append(line)
         self.scalars(line, line["step"])
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -13,7 +13,6 @@ samples/ eval/    samples and results, which evaluate_sd15.py writes
 
 import fcntl
 import functools
-import json
 import operator
 import platform
 import shlex
@@ -23,9 +22,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, with_config
+from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
+from common.reading import RECORD, JsonLines, read_record
 from configs.loading import knobs, load_config, resolved_yaml, yaml_value
 from configs.schema import Config
 from training.checkpoint import checkpoints, step_of
@@ -46,7 +50,48 @@ OPERATIONAL = (
     "train.eval_every",
     "train.wandb",
 )
-LOGS = ("metrics.jsonl", "skipped.jsonl", "eval/points.jsonl")  # logs whose lines have a step
+# Evaluation's points, and those that were measured of weights which the run has since forgotten.
+POINTS, FORGOTTEN = Path("eval/points.jsonl"), Path("eval/forgotten_points.jsonl")
+
+
+@with_config(RECORD)
+class Change(TypedDict):
+    """Settings that were changed when a run was resumed."""
+
+    from_step: int
+    command: str
+    changed: list[str]
+
+
+@with_config(RECORD)
+class RunRecord(TypedDict):
+    """run.json."""
+
+    command: str
+    started: str
+    versions: dict[str, str | None]
+    base_model: NotRequired[str]  # of a folder that holds results of a bare base model
+    changes: NotRequired[list[Change]]
+
+
+@with_config(RECORD)
+class Skipped(TypedDict):
+    """A line of skipped.jsonl; `images` are ids."""
+
+    step: int
+    loss_finite: bool
+    images: list[str]
+
+
+def _has_a_step(line: dict) -> dict:
+    if not isinstance(line.get("step"), int):
+        raise ValueError("'step' is missing")
+    return line
+
+
+# A line of metrics.jsonl: its step and whatever was measured; and any line of which only the step counts here.
+MetricsLine = Annotated[dict[str, int | float | None], AfterValidator(_has_a_step)]
+StepLine = Annotated[dict[str, Any], AfterValidator(_has_a_step)]
 
 
 class RunFolder:
@@ -56,6 +101,8 @@ class RunFolder:
         self.path, self.name, self._allowed = Path(path), Path(path).name, allowed
         self.config_file, self._record_file = self.path / "config.yaml", self.path / "run.json"
         self.checkpoint_folder = self.path / "checkpoints"
+        self.log = JsonLines(self.path / "metrics.jsonl", MetricsLine, None)
+        self.skipped = JsonLines(self.path / "skipped.jsonl", Skipped, None)
         self._forced: list[str] = []  # changes that were allowed but are not settings, such as other images
         if config is None and not self.config_file.exists():
             raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
@@ -109,14 +156,8 @@ class RunFolder:
         """Whether this folder holds results of a bare base model (see `of_base_model`)."""
         return self._record_file.exists() and "base_model" in self._record()
 
-    def _record(self) -> dict:
-        try:
-            record = json.loads(self._record_file.read_text())
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{self._record_file} is damaged: remove it, the next training writes it again")
-        return record
+    def _record(self) -> RunRecord:
+        return read_record(self._record_file, RunRecord, "remove it, the next training writes it again")
 
     def adopt(self) -> None:
         """Write config.yaml, and the changed settings to run.json; call it once the run is known to go on with this config."""
@@ -183,23 +224,27 @@ class RunFolder:
         record = self._record()
         return [record["command"], *(change["command"] for change in record.get("changes", ()))]
 
-    def metrics(self, log: str = "metrics.jsonl") -> list[dict]:
-        """Return all logged lines in order, without lines that a crash left incomplete."""
-        file = self.path / log
-        lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
-        return [line for text in lines if (line := _parsed(text)) is not None]
+    def metrics(self) -> list[MetricsLine]:
+        """Return the lines of metrics.jsonl."""
+        return self.log.read()
 
     def forget_after(self, step: int) -> None:
-        """Delete the lines that were logged after the step from which a run resumes; they will be logged again."""
-        for log in LOGS:
-            if (self.path / log).exists():
-                kept = (line for line in self.metrics(log) if line["step"] <= step)
-                text = "".join(json.dumps(line) + "\n" for line in kept)
-                write_atomically(self.path / log, text.encode())
+        """Take out of the logs what follows the step from which a run resumes, and will be logged again.
 
-    def append(self, line: dict, log: str = "metrics.jsonl") -> None:
-        with open(self.path / log, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        Evaluated points are not deleted: they go to another file, and a printed line says so.
+        """
+
+        def stays(line) -> bool:
+            return line["step"] <= step
+
+        self.log.split(stays)
+        self.skipped.split(stays)
+        points = JsonLines(self.path / POINTS, StepLine)
+        if gone := points.split(stays, into=self.path / FORGOTTEN):
+            print(
+                f"warning: {gone} points of {points.path} were measured after step {step}, from which the run goes on: "
+                f"they are in {FORGOTTEN.name} now"
+            )
 
 
 def this_command() -> str:
@@ -219,14 +264,6 @@ def _provenance() -> dict:
             versions[package] = None
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"command": this_command(), "started": started, "versions": versions}
-
-
-def _parsed(text: str) -> dict | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and "step" in line else None
 
 
 def flat_settings(config: Config) -> dict[str, object]:

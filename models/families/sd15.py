@@ -17,6 +17,7 @@ ALIGNED_BLOCKS = r"(mid_block|down_blocks\.3|up_blocks\.0)"
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 TEXT_ROWS = 64  # prompts that are encoded at a time
+TOKENS = 77  # of a prompt, in CLIP's text encoder
 
 
 class SD15(Backbone):
@@ -33,7 +34,7 @@ class SD15(Backbone):
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
     blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
-    taps = tuple(blocks)
+    taps, main_tap = tuple(blocks), "mid"
     # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
     # attention.
     lora_targets = {  # noqa: RUF012
@@ -77,10 +78,13 @@ class SD15(Backbone):
         return network.config.block_out_channels[-1]
 
     def latent_shape(self, network: nn.Module) -> tuple[int, ...]:
-        return network.config.in_channels, network.config.sample_size, network.config.sample_size
+        side = network.config.sample_size
+        if not isinstance(side, int) or side < 1:
+            raise UserError(f"unet of {self.base} has sample_size = {side!r:.60}: mend its config.json")
+        return network.config.in_channels, side, side
 
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (77, network.config.cross_attention_dim)}  # CLIP's 77 tokens
+        return {"prompt_embeds": (TOKENS, network.config.cross_attention_dim)}
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
@@ -103,8 +107,22 @@ class SD15(Backbone):
 
     @cached_property
     def _text_encoder(self) -> nn.Module:
-        return self.load("text_encoder").eval()
+        """CLIP's text encoder; raises `UserError` unless it takes the tokenizer's tokens."""
+        encoder, tokenizer = self.load("text_encoder").eval(), self._tokenizer
+        config = encoder.config
+        if config.max_position_embeddings < TOKENS or config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"text_encoder of {self.base} takes {config.max_position_embeddings} tokens of {config.vocab_size} kinds, the "
+                f"tokenizer gives {TOKENS} of {len(tokenizer)}: give a whole pipeline folder"
+            )
+        return encoder
 
     @cached_property
     def _tokenizer(self):
-        return self.load("tokenizer")
+        found = self.load("tokenizer")
+        if found.model_max_length != TOKENS:
+            raise UserError(
+                f"tokenizer of {self.base} has model_max_length = {found.model_max_length!r:.60}; CLIP's is {TOKENS}: give the "
+                "tokenizer/ folder of the base model, whole"
+            )
+        return found

@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.pipeline_parts import check_present, loading
-from models.teachers.dinov2_checkpoint import SUFFIXES, load_checkpoint
+from common.pretrained import load_pretrained, read_config
+from models.teachers.dinov2_checkpoint import load_checkpoint
 
 # The pixel statistics DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -47,20 +47,20 @@ class DINOv2Encoder(nn.Module):
 
         Raises `UserError` for anything else. A hub id looks like `facebook/dinov2-large`.
         """
-        transformers.utils.logging.disable_progress_bar()
-        if Path(name).is_file():
+        file, what = Path(name).expanduser(), f"teacher {name}"
+        if file.is_file():
             if revision is not None:
-                raise UserError(f"teacher {name} is a file and has no revision: leave out the revision")
-            return cls(load_checkpoint(name), grid, format="facebookresearch")
-        if name.endswith(SUFFIXES) and not Path(name).exists():  # weights/dinov2.pth also looks like a hub id
-            raise UserError(f"teacher {name} does not exist: check the path")
-        check_present(name)
-        with loading(f"cannot load teacher {name}", name):
-            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-            if config.model_type not in MODEL_TYPES:
-                raise UserError(f"teacher {name} is a {config.model_type} model; DINOv2 was expected")
-            model = transformers.AutoModel.from_pretrained(name, revision=revision)
-        return cls(model.float(), grid)
+                raise UserError(f"{what} is a file and has no revision: leave out the revision")
+            return cls(load_checkpoint(file), grid, format="facebookresearch")
+        config = read_config(name, "config.json", what, revision=revision)
+        if (found := config.get("model_type")) not in MODEL_TYPES:
+            raise UserError(f"{what} is a {found} model; DINOv2 was expected")
+        model = load_pretrained(transformers.AutoModel, name, what, revision=revision).float()
+        if not isinstance(patch := model.config.patch_size, int) or patch < 1:
+            raise UserError(
+                f"{what} has patch_size = {patch!r}; a number of pixels was expected: mend its config"
+            )
+        return cls(model, grid)
 
     @property
     def implementation(self) -> str:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
 MAGIC = (b"PK", b"\x80")  # first bytes of a zip archive, and of a pickle, which torch.save wrote before 1.6
 DAMAGED = (  # torch.load raises these for a file cut off at different places
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, struct.error),
@@ -32,7 +31,7 @@ HEADS = ("dino_head.", "ibot_head.")
 HEAD_DIM = 64  # width of an attention head in all four published sizes; no tensor's shape shows it
 # FSDP stores blocks in chunks, as `blocks.C.I`. Each chunk is padded with Identity in front, so that I numbers all blocks.
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
-BLOCK = re.compile(r"^blocks\.(\d+)\.")
+BLOCK = re.compile(r"^blocks\.(\d{1,3})\.")
 # The names of the same weights in files of transformers. `from_pretrained` maps them to the names that its version uses.
 RENAMED = {
     r"^(cls_token|mask_token|register_tokens)$": r"embeddings.\1",
@@ -127,7 +126,7 @@ def infer_config(state: dict[str, Tensor], path: str | Path) -> transformers.Pre
                 f"{path} has no {key}, so it is no DINOv2 of facebookresearch/dinov2 (of Hugging Face weights give the folder)"
             )
         found = tuple(state[key].shape)
-        if len(found) != ndim:
+        if len(found) != ndim or 0 in found:
             raise UserError(f"{path}: {key} has shape {found}, not {ndim} dimensions: give another file")
         return found
 

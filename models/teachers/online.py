@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.pretrained import load_pretrained
 from models.latents import LatentCodec
-from models.pipeline_parts import check_present, loading
 from models.teachers.dinov2 import DINOv2Encoder
 
 
@@ -37,9 +36,4 @@ class OnlineTeacher(nn.Module):
 
 def load_decoder(tiny: str) -> nn.Module:
     """Load the `AutoencoderTiny` of a hub id or folder; raises `UserError` when there is none."""
-    check_present(tiny)
-    with loading(f"cannot load teacher.decoder {tiny}", tiny):
-        found = AutoencoderTiny.load_config(tiny).get("_class_name")
-        if found != "AutoencoderTiny":
-            raise UserError(f"teacher.decoder {tiny} is a {found}; an AutoencoderTiny was expected")
-        return AutoencoderTiny.from_pretrained(tiny).float()
+    return load_pretrained(AutoencoderTiny, tiny, f"teacher.decoder {tiny}").float()

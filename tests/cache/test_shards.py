@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 from contextlib import suppress
+from dataclasses import replace
 
 import lmdb
 import numpy as np
@@ -14,19 +15,21 @@ import torch
 
 from cache import reader as reader_module
 from cache.lmdb_pages import DamagedFile, value_ranges
-from cache.manifest import MANIFEST, FieldSpec, read_manifest
+from cache.manifest import MANIFEST, FieldSpec, read_manifest, write_manifest
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
 from cache.text import read_table, text_spec, write_table
 from common.errors import UserError
 
-SPEC = FieldSpec("latents", (2, 3), "float16", "test values", {"model": "m"}, {"kind": "aligned", "size": 8})
+SPEC = FieldSpec(
+    "latents", (1, 2, 3), "float16", "test values", {"model": "m"}, {"kind": "aligned", "size": 8}
+)
 IDS = [f"n{i % 3}/{i}" for i in range(10)]
 
 
 def value(key):
     """A value that only its id decides."""
-    return torch.full((2, 3), int(key.split("/")[1]), dtype=torch.float16)
+    return torch.full((1, 2, 3), int(key.split("/")[1]), dtype=torch.float16)
 
 
 def values(ids):
@@ -61,7 +64,7 @@ class TestRoundTrip:
         assert reader.damaged_shards() == []
 
     @pytest.mark.parametrize(
-        "shape", [(2, 3), (3, 5, 97), (196, 64)], ids=["inline", "odd", "pages of its own"]
+        "shape", [(1, 2, 3), (3, 5, 97), (1, 196, 64)], ids=["inline", "odd", "pages of its own"]
     )
     def test_what_lmdb_itself_reads_is_the_bytes_of_the_value_and_no_more(self, tmp_path, shape):
         spec = FieldSpec("latents", shape, "float32", "random")
@@ -252,7 +255,7 @@ class TestResume:
     def test_a_foreign_partial_shard_is_one_line(self, tmp_path):
         FieldWriter(tmp_path, SPEC, IDS, shard_size=4).close()
         (tmp_path / "shard-00001.lmdb.partial").write_bytes(b"x" * 100_000)
-        with pytest.raises(UserError, match=r"shard-00001.lmdb.partial is damaged: delete it"):
+        with pytest.raises(UserError, match=r"shard-00001.lmdb.partial is damaged .*: delete"):
             write(tmp_path)
 
     @pytest.mark.parametrize("stop_after", range(4))
@@ -295,8 +298,12 @@ class TestResume:
     @pytest.mark.parametrize(
         "other",
         [
-            {"spec": FieldSpec("latents", (2, 3), "float16", "test values", {"model": "other"}, SPEC.view)},
-            {"spec": FieldSpec("latents", (2, 3), "bfloat16", "test values", SPEC.source, SPEC.view)},
+            {
+                "spec": FieldSpec(
+                    "latents", (1, 2, 3), "float16", "test values", {"model": "other"}, SPEC.view
+                )
+            },
+            {"spec": FieldSpec("latents", (1, 2, 3), "bfloat16", "test values", SPEC.source, SPEC.view)},
         ],
     )
     def test_other_settings_are_not_mixed_into_a_folder(self, tmp_path, other):
@@ -424,10 +431,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="expected"):
             writer.put(0, IDS[:1], torch.zeros(1, 10, dtype=torch.uint8))
         with pytest.raises(ValueError, match="expected"):
-            SPEC.encode(torch.zeros(1, 3, 2))
+            SPEC.encode(torch.zeros(1, 1, 3, 2))
         for bad in (float("nan"), float("-inf"), 70000.0):  # 70000 is beyond fp16
-            one_bad = torch.zeros(1, 2, 3)
-            one_bad[0, 1, 1] = bad
+            one_bad = torch.zeros(1, 1, 2, 3)
+            one_bad[0, 0, 1, 1] = bad
             with pytest.raises(UserError, match="not finite numbers in float16"):
                 writer.put(0, IDS[:1], SPEC.encode(one_bad))
         assert len(writer.pending(1)) == 10
@@ -499,7 +506,11 @@ class TestRefusals:
         write(tmp_path)
         manifest = json.loads((tmp_path / MANIFEST).read_text())
         (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"dtype": "float32"}))
-        with pytest.raises(UserError, match=r"not this folder's own \(another dtype\)"):
+        with pytest.raises(UserError, match="was edited by hand"):
+            FieldReader(tmp_path, "latents")
+        manifest.pop("seal")
+        write_manifest(tmp_path, manifest | {"dtype": "float32"})
+        with pytest.raises(UserError, match=r"not this folder's own \(another dtype"):
             FieldReader(tmp_path, "latents")
         (tmp_path / "settings.json").unlink()  # not needed to read
         with pytest.raises(UserError, match="not of 24 bytes"):
@@ -531,13 +542,13 @@ class TestRefusals:
             FieldReader(tmp_path / "field", "tokens")
         manifest = json.loads((tmp_path / "field" / MANIFEST).read_text())
         for change, message in (
-            ({"shape": 5}, "is damaged"),
-            ({"shards": 5}, "is damaged"),
-            ({"shards": [{"file": "x"}]}, "is damaged"),
-            ({"dtype": []}, "unknown dtype"),
-            ({"version": 99}, "format"),
-            ({"dtype": "float7"}, "unknown dtype"),
-            ({"shards": None}, "lacks shards"),
+            ({"shape": 5}, "shape"),
+            ({"shards": 5}, "shards"),
+            ({"shards": [{"file": "x"}]}, r"shards\.0\.file"),
+            ({"dtype": []}, "dtype"),
+            ({"version": 99}, "version"),
+            ({"dtype": "float7"}, "dtype"),
+            ({"shards": None}, "shards' is missing"),
         ):
             changed = {key: value for key, value in (manifest | change).items() if value is not None}
             (tmp_path / "field" / MANIFEST).write_text(json.dumps(changed))
@@ -651,6 +662,72 @@ def test_text_table_round_trip_and_damage(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="not the file its manifest describes"):
         read_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_samples": 9}, "num_samples"),
+        ({"shape": [4, 8]}, "shape"),
+        ({"shards": [{"file": "../shard-00000.lmdb", "count": 10, "bytes": 1, "checksum": 1}]}, "file"),
+        ({"field": "tokens", "shape": [5, 8], "view": {"grid": 2}}, "grid"),
+        ({"meaning": "another"}, "meaning"),
+    ],
+)
+def test_a_manifest_that_was_sealed_again_must_still_agree_with_itself_and_the_settings(
+    tmp_path, change, says
+):
+    write(tmp_path)
+    changed = read_manifest(tmp_path, "latents") | change
+    write_manifest(tmp_path, changed)
+    with pytest.raises(UserError, match=says) as error:
+        read_manifest(tmp_path, changed["field"])
+    assert "run the script that wrote it again" in str(error.value)
+
+
+class TestPartialShards:
+    """What is not this cache's own is never sealed, and nothing maps a file that is cut off."""
+
+    def begun(self, folder, **more):
+        write(folder, stop_after=1, batch=2, **more)
+        return folder / "shard-00000.lmdb.partial"
+
+    @pytest.mark.parametrize("pages", range(2, 8))
+    def test_a_truncated_one_is_one_line_or_goes_on_to_the_same_end(self, tmp_path, pages):
+        spec = FieldSpec("latents", (4, 32, 32), "float16", "zeros")
+        writer = FieldWriter(tmp_path, spec, IDS)
+        ((shard, ids),) = writer.pending(10)
+        writer.put(shard, ids[:8], torch.zeros(8, spec.value_bytes, dtype=torch.uint8))
+        writer.close()
+        os.truncate(tmp_path / "shard-00000.lmdb.partial", pages * 4096)
+        with pytest.raises(UserError, match=r"shard-00000\.lmdb\.partial is damaged .*: delete"):
+            FieldWriter(tmp_path, spec, IDS).pending(10)
+
+    @pytest.mark.parametrize("what", ["ids", "size", "settings", "unknown"])
+    def test_one_of_another_cache_is_refused(self, tmp_path, what):
+        other = {
+            "ids": {"ids": [f"m/{i}" for i in range(10)]},
+            "size": {"spec": replace(SPEC, dtype="float32")},
+            "settings": {"spec": replace(SPEC, source={"model": "other"})},
+            "unknown": {},
+        }[what]
+        theirs, ours = self.begun(tmp_path / "theirs", **other), self.begun(tmp_path / "ours")
+        os.replace(theirs, ours)
+        notes = [path.with_name("shard-00000.begun") for path in (theirs, ours)]
+        if what == "settings":
+            os.replace(*notes)
+        elif what == "unknown":
+            notes[1].unlink()
+        with pytest.raises(UserError, match=r"partial was begun for another cache: delete"):
+            write(tmp_path / "ours")
+        ours.unlink()
+        assert write(tmp_path / "ours")["num_samples"] == 10
+
+    def test_a_sealed_shard_has_no_notes(self, tmp_path):
+        self.begun(tmp_path)
+        assert (tmp_path / "shard-00000.begun").exists()
+        write(tmp_path)
+        assert not list(tmp_path.glob("*.begun"))
 
 
 def test_a_manifest_counts_what_is_stored(tmp_path):

@@ -77,7 +77,7 @@ class TestTeacher:
 @pytest.mark.parametrize(
     ("script", "wrong", "message"),
     [
-        ("2_encode_vae_latents", {"--csv": "nowhere.csv"}, "make it with script 1"),
+        ("2_encode_vae_latents", {"--csv": "nowhere.csv"}, "again with script 1"),
         ("2_encode_vae_latents", {"--base": "nowhere"}, "does not exist"),
         ("2_encode_vae_latents", {"--base": "{root}/models/classifier"}, "model_index.json cannot be read"),
         ("2_encode_vae_latents", {"--image-size": "33"}, "not a multiple of 2"),
@@ -91,7 +91,7 @@ class TestTeacher:
         ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "DINOv2 was expected"),
         ("3_build_dino_cache", {"--device": "tpu"}, "device 'tpu' cannot be used"),
         ("4_prepare_clip_embeddings", {"--class-names": "nowhere.json"}, "cannot read nowhere.json"),
-        ("4_prepare_clip_embeddings", {"--class-names": "{root}/train.csv"}, "is not JSON"),
+        ("4_prepare_clip_embeddings", {"--class-names": "{root}/train.csv"}, "looks like a CSV"),
         ("4_prepare_clip_embeddings", {"--template": "a photo"}, "must contain {class_name}"),
     ],
 )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import CONFIG, ROOT, assert_same_run, demo_overrides, stopped_at, train
 
 import evaluate as evaluate_script
+from cache.manifest import write_manifest
 from cache.views import read_view
 from common.errors import UserError
 from configs.loading import knobs, load_config
@@ -28,7 +29,7 @@ from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
 from models.pipeline_parts import files_digest
-from report.curves import read_points
+from report.curves import points_file
 
 
 def evaluate(*arguments) -> None:
@@ -36,7 +37,7 @@ def evaluate(*arguments) -> None:
 
 
 def points(run) -> list[dict]:
-    return read_points(Path(run) / "eval" / "points.jsonl")
+    return points_file(Path(run) / "eval" / "points.jsonl").read()
 
 
 def drawn(run) -> dict[str, bytes]:
@@ -254,7 +255,8 @@ class TestPoints:
         shutil.copytree(miniature / "cache" / "text", runs / "text")
         manifest = json.loads((runs / "text" / "manifest.json").read_text())
         manifest["details"]["template"] = "a drawing of a {class_name}"
-        (runs / "text" / "manifest.json").write_text(json.dumps(manifest))
+        del manifest["seal"]
+        write_manifest(runs / "text", manifest)
         config = runs / "baseline" / "config.yaml"
         settings = yaml.safe_load(config.read_text())
         settings["data"]["text"] = str(runs / "text")

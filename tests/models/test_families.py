@@ -178,7 +178,7 @@ def test_a_name_that_a_family_does_not_have_is_one_line_that_lists_those_it_has(
     ("content", "said"),
     [
         (None, "model_index.json cannot be read"),
-        ("{", "cannot be read"),
+        ("{", r"model_index.json: it is damaged"),
         ('{"_class_name": "OtherPipeline"}', "is a OtherPipeline"),
     ],
 )

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from cache.image_list import COLUMNS
+from cache import views
+from cache.image_list import COLUMNS, read_samples
 from cache.views import UnreadableImage, cut_view, read_image, read_view
 from common.errors import UserError
 from preprocessing.classes import read_classes, read_synsets
@@ -206,9 +207,9 @@ class TestFlatVal:
         text = (both[1] / "LOC_val_solution.csv").read_text()
         for wrong, part in [
             (text.replace("val_00000003", "train_3"), "does not label 1 of 24 images"),
-            ("id,label\na,b\n", "is no LOC_val_solution.csv"),
-            (text + "ILSVRC2012_val_00000099,\n", "is no LOC_val_solution.csv"),
-            (text + "ILSVRC2012_val_00000099\n", "is no LOC_val_solution.csv"),
+            ("id,label\na,b\n", "the columns must be ImageId"),
+            (text + "ILSVRC2012_val_00000099,\n", "has no prediction: give LOC_val_solution.csv"),
+            (text + "ILSVRC2012_val_00000099\n", "has 1 fields instead of 2"),
         ]:
             labels = write(tmp_path / "wrong.csv", wrong)
             with pytest.raises(UserError) as error:
@@ -319,7 +320,15 @@ class TestClassFiles:
         [
             ("", "is empty"),
             ("{", "is not JSON"),
-            ("id,img_path\na,b\n", "is not JSON, and its line 1 has no name"),
+            ("id,img_path\na,b\n", "line 1 of"),
+            ("0: tench\n", "looks like YAML"),
+            ("- tench\n", "looks like YAML"),
+            ("0 tench\n1 shark\n", "looks like a numbered list"),
+            ("1. tench\n", "looks like a numbered list"),
+            ("0,tench shark\n", "looks like a CSV"),
+            ("[" * 3000, "is not JSON"),
+            ('{"0": "\\ud800"}', "is not JSON"),
+            ('{"٠": "tench"}', "without a gap; 0 is missing"),
             (MAPPING + "\nn02000000", "line 4 has no name"),
             (MAPPING + "\nn02000000 , x", "line 4 has no name"),
             (MAPPING + "\nn01443537 carp", "names the synset n01443537 twice"),
@@ -331,7 +340,7 @@ class TestClassFiles:
             (PLAIN | {"2": 5}, "maps 2 to 5"),
             (PLAIN | {"4": "carp"}, "without a gap; 3 is missing"),
             ({"1": "tench"}, "without a gap; 0 is missing"),
-            ('{"0": "tench", "0": "carp"}', "without a gap; 1 is missing"),
+            ('{"0": "tench", "0": "carp"}', "names the class 0 twice"),
             ("{}", "without a gap"),
             (["tench"], "must map every class number"),
         ],
@@ -345,7 +354,7 @@ class TestClassFiles:
 
     def test_a_missing_or_binary_file_is_one_line(self, tmp_path):
         (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-        for name, part in (("nowhere", "cannot read"), ("binary", "is not text"), (".", "cannot read")):
+        for name, part in (("nowhere", "cannot read"), ("binary", "is no UTF-8"), (".", "no regular file")):
             with pytest.raises(UserError) as error:
                 read_class_names(tmp_path / name)
             one_line(error, tmp_path / name, part)
@@ -538,10 +547,48 @@ class TestFileSystem:
     """What the file system does not give is no damaged image, and stops the run instead of leaving images out."""
 
     def test_a_missing_file_is_one_line(self, tmp_path):
-        for path in (tmp_path / "nowhere.png", tmp_path):
-            with pytest.raises(UserError) as error:
+        path = tmp_path / "nowhere.png"
+        with pytest.raises(UserError) as error:
+            read_view(path, 8)
+        one_line(error, f"cannot read {path}: ", "still mounted", "goes on from here")
+
+    def test_what_is_no_regular_file_is_left_out_and_never_opened(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo.png")
+        (tmp_path / "loop.png").symlink_to("loop.png")
+        (tmp_path / "device.png").symlink_to("/dev/zero")
+        for path in (*tmp_path.iterdir(), tmp_path):
+            with pytest.raises(UnreadableImage) as error:
                 read_view(path, 8)
-            one_line(error, f"cannot read {path}: ", "still mounted", "goes on from here")
+            one_line(error, f"{path}: ")
+
+    def test_an_image_beyond_the_stated_memory_is_left_out(self, tmp_path, monkeypatch):
+        narrow = Image.new("RGB", (60_000, 1))
+        assert cut_view(narrow, 8).size == (8, 8)
+        with pytest.raises(UnreadableImage, match=r"60000 × 1 pixels, resized: .* bytes of memory"):
+            cut_view(narrow, 196, "official")
+        Image.new("RGB", (30, 30)).save(tmp_path / "image.png")
+        monkeypatch.setattr(views, "MAX_BYTES", 3000)
+        with pytest.raises(UnreadableImage, match=r"30 × 30 pixels need 3,600 bytes"):
+            read_view(tmp_path / "image.png", 8)
+
+    def test_script_1_leaves_out_what_is_no_file_and_says_so(self, tmp_path, capsys):
+        image_tree(tmp_path, {"n0": 3, "n1": 3})
+        os.mkfifo(tmp_path / "train" / "n0" / "fifo.png")
+        (tmp_path / "train" / "n1" / "loop.png").symlink_to("loop.png")
+        arguments = ["--imagenet", tmp_path, "--per-class", 3, "--out", tmp_path / "list.csv"]
+        run_numbered("1_sample_imagenet_subset", *arguments)
+        said = capsys.readouterr().err
+        assert "fifo.png left out" in said
+        assert "loop.png left out" in said
+        assert len(read_samples(tmp_path / "list.csv")) == 6
+
+    def test_a_name_that_is_no_utf_8_is_shown_by_its_bytes(self, tmp_path):
+        image_tree(tmp_path, {"n0": 1})
+        (image,) = (tmp_path / "train" / "n0").iterdir()
+        os.rename(image, os.fsencode(image.parent) + b"/a\xff.png")
+        arguments = ["--imagenet", tmp_path, "--per-class", 1, "--out", tmp_path / "list.csv"]
+        with pytest.raises(UserError, match=r"n0/a\\xff\.png is no UTF-8: rename"):
+            run_numbered("1_sample_imagenet_subset", *arguments)
 
     @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTCONN])
     def test_a_failing_disk_is_one_line_with_the_reason(self, tmp_path, monkeypatch, number):

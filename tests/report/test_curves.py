@@ -1,29 +1,22 @@
 """Points as lines of a file, and how many steps it took to reach a value."""
 
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
 from report.curves import (
-    append_point,
     headline,
     kind_of,
     lower_is_better,
+    points_file,
     points_under,
     protocols,
-    read_points,
     series_of,
     speedup,
     steps_to_reach,
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_steps_to_reach_a_value_lie_where_the_line_between_two_checkpoints_crosses_it():
@@ -84,42 +77,35 @@ def test_names_say_what_is_measured_and_which_way_is_better():
     assert headline(names) == "clean_fid2500"  # sFID is no headline
 
 
-def test_lines_survive_a_crash_and_damage_is_named(tmp_path):
-    file = tmp_path / "eval" / "points.jsonl"
-    assert read_points(file) == []
-    one, two = point(1, 2.0) | {"model": {}}, point(2, 1.0) | {"model": {}}
-    append_point(file, one)
-    with open(file, "ab") as opened:
+WHOLE = {
+    "target": "a", "images_seen": 4, "model": {}, "distance_of_halves": {"adm": None}, "samples": "samples/a",
+    "command": "python evaluate.py", "date": "2026-01-01", "seconds": {"samples": 1.0},
+}  # fmt: skip
+PROTOCOL = {
+    "sampler": "ddim", "steps": 2, "eta": 0.0, "cfg": 1.0, "guidance_interval": None, "guidance_space": None,
+    "dtype": "float32", "labels": "balanced", "classes": 10, "seed": 0, "weights": "ema", "num_samples": 20, "judges": {},
+}  # fmt: skip
+
+
+def whole_point(step: int, value: float) -> dict:
+    metric = {"value": value, "error": None, "error_kind": None, "notes": []}
+    return WHOLE | {"step": step, "kind": "curve", "protocol": PROTOCOL, "metrics": {"clean_fid20": metric}}
+
+
+def test_points_survive_a_crash_and_damage_is_named(tmp_path):
+    log = points_file(tmp_path / "eval" / "points.jsonl")
+    assert log.read() == []
+    one, two = whole_point(1, 2.0), whole_point(2, 1.0)
+    log.append(one)
+    with open(log.path, "ab") as opened:
         opened.write('{"λ": "'.encode()[:3])
-    assert read_points(file) == [one]
-    append_point(file, two)
-    assert read_points(file) == [one, two]
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [one, two]
+    assert log.read() == [one]
+    log.append(two)
+    assert log.read() == [one, two]
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [one, two]
     for damage in (b"oops\n", b"null\n", b'{"step": 3}\n', b"\xce\n"):
-        file.write_bytes(json.dumps(one).encode() + b"\n" + damage)
+        log.path.write_bytes(json.dumps(one).encode() + b"\n" + damage)
         with pytest.raises(UserError, match="line 2 of"):
-            read_points(file)
+            log.read()
     with pytest.raises(ValueError, match="JSON compliant"):
-        append_point(file, {"value": float("nan")})
-
-
-def test_two_processes_lose_no_line(tmp_path):
-    script = """
-import sys, time
-from pathlib import Path
-from report.curves import append_point
-go, ready, file = map(Path, sys.argv[1:])
-ready.touch()
-while not go.exists():
-    time.sleep(0.001)
-for i in range(300):
-    append_point(file, {"n": i})
-"""
-    go, file = tmp_path / "go", tmp_path / "points.jsonl"
-    ready = [tmp_path / "a", tmp_path / "b"]
-    both = [subprocess.Popen([sys.executable, "-c", script, go, mark, file], cwd=ROOT) for mark in ready]
-    while not all(mark.exists() for mark in ready):
-        time.sleep(0.01)
-    go.touch()
-    assert [process.wait() for process in both] == [0, 0]
-    assert len(file.read_text().splitlines()) == 600
+        log.append(whole_point(3, float("nan")))

@@ -50,7 +50,7 @@ def test_a_step_with_a_nan_changes_nothing_and_names_the_image(miniature, tmp_pa
     for file in (FILES[0], FILES[2]):
         assert equal(tensors(run, 3, file), tensors(run, 4, file))
     assert not equal(tensors(run, 4), tensors(run, 5))
-    (line,) = run.metrics("skipped.jsonl")
+    (line,) = run.skipped.read()
     assert line == {"step": 4, "loss_finite": False, "images": poisoned}
     assert len(poisoned) == 1
     assert all(value == value for line in run.metrics() for value in line.values())
@@ -68,7 +68,7 @@ def test_what_was_skipped_is_remembered_after_a_stop(miniature, tmp_path, monkey
         with pytest.raises(UserError, match="the last 3 steps"):
             train(miniature, tmp_path / "run", *ONE_READER, "train.max_skipped=3")
     run = train(miniature, tmp_path / "run", *ONE_READER)
-    assert [line["step"] for line in run.metrics("skipped.jsonl")] == [3, 4]
+    assert [line["step"] for line in run.skipped.read()] == [3, 4]
     assert run.metrics()[-1]["skipped"] == 2
 
 
@@ -85,7 +85,7 @@ def test_a_gradient_that_is_not_finite_blames_the_whole_batch(miniature, tmp_pat
     monkeypatch.setattr(train_script, "loss_of", explode)
     run = train(miniature, tmp_path / "run", *ONE_READER)
     assert equal(tensors(run, 2), tensors(run, 3))
-    (line,) = run.metrics("skipped.jsonl")
+    (line,) = run.skipped.read()
     assert line["loss_finite"]
     assert len(line["images"]) == 4
 
@@ -101,7 +101,7 @@ def test_too_many_in_a_row_end_the_training_and_leave_the_checkpoint(miniature, 
         4,
     ]  # of step 4, after two skipped ones, it is as good as that of step 2
     assert equal(tensors(run, 2), tensors(run, 4))
-    assert [line["step"] for line in run.metrics("skipped.jsonl")] == [3, 4, 5, 6]
+    assert [line["step"] for line in run.skipped.read()] == [3, 4, 5, 6]
 
 
 def test_a_guard_counts_in_a_row_and_starts_anew_after_a_good_step():

@@ -144,7 +144,7 @@ def test_metrics_after_the_checkpoint_are_forgotten(unbroken, tmp_path):
     run = RunFolder(shutil.copytree(unbroken.path, tmp_path / "copy"))
     run.forget_after(3)
     assert [line["step"] for line in run.metrics()] == [2]
-    run.append({"step": 4})
+    run.log.append({"step": 4})
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5')  # a process killed while it wrote
     assert [line["step"] for line in run.metrics()] == [2, 4]
@@ -288,7 +288,7 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
         ("teacher.dim=96", r"tokens \(16, 64\), the config's teacher makes \(16, 96\)"),
         ("teacher.grid=5", "teacher.grid"),
         ("teacher.model=facebook/dinov2-large", "dinov2-mini, teacher.model says facebook/dinov2-large"),
-        ("data.csv=nowhere.csv", "make it with script 1"),
+        ("data.csv=nowhere.csv", "make it again with script 1"),
         ("data.latents=nowhere", "is not a cache"),
         ("model.base=nowhere", "does not exist"),
         ("model.base=runwayml/stable-diffusion-v1-5", "use stable-diffusion-v1-5/stable-diffusion-v1-5"),

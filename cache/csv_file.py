@@ -1,0 +1,30 @@
+"""The door for every CSV that is read: UTF-8 with or without a byte order mark, any line ends, the columns as they must be."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.errors import UserError
+from common.reading import read_text
+
+
+def read_csv(path: str | Path, columns: Sequence[str], remedy: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the line and the fields of every row below the header; empty lines are skipped.
+
+    Raises `UserError` with line and `remedy` where the header differs from `columns` or a row has more or fewer fields.
+    """
+    if not os.path.lexists(path):
+        raise UserError(f"cannot read {path}, which does not exist: {remedy}")
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        if next(rows, None) != list(columns):
+            raise UserError(f"{path}: the columns must be {', '.join(columns)}: {remedy}")
+        for row in filter(None, rows):
+            if len(row) != len(columns):
+                counts = f"{len(row)} fields instead of {len(columns)}"
+                raise UserError(f"line {rows.line_num} of {path} has {counts}: {remedy}")
+            yield rows.line_num, row
+    except csv.Error as error:  # an open quote, or a field of more than 131,072 characters
+        raise UserError(f"line {rows.line_num} of {path} is damaged ({error}): {remedy}") from None

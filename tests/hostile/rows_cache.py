@@ -1,0 +1,283 @@
+"""Lists of images, class files, caches, references and samples: damaged, edited, or of something else."""
+
+import io
+import json
+import zlib
+
+import numpy as np
+from hostile import Case
+from spoil import both, cut, drop_key, edit, fifo, link, nothing, only, put, remove, replace, set_key, write
+
+TRAIN = "train --config a.yaml run=runs/b"
+LIST = "1 --imagenet data/ILSVRC --split train --per-class 6 --out new.csv"
+TEXT = "4 --class-names classes.txt --base data/models/sd15-mini --out cache_new/text"
+LATENTS = (
+    "2 --csv data/train.csv --base data/models/sd15-mini --image-size 32 --workers 0 --out cache_new/latents"
+)
+TOKENS = "3 --csv data/train.csv --teacher data/models/dinov2-mini --grid 4 --workers 0 --out cache/tokens"
+SCORE = "evaluate metrics images --out found.json eval.reference=real.classifier.npz eval.extractor=data/models/classifier"
+MANIFEST, TOKENS_MANIFEST, TEXT_MANIFEST = (
+    "cache/latents/manifest.json",
+    "cache/tokens/manifest.json",
+    "cache/text/manifest.json",
+)
+
+
+def lines(change):
+    """Change the lines of data/train.csv."""
+
+    def spoil(folder):
+        path = folder / "data/train.csv"
+        put(path, "\n".join(change(path.read_text().splitlines())) + "\n")
+
+    return spoil
+
+
+def npz(change):
+    """Change the arrays of the reference."""
+
+    def spoil(folder):
+        path = folder / "real.classifier.npz"
+        arrays = dict(np.load(path))
+        change(arrays)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        put(path, buffer.getvalue())
+
+    return spoil
+
+
+def scaled(name, by):
+    return npz(lambda arrays: arrays.__setitem__(name, by(arrays[name])))
+
+
+def fields(number, value):
+    """Set field `number` of the first row."""
+
+    def change(rows):
+        parts = rows[1].split(",")
+        parts[number] = value
+        return [rows[0], ",".join(parts), *rows[2:]]
+
+    return lines(change)
+
+
+def unfinished(folder):
+    """Take the last shard of the tokens back to a `.partial` that is cut off."""
+    shard = only(folder, "cache/tokens/shard-*.lmdb")
+    data = shard.read_bytes()
+    shard.unlink()
+    for name in ("manifest.json", shard.with_suffix(".json").name):
+        (folder / "cache/tokens" / name).unlink()
+    put(shard.with_name(f"{shard.name}.partial"), data[: len(data) // 2 // 4096 * 4096])
+
+
+def of_another_cache(folder):
+    """A `.partial` of the held-out images in the place of ours."""
+    unfinished(folder)
+    partial = only(folder, "cache/tokens/*.partial")
+    put(partial, only(folder, "cache_val/tokens/shard-*.lmdb").read_bytes())
+
+
+def other_image(folder):
+    """Another picture in the place of a sample."""
+    (drawn,) = folder.glob("runs/a/samples/*86401985*")
+    put(drawn / "000001.png", (drawn / "000002.png").read_bytes())
+
+
+LATIN = "id,img_path,class_id,synset\né,a,0,b\n".encode("latin-1")
+
+
+def rows():
+    for what, data, says in (
+        ("lines of numbers", "\n".join(f"{i} name{i}" for i in range(12)), "number"),
+        ("YAML", "0: tench\n1: goldfish\n", "classes.txt"),
+        ("a list in YAML", "- tench\n- goldfish\n", "classes.txt"),
+        ("a CSV", "0,tench\n1,goldfish\n", "classes.txt"),
+        ("names alone", "tench\ngoldfish\n", "classes.txt"),
+        ("a Python dict", "{0: 'tench'}", "classes.txt"),
+        ("nothing", "", "empty"),
+        ("a deep list", "[" * 3000, "classes.txt"),
+        ("a gap", '{"0": "a", "2": "b"}', "1"),
+        ("a number twice", '{"0": "a", "0": "b"}', "classes.txt"),
+        ("numbers in other digits", '{"٠": "a", "١": "b"}', "classes.txt"),
+        ("5,000 digits", '{"' + "9" * 5000 + '": "a"}', "classes.txt"),
+        ("a surrogate", '{"0": "\\ud800"}', "classes.txt"),
+        ("a list", '["a", "b"]', "classes.txt"),
+        ("a number", "3", "classes.txt"),
+        ("bytes", b"\xff\xfe\x00", "classes.txt"),
+        ("a synset twice", "n01440764 a\nn01440764 b\n", "twice"),
+        ("a name of blanks", '{"0": "  "}', "classes.txt"),
+    ):
+        yield Case(f"a class file that holds {what}", write("classes.txt", data), TEXT, (says,))
+    yield Case("a class file that is a FIFO", fifo("classes.txt"), TEXT, ("classes.txt",))
+    yield Case("a class file that is a device", link("classes.txt", "/dev/zero"), TEXT, ("classes.txt",))
+    good = '\ufeff{"0": "zero",\r\n "1": "one"}'
+    yield Case(
+        "a class file with a BOM and CRLF", write("classes.txt", good), TEXT, ("of 2 classes",), goes_on=True
+    )
+
+    for what, spoil, says in (
+        ("a field too many", lines(lambda rows: [rows[0], rows[1] + ",x", *rows[2:]]), "train.csv"),
+        ("a field too few", lines(lambda rows: [rows[0], rows[1].rsplit(",", 1)[0], *rows[2:]]), "train.csv"),
+        ("a class in other digits", fields(2, "٣"), "train.csv"),
+        ("a class with an underscore", fields(2, "1_0"), "train.csv"),
+        ("a class with blanks", fields(2, " 1"), "train.csv"),
+        ("a class with a sign", fields(2, "+1"), "train.csv"),
+        ("a negative class", fields(2, "-1"), "class"),
+        ("a class of 5,000 digits", fields(2, "9" * 5000), "train.csv"),
+        ("a class that is a name", fields(2, "three"), "train.csv"),
+        ("no class", fields(2, ""), "train.csv"),
+        ("an empty id", fields(0, ""), "id"),
+        ("an id with a NUL", fields(0, "a\0b"), "train.csv"),
+        ("an id with a line break", fields(0, '"a\nb"'), "id"),
+        ("an id of 600 letters", fields(0, "x" * 600), "x"),
+        ("an id twice", lines(lambda rows: [*rows, rows[1]]), "twice"),
+        ("no rows", lines(lambda rows: rows[:1]), "no images"),
+        ("no header", lines(lambda rows: rows[1:]), "columns"),
+        ("an open quote", lines(lambda rows: [rows[0], '"' + rows[1], *rows[2:]]), "train.csv"),
+        ("a field of 200,000 letters", fields(3, "x" * 200_000), "train.csv"),
+        ("an image that is missing", fields(1, "none.png"), "none.png"),
+        ("an image whose name has a NUL", fields(1, "a\0b"), "train.csv"),
+    ):
+        yield Case(f"a list with {what}", spoil, LATENTS, (says,))
+    yield Case("a list that is empty", write("data/train.csv", b""), LATENTS, ("train.csv",))
+    yield Case(
+        "a list in UTF-16", write("data/train.csv", "id,img_path\n".encode("utf-16")), LATENTS, ("train.csv",)
+    )
+    yield Case("a list in Latin-1", write("data/train.csv", LATIN), LATENTS, ("train.csv", "UTF-8"))
+    yield Case("a list that is a FIFO", fifo("data/train.csv"), LATENTS, ("train.csv",))
+    yield Case("a list that is a folder", both(remove("data/train.csv"), lambda folder: (folder / "data/train.csv").mkdir()), LATENTS, ("train.csv",))  # fmt: skip
+    bom = lines(lambda rows: ["\ufeff" + rows[0], *rows[1:]])
+    crlf = lines(lambda rows: [row + "\r" for row in rows])
+    yield Case("a list with a BOM", bom, LATENTS, ("complete",), goes_on=True)
+    yield Case("a list with CRLF", crlf, LATENTS, ("complete",), goes_on=True)
+
+    for file, what, change, says in (
+        (MANIFEST, "more values than there are", set_key("num_samples", to=61), "latents"),
+        (MANIFEST, "fewer values than there are", set_key("num_samples", to=59), "latents"),
+        (MANIFEST, "another shape", set_key("shape", to=[4, 8, 8]), "latents"),
+        (MANIFEST, "a shape of nothing", set_key("shape", to=[0, 16, 16]), "latents"),
+        (MANIFEST, "a negative shape", set_key("shape", to=[-4, 16, 16]), "latents"),
+        (MANIFEST, "a shape of truth", set_key("shape", to=[True, 16, 16]), "latents"),
+        (MANIFEST, "another scaling factor", set_key("details", "scaling_factor", to=0.5), "latents"),
+        (MANIFEST, "other ids", set_key("ids_sha256", to="0" * 64), "latents"),
+        (MANIFEST, "a shard elsewhere", set_key("shards", 0, "file", to="../../cache_val/latents/shard-00000.lmdb"), "latents"),
+        (MANIFEST, "a shard at an absolute path", set_key("shards", 0, "file", to="/etc/passwd"), "latents"),
+        (MANIFEST, "a shard twice", lambda m: m["shards"].append(m["shards"][0]), "latents"),
+        (MANIFEST, "no shards", set_key("shards", to=[]), "latents"),
+        (MANIFEST, "a shard of another size", set_key("shards", 0, "bytes", to=10), "latents"),
+        (MANIFEST, "a shard of more values", set_key("shards", 0, "count", to=61), "latents"),
+        (MANIFEST, "another version", set_key("version", to=2), "latents"),
+        (MANIFEST, "a later version", set_key("version", to=99), "latents"),
+        (MANIFEST, "another field", set_key("field", to="tokens"), "latents"),
+        (MANIFEST, "another dtype", set_key("dtype", to="float64"), "latents"),
+        (TOKENS_MANIFEST, "another grid", set_key("view", "grid", to=8), "tokens"),
+        (TOKENS_MANIFEST, "no grid", drop_key("view", "grid"), "tokens"),
+        (TOKENS_MANIFEST, "another width", set_key("shape", to=[16, 32]), "tokens"),
+        (TEXT_MANIFEST, "more classes", set_key("details", "n_classes", to=11), "text"),
+        (TEXT_MANIFEST, "fewer classes", set_key("details", "n_classes", to=2), "text"),
+        (TEXT_MANIFEST, "classes of text", set_key("details", "n_classes", to="x"), "text"),
+        (TEXT_MANIFEST, "more rows", set_key("rows", to=12), "text"),
+        (TEXT_MANIFEST, "a template without a name", set_key("details", "template", to="x"), "text"),
+        (TEXT_MANIFEST, "prompts of other classes", lambda m: m["details"]["prompts"].reverse(), "text"),
+        (TEXT_MANIFEST, "fewer prompts", lambda m: m["details"]["prompts"].pop(), "text"),
+        (TEXT_MANIFEST, "prompts that are numbers", set_key("details", "prompts", 0, to=3), "text"),
+        (TEXT_MANIFEST, "another digest", set_key("sha256", to="0" * 64), "text"),
+    ):  # fmt: skip
+        yield Case(f"{file} has {what}", edit(file, change), TRAIN, (says,))
+    also = both(
+        *(
+            edit(f"cache/tokens/{name}.json", set_key("view", "grid", to=8))
+            for name in ("manifest", "settings")
+        )
+    )
+    yield Case("both records of the tokens have another grid", also, TRAIN, ("tokens",))
+    scale = both(*(edit(f"cache/latents/{name}.json", set_key("details", "scaling_factor", to="x")) for name in ("manifest", "settings")))  # fmt: skip
+    yield Case("both records of the latents have no factor", scale, TRAIN, ("latents",))
+    for what, spoil, says in (
+        ("a shard is missing", remove("cache/latents/shard-*.lmdb"), "shard-00000.lmdb"),
+        ("a shard is empty", write("cache/latents/shard-00000.lmdb", b""), "shard-00000.lmdb"),
+        ("a shard is cut off", cut("cache/latents/shard-*.lmdb"), "shard-00000.lmdb"),
+        ("a shard is noise", write("cache/latents/shard-00000.lmdb", b"\x07" * 278528), "shard-00000.lmdb"),
+        ("a shard is a FIFO", fifo("cache/latents/shard-00000.lmdb"), "shard-00000.lmdb"),
+        ("the text is cut off", cut("cache/text/text.safetensors"), "text.safetensors"),
+        ("the text is missing", remove("cache/text/text.safetensors"), "text.safetensors"),
+        ("the text is a FIFO", fifo("cache/text/text.safetensors"), "text.safetensors"),
+        ("the list and the cache differ", lines(lambda rows: rows[:2]), ""),
+    ):
+        if says:
+            yield Case(what, spoil, TRAIN, (says,))
+    yield Case("a partial shard is cut off", unfinished, TOKENS, ("partial",))
+    yield Case("a partial shard is of another cache", of_another_cache, TOKENS, ("partial",))
+    yield Case("a partial shard is empty", both(unfinished, lambda folder: put(only(folder, "cache/tokens/*.partial"), b"")), TOKENS, ("complete",), goes_on=True, loses=("cache/tokens/",))  # fmt: skip
+    yield Case("a partial shard is noise", both(unfinished, lambda folder: put(only(folder, "cache/tokens/*.partial"), b"\7" * 40960)), TOKENS, ("partial",))  # fmt: skip
+
+    for what, spoil in {
+        "is cut off": cut("real.classifier.npz"),
+        "is empty": write("real.classifier.npz", b""),
+        "is a FIFO": fifo("real.classifier.npz"),
+        "lacks its mean": npz(lambda arrays: arrays.pop("mu")),
+        "has a mean of text": scaled("mu", lambda mu: mu.astype(str)),
+        "has a complex mean": scaled("mu", lambda mu: mu + 1j),
+        "has a mean of another size": scaled("mu", lambda mu: mu[:-1]),
+        "has a mean that is not finite": scaled("mu", lambda mu: mu * np.nan),
+        "has a covariance that is not symmetric": scaled("sigma", lambda s: s + np.triu(np.ones_like(s), 1)),
+        "has a covariance that is negative": scaled("sigma", lambda s: s - 10 * np.eye(len(s))),
+        "has a complex covariance": scaled("sigma", lambda s: s + 1j),
+        "has a covariance of text": scaled("sigma", lambda s: s.astype(str)),
+        "has a covariance of another size": scaled("sigma", lambda s: s[:-1]),
+        "has features of text": scaled("features", lambda f: f.astype(str)),
+        "has complex features": scaled("features", lambda f: f + 1j),
+        "has metadata of a number": npz(lambda arrays: arrays.update(metadata=np.array(3))),
+        "has metadata that is deep": npz(lambda arrays: arrays.update(metadata=np.array("[" * 3000))),
+        "has metadata that is a list": npz(lambda arrays: arrays.update(metadata=np.array("[1]"))),
+        "counts no images": npz(lambda arrays: arrays.update(metadata=np.array(json.dumps(json.loads(str(arrays["metadata"])) | {"num_images": -3})))),
+        "holds objects": npz(lambda arrays: arrays.update(mu=np.array([{}, []], dtype=object))),
+    }.items():  # fmt: skip
+        yield Case(f"a reference {what}", spoil, SCORE, ("real.classifier.npz",))
+    again = "evaluate metrics runs/a eval.bootstrap=6"
+    yield Case("a sample is another picture", other_image, again, ("000001.png",))
+    yield Case("a sample is of another size", _resized, again, ("png",))
+    yield Case("a sample is grey", _grey, again, ("png",))
+    bombs = "evaluate metrics images eval.reference=real.classifier.npz eval.extractor=data/models/classifier"
+    yield Case("an image of one's own is damaged", cut("images/000000.png"), bombs, ("images/000000.png",))
+    yield Case(
+        "an image of one's own is a text bomb", _text_bomb("images/000000.png"), bombs, ("images/000000.png",)
+    )
+    yield Case("an image of one's own is a FIFO", fifo("images/000000.png"), bombs, ("images/000000.png",))
+    yield Case("the file of times is damaged", write("times.json", b"{"), "evaluate report runs/a -o page.html --times times.json", ("times.json",))  # fmt: skip
+    yield Case("the file of times is deep", write("times.json", b"[" * 3000), "evaluate report runs/a -o page.html --times times.json", ("times.json",))  # fmt: skip
+    yield Case("a weights file is cut off", cut("runs/a/checkpoints/step-0000006/ema.safetensors"), "export runs/a --out new", ("step-0000006",))  # fmt: skip
+    yield Case("a list in another order of columns", replace("data/train.csv", "id,img_path", "img_path,id"), LATENTS, ("columns",))  # fmt: skip
+    yield Case("a class file of another split", write("data/LOC_synset_mapping.txt", "n0 a\n"), LIST + " --classes data/LOC_synset_mapping.txt", ("LOC_synset_mapping.txt",))  # fmt: skip
+    yield Case("no such split", nothing, LIST.replace("train", "none"), ("none",))
+    yield Case("no such folder of images", nothing, LIST.replace("data/ILSVRC", "data/none"), ("data/none",))
+
+
+def _png(size, mode):
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _resized(folder):
+    put(only(folder, "runs/a/samples/*86401985*/000001.png"), _png((16, 16), "RGB"))
+
+
+def _grey(folder):
+    put(only(folder, "runs/a/samples/*86401985*/000001.png"), _png((32, 32), "L"))
+
+
+def _text_bomb(name):
+    """A compressed text chunk that grows a thousandfold."""
+
+    def spoil(folder):
+        data = _png((8, 8), "RGB")
+        text = b"zTXta\0\0" + zlib.compress(b"x" * 80_000_000)
+        chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
+        put(folder / name, data[:33] + chunk + data[33:])
+
+    return spoil
