@@ -154,7 +154,7 @@ class TestSampling:
     def test_a_damaged_manifest_is_one_line(self, runs, damage):
         evaluate("sample", runs / "urepa", "eval.num_samples=2")
         next((runs / "urepa").rglob(f"samples/*/{MANIFEST}")).write_text(damage)
-        with pytest.raises(UserError, match=rf"{MANIFEST} manifest.json"):
+        with pytest.raises(UserError, match=MANIFEST):
             evaluate("sample", runs / "urepa", "eval.num_samples=3")
 
     def test_a_broken_image_is_drawn_again(self, runs):
