@@ -13,19 +13,19 @@ Heads are never exported.
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
-from pydantic import with_config
+from pydantic import AfterValidator, with_config
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from common.errors import UserError, run_script
-from common.files import sync_tree, write_json
+from common.files import locked, write_json, written_whole
 from common.pretrained import load_pretrained
-from common.reading import RECORD, locked, read_record
+from common.reading import RECORD, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
@@ -36,6 +36,7 @@ from training.parts import build_model, family_for
 from training.run_folder import POINTS, RunFolder
 
 KINDS = {"ema": EMA, "raw": TRAINED}
+MADE_FROM = "made_from.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +88,7 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
 
     write_once(folder, checkpoint, write, replace=replace)
     for also in (folder / "kohya", folder / "pipeline"):
-        note = also / "made_from.json"
+        note = also / MADE_FROM
         if note.exists() and (of := read_made_from(note)["checkpoint"]) != checkpoint.name:
             print(f"{also} is still that of {of}: --{also.name} makes it anew")
     part = family_for(run.config).part
@@ -105,13 +106,20 @@ def run_model(run: RunFolder) -> AlignedModel:
     return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
 
 
+def _inside(name: str) -> str:
+    """A path below the folder: what an edited file names elsewhere is never removed."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("it leaves the folder")
+    return name
+
+
 @with_config(RECORD)
 class MadeFrom(TypedDict):
     """made_from.json: the checkpoint of an export, and the files that the export wrote, {path in the folder: bytes}."""
 
     checkpoint: str
     files: dict[str, Fingerprint]
-    written: dict[str, int]
+    written: dict[Annotated[str, AfterValidator(_inside)], int]
 
 
 def write_once(
@@ -124,40 +132,42 @@ def write_once(
     `UserError`.
     """
     source = {"checkpoint": checkpoint.name, "files": state_of(checkpoint)["files"]}
-    note = folder / "made_from.json"
-    with locked(checkpoint.parent):
-        nothing = {"checkpoint": None, "files": {}, "written": {}}
-        before = read_made_from(note) if os.path.lexists(note) else nothing
-        whole = all(size_of(folder / name) == size for name, size in before["written"].items())
-        if before == source | {"written": before["written"]} and whole:
+    place = Path(os.path.realpath(folder))  # a link is followed
+    note, new = place / MADE_FROM, place.with_name(f".{place.name}.new")
+    with locked(place):
+        before = read_made_from(note) if os.path.lexists(note) else {"written": {}}
+        ours = before == source | {"written": before["written"]}
+        if ours and all(size_of(place / name) == size for name, size in before["written"].items()):
             print(f"{folder} is there already")
             return
-        if folder.exists() and not replace:
+        if place.exists() and not (replace or ours):
             raise UserError(
                 f"{folder} is there already and holds something else: remove it, or choose another --out"
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = f".{folder.name}.unfinished-"
-        for left in folder.parent.glob(f"{unfinished}*"):  # whoever wrote it was killed: the lock is ours
-            shutil.rmtree(left)
-        with TemporaryDirectory(dir=folder.parent, prefix=unfinished) as aside:
-            write(Path(aside))
-            sync_tree(Path(aside))
-            written = {
-                str(path.relative_to(aside)): path.stat().st_size
-                for path in sorted(Path(aside).rglob("*"))
-                if path.is_file()
-            }
-            note.unlink(
-                missing_ok=True
-            )  # from here on until the last file is in its place, the folder is not whole
-            for name in before["written"].keys() - written.keys():
-                (folder / name).unlink(missing_ok=True)
-            for name in written:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(Path(aside) / name, folder / name)
-            write_json(note, source | {"written": written})
+        shutil.rmtree(new, ignore_errors=True)  # a killed process may have left it
+        with written_whole(new) as aside:
+            write(aside)
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            written = {str(path.relative_to(aside)): path.stat().st_size for path in files}
+            write_json(aside / MADE_FROM, source | {"written": written})
+        if place.exists():
+            refresh(place, new, [*written, MADE_FROM], [MADE_FROM, *before["written"]])
+        else:
+            new.rename(place)
     print(folder)
+
+
+def refresh(folder: Path, new: Path, names: Sequence[str], old: Sequence[str]) -> None:
+    """Remove the files `old` from a folder and move the files `names` there from `new`; every other file stays.
+
+    `made_from.json` goes first and comes last: in between, the folder does not pass for whole.
+    """
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, folder / name)
+    shutil.rmtree(new)
 
 
 def read_made_from(note: Path) -> MadeFrom:

@@ -73,9 +73,7 @@ def read_image(path: str | Path) -> Image.Image:
             # Large images and odd metadata are usable, so PIL need not warn of each on the terminal.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(
-                io.BytesIO(data)
-            ) as image:  # its size alone; PIL refuses far more pixels than photos have
+            with Image.open(io.BytesIO(data)) as image:  # reads the size alone
                 _check_memory(*image.size)
                 image.load()
                 turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))

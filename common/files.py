@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -29,11 +29,7 @@ def file_written_whole(path: str | Path) -> Iterator[BinaryIO]:
     An interrupted write leaves no partial file, and two processes that write the same file do not mix their contents. Missing
     parent folders are created; a symbolic link is followed. Raises `UserError` where something else than a file is there.
     """
-    given, path = path, _place_of(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{given} is no regular file and is not replaced: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    path = _place_for(path, "regular file", Path.is_file)
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
@@ -58,18 +54,17 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     A symbolic link is followed. Raises `UserError` where something else than a folder is in the place.
     """
-    given, target = target, _place_of(target)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{given} is no folder and is not replaced: choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    target = _place_for(target, "folder", Path.is_dir)
     partial = _temporary(target)
     partial.mkdir()
     handle = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield partial
-        sync_tree(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         partial.rename(target)
         sync_folder(target.parent)
     finally:
@@ -77,12 +72,13 @@ def written_whole(target: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def sync_tree(folder: Path) -> None:
-    """Sync every file below a folder to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that is to be written, `.NAME.lock` beside it; wait while another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,12 +90,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _place_of(path: str | Path) -> Path:
-    """The path without symbolic links, because a rename would replace the link."""
+def _place_for(path: str | Path, what: str, fits: Callable[[Path], bool]) -> Path:
+    """Return where to write: a path without links, because a rename would replace the link, free of what was left there."""
     try:
-        return Path(os.path.realpath(path, strict=False))
+        place = Path(os.path.realpath(path))
     except ValueError:
         raise UserError(f"{str(path)!r} can be no file name") from None
+    if place.exists() and not fits(place):
+        raise UserError(f"{path} is no {what} and is not replaced: choose another name")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(place)
+    return place
 
 
 def _temporary(path: Path) -> Path:
@@ -109,11 +110,11 @@ def _temporary(path: Path) -> Path:
 def _sweep(path: Path) -> None:
     """Remove what killed processes left beside `path`; whoever still writes holds the lock of its own.
 
-    A fresh one is let alone: its owner may be about to lock it.
+    A fresh one is let alone, unless it has our own name: its owner may be about to lock it.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with suppress(OSError):  # its owner has it, or has just renamed it
-            if time.time() - left.lstat().st_mtime < FRESH:
+            if left != _temporary(path) and time.time() - left.lstat().st_mtime < FRESH:
                 continue
             handle = os.open(left, os.O_RDONLY | os.O_NONBLOCK)
             try:

@@ -61,9 +61,8 @@ def load_pretrained(
         options["use_safetensors"] = True
     if pipeline or library == "transformers":
         options["trust_remote_code"] = False
-    if (
-        network and library == "transformers"
-    ):  # its own error is a table on the terminal; ours names the weights
+    if network and library == "transformers":
+        # Its own error is a table on the terminal; ours names the weights.
         options["ignore_mismatched_sizes"] = True
     if part is not None:
         options["subfolder"] = part
@@ -155,9 +154,8 @@ def foreign_files(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # a config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
+    except Exception as error:
+        # A config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
         raise UserError(
             f"cannot load {what}: {reason_of(error)}: give a whole folder that save_pretrained wrote"
         ) from None

@@ -14,16 +14,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from common.errors import UserError
 from common.files import write_atomically
 
-RECORD = ConfigDict(
-    extra="forbid", strict=True
-)  # pydantic's settings of a schema: no other keys, no "3" for 3
+# pydantic's settings of a schema: no other keys, no "3" for 3.
+RECORD = ConfigDict(extra="forbid", strict=True)
 LIMIT = 2**28  # bytes: the largest file that is read whole, a CSV of two million images
 T = TypeVar("T")
 
@@ -111,49 +110,49 @@ class JsonLines(Generic[T]):
 
     def append(self, line: T, *, unless: Callable[[T], bool] | None = None) -> None:
         """Add a line, after what a crash left of one is gone; add nothing where `unless` holds for a line that is there."""
-        with locked(self.path.parent):
+        with self._locked() as file:
             if unless is None or not any(map(unless, self.read())):
-                self._append([line])
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                if end and file.read() != b"\n":  # a crash left half a line
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(self._encoded([line]))
 
     def split(self, stays: Callable[[T], bool], into: Path | None = None) -> int:
         """Keep the lines for which `stays` holds; the others go to the log `into`, or nowhere. Returns their number."""
         if not self.path.exists():
             return 0
-        with locked(self.path.parent):
+        with self._locked():
             lines = self.read()
             gone = [line for line in lines if not stays(line)]
-            if into is not None and gone:
-                JsonLines(into, self._schema)._append(gone)
+            if into is not None:
+                other = JsonLines(into, self._schema, allow_nan=self._allow_nan)
+                for line in gone:
+                    other.append(line)
             kept = self._encoded(filter(stays, lines))
             if kept != read_bytes(self.path):
                 write_atomically(self.path, kept)
         return len(gone)
 
-    def _append(self, lines: Iterable[T]) -> None:
-        data = self._encoded(lines)
-        with open(self.path, "ab+") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            if end and file.read() != b"\n":  # a crash left half a line
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(data)
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """Yield the file, open and locked; wait while another process holds it.
+
+        The lock is on the file itself: network file systems lock only what is open for writing, which a folder never is.
+        `split` puts another file in its place: whoever waited for the old one opens the new one.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with open(self.path, "ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    yield file
+                    return
 
     def _encoded(self, lines: Iterable[T]) -> bytes:
         texts = (json.dumps(line, ensure_ascii=False, allow_nan=self._allow_nan) for line in lines)
         return "".join(f"{text}\n" for text in texts).encode()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created where it is missing; wait while another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @functools.cache

@@ -210,10 +210,14 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     if channels != wanted:
         refuse(f"{data.latents} has {channels} channels, the {noun} of {base} reads {wanted}", 2, base)
     latents, text = dataset.latents.spec.source, dataset.text_manifest["source"]
-    for part, source, script in (("vae", latents, 2), ("text_encoder", text, 4)):
+    sources = (
+        ("vae", lambda: family.load("vae"), latents, 2),
+        ("text_encoder", family.text_weights, text, 4),
+    )
+    for part, load, source, script in sources:
         # The weights are read only where the names differ: a fine-tune often shares its VAE and text encoder with its base.
         made_by = source.get("model", base)
-        if made_by != base and weights_digest(family.load(part)) != source["weights_sha256"]:
+        if made_by != base and weights_digest(load()) != source["weights_sha256"]:
             refuse(
                 f"the cache was made with the {part} of {made_by}, which is not that of {base}", script, base
             )

@@ -2,7 +2,10 @@
 
 import builtins
 import io
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_runs import assert_same_run, stopped_at, tensors, timeless, train
+from small_runs import ROOT, assert_same_run, equal, stopped_at, tensors, timeless, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import export
@@ -113,6 +116,73 @@ def test_a_run_that_went_on_is_exported_again(miniature, tmp_path):
     export.main([str(run.path), "--kohya"])
     assert (run.path / "export" / "README.md").stat().st_mtime_ns == stamp
     assert (run.path / "export" / "kohya" / "ema.safetensors").exists()
+
+
+@pytest.fixture
+def exported(lora_run, tmp_path):
+    """A copy of the run whose export is followed by a link, beside a file of the user's."""
+    run = shutil.copytree(lora_run.path, tmp_path / "run")
+    shutil.move(run / "export", tmp_path / "far")
+    (run / "export").symlink_to(tmp_path / "far")
+    (run / "export" / "mine.txt").write_text("mine")
+    return run
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_an_export_replaces_what_it_wrote_and_nothing_else(exported):
+    old, before = (
+        json.loads((exported / "export" / "made_from.json").read_text()),
+        files_of(exported / "export"),
+    )
+    shutil.rmtree(exported / "checkpoints" / "step-0000006")
+    export.main([str(exported)])
+    note = json.loads((exported / "export" / "made_from.json").read_text())
+    assert (old["checkpoint"], note["checkpoint"]) == ("step-0000006", "step-0000004")
+    assert (exported / "export").is_symlink()
+    assert (exported / "export" / "mine.txt").read_text() == "mine"
+    assert files_of(exported / "export") == before
+
+
+@pytest.mark.parametrize("where", [[], ["--out", "elsewhere"]])
+def test_an_export_that_lost_a_file_is_made_whole_again(exported, where, monkeypatch, capsys):
+    monkeypatch.chdir(exported)
+    export.main([str(exported), *where])
+    folder = exported / (where[1] if where else "export")
+    weights = folder / "ema" / "pytorch_lora_weights.safetensors"
+    before = load_file(weights)
+    weights.unlink()
+    export.main([str(exported), *where])
+    assert equal(load_file(weights), before)
+    export.main([str(exported), *where])
+    assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../../precious.txt", "{tmp}/precious.txt"])
+def test_an_edited_note_removes_nothing_outside_the_export(exported, tmp_path, name):
+    (tmp_path / "precious.txt").write_text("mine")
+    file = exported / "export" / "made_from.json"
+    note = json.loads(file.read_text())
+    note["written"][name.format(tmp=tmp_path)] = 4
+    file.write_text(json.dumps(note))
+    shutil.rmtree(exported / "checkpoints" / "step-0000006")
+    with pytest.raises(UserError, match=r"made_from\.json.*leaves the folder"):
+        export.main([str(exported)])
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_of_two_exports_at_once_one_waits_and_the_result_is_whole(exported):
+    command = [sys.executable, str(ROOT / "export.py"), str(exported), "--out", str(exported / "new")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("is there already" in text for text in said) == 1
+    note = json.loads((exported / "new" / "made_from.json").read_text())
+    assert {name: (exported / "new" / name).stat().st_size for name in note["written"]} == note["written"]
 
 
 def test_kohya_is_refused_without_lora(miniature, tmp_path):
