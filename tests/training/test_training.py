@@ -161,8 +161,9 @@ def test_heads_have_their_own_learning_rate(miniature, tmp_path):
     }
 
 
-def test_a_signal_to_the_whole_group_lets_the_trainer_save(miniature, tmp_path):
-    """As a batch system sends it."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_whole_group_lets_the_trainer_save(miniature, tmp_path, name):
+    """As a batch system sends it, and as a terminal that is lost."""
     many = ["data.read_threads=2", "train.steps=1000", "train.checkpoint_every=1000"]
     process = subprocess.Popen(
         [sys.executable, "train_sd15.py", "--config", str(CONFIG), *demo_overrides(miniature, tmp_path / "run", *many)],
@@ -171,7 +172,7 @@ def test_a_signal_to_the_whole_group_lets_the_trainer_save(miniature, tmp_path):
     while not (tmp_path / "run" / "config.yaml").exists() or not RunFolder(tmp_path / "run").metrics():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, getattr(signal, name))
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "go on with: python train_sd15.py" in said
