@@ -4,7 +4,6 @@ from hostile import Case
 from spoil import cut, drop_key, edit, edit_line, fifo, set_key, write
 
 POINTS, METRICS, ALIGN = "runs/a/eval/points.jsonl", "runs/a/metrics.jsonl", "runs/a/eval/align.json"
-SAMPLES = "runs/a/samples/*86401985*/manifest.json"
 # Each record, the command that reads it, and one of its keys of type int.
 RECORDS = {
     "runs/a/run.json": ("evaluate report runs/a -o page.html", "versions"),
