@@ -132,10 +132,10 @@ def stages_of_run(args: argparse.Namespace, file: str, arm: str, seed: int, conf
     run, steps = config.run, config.train.steps
     train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
     measured = f"{shlex.quote(str(run))} --checkpoint {steps}"
-    align = f"evaluate_sd15.py align {measured} --timesteps {TIMESTEP} --no-base"
+    align = f"evaluate.py align {measured} --timesteps {TIMESTEP} --no-base"
     stages = {
-        "train": (f"train_sd15.py {shlex.join(train)}", f"checkpoints/step-{steps:07d}"),
-        "metrics": (f"evaluate_sd15.py metrics {measured}", "eval/points.jsonl"),
+        "train": (f"train.py {shlex.join(train)}", f"checkpoints/step-{steps:07d}"),
+        "metrics": (f"evaluate.py metrics {measured}", "eval/points.jsonl"),
         "align": (align, "eval/align.json"),
     }
     return [

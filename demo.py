@@ -54,14 +54,14 @@ GROUPS = [
      "preprocessing/5_verify_cache.py --csv {data}/{split}.csv --latents {data}/{cache}/latents --tokens {data}/{cache}/tokens "
      "--text {data}/cache/text --full --sheet {data}/{cache}/sheet.png",
      "{data}/{cache}/sheet.png"),
-    ("train {arm}", "train_sd15.py --config {config}{override}", "{runs}/{arm}/export"),
-    ("curve", "evaluate_sd15.py curve {arms} {config} --out {runs}/curve", "{runs}/curve/curve.json"),
+    ("train {arm}", "train.py --config {config}{override}", "{runs}/{arm}/export"),
+    ("curve", "evaluate.py curve {arms} {config} --out {runs}/curve", "{runs}/curve/curve.json"),
     # The plan's 250 steps would take minutes here.
     ("final {arm}",
-     "evaluate_sd15.py final {runs}/{arm} eval.sampling_steps=12 --sweep 1 1.5 3",
+     "evaluate.py final {runs}/{arm} eval.sampling_steps=12 --sweep 1 1.5 3",
      "{runs}/{arm}/eval/points.jsonl"),
-    ("align {arm}", "evaluate_sd15.py align {runs}/{arm}", "{runs}/{arm}/eval/align.json"),
-    ("page", "evaluate_sd15.py report {arms} {config} -o {page} --times {record}", "{page}"),
+    ("align {arm}", "evaluate.py align {runs}/{arm}", "{runs}/{arm}/eval/align.json"),
+    ("page", "evaluate.py report {arms} {config} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
 
 

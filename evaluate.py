@@ -23,7 +23,7 @@ from common.device import pick_device
 from common.errors import UserError
 from common.files import write_json
 from configs.loading import eval_changes, eval_settings
-from evaluation.align import align_target, check_timesteps
+from evaluation.align import align_target
 from evaluation.image_files import PICTURES, image_chunks, load_images
 from evaluation.options import FINAL, add_options, split_settings
 from evaluation.pictures import draw_pictures
@@ -153,13 +153,12 @@ def final(args: argparse.Namespace) -> None:
 def align(args: argparse.Namespace) -> None:
     """Measure how similar a run's hidden features are to the teacher's, on held-out images.
 
-    Beside those of its bare base model, at all three taps and several timesteps, before and after the heads: held-out CCA,
-    CKNNA, unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with
-    its null (metrics/similarity_rows.py); and the held-out diffusion loss. The null prompt, and the same noise for each image.
+    Beside those of its bare base model, at all its taps and several timesteps, before and after the heads: held-out CCA, CKNNA,
+    unbiased CKA, a ridge map's cosine and R², the head's cosine, iREPA's spatial metrics and a linear probe, each with its null
+    (metrics/similarity_rows.py); and the held-out diffusion loss. The null prompt, and the same noise for each image.
     Everything is fitted on one half of the images and reported on the other. Writes align.json, align_timesteps.png and
     align_tsne.png to RUN/eval; of a checkpoint that is not the newest to RUN/eval/step-….
     """
-    check_timesteps(args.timesteps)
     check_installed(args.embedding)
     device, _ = open_device(args)
     for group in targets_of(args):

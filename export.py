@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     run = RunFolder(args.run)
     if args.kohya and run.config.model.train != "lora":
         raise UserError(f"{args.run} trained model.train={run.config.model.train}: --kohya is for LoRA")
+    if args.kohya and family_for(run.config).kohya_base is None:
+        raise UserError(f"kohya's tools have no name for {family_for(run.config).name}: leave --kohya out")
     checkpoint = checkpoint_of(run, args.checkpoint)
     out, own = args.out, args.out is None
     if own:

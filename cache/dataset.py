@@ -133,4 +133,12 @@ def latents_of(stored: Tensor, details: dict, generator: torch.Generator | None 
         latents = mean
         if generator is not None:
             latents = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
-    return latents if details["scaled"] else latents * details["scaling_factor"]
+    if details["scaled"]:
+        return latents
+    mean, scale = (
+        torch.as_tensor(details.get(key, 0.0), dtype=torch.float32, device=latents.device).view(
+            -1, *[1] * (latents.ndim - 2)
+        )
+        for key in ("mean", "scaling_factor")
+    )  # (C, 1, …) or (1, 1, …)
+    return (latents - mean) * scale

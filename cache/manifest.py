@@ -46,7 +46,9 @@ class ImageDetails(TypedDict, total=False):
 
     posterior: Literal["mode", "sample", "moments"]
     scaled: bool
-    scaling_factor: int | float  # as it was written: 1 and 1.0 have different seals
+    # As they were written, for 1 and 1.0 have different seals; of --unscaled, where x_0 = (z - mean) * scaling_factor.
+    scaling_factor: int | float | list[float]
+    mean: int | float | list[float]
 
 
 @with_config(RECORD)

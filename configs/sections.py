@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from common.base_model import BASE
 from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
 from method.coefficient import DECAYS
-
-BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -29,7 +28,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    base: str = knob(BASE, "Stable Diffusion 1.5: a hub id or a local diffusers folder")
+    base: str = knob(BASE, "base model: a hub id or a local diffusers folder")
     revision: str | None = knob(None, "hub revision (commit) of the base model")
     init_from: Path | None = knob(
         None,

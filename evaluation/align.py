@@ -1,7 +1,7 @@
-"""Measure on held-out images how similar a U-Net's hidden features are to the teacher's tokens.
+"""Measure on held-out images how similar a network's hidden features are to the teacher's tokens.
 
-A run is measured beside its bare base model, at all three taps and at several timesteps, before and after its heads, each
-metric with its null: `metrics/similarity_rows.py` defines them. Called by `evaluate_sd15.py align`.
+A run is measured beside its bare base model, at all taps of its family and at several timesteps, before and after its heads,
+each metric with its null: `metrics/similarity_rows.py` defines them. Called by `evaluate.py align`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from metrics.spatial import distances_on
 from models.aligned import AlignedModel
 from report.material import WEIGHTS
 from report.plot_alignment import plot_embedding, plot_timesteps
-from training.parts import family_for, load_run_model
+from training.parts import build_path, family_for, load_run_model
 from training.run_folder import this_command
 
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
@@ -86,13 +86,14 @@ def measure_alignment(
         config: the run's, which names held-out images, teacher, noise schedule, batch size and seed. Image i of the list has
             the noise of seed + i at every timestep. The halves and all nulls depend on the seed too.
         models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are measured.
-        timesteps: noise levels, 0 (clean) to 999.
+        timesteps: noise levels, 0 (clean) to `num_timesteps` − 1 (noise).
         num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
 
     Raises `UserError` for settings and caches that do not fit.
     """
-    timesteps = check_timesteps(timesteps)
-    held, main_tap = heldout_images(config, num_images), family_for(config).main_tap
+    family = family_for(config)
+    num_timesteps, main_tap = build_path(config.diffusion, family).num_steps, family.main_tap
+    timesteps, held = check_timesteps(timesteps, num_timesteps), heldout_images(config, num_images)
     n, seed = len(held.latents), config.eval.seed
     # A base model may have heads, but they were never trained.
     heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
@@ -134,6 +135,7 @@ def measure_alignment(
         "seed": seed,
         "noise": "image i of the list has the noise of seed + i, at every timestep",
         "timesteps": list(timesteps),
+        "num_timesteps": num_timesteps,
         "taps": list(grids),
         "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
@@ -190,18 +192,18 @@ def summary(result: Mapping) -> str:
     return "\n".join(lines)
 
 
-def check_timesteps(timesteps: Sequence[int]) -> tuple[int, ...]:
+def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, ...]:
     """Sort timesteps and drop repeats; raises `UserError` for none, or for one outside the noise schedule."""
-    wrong = [str(t) for t in timesteps if not 0 <= t < 1000]
+    wrong = [str(t) for t in timesteps if not 0 <= t < num_timesteps]
     if wrong or not timesteps:
         raise UserError(
-            f"--timesteps are noise levels from 0 (clean) to 999 (noise), got {', '.join(wrong) or 'none'}"
+            f"--timesteps are noise levels from 0 (clean) to {num_timesteps - 1} (noise), got {', '.join(wrong) or 'none'}"
         )
     return tuple(sorted(set(timesteps)))
 
 
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
-    """The teacher's tokens on each tap's grid (taps of equal grids share one object), and the number of CCA's components."""
+    """The teacher's tokens on the grid of each tap (one object a grid), and the number of CCA's components."""
     held, grid = bench.held, (bench.config.teacher.grid,) * 2
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
     k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)

@@ -1,5 +1,5 @@
-"""Held-out images of a config: check them against the training cache, run the U-Net on them with fixed noise, and read its taps
-and heads."""
+"""Held-out images of a config: check them against the training cache, run a network on them with fixed noise, and read its
+taps and heads."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -150,7 +150,7 @@ class Bench:
 class HeadTokens:
     """A head's tokens, and how similar they are to the teacher's.
 
-    `pooled` are the tokens averaged over the cells of the tap's grid (n, T, D). `cosine` is the mean cosine of all images'
+    `pooled` are the tokens averaged over the T cells of `read_taps` (n, T, D). `cosine` is the mean cosine of all images'
     tokens with the teacher's on the teacher's grid, `null_cosine` that with the teacher's tokens of another image.
     """
 
@@ -164,8 +164,8 @@ def read_taps(
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
     """Read all taps in one forward a batch: {tap: features (n, T, C)}, {tap: grid}, and {tap: HeadTokens} for the given heads.
 
-    Each batch is moved to the CPU at once. A head's tokens are averaged over the tap's cells there: on the teacher's own grid
-    they would be three times as many numbers, and up-sampled cells hold no new information.
+    The grid of T cells is the coarser one, of the tap's own and the teacher's: up-sampled cells hold no new information. Each
+    batch is moved to the CPU at once, where the finer side is averaged over these cells.
     """
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
@@ -181,18 +181,15 @@ def read_taps(
                 t = torch.full((len(x_0),), timestep, device=x_0.device)  # (b,)
                 model.predict(bench.path(x_0, noise, t)[0], t, text)
             for tap, feature in taps.captured.items():  # (b, C, h, w)
-                grids[tap] = h, w = tuple(feature.shape[-2:])
-                if max(h, w) > grid[0]:
-                    raise UserError(
-                        f"the grid {h} × {w} of tap {tap} is finer than the teacher's {grid[0]}: cache more tokens"
-                    )
-                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, T, C)
+                own = tuple(feature.shape[-2:])
+                grids[tap] = tuple(map(min, own, grid))
+                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, h*w, C)
                 if not np.isfinite(cells).all():
                     raise UserError(
                         f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier "
                         "--checkpoint"
                     )
-                _put(features, tap, rows, cells, n)
+                _put(features, tap, rows, pool_tokens(cells, own, grids[tap]), n)
             for tap, head in heads.items():
                 tokens = head(taps.captured[tap], grid)  # (b, N, D)
                 for place, images in enumerate((np.arange(n)[rows], other[rows])):

@@ -1,4 +1,4 @@
-"""The options of evaluate_sd15.py: which runs, and which settings of `eval` differ from a run's own."""
+"""The options of evaluate.py: which runs, and which settings of `eval` differ from a run's own."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,9 @@ def option(*names: str, **details) -> Option:
 
 def runs(which: str = "newest", more: str = "") -> list[Option]:
     """RUN…, the checkpoint (`which` is its default) and the device; `more` ends RUN's help."""
-    what = "run folder of train_sd15.py, a checkpoint's folder in it, or a config (.yaml) for the base model it names"
+    what = (
+        "run folder of train.py, a checkpoint's folder in it, or a config (.yaml) for the base model it names"
+    )
     return [
         option("runs", type=Path, nargs="+", metavar="RUN", help=what + more),
         option(
@@ -79,7 +81,7 @@ OPTIONS = {
         settings(),
         option(
             "--timesteps", type=int, nargs="+", default=TIMESTEPS, metavar="T",
-            help=f"noise levels, 0 (clean) to 999 (default: {' '.join(map(str, TIMESTEPS))})",
+            help=f"noise levels, from 0 (clean) up (default: {' '.join(map(str, TIMESTEPS))})",
         ),
         option("--num-images", type=int, help="held-out images, in eval.csv's order (default: 1000, or all there are)"),
         option("--no-base", action="store_true", help="leave the bare base model out"),

@@ -137,7 +137,7 @@ def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ran
 
 
 class PeriodicEvaluation:
-    """Measures the moving average while a training goes on, as `evaluate_sd15.py curve` measures its checkpoints.
+    """Measures the moving average while a training goes on, as `evaluate.py curve` measures its checkpoints.
 
     Everything it needs is loaded and checked before the first step. It leaves weights, modes and random states as they were.
     """
@@ -156,7 +156,7 @@ class PeriodicEvaluation:
     def __call__(self, run: RunFolder, state: TrainingState, log: MetricLog) -> None:
         """Measure the moving average, unless that was done before, and log it.
 
-        On a single process a failed evaluation is only a warning: `evaluate_sd15.py curve` gives the reason.
+        On a single process a failed evaluation is only a warning: `evaluate.py curve` gives the reason.
         """
         parts, target = self.parts, Target(run, state.step, "ema", self.settings)
         try:

@@ -140,7 +140,7 @@ def _targets_of(run: RunFolder, which: str, weights: str, settings: Eval) -> lis
     steps = run.checkpoint_steps()
     if not steps:
         raise UserError(
-            f"{run.path} has no checkpoint yet: train_sd15.py writes one every train.checkpoint_every steps"
+            f"{run.path} has no checkpoint yet: train.py writes one every train.checkpoint_every steps"
         )
     named = {"all": steps, "newest": steps[-1:]} | {str(step): [step] for step in steps}
     if which not in named:

@@ -110,6 +110,11 @@ class DiffusionPath:
         self.output, self.prediction = output, prediction
         self.v_weight_max, self.snr_gamma = v_weight_max, snr_gamma
 
+    @property
+    def num_steps(self) -> int:
+        """Noise levels of the path: timesteps t are 0 (clean) to `num_steps` − 1 (noise)."""
+        return self.schedule.num_steps
+
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         """Draw uniform timesteps `(count,)`, int64."""
         return torch.randint(self.schedule.num_steps, (count,), device=device, generator=generator)

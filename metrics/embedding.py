@@ -1,4 +1,4 @@
-"""Joint embeddings of the U-Net's projected tokens and the teacher's in the plane, by t-SNE or UMAP.
+"""Joint embeddings of a network's projected tokens and the teacher's in the plane, by t-SNE or UMAP.
 
 A mere offset or scale separates two clouds, and distances between clusters mean nothing. So both sides are L2-normalised, each
 source is drawn as it is and again with each side centred by itself, and the meaningful numbers stand below.

@@ -1,4 +1,4 @@
-"""Similarity of the U-Net's features to the teacher's tokens: held-out CCA, CKNNA, unbiased CKA, paired cosine.
+"""Similarity of a network's features to the teacher's tokens: held-out CCA, CKNNA, unbiased CKA, paired cosine.
 
 Such numbers mislead easily. CCA is 1.0 on independent data once there are as many dimensions as data points, and the tokens of
 one image are not independent data points; biased CKA is 0.8 there. So everything that is fitted here is fitted on one half of

@@ -1,8 +1,8 @@
 """Make and read the rows of `align.json`: all metrics of one model's features at one tap and timestep, each {value, null}.
 
-A row has `model` (run or base), `tap`, `timestep`, `features` (tap: the U-Net's own, before the head; head: the head's
-tokens, after it) and `metrics`. Every metric compares with the teacher's tokens averaged over the cells of the tap's grid, and
-the head's tokens are averaged alike, except `cosine`, which is the token loss's own, on the teacher's grid.
+A row has `model` (run or base), `tap`, `timestep`, `features` (tap: the network's own, before the head; head: the head's
+tokens, after it) and `metrics`. Every metric compares with the teacher's tokens on the coarser of the tap's grid and the
+teacher's, over whose cells the finer side is averaged, except `cosine`, which is the token loss's own, on the teacher's grid.
 
 | metric | of | what it is | its null |
 |---|---|---|---|
@@ -74,7 +74,7 @@ def tap_metrics(features: ndarray, teacher: TeacherSide) -> tuple[Metrics, ndarr
 
 
 def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
-    """All metrics of a head's tokens (n, T, D) on the tap's grid, beside their cosine on the teacher's."""
+    """All metrics of a head's tokens (n, T, D) on the grid compared on, beside their cosine on the teacher's."""
     return {"cosine": entry(cosine, null_cosine), **_both_sides(tokens, teacher)}
 
 

@@ -119,6 +119,10 @@ class Backbone:
         """The VAE and its normalisation, in fp32."""
         return LatentCodec(self.load("vae"), f"vae of {self.base}")
 
+    def image_size(self, codec: LatentCodec) -> int:
+        """The side in pixels of the images that the base model was made for."""
+        return self.latent_shape(self.network_of_shapes()[0])[-1] * codec.down
+
     @cached_property
     def scheduler(self):
         """The base model's noise schedule; raises `UserError` unless it is one."""

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from common.errors import UserError
 from method.sampler import filled
 
-DECODED_ROWS = 8  # images decoded at once: the decoder's activations at 512 px outweigh the denoiser's
+# Images decoded at once, and their pixels: the decoder's activations outweigh the denoiser's.
+DECODED_ROWS, DECODED_PIXELS = 8, 8 * 512 * 512
 
 
 class LatentCodec(nn.Module):
     """A VAE and the normalisation of its latents, x_0 = (z − mean) · scaling / std.
 
     mean, std and scaling are what the VAE's config says (`shift_factor` or `latents_mean`, `latents_std`, `scaling_factor`);
-    Stable Diffusion 1.5 only scales. `what` names the VAE in errors.
-    `encode` and `decode` are exact inverses in this normalisation. An `AutoencoderTiny`
-    will do where only decoding is asked for.
+    Stable Diffusion 1.5 only scales. `what` names the VAE in errors. `encode` and `decode` are exact inverses in this
+    normalisation. An `AutoencoderTiny` will do where only decoding is asked for.
     """
 
     def __init__(self, vae: nn.Module, what: str = "vae"):
@@ -38,6 +38,17 @@ class LatentCodec(nn.Module):
         self.std = _per_channel(numbers["latents_std"], 1.0)
         self.scaling = numbers["scaling_factor"]
         self.down = 2 ** (len(config.block_out_channels) - 1)  # pixels on a side of one latent cell
+
+    @property
+    def normalisation(self) -> dict[str, float | list[float]]:
+        """What a cache of z itself must know: x_0 = (z − `mean`) · `scaling_factor`, numbers or one a channel; no mean is 0."""
+        std = self.std
+        scale = (
+            self.scaling
+            if std == 1.0
+            else [self.scaling / s for s in ([std] if isinstance(std, float) else std)]
+        )
+        return {"scaling_factor": scale} | ({} if self.mean == 0.0 else {"mean": self.mean})
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's own z, fp32 `(B, C, h, w)` each, of pixels `(B, 3, H, W)` in [-1, 1]."""
@@ -70,15 +81,17 @@ class LatentCodec(nn.Module):
 
 
 @torch.no_grad()
-def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int = DECODED_ROWS) -> np.ndarray:
+def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int | None = None) -> np.ndarray:
     """Decode x_0 `(B, C, h, w)` to uint8 `(B, H, W, 3)`, rounded as diffusers' image processor does.
 
     Rounding matters: truncation, as in REPA's sampler, darkens every image by half a level. `rows` images are decoded at a
-    time, the last time filled up with copies, because kernels sum in another order for another number. Values that are not
-    finite would turn into black pixels and a plausible score; they raise `UserError`.
+    time (8 at most, fewer above 512 px), the last time filled up with copies, because kernels sum in another order for another
+    number. Values that are not finite would turn into black pixels and a plausible score; they raise `UserError`.
     """
     if latents.ndim != 4:
         raise ValueError(f"latents must be (B, C, h, w), got {tuple(latents.shape)}")
+    pixels = latents[0, 0].numel() * codec.down**2  # of an image
+    rows = rows or max(1, min(DECODED_ROWS, DECODED_PIXELS // pixels))
     decoded = []
     for part in latents.split(rows):
         image = codec.decode(filled(part, rows))[: len(part)].float()  # (b, 3, H, W) in [-1, 1]

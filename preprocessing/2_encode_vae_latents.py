@@ -11,7 +11,7 @@
         --out data/imagenet/cache_200k/latents
 
 The VAE of the base model sees the central square of the image, resized to --image-size S. The script stores the mode of the
-posterior times the VAE's scaling factor, (4, S/8, S/8) for Stable Diffusion; the U-Net is trained on these values. Run the same
+posterior as the network is trained on it: for Stable Diffusion 1.5 times the VAE's scaling factor, (4, S/8, S/8). Run the same
 command again to resume; a longer list of images is added to a finished cache.
 """
 

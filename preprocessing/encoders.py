@@ -36,12 +36,13 @@ def encode_images(args: Namespace, *, latents: Path | None = None, tokens: Path 
 
 
 def latent_job(args: Namespace, folder: Path) -> FieldJob:
-    """Return the job that makes latents `(4, S/8, S/8)`, or moments `(8, S/8, S/8)`, with the base model's VAE.
+    """Return the job that makes latents `(C, h, w)`, or moments `(2C, h, w)`, with the base model's VAE.
 
-    `args` has the options of `add_latent_options`; S is the image size in px.
+    `args` has the options of `add_latent_options`.
     """
-    device, size, posterior = pick_device(args.device), args.image_size, args.posterior
-    codec = family_of(args.base, args.revision).load_codec().to(device)
+    device, posterior, family = pick_device(args.device), args.posterior, family_of(args.base, args.revision)
+    codec = family.load_codec().to(device)
+    size = args.image_size or family.image_size(codec)
     if size % codec.down:
         raise UserError(f"--image-size {size} is not a multiple of {codec.down}, the VAE's down-sampling")
     cells = size // codec.down
@@ -50,7 +51,7 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
     def encode(pixels: Tensor, ids: Sequence[str]) -> Tensor:
         images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, S, S) in [-1, 1]
         with autocast(device, args.precision):
-            mean, std = codec.posterior(images)  # (n, 4, S/8, S/8) each
+            mean, std = codec.posterior(images)  # (n, C, h, w) each
         if posterior == "sample":
             mean = mean + std * torch.stack([noise_of(key, mean.shape[1:]) for key in ids]).to(device)
         if not args.unscaled:
@@ -64,7 +65,7 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
         meaning=MEANING[posterior] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, device, args.precision),
         view={"kind": "aligned", "size": size},
-        details={"posterior": posterior, "scaled": not args.unscaled, "scaling_factor": codec.scaling},
+        details={"posterior": posterior, "scaled": not args.unscaled} | codec.normalisation,
     )
     return FieldJob(folder, spec, encode, device)
 

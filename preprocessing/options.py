@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from common.base_model import BASE
 from common.errors import UserError
 
 
@@ -61,7 +62,11 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the VAE and what is stored of its posterior."""
     add_base_options(parser)
     add = parser.add_argument
-    add("--image-size", type=positive, default=512, help="side of the square in pixels (default 512)")
+    add(
+        "--image-size",
+        type=positive,
+        help="side of the square in pixels (default: what the base model was made for)",
+    )
     posterior = (
         "mode (default); sample = one draw, decided by the image's id; moments = mean and standard deviation, of which "
         "training draws anew at every step (twice the size)"
@@ -93,9 +98,9 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the Stable Diffusion model, of which each script loads only a part."""
-    base = "Stable Diffusion 1.5: hub id or local diffusers folder (default %(default)s)"
-    parser.add_argument("--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help=base)
+    """Add the options that choose the base model, of which each script loads only a part."""
+    base = "base model: hub id or local diffusers folder (default %(default)s)"
+    parser.add_argument("--base", default=BASE, help=base)
     parser.add_argument("--revision", help="hub revision (commit) of the base model")
 
 

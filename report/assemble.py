@@ -35,7 +35,9 @@ def write_report(page: Path, material: Material) -> Path:
     for heading, section in SECTIONS.items():
         if found := list(section(material)):
             blocks += [Heading(heading), *found]
-    return write_page(page, title=f"U-REPA: {', '.join(material.runs)}", lead=lead, sections=blocks)
+    return write_page(
+        page, title=f"Representation alignment: {', '.join(material.runs)}", lead=lead, sections=blocks
+    )
 
 
 def samples_section(material: Material) -> Iterator[Block]:

@@ -52,6 +52,7 @@ class Alignment(TypedDict):
     seed: int
     noise: str
     timesteps: list[int]
+    num_timesteps: int  # of the noise schedule
     taps: list[str]
     main_tap: str
     tap_grids: dict[str, list[int]]

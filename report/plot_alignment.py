@@ -9,7 +9,15 @@ import numpy as np
 
 from metrics.embedding import Panel
 from metrics.similarity_rows import value_of
-from report.plot_style import CLASS_COLOURS, legend_below, plain, pyplot, run_style, save_figure
+from report.plot_style import (
+    CLASS_COLOURS,
+    legend_below,
+    plain,
+    pyplot,
+    run_style,
+    save_figure,
+    timestep_axis,
+)
 
 KINDS = {"raw": "as they are", "centred": "each side centred by itself"}
 METRICS = {"cknna": "CKNNA", "cca": "held-out CCA"}
@@ -56,7 +64,7 @@ def plot_embedding(
             }
     looks = [
         {"marker": "o", "markerfacecolor": "none", "color": INK, "label": "teacher"},
-        {"marker": "x", "color": INK, "label": "U-Net, projected"},
+        {"marker": "x", "color": INK, "label": "network, projected"},
     ]
     for c in classes:
         name = shorten(class_names.get(c, str(c)), 20, placeholder=" …")
@@ -103,7 +111,8 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
                 look |= {"linestyle": ":", "linewidth": 1.1, "zorder": 1.5, "alpha": 0.35}
                 look["marker"] = look["marker"] if len(values) == 1 else None
             axes.plot(result["timesteps"], values, **look)
-        axes.set(title=name, xlabel="timestep (0 = clean, 999 = noise)", xlim=(-30, 1029))
+        last = result["num_timesteps"] - 1
+        axes.set(title=name, xlabel=timestep_axis(last), xlim=(-30, last + 30))
         axes.set_xticks(result["timesteps"])
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     grid[0].set_ylabel("alignment with the teacher")

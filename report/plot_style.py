@@ -37,6 +37,11 @@ STYLE = {
 }
 
 
+def timestep_axis(last: int) -> str:
+    """The label of an axis of timesteps from 0 to `last`."""
+    return f"timestep (0 = clean, {last} = noise)"
+
+
 def run_style(index: int) -> dict:
     """Colour, line style and marker of run number `index`, the same in every figure."""
     looks = {"color": COLOURS, "linestyle": LINES, "marker": MARKERS}

@@ -6,6 +6,7 @@ from pathlib import Path
 from metrics.similarity_rows import nearest_timestep, value_of
 from report.material import WEIGHTS, Material
 from report.page import Block, Command, Figure, Paragraph, Table
+from report.plot_style import timestep_axis
 from report.plots import plot_panels
 
 # Metric of the main tap's own features, and what the table calls it.
@@ -32,7 +33,7 @@ LOSS = {
 }  # None where that model was not measured
 PICTURES = {
     "align_timesteps.png": "{name}: the same by timestep and tap; dashed: the bare base model; faint: pairs at random.",
-    "align_tsne.png": "{name}: joint embedding of U-Net and teacher tokens, as they are and with each source centred. "
+    "align_tsne.png": "{name}: joint embedding of tokens of network and teacher, as they are and with each source centred. "
     "Distances between clusters mean nothing.",
     "align_umap.png": "{name}: the same by UMAP.",
 }
@@ -45,7 +46,7 @@ def alignment_section(material: Material) -> Iterator[Block]:
     runs = material.runs
     measured = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
     if missing := [name for name, run in runs.items() if run.alignment is None and not run.is_base]:
-        yield Paragraph(f"Not measured: {', '.join(missing)} (`python evaluate_sd15.py align RUN`).")
+        yield Paragraph(f"Not measured: {', '.join(missing)} (`python evaluate.py align RUN`).")
     if not measured:
         return
     reference, first = next(iter(measured.items()))
@@ -105,7 +106,7 @@ def _across(file: Path, columns: Sequence[Column], timesteps: Sequence[int]) -> 
             }
             for label, found, model in columns
         }
-    return plot_panels(file, panels, xlabel="timestep (0 = clean, 999 = noise)")
+    return plot_panels(file, panels, xlabel=timestep_axis(columns[0][1]["num_timesteps"] - 1))
 
 
 def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:

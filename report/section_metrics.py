@@ -18,7 +18,7 @@ ERRORS = {
 def results_section(material: Material) -> Iterator[Block]:
     """The table of the runs' last checkpoints by the shared protocol."""
     if material.curve is None:
-        how = f"python evaluate_sd15.py curve {' '.join(material.runs)}"
+        how = f"python evaluate.py curve {' '.join(material.runs)}"
         yield Paragraph(f"No protocol was used for these runs: `{how}` measures them.")
         return
     last = last_points(material.runs, material.curve["protocol"])

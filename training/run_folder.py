@@ -8,7 +8,7 @@ checkpoints/      see checkpoint.py
 previews/         grids of samples that the moving average made during training
 tensorboard/      the same metrics for TensorBoard
 export/           weights for other tools, EMA and raw, and from which checkpoint they were made
-samples/ eval/    samples and results, which evaluate_sd15.py writes
+samples/ eval/    samples and results, which evaluate.py writes
 """
 
 import fcntl
@@ -105,7 +105,7 @@ class RunFolder:
         self.skipped = JsonLines(self.path / "skipped.jsonl", Skipped, None)
         self._forced: list[str] = []  # changes that were allowed but are not settings, such as other images
         if config is None and not self.config_file.exists():
-            raise UserError(f"{path} is not a run folder (no config.yaml): train_sd15.py makes one")
+            raise UserError(f"{path} is not a run folder (no config.yaml): train.py makes one")
         self.config = load_config(self.config_file) if config is None else config
 
     @classmethod

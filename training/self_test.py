@@ -1,6 +1,6 @@
 """The self-test: run one small forward and backward before a training starts, check every part of the method, and report.
 
-    python train_sd15.py --config configs/A.yaml --self-test     # runs the self-test only, without a run folder
+    python train.py --config configs/A.yaml --self-test     # runs the self-test only, without a run folder
 
 It changes no weights, no gradients and no random states. A value that is 0, not finite or not as expected ends the run with the
 reason.

@@ -23,6 +23,7 @@ import train as train_script
 from common.errors import UserError
 from evaluation import sample
 from method.sampler import initial_noise
+from models.families.sd15 import SD15
 
 LORA = ["model.train=lora", "model.lora_rank=4", "model.lora_alpha=8", "optim.lr=0.02"]
 
@@ -191,6 +192,12 @@ def test_kohya_is_refused_without_lora(miniature, tmp_path):
         export.main([str(run.path), "--kohya"])
     with pytest.raises(UserError, match="not a run folder"):
         export.main([str(tmp_path)])
+
+
+def test_kohyas_names_are_refused_for_a_family_that_its_tools_do_not_know(lora_run, monkeypatch):
+    monkeypatch.setattr(SD15, "kohya_base", None)
+    with pytest.raises(UserError, match=r"have no name for Stable Diffusion 1\.5: leave --kohya out"):
+        export.main([str(lora_run.path), "--kohya"])
 
 
 def test_a_model_card_says_what_it_is_and_parses(lora_run):

@@ -242,10 +242,20 @@ def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):
     assert "\n" not in str(error.value)
 
 
-def test_a_tap_finer_than_the_teachers_grid_is_refused(runs):
-    """A training without alignment does not mind such a cache."""
-    config = runs["baseline"].config
-    text = read_table(config.data.text)[0].null
-    held = HeldOut(np.zeros((1, 4, 64, 64), np.float32), np.zeros((1, 16, 64)), np.zeros(1), text, 1, "", "")
-    with pytest.raises(UserError, match="grid 8 × 8 of tap enc_last is finer than the teacher's 4"):
-        read_taps(Bench(config, held, 0, CPU, lambda: None), untrained(config, CPU), {}, 250)
+def test_a_tap_finer_than_the_teachers_grid_is_averaged_over_the_teachers_cells(runs):
+    config = runs["urepa"].config
+    text, model = read_table(config.data.text)[0].null, untrained(config, CPU)
+    latents, teacher = np.random.default_rng(0).normal(size=(2, 4, 64, 96)), np.ones((2, 16, 64))
+    held = HeldOut(latents.astype(np.float32), teacher.astype(np.float32), np.zeros(2), text, 2, "", "")
+    bench = Bench(config, held, 0, CPU, lambda: None)
+    with torch.no_grad():
+        features, grids, heads = read_taps(bench, model, {"mid": model.heads["mid"]}, 250)
+        ((_, x_0, noise, null),) = bench.batches()
+        t = torch.full((2,), 250)
+        model.predict(bench.path(x_0, noise, t)[0], t, null, capture=True)
+    own = model.taps.captured["mid"]  # (2, 64, 8, 12)
+    assert own.shape[-2:] == (8, 12)
+    assert grids["mid"] == (4, 4)
+    expected = torch.nn.functional.avg_pool2d(own, (2, 3)).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(features["mid"], expected, atol=1e-5)
+    assert heads["mid"].pooled.shape == (2, 16, 64)

@@ -1,10 +1,12 @@
 """The contract of a backbone, held by every family of the table on a small pipeline of its real classes."""
 
-import json
+import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from cache.dataset import latents_of
 from common.errors import UserError
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
@@ -46,12 +48,10 @@ def test_every_family_of_the_table_is_tested():
     assert PIPELINES.keys() == FAMILIES.keys()
 
 
-def test_a_base_model_is_found_by_its_pipeline(family, miniature):
-    assert (
-        type(family) is FAMILIES[next(name for name, path in PIPELINES.items() if family.base.endswith(path))]
-    )
-    index = json.loads((miniature / "models/sd15-mini/model_index.json").read_text())
-    assert index["_class_name"] == family.pipeline
+def test_a_base_model_is_found_by_its_pipeline(family, stock):
+    name = next(name for name, path in PIPELINES.items() if family.base.endswith(path))
+    assert type(family) is FAMILIES[name]
+    assert type(stock).__name__ == family.pipeline
 
 
 def test_the_usual_base_models_need_no_hub():
@@ -59,26 +59,72 @@ def test_the_usual_base_models_need_no_hub():
         assert type(family_of(family.default_base)) is FAMILIES[name]
 
 
-def test_text_is_that_of_the_pipelines_own_call(family, stock):
-    prompts = ["a photo of a three", ""]
-    fields = family.encode_text(prompts, CPU)
-    shapes = family.text_shapes(family.load_network())
-    assert {name: values.shape[-1] for name, values in fields.items()} == {
-        n: s[-1] for n, s in shapes.items()
+def test_the_fields_of_text_have_the_shapes_that_the_family_gives(family):
+    fields, shapes = (
+        family.encode_text(["a photo of a three", ""], CPU),
+        family.text_shapes(family.load_network()),
+    )
+    assert {name: tuple(values.shape[1:]) for name, values in fields.items()} == shapes
+
+
+@torch.no_grad()
+def test_predict_hands_the_network_what_the_pipelines_own_call_does(family, stock):
+    """From prompts, with guidance: so the text and the null prompt are the pipeline's too."""
+    model = model_of(family, family.taps).eval()
+    x_t, _, text = inputs(family)
+    seen = []  # by the pipeline's scheduler: (x_t, t)
+    step = stock.scheduler.step
+    stock.scheduler.step = lambda output, t, x, *a, **k: (
+        seen.append((x.clone(), t)) or step(output, t, x, *a, **k)
+    )
+    prompts = [f"a photo of a {i}" for i in range(len(x_t))]
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    with recorded(getattr(stock, family.part)) as theirs:
+        stock(prompts, latents=x_t, **options)
+    null = {
+        name: rows.expand(len(x_t), *rows.shape[1:]) for name, rows in family.encode_text([""], CPU).items()
     }
-    theirs = stock.encode_prompt(prompts, CPU, 1, False)[0]
-    assert fields["prompt_embeds"].equal(theirs.half())
+    both = {name: torch.cat([null[name], text[name]]) for name in text}
+    with recorded(model.backbone) as ours:
+        for x, t in seen:
+            model.predict(torch.cat([x, x]), t.expand(2 * len(x)), both)
+    assert len(ours) == len(theirs) == 2
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert mine.keys() == wanted.keys()
+        for name, value in wanted.items():
+            # A pipeline hands over one timestep for all rows, and text that was never stored in fp16.
+            torch.testing.assert_close(
+                mine[name], value.expand(mine[name].shape), atol=1e-3, rtol=1e-3, msg=name
+            )
+
+
+@contextmanager
+def recorded(network):
+    """The tensors of each forward by the names of their arguments."""
+    calls, names = [], inspect.signature(network.forward)
+
+    def note(_, args, kwargs):
+        given = names.bind(*args, **kwargs).arguments
+        calls.append({name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)})
+
+    hook = network.register_forward_pre_hook(note, with_kwargs=True)
+    yield calls
+    hook.remove()
 
 
 def test_predict_is_the_networks_own_output_with_and_without_taps(family, stock):
     x_t, t, text = inputs(family)
-    network = getattr(stock, family.part)
     with torch.no_grad():
-        expected = network(x_t, t, text["prompt_embeds"].float()).sample
+        expected = own_output(family, stock, x_t, t, text)
         for taps in ((), family.taps):
             model = model_of(family, taps).eval()
             assert model.predict(x_t, t, text, capture=True).equal(expected)
             assert set(model.taps.captured) == set(taps)
+
+
+def own_output(family, stock, x_t, t, text):
+    """Of the stock pipeline's network, whose arguments are checked above."""
+    return family.forward(getattr(stock, family.part), x_t, t, {name: x.float() for name, x in text.items()})
 
 
 def test_gradient_reaches_every_cell_of_every_tap_whether_the_teachers_grid_is_finer_or_coarser(family):
@@ -109,13 +155,15 @@ def test_encode_and_decode_are_inverse_in_their_normalisation(family):
     torch.testing.assert_close(codec.normalise(seen[0]), x_0)
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     mean, std = codec.posterior(pixels)
-    assert codec.encode(pixels).equal(mean * codec.vae.config.scaling_factor)
-    assert codec.normalise_spread(std).equal(std * codec.vae.config.scaling_factor)
+    assert codec.encode(pixels).equal(codec.normalise(mean))
+    moved = codec.normalise(mean + std) - codec.normalise(mean)
+    torch.testing.assert_close(codec.normalise_spread(std), moved, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     "normalisation",
     [
+        {},
         {"shift_factor": 0.3, "scaling_factor": 0.4},
         {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
     ],
@@ -130,6 +178,15 @@ def test_a_codec_shifts_and_scales_by_its_config(miniature, normalisation):
     mean = wide("latents_mean", [normalisation.get("shift_factor", 0.0)])
     expected = (z - mean) * vae.config.scaling_factor / wide("latents_std", [1.0])
     torch.testing.assert_close(codec.normalise(z), expected)
+    # A cache of the VAE's own z is normalised when it is read.
+    unscaled = {"posterior": "mode", "scaled": False} | codec.normalisation
+    torch.testing.assert_close(latents_of(z, unscaled), expected)
+    spread = torch.rand(2, 4, 3, 3)
+    drawn = latents_of(
+        torch.cat([z, spread], 1), unscaled | {"posterior": "moments"}, torch.Generator().manual_seed(1)
+    )
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn, expected + codec.normalise_spread(spread) * noise)
 
 
 def test_what_is_trained_is_named_alike_in_every_family_and_the_network_stays_stock(family, stock):
@@ -150,11 +207,18 @@ def test_lora_is_loaded_by_the_stock_pipeline_and_changes_its_network_alike(fami
         stock.load_lora_weights(tmp_path / targets)
         x_t, t, text = inputs(family)
         with torch.no_grad():
-            theirs = getattr(stock, family.part)(x_t, t, text["prompt_embeds"].float()).sample
+            theirs = own_output(family, stock, x_t, t, text)
             torch.testing.assert_close(theirs, model.predict(x_t, t, text))
             bare = model_of(family).eval().predict(x_t, t, text)
         assert (theirs - bare).abs().max() > 1e-3
         stock.unload_lora_weights()
+
+
+def test_the_size_of_images_is_that_of_the_latents(family):
+    codec = family.load_codec()
+    side = family.image_size(codec)
+    x_0 = codec.encode(torch.zeros(1, 3, side, side))
+    assert x_0.shape[1:] == family.latent_shape(family.load_network())
 
 
 def test_a_network_on_meta_has_the_shapes_of_the_loaded_one(family):
