@@ -110,8 +110,9 @@ def making_section(material: Material) -> Iterator[Block]:
     commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
     if times:
         longest: dict = {}
-        for stage in times:
-            longest[stage["group"]] = max(stage["seconds"], longest.get(stage["group"], 0))
+        for number, stage in enumerate(times):
+            group = stage.get("group", f"stage {number}")
+            longest[group] = max(stage["seconds"], longest.get(group, 0))
         yield Table(
             ["stage", "time"],
             [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times],
