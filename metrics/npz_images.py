@@ -90,7 +90,12 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, int, int, int]]]:
             if MEMBER not in archive.namelist():
                 raise UserError(f"{path} has no arr_0: a file of images has one, (N, H, W, 3) uint8")
             with archive.open(MEMBER) as file:
-                yield file, _read_header(file, path)
+                shape = _read_header(file, path)
+                if math.prod(shape) > archive.getinfo(MEMBER).file_size:
+                    raise UserError(
+                        f"{path} announces {shape[0]} images and is too small for them: it is damaged"
+                    )
+                yield file, shape
     except DAMAGE as error:
         raise UserError(f"{path} cannot be read as an .npz of images: {one_line(error)}") from None
 
