@@ -60,8 +60,9 @@ def sample(args: argparse.Namespace) -> None:
     """Draw images of fixed seeds.
 
     Image i starts from the noise of seed + i and shows class i mod n, whatever the batch size, the number of images or of
-    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
-    what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
+    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting and a log of their checksums; two settings
+    never share a folder, only what is missing is drawn, and a picture that something else put there is refused. --npz writes
+    them as one file for ADM's evaluator too.
     """
     device, ranks = open_device(args)
     for target in chain(*targets_of(args)):

@@ -166,6 +166,10 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
     metadata, drawn = {"source": "ADM's suite"}, FeatureSet()
     if "arr_0" in arrays:
         count, height, *_ = npz_image_shape(path)
+        if count < FEWEST:
+            raise UserError(
+                f"{path} holds {count} images, a reference needs at least {FEWEST}: choose another file"
+            )
         size = wanted.get("size", height)
         if size != height:
             raise UserError(f"{path} holds images of size = {height}, wanted is {size}: choose another file")

@@ -69,10 +69,7 @@ def pyplot():
 
 def legend_below(figure, handles: list, columns: int, **look) -> None:
     """One legend for all panels, below them."""
-    names = [handle.get_label() for handle in handles]
-    legend = figure.legend(handles, ["x"] * len(names), loc="outside lower center", ncols=columns, **look)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_text(name)  # only now: matplotlib would leave out a name that begins with an underscore
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **look)
 
 
 def drawable(text: str) -> str:

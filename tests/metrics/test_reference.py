@@ -193,6 +193,9 @@ def test_a_file_of_adms_suite_gives_its_own_moments_and_the_features_of_its_imag
     assert identity["name"] == "a.npz"
     np.savez(tmp_path / "a.npz", arr_0=IMAGES[:10], mu=mu, sigma=2 * sigma, mu_s=mu_s, sigma_s=sigma_s)
     assert load_reference(tmp_path / "a.npz", adm).identity["sha256"] != identity["sha256"]
+    np.savez(tmp_path / "few.npz", arr_0=IMAGES[:3], mu=mu, sigma=sigma)
+    with pytest.raises(UserError, match=r"few\.npz holds 3 images"):
+        load_reference(tmp_path / "few.npz", adm)
     with pytest.raises(UserError, match="size = 48, wanted is 512"):
         load_reference(tmp_path / "a.npz", adm, {"size": 512})
     with pytest.raises(UserError, match="protocol adm, not clean"):
