@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common import plain_text
 from common.errors import UserError, run_script
 from common.files import write_atomically, write_json
 from common.stages import Record, Stage, run_chains
@@ -207,7 +208,8 @@ def write_results(
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."
-    write_atomically(args.out / "table.md", f"{text}\n\n{note}\n\n`{this_command()}`\n".encode())
+    below = f"{plain_text.markdown(note)}\n\n{plain_text.code(this_command())}"
+    write_atomically(args.out / "table.md", f"{text}\n\n{below}\n".encode())
     content = {
         "command": this_command(),
         "note": note,

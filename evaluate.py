@@ -14,7 +14,6 @@ is not done again: the same command goes on where one was stopped.
 """
 
 import argparse
-import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -22,6 +21,8 @@ from pathlib import Path
 from common.device import pick_device
 from common.errors import UserError
 from common.files import write_json
+from common.reading import read_record
+from common.stages import StageEntry
 from configs.loading import eval_changes, eval_settings
 from evaluation.align import align_target
 from evaluation.image_files import PICTURES, image_chunks, load_images
@@ -59,8 +60,9 @@ def sample(args: argparse.Namespace) -> None:
     """Draw images of fixed seeds.
 
     Image i starts from the noise of seed + i and shows class i mod n, whatever the batch size, the number of images or of
-    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting; two settings never share a folder, and only
-    what is missing is drawn. --npz writes them as one file for ADM's evaluator too.
+    processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting and a log of their checksums; two settings
+    never share a folder, only what is missing is drawn, and a picture that something else put there is refused. --npz writes
+    them as one file for ADM's evaluator too.
     """
     device, ranks = open_device(args)
     for target in chain(*targets_of(args)):
@@ -190,12 +192,8 @@ def report(args: argparse.Namespace) -> None:
         raise UserError("`report` measures nothing: it takes no settings")
     if args.out.suffix != ".html":
         raise UserError(f"-o {args.out}: the page's name must end in .html")
-    try:
-        times = json.loads(args.times.read_text()) if args.times else []
-        if not all({"stage", "seconds", "command", "group"} <= dict(stage).keys() for stage in times):
-            raise ValueError("each stage needs stage, seconds, command and group")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read --times {args.times}: {error}") from None
+    remedy = "give the record of stages that demo.py or ablate.py keeps"
+    times = [] if args.times is None else read_record(args.times, list[StageEntry], remedy)
     runs = [open_run(path)[0] for path in args.runs]
     print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
 

@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from common.errors import UserError, run_script
 from common.files import locked, write_json, written_whole
+from common.plain_text import code, code_block, markdown, printable, quoted
 from common.pretrained import load_pretrained
 from common.reading import RECORD, read_record
 from configs.loading import resolved_yaml
@@ -224,20 +225,22 @@ def model_card(run: RunFolder, step: int) -> str:
     where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
     load = (
         f"from diffusers import {pipeline}\n\n"
-        f'pipe = {pipeline}.from_pretrained("{where}")\n'
+        f"pipe = {pipeline}.from_pretrained({quoted(where)})\n"
         'pipe.load_lora_weights("ema")  # or "raw"; from the folder of this card'
         if lora
         else f"from diffusers import {pipeline}, {network}\n\n"
         f'{part} = {network}.from_pretrained("ema", subfolder="{part}")  # or "raw"; from the folder of this card\n'
-        f'pipe = {pipeline}.from_pretrained("{where}", {part}={part})'
+        f"pipe = {pipeline}.from_pretrained({quoted(where)}, {part}={part})"
     )
-    commands = "\n".join(f"    {command}" for command in run.commands())
+    commands = "\n".join(f"    {printable(command)}" for command in run.commands())
     reached = [line for line in run.metrics() if line["step"] <= step]
     rows = "".join(
-        f"| {name} | {value:.6g} |\n" for name, value in (reached or [{}])[-1].items() if name not in RATES
+        f"| {markdown(name)} | {value:.6g} |\n"
+        for name, value in (reached or [{}])[-1].items()
+        if name not in RATES
     )
     measured = "".join(
-        f"- `{name}`: {found['value']:.4g} ({point['kind']})\n"
+        f"- {code(name)}: {found['value']:.4g} ({markdown(point['kind'])})\n"
         for point in points_file(run.path / POINTS).read()
         if point["step"] == step
         for name, found in point["metrics"].items()
@@ -246,13 +249,13 @@ def model_card(run: RunFolder, step: int) -> str:
     how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"
     tags = "\n".join(f"- {tag}" for tag in (*family.tags, "representation-alignment", *["lora"] * lora))
     return f"""---
-base_model: {base}
+base_model: {quoted(base)}
 library_name: diffusers
 tags:
 {tags}
 ---
 
-# {run.name}
+# {markdown(run.name)}
 
 {names[config.model.train]} of {family.name} trained with {family.method} ({how}), step {step:,} of {config.train.steps:,}.
 `ema/` holds the moving average, which is what evaluation uses, and `raw/` the last weights.
@@ -261,7 +264,7 @@ tags:
 {load}
 ```
 
-Trained on the images of `{config.data.csv}`, captioned by their class, by
+Trained on the images of {code(config.data.csv)}, captioned by their class, by
 
 {commands}
 
@@ -275,8 +278,7 @@ Trained on the images of `{config.data.csv}`, captioned by their class, by
 {measured}
 ## Config
 
-```yaml
-{resolved_yaml(config)}```
+{code_block(resolved_yaml(config), "yaml")}
 """
 
 

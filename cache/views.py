@@ -12,6 +12,8 @@ import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +57,32 @@ def read_image(path: str | Path) -> Image.Image:
     because a FIFO would wait for its writer. Raises `UserError` when the file system cannot read it: otherwise an unmounted
     disk would look like a thousand damaged images.
     """
+    with opened_image(path, read_image_file(path)) as image:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        upright = image if turn is None else image.transpose(turn)
+        return _eight_bits(upright).convert("RGB")
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """Return the bytes of an image file; raises what `read_image` raises for a file that cannot be read."""
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
             raise UnreadableImage(f"{path}: not a regular file")
         if about.st_size > MAX_BYTES:
             raise UnreadableImage(f"{path}: {about.st_size:,} bytes, more than {MAX_BYTES:,}")
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UnreadableImage(f"{path}: a loop of links") from None
         todo = "is the disk still mounted? The same command goes on from here"
         raise UserError(f"cannot read {path}: {error.strerror}; {todo}") from None
-    # The file system is not involved from here on, so an OSError comes from PIL and means damage.
+
+
+@contextmanager
+def opened_image(path: str | Path, data: bytes) -> Iterator[Image.Image]:
+    """Decode the bytes of an image file, as it is; whatever PIL raises, also in the block, becomes `UnreadableImage`."""
+    # The file system is not involved, so an OSError comes from PIL and means damage.
     try:
         with warnings.catch_warnings():
             # Large images and odd metadata are usable, so PIL need not warn of each on the terminal.
@@ -76,9 +91,7 @@ def read_image(path: str | Path) -> Image.Image:
             with Image.open(io.BytesIO(data)) as image:  # reads the size alone
                 _check_memory(*image.size)
                 image.load()
-                turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-                upright = image if turn is None else image.transpose(turn)
-                return _eight_bits(upright).convert("RGB")
+                yield image
     except DAMAGE as error:
         # PIL's own message would name the memory buffer instead of the file.
         why = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)

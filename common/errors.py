@@ -1,4 +1,4 @@
-"""`UserError`, the one error that is written for the user. Every room may import this file; it imports nothing of ours.
+"""`UserError`, the one error that is written for the user. Every room may import this; of ours it imports plain text alone.
 
 `UserError` is for what only the user can fix: a wrong path, an unknown key, an incomplete cache. Scripts print it as a
 single line. Every other error (a tensor of an unexpected shape, say) is a bug and keeps its traceback.
@@ -7,6 +7,8 @@ single line. Every other error (a tensor of an unexpected shape, say) is a bug a
 import signal
 import sys
 from collections.abc import Callable
+
+from common.plain_text import printable
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # a terminal that is lost sends SIGHUP
 
@@ -49,8 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 def one_line(error: object) -> str:
     """Return a message without line breaks and without characters that a terminal would not show as they are."""
-    text = " ".join(str(error).split())
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return printable(" ".join(str(error).split()))
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

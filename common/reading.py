@@ -1,8 +1,9 @@
 """The door for every file that is read. Every room may import this; it imports nothing of ours but errors and files.
 
-`read_bytes` and `read_text` open regular files alone and take no more than a bound of bytes, so that a FIFO, a device or a file
-of the wrong kind is one line and not a hang. `read_record` reads a JSON file that this program wrote, by the schema that stands
-where it is written: a TypedDict with `RECORD` as its config. `JsonLines` does the same for logs of one JSON object a line.
+`open_regular`, `read_bytes` and `read_text` open regular files alone, and the last two take no more than a bound of bytes, so
+that a FIFO, a device or a file of the wrong kind is one line and not a hang. `read_record` reads a JSON file that this program
+wrote, by the schema that stands where it is written: a TypedDict with `RECORD` as its config. `JsonLines` does the same for
+logs of one JSON object a line.
 """
 
 import fcntl
@@ -31,17 +32,25 @@ class UnreadableFile(UserError):
     """The file system does not give the file: it is absent, locked away, or its disk fails. Says nothing of its content."""
 
 
-def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
-    """Return the bytes of a regular file; raises `UserError` for anything else, and for a file of more than `limit` bytes."""
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; raises `UserError` for anything else."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for its writer
             raise UserError(f"{path} is no regular file: give a file")
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
+        return open(path, "rb")
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror}") from None
     except ValueError:  # NUL or a lone surrogate in the name
         raise UserError(f"{str(path)!r} can be no file name") from None
+
+
+def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
+    """Return the bytes of a regular file; raises `UserError` as above, and for a file of more than `limit` bytes."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UnreadableFile(f"cannot read {path}: {error.strerror}") from None
     if len(data) > limit:
         raise UserError(
             f"{path} is too large to be what is read here (more than {limit:,} bytes): check the path"

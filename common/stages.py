@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired
+from typing import Annotated, NotRequired
 
-from pydantic import with_config
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
@@ -38,11 +38,11 @@ class Stage:
 
 @with_config(RECORD)
 class StageEntry(TypedDict):
-    """A stage that has finished; `group` and `config` are the demo's."""
+    """A stage that has finished; `config` is the demo's, and so is `group`, the number of those that ran side by side."""
 
     stage: str
     command: str
-    seconds: float
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     group: NotRequired[int]
     config: NotRequired[str]
 

@@ -1,19 +1,37 @@
-"""Read and write images: samples as `{index:06d}.png`, each written whole or not at all, and any other folder of images."""
+"""Read and write images: samples as `{index:06d}.png`, each written whole or not at all, and any other folder of images.
+
+Beside samples stands a log of the checksum of each, so that a picture that something else put there is found.
+"""
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pydantic import with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
+from cache.views import UnreadableImage, opened_image, read_image_file
 from common.errors import UserError
 from common.files import write_atomically
+from common.reading import RECORD, JsonLines, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
+LOG = "images.jsonl"
 PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@with_config(RECORD)
+class DrawnImage(TypedDict):
+    """A line of images.jsonl: a sample's file name and the CRC-32 of its bytes."""
+
+    name: str
+    crc32: int
 
 
 def image_path(folder: str | Path, index: int) -> Path:
@@ -22,46 +40,74 @@ def image_path(folder: str | Path, index: int) -> Path:
 
 
 def missing_images(folder: str | Path, indices: Sequence[int]) -> list[int]:
-    """Those of `indices` whose files are absent or truncated."""
-    return [i for i in indices if not _is_whole(image_path(folder, i))]
+    """Those of `indices` that must be drawn: their files are absent or truncated, or the log does not know them.
+
+    Raises `UserError` for a file that is another picture than the one that was drawn.
+    """
+    drawn = _checksums(folder)
+    return [i for i in indices if _read_sample(image_path(folder, i), drawn) is None]
 
 
-def _is_whole(path: Path) -> bool:
+def _log(folder: str | Path) -> JsonLines[DrawnImage]:
+    return JsonLines(Path(folder) / LOG, DrawnImage, None)
+
+
+def _checksums(folder: str | Path) -> Mapping[str, set[int]]:
+    """The checksums that each sample may have: two processes that drew it at once may differ in a bit on a GPU."""
+    found = defaultdict(set)
+    for line in _log(folder).read():
+        found[line["name"]].add(line["crc32"])
+    return found
+
+
+def _read_sample(path: Path, drawn: Mapping[str, set[int]]) -> bytes | None:
+    """The bytes of a sample; None where it must be drawn. Raises `UserError` as above."""
     try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), io.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:  # none, or too short
-        return False
+        data = read_bytes(path) if path.name in drawn else b""
+    except UnreadableFile:
+        return None
+    if zlib.crc32(data) in drawn.get(path.name, ()):
+        return data
+    if not data.endswith(PNG_END):
+        return None
+    raise UserError(f"{path} is not the picture that was drawn there: move it away, and it is drawn again")
 
 
 def save_images(images: np.ndarray, folder: str | Path, indices: Sequence[int]) -> None:
-    """Write (N, H, W, 3) uint8 images under their indices, each atomically."""
+    """Write (N, H, W, 3) uint8 images under their indices, each atomically, and then its line of the log."""
+    log = _log(folder)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
     for index, image in zip(indices, images, strict=True):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="PNG")
-        write_atomically(image_path(folder, int(index)), buffer.getvalue())
+        path, data = image_path(folder, int(index)), buffer.getvalue()
+        write_atomically(path, data)
+        log.append({"name": path.name, "crc32": zlib.crc32(data)})
 
 
 def load_images(folder: str | Path, indices: Sequence[int]) -> np.ndarray:
-    """The images of these indices, (n, H, W, 3) uint8.
-
-    Raises `UserError` for missing or unreadable files and for mixed sizes, so that no metric is taken of fewer images.
-    """
-    if missing := missing_images(folder, indices):
-        raise UserError(
-            f"{folder} lacks {len(missing)} of the {len(indices)} images asked for (first: "
-            f"{image_path(folder, missing[0]).name}); sample them first, or ask for fewer"
-        )
-    return _stacked([_read_rgb(image_path(folder, i)) for i in indices], folder)
+    """The images of these indices, (n, H, W, 3) uint8; raises what `image_chunks` raises."""
+    return next(image_chunks(folder, indices, len(indices)))
 
 
 def image_chunks(folder: str | Path, indices: Sequence[int], size: int) -> Iterator[np.ndarray]:
-    """The images of these indices, `size` at a time: 10k images of 512 px are 8 GB."""
+    """The images of these indices, `size` at a time: 10k images of 512 px are 8 GB.
+
+    Raises `UserError` for missing, foreign or unreadable files and for mixed sizes, so that no metric is taken of fewer images.
+    """
+    drawn, shape = _checksums(folder), None
     for start in range(0, len(indices), size):
-        yield load_images(folder, indices[start : start + size])
+        paths = [image_path(folder, i) for i in indices[start : start + size]]
+        found = {path: _read_sample(path, drawn) for path in paths}
+        if missing := [path.name for path, data in found.items() if data is None]:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of the {len(paths)} images asked for (first: {missing[0]}); "
+                "sample them first, or ask for fewer"
+            )
+        images = _stacked([_rgb(path, data) for path, data in found.items()], folder, shape)
+        shape = images.shape[1:]
+        yield images
 
 
 def watched(
@@ -84,32 +130,34 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def files_in_chunks(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
-    """Images of one size, `size` files at a time, (n, H, W, 3) uint8."""
+    """Images of one size, `size` files at a time, (n, H, W, 3) uint8; raises `UserError` for a file that is none."""
     shape = None
     for start in range(0, len(files), size):
-        images = _stacked([_read_rgb(path) for path in files[start : start + size]], files[start].parent)
-        if shape not in (None, images.shape[1:]):
-            raise UserError(
-                f"{files[start].parent} mixes image sizes {shape} and {images.shape[1:]}: give one size"
-            )
+        part = [_read_rgb(path) for path in files[start : start + size]]
+        images = _stacked(part, files[start].parent, shape)
         shape = images.shape[1:]
         yield images
 
 
-def _stacked(images: list[np.ndarray], folder: str | Path) -> np.ndarray:
-    sizes = {image.shape for image in images}
+def _stacked(images: list[np.ndarray], folder: str | Path, shape: tuple | None) -> np.ndarray:
+    """(n, H, W, 3); raises `UserError` unless all have one shape, that of earlier images if that is given."""
+    sizes = {image.shape for image in images} | ({shape} if shape else set())
     if len(sizes) > 1:
         raise UserError(f"{folder} mixes image sizes {sorted(sizes)}: all must have one")
     return np.stack(images)  # (n, H, W, 3)
 
 
 def _read_rgb(path: Path) -> np.ndarray:
+    """An image of one's own."""
     try:
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise UserError(f"{path} is a {image.mode} image, RGB is wanted")
-            return np.asarray(image)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({error}); delete it (a sample is drawn again)"
-        ) from None
+        return _rgb(path, read_image_file(path))
+    except UnreadableImage as error:
+        raise UserError(f"{error}: take it out of the folder") from None
+
+
+def _rgb(path: Path, data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8; raises `UnreadableImage`."""
+    with opened_image(path, data) as image:
+        if image.mode != "RGB":
+            raise ValueError(f"a {image.mode} image, RGB is wanted")
+        return np.asarray(image)

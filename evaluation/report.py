@@ -8,6 +8,7 @@ import numpy as np
 from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
+from common.stages import StageEntry
 from evaluation.image_files import load_images, missing_images
 from evaluation.points import points_of
 from evaluation.sample import evenly_spread, labels_of
@@ -32,7 +33,7 @@ CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at
 
 
 def make_report(
-    page: Path, runs: Sequence[RunFolder], *, baseline: Path | None, times: Sequence[Mapping], command: str
+    page: Path, runs: Sequence[RunFolder], *, baseline: Path | None, times: Sequence[StageEntry], command: str
 ) -> Path:
     """Write the page about these runs, and its figures to PAGE_figures/; returns its path."""
     labelled = dict(zip(labels_for(runs), runs, strict=True))

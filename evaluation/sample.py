@@ -129,7 +129,7 @@ def draw_samples(
     """
     settings = image_settings(target, device)
     folder = sample_folder(target, settings)
-    missing = ranks.on_main(lambda: missing_images(folder, indices))
+    missing = ranks.on_main(lambda: find_missing(folder, settings, indices))
     if missing:
         if ranks.main:
             print_cost(target, len(missing))
@@ -143,6 +143,12 @@ def draw_samples(
             save_images(image_sampler.draw(labels_of(settings, part), seeds), folder, part)
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
+
+
+def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[int]:
+    """Those of `indices` that must be drawn: all where no manifest says by which weights the images of a folder were drawn."""
+    known = read_samples_manifest(folder, settings)
+    return missing_images(folder, indices) if known is not None else list(indices)
 
 
 def print_cost(target: Target, count: int) -> None:
@@ -171,19 +177,28 @@ class SamplesManifest(TypedDict):
 
 def claim_folder(folder: Path, settings: dict, made_with: dict) -> None:
     """Write the manifest of a folder; raises `UserError` where its images were drawn by other settings or weights."""
-    file = folder / MANIFEST
-    if os.path.lexists(file):
-        known = read_record(file, SamplesManifest, f"remove {folder}, it is drawn again")
-        if known["settings"] != settings or known["made_with"] != made_with:
-            raise UserError(
-                f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
-                "remove it, or put back what was there"
-            )
+    if read_samples_manifest(folder, settings, made_with) is not None:
         return
     date = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {package: version(package) for package in ("torch", "diffusers", "peft")}
     made = {"settings": settings, "made_with": made_with, "command": this_command()}
-    write_json(file, made | {"date": date, "versions": versions})
+    write_json(folder / MANIFEST, made | {"date": date, "versions": versions})
+
+
+def read_samples_manifest(
+    folder: Path, settings: dict, made_with: dict | None = None
+) -> SamplesManifest | None:
+    """The manifest of a folder, or None; raises `UserError` where it is damaged, or where it has other settings or weights."""
+    if not os.path.lexists(folder / MANIFEST):
+        return None
+    remedy = f"move {folder} away, it is drawn again"
+    known = read_record(folder / MANIFEST, SamplesManifest, remedy)
+    if known["settings"] != settings or made_with not in (None, known["made_with"]):
+        raise UserError(
+            f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
+            "remove it, or put back what was there"
+        )
+    return known
 
 
 class ImageSampler:

@@ -3,6 +3,7 @@
 Read and written as a stream: 50k images of 512 px are 39 GB.
 """
 
+import lzma
 import math
 import zipfile
 import zlib
@@ -13,10 +14,22 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import file_written_whole
+from common.reading import open_regular
 
 MEMBER = "arr_0.npy"
+# What zipfile and numpy raise for a damaged, an encrypted or an unusually compressed file, or for a header that is a bomb.
+DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def npz_image_shape(path: str | Path) -> tuple[int, int, int, int]:
@@ -73,13 +86,18 @@ def write_npz_images(
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, int, int, int]]]:
     """The member `arr_0` behind its header, and its shape."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
             if MEMBER not in archive.namelist():
                 raise UserError(f"{path} has no arr_0: a file of images has one, (N, H, W, 3) uint8")
             with archive.open(MEMBER) as file:
-                yield file, _read_header(file, path)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path} cannot be read as an .npz of images: {error}") from None
+                shape = _read_header(file, path)
+                if math.prod(shape) > archive.getinfo(MEMBER).file_size:
+                    raise UserError(
+                        f"{path} announces {shape[0]} images and is too small for them: it is damaged"
+                    )
+                yield file, shape
+    except DAMAGE as error:
+        raise UserError(f"{path} cannot be read as an .npz of images: {one_line(error)}") from None
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, int, int]:
@@ -88,6 +106,6 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, int, int, int]:
     if version not in readers:
         raise UserError(f"{path}: arr_0 is of numpy's format {version}, 1.0 or 2.0 was expected")
     shape, fortran_order, dtype = readers[version](file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran_order or 0 in shape:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran_order or min(shape) < 1:
         raise UserError(f"{path}: arr_0 must be (N, H, W, 3) uint8 in C order, it is {shape} {dtype}")
     return shape

@@ -7,6 +7,7 @@ different numbers of images are different measures, so both are part of a name: 
 import numpy as np
 import torch
 
+from common.errors import UserError
 from metrics.features import FeatureSet, full_precision
 from metrics.moments import Moments, frechet_distance, trace_of_root
 from metrics.reference import Reference
@@ -41,6 +42,14 @@ def score(
     if len(drawn) != n:
         raise ValueError(f"{n} images were asked for, there are features of {len(drawn)}")
     pool, protocol, kept = drawn.pool, reference.protocol, reference.features
+    for ours, theirs in (
+        (pool.shape[1], reference.pool),
+        (drawn.spatial and drawn.spatial.dim, reference.spatial),
+    ):
+        if ours is not None and theirs is not None and theirs.dim != ours:
+            raise UserError(
+                f"{reference.name} has {theirs.dim} features of an image, the extractor gives {ours}: make it anew"
+            )
     results: dict[str, dict] = {}
 
     def put(metric: str, value: float, error: float | None = None, kind: str | None = None, note: str = ""):

@@ -6,22 +6,36 @@ The file has the keys of ADM's reference files (mu, sigma, mu_s, sigma_s) beside
 import hashlib
 import json
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import file_written_whole
+from common.reading import open_regular, parse_record
 from metrics.features import Extractor, Features, FeatureSet
 from metrics.moments import Moments, frechet_distance
-from metrics.npz_images import iterate_npz_images, npz_image_shape
+from metrics.npz_images import DAMAGE, MEMBER, iterate_npz_images, npz_image_shape
 
 KEPT = 10_000  # features kept for precision, recall and KID: what ADM's files hold
 CODE_VERSION = 1  # to be raised when a change here or in an extractor would change numbers
 CHUNK = 500  # images in memory at a time
+FEWEST = 4  # images that a reference needs
 KEYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "distance_of_halves", "metadata", "arr_0")
+LARGEST = 2**31  # bytes of all its arrays, images aside
+ROUNDING = 1e-5  # of a covariance, in units of its largest eigenvalue; float32 sums reach 1e-6
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Metadata(TypedDict):
+    """What a reference says of itself: this, and how its images and features were made."""
+
+    protocol: str
+    num_images: Annotated[int, Field(ge=FEWEST)]
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ class ReferenceBuilder:
     """
 
     def __init__(self, count: int, *, kept: int = KEPT, seed: int = 0):
-        if count < 4:
-            raise UserError(f"a reference needs at least 4 images, there are {count}")
+        if count < FEWEST:
+            raise UserError(f"a reference needs at least {FEWEST} images, there are {count}")
         rng = np.random.default_rng(seed)
         self._is_kept = rng.permutation(count) < kept  # (count,)
         self._first = rng.permutation(count) < count // 2  # (count,), at random: files may be sorted by class
@@ -114,12 +128,7 @@ class ReferenceBuilder:
 def protocol_of_file(path: str | Path) -> str:
     """The protocol that a reference serves; raises `UserError` for a file that is none."""
     arrays = _read_arrays(Path(path))
-    if "metadata" not in arrays:
-        return "adm"
-    try:
-        return json.loads(str(arrays["metadata"]))["protocol"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
+    return _metadata(path, arrays)["protocol"] if "metadata" in arrays else "adm"
 
 
 def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None = None) -> Reference:
@@ -132,25 +141,16 @@ def load_reference(path: str | Path, extractor: Extractor, wanted: dict | None =
     arrays = _read_arrays(path)
     if "metadata" not in arrays:
         return _read_adm(path, arrays, extractor, wanted or {})
-    try:
-        metadata = json.loads(str(arrays["metadata"]))
-        count = metadata["num_images"]
-        pool = Moments.of(arrays["mu"], arrays["sigma"], count)
-        spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
-        features = arrays.get("features")
-        if features is not None and (len(features) < 4 or features.shape[1:] != (pool.dim,)):
-            raise ValueError(f"features of shape {features.shape} beside moments of {pool.dim} dimensions")
-        if not all(np.isfinite(a).all() for a in arrays.values() if a is not None and a.dtype.kind == "f"):
-            raise ValueError("values that are not finite")
-        halves = float(arrays["distance_of_halves"]) if "distance_of_halves" in arrays else None
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a whole reference ({error}): make it anew") from None
+    metadata = _metadata(path, arrays)
+    pool, spatial, features, halves = _statistics(path, arrays, metadata["num_images"])
+    if pool is None:
+        raise UserError(f"{path} is not a whole reference (it has no 'mu'): make it anew")
     conditions = {**extractor.identity, "code_version": CODE_VERSION, **(wanted or {})}
     for key, value in json.loads(json.dumps(conditions)).items():  # as JSON gives it back: no tuples
         if metadata.get(key) != value:
             raise UserError(
-                f"{path} was made with {key} = {metadata.get(key)!r}, wanted is {value!r}: make the reference anew or choose "
-                "another file"
+                f"{path} was made with {key} = {metadata.get(key)!r:.100}, wanted is {value!r}: make the reference anew or "
+                "choose another file"
             )
     return Reference(path.name, extractor.protocol, pool, spatial, features, halves, metadata)
 
@@ -166,30 +166,77 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
     metadata, drawn = {"source": "ADM's suite"}, FeatureSet()
     if "arr_0" in arrays:
         count, height, *_ = npz_image_shape(path)
+        if count < FEWEST:
+            raise UserError(
+                f"{path} holds {count} images, a reference needs at least {FEWEST}: choose another file"
+            )
         size = wanted.get("size", height)
         if size != height:
             raise UserError(f"{path} holds images of size = {height}, wanted is {size}: choose another file")
         metadata |= {"num_arr_0": count, "size": height}
         for chunk in iterate_npz_images(path, CHUNK):
             drawn.add(extractor.features(chunk))
-    if "mu" in arrays:
-        pool = Moments.of(arrays["mu"], arrays["sigma"], None)
-        spatial = Moments.of(arrays["mu_s"], arrays["sigma_s"], None) if "mu_s" in arrays else None
-    else:
+    pool, spatial, *_ = _statistics(path, arrays, None)
+    metadata["moments"] = "of its images" if pool is None else "of the file"
+    if pool is None:
         pool, spatial = Moments().update(drawn.pool), drawn.spatial
-    metadata["moments"] = "of the file" if "mu" in arrays else "of its images"
     features = drawn.pool if "arr_0" in arrays else None
     return Reference(path.name, extractor.protocol, pool, spatial, features, None, metadata)
+
+
+def _metadata(path: str | Path, arrays: dict) -> Metadata:
+    return parse_record(str(arrays["metadata"]), Metadata, f"the metadata of {path}", "make it anew")
+
+
+def _statistics(path: Path, arrays: dict, count: int | None):
+    """Pooled moments, spatial ones, features and the distance of halves; None for each that the file lacks.
+
+    Raises `UserError` where they can be no statistics.
+    """
+    try:
+        pool, spatial = (_moments(arrays, *keys, count) for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
+        features, halves = arrays.get("features"), arrays.get("distance_of_halves")
+        if pool is not None and features is not None:
+            _check_real("features", features, (max(FEWEST, len(features)) if features.ndim else 0, pool.dim))
+        if halves is not None:
+            _check_real("distance_of_halves", halves, ())
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a whole reference ({one_line(error)}): make it anew") from None
+    return pool, spatial, features, None if halves is None else float(halves)
+
+
+def _moments(arrays: dict, mean: str, cov: str, count: int | None) -> Moments | None:
+    """The moments under two keys; raises ValueError for a covariance that no vectors have."""
+    if mean not in arrays:
+        return None
+    mu, sigma = arrays[mean], arrays[cov]
+    _check_real(mean, mu, (mu.size,))
+    _check_real(cov, sigma, (mu.size, mu.size))
+    sigma = sigma.astype(np.float64)
+    values = np.linalg.eigvalsh(sigma)  # (D,), rising; of the lower triangle
+    allowed = ROUNDING * values[-1]
+    if np.abs(sigma - sigma.T).max() > allowed or values[0] < -allowed:
+        raise ValueError(f"'{cov}' is not symmetric and positive semi-definite")
+    return Moments.of(mu, sigma, count)
+
+
+def _check_real(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.dtype.kind != "f" or array.shape != shape or 0 in shape or not np.isfinite(array).all():
+        raise ValueError(
+            f"'{name}' must be finite floats of shape {shape}, it is {array.shape} {array.dtype}"
+        )
 
 
 def _read_arrays(path: Path) -> dict:
     """The arrays of a reference, but for images, whose place in the dict stays empty."""
     try:
-        with open(path, "rb") as raw:
+        with open_regular(path) as raw:
             if not zipfile.is_zipfile(raw):
                 raise ValueError("not an .npz")
-        with np.load(path, allow_pickle=False) as file:
-            return {key: None if key == "arr_0" else file[key] for key in KEYS if key in file}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a reference: {reason}") from None
+            if sum(m.file_size for m in zipfile.ZipFile(raw).infolist() if m.filename != MEMBER) > LARGEST:
+                raise ValueError("its arrays are too large")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                return {key: None if key == "arr_0" else file[key] for key in KEYS if key in file}
+    except DAMAGE as error:
+        raise UserError(f"{path} cannot be read as a reference: {one_line(error)}") from None

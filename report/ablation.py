@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from report.plot_style import COLOURS, pyplot, save_figure
+from common import plain_text
+from report.plot_style import COLOURS, drawable, pyplot, save_figure
 
 Results = Mapping[str, Mapping[int, Mapping[str, float | None]]]  # {arm: {seed: {measure: value}}}
 
@@ -60,7 +61,7 @@ def markdown(
         heads += [name, "Δ"] if name in differences else [name]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, rows in table.items():
-        cells = [arm, str(max(row["n"] for row in rows.values()))]
+        cells = [plain_text.markdown(arm), str(max(row["n"] for row in rows.values()))]
         for name, form in measures.items():
             row = rows.get(name, {})
             mark = "" if row.get("comparable", True) else " †"
@@ -109,7 +110,7 @@ def plot_arms(
         panel.set_xlabel(label)
         panel.grid(axis="y", visible=False)
         panel.locator_params(axis="x", nbins=4)
-    axes[0, 0].set_yticks(range(len(arms)), arms)
+    axes[0, 0].set_yticks(range(len(arms)), map(drawable, arms))
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(title)
     data = {

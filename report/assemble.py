@@ -6,6 +6,7 @@ Nothing is measured anew.
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.plain_text import code
 from report.material import Material, fold_commands, last_points
 from report.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
@@ -24,7 +25,9 @@ def write_report(page: Path, material: Material) -> Path:
     """Write the page; its figures go to `material.folder`. Returns the page's file path."""
     material.folder.mkdir(parents=True, exist_ok=True)
     names = [
-        f"`{name}` (bare base model)" if run.is_base else f"`{name}` (λ = {run.settings['align.coeff']:g})"
+        f"{code(name)} (bare base model)"
+        if run.is_base
+        else f"{code(name)} (λ = {run.settings['align.coeff']:g})"
         for name, run in material.runs.items()
     ]
     lead = (
@@ -78,21 +81,23 @@ def findings_section(material: Material) -> Iterator[Block]:
         metric, points = material.curve["metric"], last_points(runs, material.curve["protocol"])
         last = {name: point["metrics"][metric] for name, point in points.items()}
         trained = sorted((found["value"], name) for name, found in last.items())
-        shows.append(f"{metric} in order: {', '.join(f'`{name}` {value:.3g}' for value, name in trained)}.")
+        shows.append(
+            f"{metric} in order: {', '.join(f'{code(name)} {value:.3g}' for value, name in trained)}."
+        )
         if len(trained) == 2:
             (low, best), (high, other) = trained
             spread = sum((found["error"] or 0.0) ** 2 for found in (last[best], last[other])) ** 0.5
             times = f", {(high - low) / spread:.1f} times the error of their difference" if spread else ""
             shows.append(
-                f"`{best}` is {1 - low / high:.0%} below `{other}`{times}, on this one seed of training. Both were sampled "
-                "from the same noise, which makes the true error smaller."
+                f"{code(best)} is {1 - low / high:.0%} below {code(other)}{times}, on this one seed of training. Both were "
+                "sampled from the same noise, which makes the true error smaller."
             )
     aligned = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
     losses = {name: found["heldout_loss_diff"] for name, found in aligned.items()}
     losses = {name: loss for name, loss in losses.items() if loss is not None}
     if losses:
         lowest = min(losses, key=losses.get)
-        shows.append(f"The lowest held-out diffusion loss is `{lowest}`'s, {losses[lowest]:.4f}.")
+        shows.append(f"The lowest held-out diffusion loss is {code(lowest)}'s, {losses[lowest]:.4f}.")
     yield Paragraph(" ".join(shows))
     yield Paragraph(
         "It does not show that a difference would survive another seed of training: the errors here are of sampling alone, "
@@ -112,8 +117,9 @@ def making_section(material: Material) -> Iterator[Block]:
     commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
     if times:
         longest: dict = {}
-        for stage in times:
-            longest[stage["group"]] = max(stage["seconds"], longest.get(stage["group"], 0))
+        for number, stage in enumerate(times):
+            group = stage.get("group", f"stage {number}")
+            longest[group] = max(stage["seconds"], longest.get(group, 0))
         yield Table(
             ["stage", "time"],
             [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times],

@@ -10,6 +10,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from common.reading import RECORD, read_record
+from common.stages import StageEntry
 from report.curves import Point, points_under
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
@@ -98,7 +99,7 @@ class Material:
     grids: Mapping[str, np.ndarray]  # samples (N, H, W, 3) uint8 by label
     grid_columns: Sequence[str]
     pictures: Sequence[Pictures]
-    times: Sequence[Mapping]  # stages: {stage, seconds, command, group}
+    times: Sequence[StageEntry]
     command: str  # which makes the page
     folder: Path  # of its figures
 

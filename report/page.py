@@ -13,6 +13,10 @@ from PIL import Image
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.plain_text import printable
+
+# A span between as many backticks, as Markdown has it: two where there is one within.
+CODE = re.compile(r"(?<!`)(`+)(?!`)( ?)(.+?)\2(?<!`)\1(?!`)")
 
 
 @dataclass
@@ -22,12 +26,12 @@ class Heading:
     text: str
 
     def html(self) -> str:
-        return f"<h2>{_text(self.text)}</h2>"
+        return f"<h2>{_literal(self.text)}</h2>"
 
 
 @dataclass
 class Paragraph:
-    """Running text; `words between backticks` are set as code, everything else is literal."""
+    """Running text; `words between backticks` are set as code, everything else is literal, as in a lead and in captions."""
 
     text: str
 
@@ -42,7 +46,7 @@ class Command:
     text: str
 
     def html(self) -> str:
-        return f"<pre><code>{html.escape(self.text)}</code></pre>"
+        return f"<pre><code>{_literal(self.text)}</code></pre>"
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Figure:
         width, height = (math.ceil(side / 2) for side in size)
         wide = ' class="wide"' if width > 760 else ""
         return _captioned(
-            f'<div class="card"><img{wide} alt="{html.escape(self.caption or Path(self.path).stem)}" '
+            f'<div class="card"><img{wide} alt="{_literal(self.caption or Path(self.path).stem)}" '
             f'width="{width}" height="{height}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></div>',
             self.caption,
         )
@@ -90,7 +94,7 @@ class Table:
         def line(tag: str, cells: Sequence[str | int | float | None]) -> str:
             marks = [f'{tag} class="number"' if is_number else tag for is_number in numeric]
             shown = zip(marks, map(_cell, cells), strict=True)
-            return f"<tr>{''.join(f'<{mark}>{_text(cell)}</{tag}>' for mark, cell in shown)}</tr>"
+            return f"<tr>{''.join(f'<{mark}>{_literal(cell)}</{tag}>' for mark, cell in shown)}</tr>"
 
         body = "\n".join(line("td", row) for row in self.rows)
         return _captioned(
@@ -145,7 +149,8 @@ p code, figcaption code { background: var(--code); border-radius: 4px; padding: 
 def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Block]) -> Path:
     """Write the page: title, lead paragraph, then the blocks in order; returns the path.
 
-    All text is escaped. Wide tables, commands and (on a phone) wide pictures scroll in their own box.
+    All text is escaped, characters that would turn or hide what follows included. Wide tables, commands and (on a phone) wide
+    pictures scroll in their own box.
     Written under a temporary name and renamed. A missing or foreign picture is a `UserError`, a ragged
     table a `ValueError`.
     """
@@ -155,7 +160,7 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Bl
             body.append(f'<a id="s{len(headings)}"></a>')
             headings.append(block.text)
         body.append(block.html())
-    links = "".join(f'<a href="#s{i}">{_text(heading)}</a>' for i, heading in enumerate(headings))
+    links = "".join(f'<a href="#s{i}">{_literal(heading)}</a>' for i, heading in enumerate(headings))
     nav = f"<nav>{links}</nav>" if len(headings) > 2 else ""
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -163,12 +168,12 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Bl
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{_literal(title)}</title>
 <style>{CSS}</style>
 </head>
 <body>
 <main>
-<h1>{_text(title)}</h1>
+<h1>{_literal(title)}</h1>
 <p class="lead">{_text(lead)}</p>
 {nav}
 {chr(10).join(body)}
@@ -192,4 +197,8 @@ def _cell(value: str | int | float | None) -> str:
 
 
 def _text(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return CODE.sub(r"<code>\3</code>", _literal(text))
+
+
+def _literal(text: str) -> str:
+    return html.escape(printable(text, keep="\n\u00a0"))

@@ -4,11 +4,13 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from common.files import write_atomically
+from common.plain_text import printable
 
 DPI = 200  # twice the density of a page's 100 px per inch
 
@@ -34,6 +36,7 @@ STYLE = {
     "figure.dpi": DPI,
     "figure.titlesize": 11,
     "savefig.facecolor": "white",
+    "text.parse_math": False,  # a run may be called $\\frac{1}{0}$
 }
 
 
@@ -74,6 +77,28 @@ def legend_below(figure, handles: list, columns: int, **look) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, **look)
 
 
+def drawable(text: str) -> str:
+    """Return a text with an escape in place of each character that is not printable, or that the figures' font lacks."""
+    lacks = (c for c in set(printable(text, keep="\n")) if c != "\n" and not _font().get_char_index(ord(c)))
+    return printable(text, keep="\n").translate({ord(c): ascii(c)[1:-1] for c in lacks})
+
+
+@cache
+def _font():
+    from matplotlib import font_manager
+
+    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+
+
+def draw_texts(figure) -> None:
+    """Make all texts of a figure drawable, and draw them, so that their places are known."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_text(drawable(text.get_text()))
+    figure.canvas.draw()
+
+
 def save_figure(figure, path: str | Path, data: dict) -> Path:
     """Write the PNG, and beside it the JSON of its data, in which a NaN is an error; returns the PNG's path."""
     import matplotlib.pyplot as plt
@@ -82,6 +107,7 @@ def save_figure(figure, path: str | Path, data: dict) -> Path:
     if path.suffix != ".png":
         raise ValueError(f"figures are PNG files, got {path}")
     buffer = io.BytesIO()
+    draw_texts(figure)
     figure.savefig(buffer, format="png", dpi=DPI)
     plt.close(figure)
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)

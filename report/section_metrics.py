@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from common.plain_text import code
 from report.curves import format_value, headline, kind_of, lower_is_better, protocols
 from report.material import MADE_BY, Material, RunFacts, describe_protocol, fold_commands, last_points
 from report.page import Block, Command, Figure, Paragraph, Table
@@ -18,8 +19,8 @@ ERRORS = {
 def results_section(material: Material) -> Iterator[Block]:
     """The table of the runs' last checkpoints by the shared protocol."""
     if material.curve is None:
-        how = f"python evaluate.py curve {' '.join(material.runs)}"
-        yield Paragraph(f"No protocol was used for these runs: `{how}` measures them.")
+        how = code(f"python evaluate.py curve {' '.join(material.runs)}")
+        yield Paragraph(f"No protocol was used for these runs: {how} measures them.")
         return
     last = last_points(material.runs, material.curve["protocol"])
     yield _table(last)

@@ -103,6 +103,10 @@ class RunFolder:
         self.checkpoint_folder = self.path / "checkpoints"
         self.log = JsonLines(self.path / "metrics.jsonl", MetricsLine, None)
         self.skipped = JsonLines(self.path / "skipped.jsonl", Skipped, None)
+        if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+            raise UserError(
+                f"{path} has bytes that are no UTF-8 in its name: rename it, records cannot hold it"
+            )
         self._forced: list[str] = []  # changes that were allowed but are not settings, such as other images
         if config is None and not self.config_file.exists():
             raise UserError(f"{path} is not a run folder (no config.yaml): train.py makes one")

@@ -77,6 +77,11 @@ def test_the_table_shows_mean_error_and_difference():
     assert "| arm | 3 | 3.00 ± 0.76 | -1.00 ± 0.29 | 60.0% ± 5.8% |" in text
 
 
+def test_an_arms_name_stays_in_its_cell():
+    table = {"a|b`\n<c": summarise(RESULTS, "base")["arm"]}
+    assert markdown(table, {"fd": ".2f"}).splitlines()[2:] == [r"| a\|b\`\\n\<c | 3 | 3.00 ± 0.76 |"]
+
+
 def test_the_figure_is_drawn_with_its_data(tmp_path):
     plot_arms(tmp_path / "arms.png", RESULTS, "base", {"fd": "Fréchet distance", "c": "cosine"}, "title")
     data = json.loads((tmp_path / "arms.json").read_text())

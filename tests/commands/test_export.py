@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,9 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import export
 import train as train_script
 from common.errors import UserError
+from common.plain_text import quoted
 from evaluation import sample
 from method.sampler import initial_noise
 from models.families.sd15 import SD15
+from training.run_folder import RunFolder
 
 LORA = ["model.train=lora", "model.lora_rank=4", "model.lora_alpha=8", "optim.lr=0.02"]
 
@@ -211,6 +214,25 @@ def test_a_model_card_says_what_it_is_and_parses(lora_run):
     last = lora_run.metrics()[-1]
     assert f"| loss | {last['loss']:.6g} |" in body
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["align"]["coeff"] == 0.8
+
+
+def test_a_model_card_survives_any_name(lora_run, tmp_path):
+    run = shutil.copytree(lora_run.path, tmp_path / "# `a|b` <i>\n---\n*c*")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    base = shutil.copytree(config["model"]["base"], tmp_path / 'ba"se: {\n```')
+    config["model"]["base"], config["data"]["csv"] = str(base), "a`b\n```\n.csv"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    card = export.model_card(RunFolder(run), 6)
+    _, head, body = card.split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == str(base)
+    title, *blocks = (t for t in MarkdownIt().parse(body) if t.type in ("inline", "fence"))
+    assert "".join(t.content for t in title.children) == r"# `a|b` <i>\n---\n*c*"
+    loading, settings = (block.content for block in blocks if block.type == "fence")
+    assert f"from_pretrained({quoted(base.resolve())})" in loading
+    assert yaml.safe_load(settings)["data"]["csv"] == "a`b\n```\n.csv"
+    assert any(
+        t.content == r"a`b\n```\n.csv" for b in blocks for t in b.children or () if t.type == "code_inline"
+    )
 
 
 PREVIEWS = ["train.preview_every=2", "train.preview_images=5", "eval.cfg=2"]

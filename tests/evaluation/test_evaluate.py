@@ -24,7 +24,7 @@ from cache.views import read_view
 from common.errors import UserError
 from configs.loading import knobs, load_config
 from evaluation import score
-from evaluation.image_files import load_images
+from evaluation.image_files import LOG, load_images
 from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
@@ -165,10 +165,23 @@ class TestSampling:
         evaluate("sample", runs / "urepa", "eval.num_samples=3")
         assert drawn(runs / "urepa") == whole
 
+    def test_an_image_that_no_record_knows_is_drawn_again(self, runs):
+        evaluate("sample", runs / "urepa", "eval.num_samples=3")
+        whole = drawn(runs / "urepa")
+        (folder,) = (runs / "urepa" / "samples").iterdir()
+        first, *lines = (folder / LOG).read_text().splitlines(keepends=True)
+        for record, text in ((LOG, "".join(lines)), (MANIFEST, None)):
+            shutil.copy(folder / "000002.png", folder / "000000.png")
+            (folder / record).unlink() if text is None else (folder / record).write_text(text)
+            evaluate("sample", runs / "urepa", "eval.num_samples=3")
+            assert drawn(runs / "urepa") == whole
+        assert set((folder / LOG).read_text().splitlines(keepends=True)) == {first, *lines}
+
     def test_a_killed_sampling_goes_on_and_leaves_the_same_files(self, runs):
         evaluate("sample", runs / "urepa", "eval.num_samples=150")
         whole = drawn(runs / "urepa")
         (folder,) = (runs / "urepa" / "samples").iterdir()
+        log = (folder / LOG).read_text()
         shutil.rmtree(folder)
         command = [
             sys.executable,
@@ -189,6 +202,7 @@ class TestSampling:
         evaluate("sample", runs / "urepa", "eval.num_samples=150")
         after = drawn(runs / "urepa")
         assert {name: after[name] for name in whole} == whole
+        assert (folder / LOG).read_text() == log
 
     def test_two_processes_draw_and_measure_what_one_does(self, runs):
         shutil.copytree(runs / "urepa", runs / "together")
@@ -199,6 +213,8 @@ class TestSampling:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert drawn(runs / "together") == drawn(runs / "urepa")
+        logs = [next((runs / run).rglob(f"samples/*/{LOG}")).read_text() for run in ("together", "urepa")]
+        assert sorted(logs[0].splitlines()) == logs[1].splitlines()
         (one,), (two,) = points(runs / "urepa"), points(runs / "together")
         assert one["protocol"] == two["protocol"]
         for name, found in one["metrics"].items():
@@ -587,8 +603,11 @@ class TestReport:
             ["metrics", "{root}/urepa", "eval.extractor=inception"],
             "Inception's weights are missing: put https",
         ),
-        (["metrics", "{root}/urepa", "eval.reference=nowhere.npz"], "nowhere.npz cannot be read"),
-        (["metrics", "{root}/urepa", "eval.reference=[nowhere.npz,b.npz]"], "nowhere.npz cannot be read"),
+        (["metrics", "{root}/urepa", "eval.reference=nowhere.npz"], "cannot read nowhere.npz: No such file"),
+        (
+            ["metrics", "{root}/urepa", "eval.reference=[nowhere.npz,b.npz]"],
+            "cannot read nowhere.npz: No such file",
+        ),
         (["metrics", "{root}/urepa", "eval.bootstrap=1"], "gives no spread"),
         (["metrics", "nowhere.npz"], "give eval.reference"),
         (["sample", "{root}/urepa", "eval.cfg=0.5"], "eval.cfg = 0.5"),
@@ -615,7 +634,7 @@ class TestReport:
         (["report", "{root}/urepa", "-o", "page"], "must end in .html"),
         (
             ["report", "{root}/urepa", "-o", "x.html", "--times", "{root}/urepa/run.json"],
-            "cannot read --times",
+            "run.json: Input should be a valid array: give the record",
         ),
         (
             ["reference", "nowhere", "--out", "x", "eval.extractor={classifier}"],

@@ -48,7 +48,6 @@ train --config a.yaml
 train --config lora.yaml
 evaluate metrics runs/a
 evaluate align runs/a --num-images 40 --timesteps 200
-evaluate sample runs/a eval.num_samples=4 eval.seed=1
 evaluate reference data/train.csv --size 32 --out real eval.extractor=data/models/classifier
 """
 
@@ -65,5 +64,5 @@ def build(folder: Path) -> Path:
         outcome = run(command, folder, patience=120)
         assert outcome.code == 0, f"{command}\n{outcome.err}{outcome.out}"
     drawn = min((folder / "runs/a/samples").iterdir())
-    shutil.copytree(drawn, folder / "images", ignore=shutil.ignore_patterns("*.json"))
+    shutil.copytree(drawn, folder / "images", ignore=shutil.ignore_patterns("*.json*"))
     return folder

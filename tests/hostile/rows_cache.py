@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
+import pickle
+import struct
+import zipfile
 import zlib
 
 import numpy as np
 from hostile import Case
 from spoil import both, cut, drop_key, edit, fifo, link, nothing, only, put, remove, replace, set_key, write
+
+from evaluation.image_files import missing_images
 
 TRAIN = "train --config a.yaml run=runs/b"
 LIST = "1 --imagenet data/ILSVRC --split train --per-class 6 --out new.csv"
@@ -87,6 +93,17 @@ def drawn(folder):
 def other_image(folder):
     """Another picture in the place of a sample."""
     put(drawn(folder) / "000001.png", (drawn(folder) / "000002.png").read_bytes())
+
+
+def _as_before(folder):
+    """The samples are those of an undisturbed drawing, and the log knows each."""
+    for path in (folder / "images").glob("*.png"):
+        assert (drawn(folder) / path.name).read_bytes() == path.read_bytes(), path.name
+    assert not missing_images(drawn(folder), range(20))
+
+
+def _never_delete(folder):
+    assert "delete" not in (folder / ".err").read_text()
 
 
 LATIN = "id,img_path,class_id,synset\né,a,0,b\n".encode("latin-1")
@@ -237,6 +254,16 @@ def rows():
         "has metadata that is deep": npz(lambda arrays: arrays.update(metadata=np.array("[" * 3000))),
         "has metadata that is a list": npz(lambda arrays: arrays.update(metadata=np.array("[1]"))),
         "counts no images": npz(lambda arrays: arrays.update(metadata=np.array(json.dumps(json.loads(str(arrays["metadata"])) | {"num_images": -3})))),
+        "counts 0 images": npz(lambda arrays: arrays.update(metadata=np.array(json.dumps(json.loads(str(arrays["metadata"])) | {"num_images": 0})))),
+        "has a covariance a little below 0": scaled("sigma", lambda s: s - 1e-3 * np.linalg.eigvalsh(s)[-1] * np.eye(len(s))),
+        "has a covariance of integers": scaled("sigma", lambda s: s.astype(int)),
+        "has features of one dimension": scaled("features", lambda f: f[0]),
+        "has no features at all": scaled("features", lambda f: f[:0]),
+        "has features that are not finite": scaled("features", lambda f: f + np.inf),
+        "has a distance of text": npz(lambda arrays: arrays.update(distance_of_halves=np.array("x"))),
+        "has other features than the extractor": npz(_narrower),
+        "is a device": link("real.classifier.npz", "/dev/zero"),
+        "is a pickle": write("real.classifier.npz", pickle.dumps({"mu": 1})),
         "holds objects": npz(lambda arrays: arrays.update(mu=np.array([{}, []], dtype=object))),
     }.items():  # fmt: skip
         yield Case(f"a reference {what}", spoil, SCORE, ("real.classifier.npz",))
@@ -244,14 +271,73 @@ def rows():
     yield Case("a sample is another picture", other_image, again, ("000001.png",))
     yield Case("a sample is of another size", _resized, again, ("png",))
     yield Case("a sample is grey", _grey, again, ("png",))
+    first = lambda spoil: lambda folder: spoil(drawn(folder) / "000001.png")  # noqa: E731
+    yield Case("a sample is a FIFO", first(_as_fifo), again, ("000001.png",))
+    yield Case("a sample is a link to another", first(lambda path: (path.unlink(), path.symlink_to("000002.png"))), again, ("000001.png",))  # fmt: skip
+    anew = {"goes_on": True, "loses": ("runs/a/eval/", "runs/a/samples/"), "check": _as_before}
+    yield Case(
+        "a sample is cut off", first(lambda path: put(path, path.read_bytes()[:-9])), again, (), **anew
+    )
+    for what, change in {
+        "is missing": lambda path: path.unlink(),
+        "lacks a line": lambda path: put(path, b"".join(path.read_bytes().splitlines(keepends=True)[1:])),
+        "ends in half a line": lambda path: put(path, path.read_bytes()[:-5]),
+        "has a line of nonsense": lambda path: put(path, b"\xff\n" + path.read_bytes()),
+        "has a deep line": lambda path: put(path, b"[" * 3000 + b"\n" + path.read_bytes()),
+    }.items():
+        spoil = lambda folder, change=change: change(drawn(folder) / "images.jsonl")  # noqa: E731
+        yield Case(f"the log of samples {what}", spoil, again, (), **anew)
+    log = lambda folder: _as_fifo(drawn(folder) / "images.jsonl")  # noqa: E731
+    yield Case("the log of samples is a FIFO", log, again, ("images.jsonl",))
     bombs = "evaluate metrics images eval.reference=real.classifier.npz eval.extractor=data/models/classifier"
     yield Case("an image of one's own is damaged", cut("images/000000.png"), bombs, ("images/000000.png",))
     yield Case(
-        "an image of one's own is a text bomb", _text_bomb("images/000000.png"), bombs, ("images/000000.png",)
+        "an image of one's own is a text bomb",
+        _text_bomb("images/000000.png"),
+        bombs,
+        ("images/000000.png", "take it out"),
+        check=_never_delete,
     )
     yield Case("an image of one's own is a FIFO", fifo("images/000000.png"), bombs, ("images/000000.png",))
+    for what, how in {
+        "a device": link("images/zero.png", "/dev/zero"),
+        "a folder": lambda folder: (folder / "images/zero.png").mkdir(),
+        "a link to nothing": link("images/zero.png", "none.png"),
+        "text": write("images/zero.png", b"hello"),
+        "grey": write("images/zero.png", _png((32, 32), "L")),
+        "of another size": write("images/zero.png", _png((16, 16), "RGB")),
+        "a decompression bomb": lambda folder: bomb(folder / "images/zero.png"),
+    }.items():
+        says = ("images",) if "size" in what else ("images/zero.png",)
+        yield Case(f"an image of one's own is {what}", how, bombs, says)
+    own = bombs.replace("metrics images", "metrics own.npz")
+    for what, how in {
+        "a FIFO": fifo("own.npz"),
+        "a device": link("own.npz", "/dev/zero"),
+        "a pickle": write("own.npz", pickle.dumps([1])),
+        "empty": write("own.npz", b""),
+        "of numbers": write("own.npz", _npz_of((8, 4, 4, 3), "<f8")),
+        "of more images than it has": write("own.npz", _npz_of((10**9, 4, 4, 3))),
+        "of fewer images than none": write("own.npz", _npz_of((-8, 4, 4, 3))),
+        "of an image beyond memory": write("own.npz", _npz_of((8, 10**6, 10**6, 3))),
+    }.items():  # fmt: skip
+        yield Case(f"an .npz of one's own is {what}", how, own, ("own.npz",))
     yield Case("the file of times is damaged", write("times.json", b"{"), "evaluate report runs/a -o page.html --times times.json", ("times.json",))  # fmt: skip
     yield Case("the file of times is deep", write("times.json", b"[" * 3000), "evaluate report runs/a -o page.html --times times.json", ("times.json",))  # fmt: skip
+    page = "evaluate report runs/a -o page.html --times times.json"
+    yield Case("the file of times is a FIFO", fifo("times.json"), page, ("times.json",))
+    for what, data in {
+        "holds an object": "{}",
+        "holds numbers": "[1]",
+        "lacks the seconds": '[{"stage": "a", "command": "b"}]',
+        "has seconds of text": '[{"stage": "a", "command": "b", "seconds": "1"}]',
+        "has seconds that are none": '[{"stage": "a", "command": "b", "seconds": NaN}]',
+    }.items():
+        yield Case(f"the file of times {what}", write("times.json", data), page, ("times.json",))
+    plain = '[{"stage": "a|<b>\u202e", "command": "c`d", "seconds": 1}]'
+    yield Case(
+        "the file of times has no groups", write("times.json", plain), page, ("page.html",), goes_on=True
+    )
     yield Case("a weights file is cut off", cut("runs/a/checkpoints/step-0000006/ema.safetensors"), "export runs/a --out new", ("step-0000006",))  # fmt: skip
     yield Case("a list in another order of columns", replace("data/train.csv", "id,img_path", "img_path,id"), LATENTS, ("columns",))  # fmt: skip
     yield Case("a class file of another split", write("data/LOC_synset_mapping.txt", "n0 a\n"), LIST + " --classes data/LOC_synset_mapping.txt", ("LOC_synset_mapping.txt",))  # fmt: skip
@@ -273,6 +359,36 @@ def _resized(folder):
 
 def _grey(folder):
     put(drawn(folder) / "000001.png", _png((32, 32), "L"))
+
+
+def _as_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _narrower(arrays):
+    """The first dimensions alone, of all that a reference holds."""
+    arrays.update(mu=arrays["mu"][:-1], sigma=arrays["sigma"][:-1, :-1], features=arrays["features"][:, :-1])
+
+
+def _npz_of(shape, descr="|u1"):
+    """An .npz of 8 images of 4 × 4, with this shape in its header."""
+    buffer, npy = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(npy, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("arr_0.npy", npy.getvalue() + bytes(8 * 4 * 4 * 3))
+    return buffer.getvalue()
+
+
+def bomb(path):
+    """A picture of 20,000 × 20,000 pixels in a few kilobytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 1_000_000)
+    put(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
 
 
 def _text_bomb(name):

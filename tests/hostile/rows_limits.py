@@ -5,7 +5,7 @@ import shutil
 import socket
 
 from hostile import Case
-from rows_cache import LATENTS, _png, _text_bomb
+from rows_cache import LATENTS, _png, _text_bomb, bomb
 from spoil import both, fifo, link, nothing, only, put
 
 from cache.manifest import digest_of
@@ -44,19 +44,6 @@ def wide(path):
     put(path, _png((60_000, 1), "RGB"))
 
 
-def bomb(path):
-    """A picture of 20,000 × 20,000 pixels in a few kilobytes."""
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    body = zlib.compress(b"\0" * 1_000_000)
-    put(path, b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
-
-
 def named(run):
     """Another name for the run."""
 
@@ -87,6 +74,12 @@ def page_is_safe(folder):
     page = (folder / "page.html").read_text()
     assert "<script>alert" not in page
     assert "\u202e" not in page
+    quiet(folder)
+
+
+def quiet(folder):
+    """No library warns of letters or labels."""
+    assert "Warning" not in (folder / ".err").read_text()
 
 
 ODD = (
@@ -101,6 +94,11 @@ ODD = (
     "100%",
     "#1",
     "*star*",
+    "_under",
+    "two\nlines",
+    "\x1b[31mred",
+    "日本語",
+    "ends\\",
 )
 
 
@@ -197,6 +195,9 @@ def rows():
         "0 --out data/ILSVRC --quick": "ILSVRC",
     }.items():
         yield Case(command, nothing, command, (says,))
+    for command in ("report {} -o page.html", "curve {}", "sample {}"):
+        name = "a\udcff"
+        yield Case(f"a run whose name is no UTF-8: {command}", named(name), f"evaluate {command.format(f'runs/{name}')}", (r"a\udcff", "rename"))  # fmt: skip
     for name in ODD:
         if "/" not in name:
             report = f"evaluate report 'runs/{name}' -o page.html"
@@ -210,10 +211,16 @@ def rows():
             )
         curve = f"evaluate curve 'runs/{name}'"
         yield Case(
-            f"a run called {name}, drawn", named(name), curve, ("curve.png",), goes_on=True, loses=("runs/",)
+            f"a run called {name}, drawn",
+            named(name),
+            curve,
+            ("curve.png",),
+            goes_on=True,
+            loses=("runs/",),
+            check=quiet,
         )
     pictures = "evaluate pictures runs/a -o p.png eval.num_samples=20"
-    for name in ("$x$", "<script>alert(1)</script>", "a|b", "‮live", "$\\frac{1}{0}$"):
+    for name in ("$x$", "<script>alert(1)</script>", "a|b", "‮live", "$\\frac{1}{0}$", "日本語", "two\nlines"):
         spoil = classes_named(name)
         yield Case(
             f"a class called {name}, drawn",
@@ -222,6 +229,7 @@ def rows():
             ("p.png",),
             goes_on=True,
             loses=("runs/", "cache/text"),
+            check=quiet,
         )
     out = "export runs/a --out new"
     yield Case("an output that is a device", link("new", "/dev/null"), out, ("new",), check=_still_a_device)

@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 
 from common.errors import UserError
-from evaluation.image_files import load_images, missing_images, save_images
+from evaluation.image_files import LOG, load_images, missing_images, save_images
 from method import sampler as sampling
 from models.latents import LatentCodec, decode_images
 
@@ -297,7 +297,8 @@ def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):
     save_images(images[3:], tmp_path, range(3, 5))
     np.testing.assert_array_equal(load_images(tmp_path, range(5)), images)
     np.testing.assert_array_equal(load_images(tmp_path, [4, 1]), images[[4, 1]])
-    assert {path.name for path in tmp_path.iterdir()} == {f"{i:06d}.png" for i in range(5)}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"{i:06d}.png" for i in range(5)} | {LOG}
     assert missing_images(tmp_path, range(3, 7)) == [5, 6]
     with pytest.raises(UserError, match="lacks 1 of the 6"):
         load_images(tmp_path, range(6))
@@ -305,9 +306,14 @@ def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):
     (tmp_path / "000005.png").write_bytes(whole[:-1])
     with pytest.raises(UserError, match="lacks 1 of the 6"):
         load_images(tmp_path, range(6))
-    (tmp_path / "000005.png").write_bytes(whole[:40] + whole[-8:])
-    with pytest.raises(UserError, match="cannot be read"):
+    (tmp_path / "000005.png").write_bytes(whole)  # the log does not know it
+    with pytest.raises(UserError, match="lacks 1 of the 6"):
         load_images(tmp_path, range(6))
+    (tmp_path / "000003.png").write_bytes(whole)
+    for read in (load_images, missing_images):
+        with pytest.raises(UserError, match=r"000003\.png is not the picture that was drawn there"):
+            read(tmp_path, range(5))
+    save_images(images[3:4], tmp_path, [3])
     save_images(images[:1, :4], tmp_path, [5])
     with pytest.raises(UserError, match="mixes image sizes"):
         load_images(tmp_path, range(6))

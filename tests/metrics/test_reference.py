@@ -193,10 +193,50 @@ def test_a_file_of_adms_suite_gives_its_own_moments_and_the_features_of_its_imag
     assert identity["name"] == "a.npz"
     np.savez(tmp_path / "a.npz", arr_0=IMAGES[:10], mu=mu, sigma=2 * sigma, mu_s=mu_s, sigma_s=sigma_s)
     assert load_reference(tmp_path / "a.npz", adm).identity["sha256"] != identity["sha256"]
+    np.savez(tmp_path / "few.npz", arr_0=IMAGES[:3], mu=mu, sigma=sigma)
+    with pytest.raises(UserError, match=r"few\.npz holds 3 images"):
+        load_reference(tmp_path / "few.npz", adm)
     with pytest.raises(UserError, match="size = 48, wanted is 512"):
         load_reference(tmp_path / "a.npz", adm, {"size": 512})
     with pytest.raises(UserError, match="protocol adm, not clean"):
         load_reference(tmp_path / "a.npz", small_extractors()[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_covariance_of_fewer_images_than_dimensions_is_one_although_rounding_leaves_it_below_0(
+    adm, features, tmp_path, dtype
+):
+    moments = [(part.mean(0), np.cov(part.T.astype(dtype))) for part in (features.pool, features.spatial)]
+    (mu, sigma), (mu_s, sigma_s) = moments
+    assert np.linalg.eigvalsh(sigma)[0] < 0
+    np.savez(tmp_path / "a.npz", mu=mu, sigma=sigma.astype(dtype), mu_s=mu_s, sigma_s=sigma_s.astype(dtype))
+    np.testing.assert_array_equal(load_reference(tmp_path / "a.npz", adm).pool.cov, sigma.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("mu", lambda mu: mu.astype(str)),
+        ("mu", lambda mu: mu + 1j),
+        ("mu", lambda mu: mu[None]),
+        ("mu", lambda mu: mu[:0]),
+        ("sigma", lambda sigma: sigma * np.nan),
+        ("sigma", lambda sigma: -sigma),
+        ("sigma", lambda sigma: sigma + np.eye(len(sigma), k=1)),
+        ("sigma", lambda sigma: sigma[:, :-1]),
+        ("sigma_s", lambda sigma: sigma - 1e-3 * np.eye(len(sigma))),
+        ("sigma_s", lambda sigma: None),
+    ],
+)
+def test_a_file_of_adms_suite_with_what_no_images_have_is_one_line(adm, tmp_path, key, change):
+    arrays = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    arrays["sigma_s"][0, 0] = 0  # semi-definite
+    np.savez(tmp_path / "good.npz", **arrays)
+    load_reference(tmp_path / "good.npz", adm)
+    arrays[key] = change(arrays[key])
+    np.savez(tmp_path / "a.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(UserError, match=rf"a\.npz is not a whole reference .*'{key}'"):
+        load_reference(tmp_path / "a.npz", adm)
 
 
 def test_a_sample_file_of_adms_suite_gives_the_moments_of_its_images(adm, features, tmp_path, monkeypatch):

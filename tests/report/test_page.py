@@ -6,10 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from common.errors import UserError
+from common.plain_text import code
 from report import plots
+from report.ablation import plot_arms
 from report.page import Command, Figure, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
 from report.plot_style import run_style
@@ -108,6 +111,47 @@ def test_the_page_escapes_everything_it_is_given(tmp_path):
     assert "<script" not in page
     assert '" onload="' not in page
     assert page.count("&lt;script&gt;") == 12
+
+
+def test_the_page_shows_what_would_turn_or_hide_the_text_as_escapes(tmp_path):
+    odd = "a\u202eb\x1b\udcff"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    blocks = [
+        Heading(odd),
+        Paragraph(odd),
+        Table([odd], [[odd]], odd),
+        Command(odd),
+        Figure(tmp_path / "a.png", odd),
+    ]
+    page = write_page(tmp_path / "page.html", title=odd, lead=odd, sections=blocks).read_text()
+    assert page.count(r"a\u202eb\x1b\udcff") == 11
+    assert all(letter == "\n" or letter.isprintable() for letter in page)
+
+
+def test_a_backtick_in_a_name_neither_ends_its_code_nor_starts_another(tmp_path):
+    blocks = [Paragraph(f"of {code('a`b')} and {code('`c`')}"), Table(["d`e`f"], [["`g`"]])]
+    page = write_page(tmp_path / "page.html", title="t", lead="l", sections=blocks).read_text()
+    assert "<p>of <code>a`b</code> and <code>`c`</code></p>" in page
+    assert "<th>d`e`f</th></tr></thead><tbody><tr><td>`g`</td>" in page
+
+
+NAMES = ["$x$", "$\\frac{1}{0}$", "_under", "日本語", "a\u202eb", "a\x1b", "two\nlines"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_figure_shows_every_name_as_it_is_without_a_warning(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    plots.plot_curves(tmp_path / "a.png", dict.fromkeys(NAMES, RUNS["baseline"]), "loss", "title")
+    points = {"steps": [1, 2], "images": [4, 8], "values": [3.0, 2.0], "errors": [0.1, None]}
+    plots.plot_panels(tmp_path / "b.png", {"adm_fid10k": dict.fromkeys(NAMES, points)})
+    arms = {name: {0: {"fd": 1.0}} for name in NAMES}
+    plot_arms(tmp_path / "c.png", arms, NAMES[0], {"fd": "fd"}, "title")
+    shown = [*NAMES[:3], r"\u65e5\u672c\u8a9e", r"a\u202eb", r"a\x1b", "two\nlines"]
+    for figure, places in zip(drawn, (Annotation, Text, Text), strict=True):
+        texts = [text for text in figure.findobj(places) if text.get_text() in shown]
+        assert list(dict.fromkeys(text.get_text() for text in texts)) == shown
+        assert not any(text.get_parse_math() for text in texts)
 
 
 def test_tables_set_numbers_and_refuse_ragged_rows(tmp_path):
