@@ -76,7 +76,7 @@ def test_overrides_win_over_the_file_and_zero_is_a_value():
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot read config"):
+    with pytest.raises(UserError, match=r"cannot read .*no\.yaml"):
         load_config(tmp_path / "no.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,\nb")
     with pytest.raises(UserError, match=r"^[^\n]*not valid YAML[^\n]*$"):
