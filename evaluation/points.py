@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
+from configs.evaluation import FEWEST_MEASURED
 from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
@@ -117,9 +118,10 @@ def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ran
     The targets have equal settings. Raises `UserError`.
     """
     first, *others = targets
-    if first.settings.num_samples < max(4, ranks.world):
+    if first.settings.num_samples < (fewest := max(FEWEST_MEASURED, ranks.world)):
         raise UserError(
-            f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose more"
+            f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose "
+            f"{fewest} or more"
         )
     wanted = protocol_of(first, image_settings(first, device))
     for other in others:

@@ -139,7 +139,7 @@ def rows():
     yield Case("a picture that is a FIFO in the tree", _fifo_in_tree, again, ("new.csv",), goes_on=True)
 
     for setting, says in {
-        "device=meta": "meta",
+        "device=meta": "train.device",
         "train.device=meta": "meta",
         "train.device=xla": "xla",
         "train.device=cuda": "cuda",
@@ -193,7 +193,7 @@ def rows():
         "3 --csv data/train.csv --teacher data/models/dinov2-mini --grid 0 --workers 0 --out new": "grid",
         "1 --imagenet data/ILSVRC --split train --per-class 0 --out new.csv": "per-class",
         "1 --imagenet data/ILSVRC --split train --per-class 99999 --out new.csv": "per-class",
-        "5 cache/none": "none",
+        "5 --csv data/train.csv --latents cache/none --tokens cache/tokens --text cache/text": "cache/none",
         "0 --out data/ILSVRC --quick": "ILSVRC",
     }.items():
         yield Case(command, nothing, command, (says,))
