@@ -21,7 +21,7 @@ def expand_home(text: str) -> str:
     if text.startswith("~"):
         text, given = os.path.expanduser(text), text
         if text.startswith("~"):
-            raise UserError(f"{given}: there is no user of this name here: give the path of the folder")
+            raise UserError(f"there is no home folder for {given}: give the path from the root")
     elif os.path.normpath(text).startswith("~"):  # ./~x, of which pathlib would make ~x
         return os.path.abspath(text)
     return text

@@ -26,7 +26,7 @@ def test_a_path_of_a_command_line_may_begin_with_the_home_folder(home):
 
 
 def test_the_home_of_nobody_is_one_line():
-    with pytest.raises(UserError, match=r"^~nobody_here/x: there is no user"):
+    with pytest.raises(UserError, match=r"^there is no home folder for ~nobody_here/x"):
         expand_home("~nobody_here/x")
 
 

@@ -79,13 +79,7 @@ def test_a_committed_config_means_the_same_to_other_readers(path):
 
 
 def test_a_damaged_config_is_read_or_is_one_line():
-    bits = "[ { } : , - ! & * << ' \" | > --- 0x !! &a *a %TAG \\U".split() + [
-        "- ",
-        "\n",
-        "\t",
-        "\x85",
-        "\ud800",
-    ]
+    bits = [*"[]{}:,!&*'|>\n\t\x85\ud800", "- ", "<<", "---", "0x", "!!", "&a", "*a", "%TAG", '"\\U']
     dice = random.Random(0)
     whole = CONFIGS[0].read_text(encoding="utf-8")[:300]
     for _ in range(2000):
