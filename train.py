@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cache.batch_stream import Batch, BatchStream
 from cache.order import StepSampler, seed_of
 from common.arguments import Parser
-from common.errors import UserError, is_lack_of_memory
+from common.errors import UserError, is_lack_of_memory, is_mendable, one_line
 from common.signals import StopSignal
 from configs.loading import check_key, knobs_help, load_config, yaml_value
 from evaluation.pictures import Previews
@@ -244,8 +244,10 @@ def draw_preview(previews: Previews, run: RunFolder, state: TrainingState, log: 
     """A preview that cannot be drawn is no reason to end a training."""
     try:
         log.picture("preview", previews.draw(run.path / "previews", state), state.step)
-    except (UserError, OSError) as error:
-        tqdm.write(f"warning: no preview of step {state.step}: {error}")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if not is_mendable(error):
+            raise
+        tqdm.write(f"warning: no preview of step {state.step}: {one_line(error):.300}")
 
 
 def show(bar: tqdm, line: dict[str, float]) -> None:

@@ -61,6 +61,11 @@ def is_lack_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in LACK_OF_MEMORY)
 
 
+def is_mendable(error: BaseException) -> bool:
+    """Return whether the user can mend what an error says: a `UserError`, one of the file system, or a lack of memory."""
+    return isinstance(error, UserError | OSError) or is_lack_of_memory(error)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 

@@ -145,7 +145,7 @@ class Align(Section):
         "what projects the features: the plan's 1×1 conv, GroupNorm, GELU; LayerNorm and one layer; REPA's three "
         "layers with SiLU; iREPA's 3×3 conv",
     )
-    head_hidden: int = knob(2048, "width of the hidden layers of head = mlp", ge=1, le=65_536)
+    head_hidden: int = knob(2048, "width of the hidden layers of head = mlp", ge=1, le=16_384)
     spatial_norm: Share | None = knob(
         None,
         "iREPA's α: the teacher's tokens become (y − α·mean) / std over each image's tokens; null = as they are",

@@ -42,5 +42,7 @@ def test_an_integer_outside_its_limits_is_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--number", text])
     assert stop.value.code == 2
-    assert "error: argument --number: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: argument --number: ")
+    assert said.index("\n") == len(said) - 1
     assert parser.parse_args(["--number", "10"]).number == 10

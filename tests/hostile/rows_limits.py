@@ -183,6 +183,7 @@ def rows():
         "evaluate align runs/a --num-images 2": "2",
         "evaluate align runs/a --num-images 99999": "99999",
         "evaluate pictures runs/a --classes 99 -o p.png": "99",
+        "evaluate reference data/train.csv --size 7 --out x eval.extractor=data/models/classifier": "--size",
         "evaluate reference data/train.csv --size 99999999 --out x eval.extractor=data/models/classifier": "99999999",
         "2 --csv data/train.csv --base data/models/sd15-mini --image-size 33 --workers 0 --out new": "33",
         "2 --csv data/train.csv --base data/models/sd15-mini --image-size 9999999 --workers 0 --out new": "9999999",
