@@ -216,7 +216,7 @@ def model_card(run: RunFolder, step: int) -> str:
     config, lora = run.config, run.config.model.train == "lora"
     base, family = config.model.base, family_for(run.config)
     pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
-    folder = Path(base).expanduser()
+    folder = Path(base)
     where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
     load = (
         f"from diffusers import {pipeline}\n\n"

@@ -14,7 +14,8 @@ SIDE, GRID = 16_384, 256  # the largest sides in pixels and in tokens: far above
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose `type=Path` arguments have the home folder for `~`, as `expand_home` says.
 
-    What is wrong is one line without the usage. `doc` stands at the beginning of `--help` as it is. Parsers of subcommands are of this class too.
+    What is wrong is one line, without the usage. `doc` stands at the beginning of `--help` as it is. Parsers of subcommands are
+    of this class too.
     """
 
     def __init__(self, doc: str | None = None, **details: Any):

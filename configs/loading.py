@@ -23,6 +23,15 @@ from configs.dialect import check_writable, parse_yaml, read_yaml_file, write_ya
 from configs.evaluation import Eval
 from configs.schema import Config
 
+A_NAME = "a name was expected"
+# What stands in place of pydantic's words for types that a config has no names for.
+EXPECTED = {
+    "string_type": A_NAME,
+    "is_instance_of": A_NAME,
+    "tuple_type": "a list was expected, such as [a, b]",
+    "model_type": "a section was expected, with its settings below its name",
+}
+
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply dotted `key=value` overrides, check everything; raise `UserError` with one line.
@@ -209,8 +218,8 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
         return f"'{key}' is missing ({knobs()[key].description})"
     if problem["type"] == "missing":
         return f"section '{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("string_type", "is_instance_of") and isinstance(problem["input"], int | float):
-        message = "a name was expected: write a number in quotes, such as '\"7\"'"
+    message = EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if message == A_NAME and isinstance(problem["input"], int | float):
+        message += ": write a number in quotes, such as '\"7\"'"
     of_one_key = key in knobs() or (key and problem["type"] != "value_error")
     return f"{key} = {problem['input']!r:.80}: {message}" if of_one_key else message
