@@ -16,11 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import plain_text
+from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import write_atomically, write_json
 from common.stages import Record, Stage, run_chains
 from configs.evaluation import Eval
-from configs.loading import load_config
+from configs.loading import load_config, yaml_value
 from configs.schema import Config
 from metrics.extractors import load_extractors
 from metrics.similarity_rows import NUM_IMAGES, value_of
@@ -63,7 +64,7 @@ TIMESTEP = 250  # at which `align` reads the features
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    arms = {Path(file).stem: file for file in args.arms}
+    arms = {file.stem: file for file in args.arms}
     if len(arms) != len(args.arms):
         raise UserError("two of these files have the same name: an arm is named after its file")
     reference = args.reference or ("baseline" if "baseline" in arms else next(iter(arms)))
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--reference {reference} is none of the arms: {', '.join(arms)}")
     runs = {}
     for seed, (arm, file) in product(args.seeds, arms.items()):
-        own = [f"run={args.out / arm / f'seed{seed}'}", f"seed={seed}"]
+        own = [f"run={yaml_value(str(args.out / arm / f'seed{seed}'))}", f"seed={seed}"]
         runs[arm, seed] = load_config([args.base, file], [*args.set, *own])
         check_measurable(arm, runs[arm, seed])
     record = Record(args.out / "stages.json")
@@ -96,22 +97,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "arms", nargs="+", type=Path, metavar="ARM.yaml", help="overlays, the first drawn first"
     )
-    parser.add_argument("arms", nargs="+", metavar="ARM.yaml", help="overlays, the first drawn first")
-    parser.add_argument("--base", required=True, help="config that the arms are laid over")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--base", required=True, type=Path, help="config that the arms are laid over")
+    parser.add_argument(
+        "--seeds", type=between(0, 2**62), nargs="+", default=[0, 1, 2], help="default: 0 1 2"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs, OUT/ARM/seedN")
     parser.add_argument(
         "--reference", help="arm that the others are compared with (default: baseline, or the first)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1; for CPUs)")
+    parser.add_argument(
+        "--jobs", type=between(1, 1024), default=1, help="runs side by side (default 1; for CPUs)"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                         help="settings that win over base and arms in every run; give the arms before it")  # fmt: skip
     args = parser.parse_args(argv)
-    if len(set(args.seeds)) != len(args.seeds) or min(args.seeds) < 0 or args.jobs < 1:
-        parser.error("--seeds must be distinct and not negative, and --jobs at least 1")
+    if len(set(args.seeds)) != len(args.seeds):
+        parser.error("--seeds must be distinct")
     for setting in args.set:
         if (key := setting.partition("=")[0]) in ("seed", "run"):
             raise UserError(f"--set {key}=… is not for an ablation: --seeds and --out decide it")
@@ -128,10 +133,18 @@ def check_measurable(arm: str, config: Config) -> None:
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 
 
-def stages_of_run(args: argparse.Namespace, file: str, arm: str, seed: int, config: Config) -> list[Stage]:
+def stages_of_run(args: argparse.Namespace, file: Path, arm: str, seed: int, config: Config) -> list[Stage]:
     """The stages of one run: train, then measure its last checkpoint."""
     run, steps = config.run, config.train.steps
-    train = ["--config", args.base, "--config", str(file), *args.set, f"run={run}", f"seed={seed}"]
+    train = [
+        "--config",
+        str(args.base),
+        "--config",
+        str(file),
+        *args.set,
+        f"run={yaml_value(str(run))}",
+        f"seed={seed}",
+    ]
     measured = f"{shlex.quote(str(run))} --checkpoint {steps}"
     align = f"evaluate.py align {measured} --timesteps {TIMESTEP} --no-base"
     stages = {

@@ -6,11 +6,11 @@ Each stage is a command that can be pasted. A second call runs only what is miss
 stopped. To start over, delete data/demo and runs/demo.
 """
 
-import argparse
 import hashlib
 import os
 from pathlib import Path
 
+from common.arguments import Parser
 from common.errors import run_script
 from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
 
@@ -76,9 +76,7 @@ def stages() -> list[list[Stage]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(argv)
+    Parser(__doc__).parse_args(argv)
     os.chdir(ROOT)
     config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
     record = Record(RECORD)

@@ -18,6 +18,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+from common.arguments import Parser
 from common.device import pick_device
 from common.errors import UserError
 from common.files import write_json
@@ -41,13 +42,10 @@ from training.run_folder import this_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
     for name, run in COMMANDS.items():
-        about = {"description": run.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        command = commands.add_parser(name, help=run.__doc__.split("\n")[0], **about)
+        command = commands.add_parser(name, doc=run.__doc__, help=run.__doc__.split("\n")[0])
         add_options(command, name)
         command.set_defaults(run=run)
     settings, others = split_settings(sys.argv[1:] if argv is None else argv)
@@ -103,8 +101,6 @@ def reference(args: argparse.Namespace) -> None:
     A run's training images need no such command: their statistics are made when they are first needed. This is for other
     images, such as the whole training set. Writes a file for each protocol: OUT.adm.npz and OUT.clean.npz.
     """
-    if args.size < 8:
-        raise UserError(f"--size {args.size}: the side of a square in pixels, such as 512")
     device, ranks = open_device(args)
     settings = eval_settings(args.changes)
     for file in make_references(args.images, args.size, args.out, settings, device, ranks):

@@ -10,7 +10,6 @@ network, such as `unet/`.
 Heads are never exported.
 """
 
-import argparse
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pydantic import AfterValidator, with_config
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
+from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import locked, write_json, written_whole
 from common.plain_text import code, code_block, markdown, printable, quoted
@@ -41,11 +41,9 @@ MADE_FROM = "made_from.json"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    parser.add_argument("--checkpoint", type=between(0, 10**9), metavar="STEP", help="default: the newest")
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/export, or RUN/export-STEP)")
     parser.add_argument("--kohya", action="store_true", help="add LoRA files under kohya's names")
     parser.add_argument("--pipeline", action="store_true", help="add a pipeline folder with the EMA weights")
@@ -221,7 +219,7 @@ def model_card(run: RunFolder, step: int) -> str:
     config, lora = run.config, run.config.model.train == "lora"
     base, family = config.model.base, family_for(run.config)
     pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
-    folder = Path(base).expanduser()
+    folder = Path(base)
     where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
     load = (
         f"from diffusers import {pipeline}\n\n"

@@ -11,7 +11,6 @@ Settings are overridden by key=value; --help lists them all. The same command re
 CPU bit for bit, on a GPU as exactly as its kernels repeat themselves.
 """
 
-import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -21,9 +20,10 @@ from tqdm import tqdm
 
 from cache.batch_stream import Batch, BatchStream
 from cache.order import StepSampler, seed_of
-from common.errors import UserError
+from common.arguments import Parser
+from common.errors import UserError, is_lack_of_memory, is_mendable, one_line
 from common.signals import StopSignal
-from configs.loading import knobs_help, load_config
+from configs.loading import check_key, knobs_help, load_config, yaml_value
 from evaluation.pictures import Previews
 from evaluation.points import PeriodicEvaluation
 from export import export_run
@@ -44,14 +44,11 @@ AGREE_EVERY = 10  # steps between two questions of several ranks whether to stop
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{knobs_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, epilog=f"settings:\n{knobs_help()}")
     add = parser.add_argument
     add(
         "--config",
+        type=Path,
         required=True,
         action="append",
         help="YAML file, for instance configs/A.yaml; given again, the next file is laid over the one before",
@@ -68,16 +65,19 @@ def main(argv: list[str] | None = None) -> None:
         help="go on with a run although this setting differs from what it was started with; can be repeated",
     )
     args = parser.parse_intermixed_args(argv)
-    init = [] if args.init_from is None else [f"model.init_from={args.init_from}"]
+    init = [] if args.init_from is None else [f"model.init_from={yaml_value(str(args.init_from))}"]
+    for key in args.allow_change:
+        check_key(key)
     config = load_config(args.config, [*args.overrides, *init])
     if args.plan:
         print_plan(config)
         return
-    parts = build_parts(config)
-    if args.self_test:
-        self_test(parts)
-    else:
-        train(parts, args.allow_change)
+    with explained():
+        parts = build_parts(config)
+        if args.self_test:
+            self_test(parts)
+        else:
+            train(parts, args.allow_change)
 
 
 def train(parts: Parts, allowed: list[str]) -> None:
@@ -97,8 +97,7 @@ def train(parts: Parts, allowed: list[str]) -> None:
                 )
         ranks.on_main(run.adopt)
         if state.step < config.train.steps:
-            with explained():
-                take_steps(parts, run, state, stream)
+            take_steps(parts, run, state, stream)
         if state.step == config.train.steps:
             ranks.on_main(lambda: export_run(run))
         elif ranks.main:
@@ -245,8 +244,10 @@ def draw_preview(previews: Previews, run: RunFolder, state: TrainingState, log: 
     """A preview that cannot be drawn is no reason to end a training."""
     try:
         log.picture("preview", previews.draw(run.path / "previews", state), state.step)
-    except (UserError, OSError) as error:
-        tqdm.write(f"warning: no preview of step {state.step}: {error}")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if not is_mendable(error):
+            raise
+        tqdm.write(f"warning: no preview of step {state.step}: {one_line(error):.300}")
 
 
 def show(bar: tqdm, line: dict[str, float]) -> None:
@@ -260,14 +261,16 @@ def explained() -> Iterator[None]:
     """Turn what the machine lacks, memory or a compiler, into one line that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError(
-            "out of GPU memory: lower data.batch_size and raise optim.accumulate, or set model.gradient_checkpointing=true; "
-            "--plan says what fits"
-        ) from None
     except torch._dynamo.exc.TorchDynamoException as error:  # has no public name
         reason = next(line for line in str(error).splitlines() if line.strip())
         raise UserError(f"torch.compile failed ({reason}): train.compile=none does without") from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: lower data.batch_size and raise optim.accumulate, or set model.gradient_checkpointing=true; "
+            "--plan says what fits"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from benchmarks.machine import cpu_seconds, disk_bytes, disk_of, drop_from_page_
 from benchmarks.report import add_part, publish, target, temporary_folder
 from benchmarks.synthetic_run import write_cache
 from cache.order import StepSampler
-from preprocessing.options import new_parser
+from common.arguments import Parser
 
 WARM_UP = 6  # batches before the clock of `warm` starts: more than any arm reads ahead
 GROWTH_MB = 8  # that the allocators may add after the second epoch
@@ -83,7 +83,7 @@ class Speed(NamedTuple):
 
 
 def main() -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     readers = (2, "threads of ours, worker processes of a DataLoader")
     add_part(parts, warm, samples=(1152, "in every format: 500 MB"), rounds=(5, "of all arms"),

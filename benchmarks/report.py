@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.machine import machine
+from common.arguments import Parser, positive
 from common.files import write_json
-from preprocessing.options import new_parser, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,7 +29,7 @@ def target(what: str, value: float, *, at_least: float | None = None, at_most: f
 
 def benchmark_parser(doc: str, **counts: tuple[int, str]) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark, and `counts` of its own: positive numbers, their defaults and meanings."""
-    return add_options(new_parser(doc), counts)
+    return add_options(Parser(doc), counts)
 
 
 def add_part(parts, run: Callable[[argparse.Namespace], None], **counts: tuple[int, str]) -> None:

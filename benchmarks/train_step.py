@@ -27,8 +27,8 @@ from diffusers.training_utils import EMAModel
 import train as train_script
 from benchmarks.report import ROOT, benchmark_parser, publish, target, temporary_folder
 from benchmarks.synthetic_run import make_synthetic
+from common.arguments import positive
 from configs.loading import load_config
-from preprocessing.options import positive
 from training.meter import Meter
 from training.parts import Parts, build_parts
 from training.plan import step_flops

@@ -26,14 +26,13 @@ from transformers import Dinov2Config, Dinov2Model
 from benchmarks.report import benchmark_parser, publish, target, temporary_folder
 from cache.image_list import Sample
 from cache.views import read_view
+from common.arguments import Parser, between, positive
 from common.device import pick_device
 from preprocessing.encoders import latent_job, token_job
 from preprocessing.options import (
     add_device_option,
     add_latent_options,
     add_teacher_options,
-    not_negative,
-    positive,
 )
 from preprocessing.pipeline import FieldJob, encode_fields
 
@@ -53,7 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
-    parser.add_argument("--workers", type=not_negative, default=1, help="that decode images (default 1)")
+    parser.add_argument("--workers", type=between(0, 1024), default=1, help="that decode images (default 1)")
     precisions = ("auto", "bf16", "fp32")
     parser.add_argument("--precision", choices=precisions, default="auto", help="(default auto)")
     add_device_option(parser)
@@ -101,7 +100,7 @@ def save_encoder(name: str, folder: Path) -> None:
 
 def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace) -> FieldJob:
     """The job that script 2 or 3 would run with its own defaults."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.add_argument("--precision")
     add_device_option(parser)
     common = ["--device", args.device, "--precision", args.precision]

@@ -1,6 +1,7 @@
 """Choose the device and the precision that a command computes with."""
 
 import os
+import re
 from contextlib import AbstractContextManager
 
 import torch
@@ -8,12 +9,19 @@ import torch
 from common.errors import UserError
 
 
+def check_device_name(name: str) -> str:
+    """Return the name of a device; raises `UserError` for anything but auto, cpu, cuda and cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"device {name!r} cannot be used: choose auto, cpu, cuda or cuda:N")
+    return name
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of this name; `auto` is cuda when present (under torchrun this rank's GPU), else cpu.
 
     Raises `UserError` for a device that cannot be used.
     """
-    if name == "auto":
+    if check_device_name(name) == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"

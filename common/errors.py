@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from common.plain_text import printable
 
+# What torch, cuBLAS and cuDNN say, in lower case.
+LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # a terminal that is lost sends SIGHUP
 
 
@@ -57,7 +59,12 @@ def one_line(error: object) -> str:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out: Python's or NumPy's own, or torch's on a GPU or a CPU."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return isinstance(error, MemoryError) or any(words in text for words in LACK_OF_MEMORY)
+
+
+def is_mendable(error: BaseException) -> bool:
+    """Return whether the user can mend what an error says: a `UserError`, one of the file system, or a lack of memory."""
+    return isinstance(error, UserError | OSError) or is_lack_of_memory(error)
 
 
 def _say(line: str) -> None:

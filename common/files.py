@@ -16,6 +16,17 @@ from common.errors import UserError
 FRESH = 10  # seconds
 
 
+def expand_home(text: str) -> str:
+    """Return a file path with the home folder in place of a leading `~`; raises `UserError` for the home of nobody."""
+    if text.startswith("~"):
+        text, given = os.path.expanduser(text), text
+        if text.startswith("~"):
+            raise UserError(f"there is no home folder for {given}: give the path from the root")
+    elif os.path.normpath(text).startswith("~"):  # ./~x, of which pathlib would make ~x
+        return os.path.abspath(text)
+    return text
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a file, all of it or nothing; missing parent folders are created."""
     with file_written_whole(path) as file:

@@ -66,14 +66,13 @@ def load_pretrained(
         options["ignore_mismatched_sizes"] = True
     if part is not None:
         options["subfolder"] = part
-    place = os.path.expanduser(name)
 
     def load(**where):
         with _quiet(library):
             if not network:
-                return kind.from_pretrained(place, revision=revision, **where, **options)
+                return kind.from_pretrained(name, revision=revision, **where, **options)
             loaded, report = kind.from_pretrained(
-                place, revision=revision, output_loading_info=True, **where, **options
+                name, revision=revision, output_loading_info=True, **where, **options
             )
         for key, says in (
             ("missing_keys", "lacks weights"),
@@ -118,10 +117,9 @@ def local_folder(name: str) -> Path | None:
     """Return the local folder that a name says, and None for a hub id; raises `UserError` for a name that is neither."""
     if name in MOVED:
         raise UserError(f"{name} was removed from the Hub; use {MOVED[name]}")
-    place = os.path.expanduser(name)
-    if os.path.isdir(place):
-        return Path(place)
-    if os.path.lexists(place):
+    if os.path.isdir(name):
+        return Path(name)
+    if os.path.lexists(name):
         raise UserError(f"{name} is no folder of a model (nor a file that is read here): check the path")
     # a/b is a path rather than a hub id where there is a folder a, or where it ends like a file.
     if not HUB_ID.fullmatch(name) or name.endswith(FILES) or os.path.isdir(name.partition("/")[0]):

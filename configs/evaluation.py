@@ -1,37 +1,38 @@
 """The knobs of evaluation: held-out images, what judges samples, and how they are drawn."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import model_validator
 
-from configs.sections import Count, OneNeedsNoList, Positive, Section, Share, knob
+from configs.sections import AsTuple, FilePath, OneNeedsNoList, Place, Section, Share, knob
 from method.sampler import NOISE_LEVELS
+
+FEWEST_MEASURED = 4  # samples: precision and recall look at the third neighbour of each
 
 
 class Eval(Section):
-    csv: Path | None = knob(None, "held-out images (script 1 on val), for `align`")
-    latents: Path | None = knob(None, "their latents")
-    tokens: Path | None = knob(None, "their teacher tokens")
-    extractor: str = knob(
+    csv: FilePath | None = knob(None, "held-out images (script 1 on val), for `align`")
+    latents: FilePath | None = knob(None, "their latents")
+    tokens: FilePath | None = knob(None, "their teacher tokens")
+    extractor: Place = knob(
         "inception",
         "what sees the images: inception (ADM's network, its weights in the standard cache), the path of its .pth, "
         "or the folder of an image classifier, whose numbers compare with nothing published",
     )
-    dinov2: str | None = knob(
+    dinov2: Place | None = knob(
         None,
         "folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
     )
-    reference: Annotated[tuple[Path, ...], OneNeedsNoList] = knob(
+    reference: Annotated[tuple[FilePath, ...], AsTuple, OneNeedsNoList] = knob(
         (),
         "reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "
         "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
     )
-    num_samples: int = knob(10_000, "images that are drawn and measured", ge=2)
+    num_samples: int = knob(10_000, "images that are drawn and measured", ge=2, le=1_000_000)
     sampler: Literal["ddim", "ddpm", "dpm++"] = knob("ddim", "diffusers' scheduler")
     sampling_steps: int = knob(50, "denoising steps", ge=1, le=1000)
     eta: Share = knob(0.0, "noise that DDIM adds at each step, as a share of DDPM's")
-    cfg: float = knob(1.0, "guidance scale; 1 = unguided, one forward a step", ge=1)
+    cfg: float = knob(1.0, "guidance scale; 1 = unguided, one forward a step", ge=1, le=1000)
     guidance_low: Share = knob(
         0.0,
         "guide only at noise levels from this on, 0 (clean) to 1 (noise); an unguided step costs one forward",
@@ -46,8 +47,8 @@ class Eval(Section):
         "balanced", "image i shows class i mod n, or one drawn at random, as DiT, ADM and REPA do"
     )
     seed: int = knob(0, "image i starts from the noise of seed + i", ge=0, lt=2**62)
-    batch_size: Positive = knob(
-        16, "images in a forward while sampling; on a CPU, where that gains nothing, always 16"
+    batch_size: int = knob(
+        16, "images in a forward while sampling; on a CPU, where that gains nothing, always 16", ge=1, le=4096
     )
     precision: Literal["auto", "bf16", "fp32"] = knob(
         "auto", "of the U-Net while sampling; auto = bf16 on a GPU that has it, else fp32"
@@ -56,7 +57,7 @@ class Eval(Section):
     keep_images: bool = knob(
         True, "false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)"
     )
-    bootstrap: Count = knob(10, "resamplings behind the error of a Fréchet distance; 0 = none")
+    bootstrap: int = knob(10, "resamplings behind the error of a Fréchet distance; 0 = none", ge=0, le=10_000)
 
     @model_validator(mode="after")
     def _nothing_ignored(self):

@@ -6,18 +6,31 @@ config = load_config(["configs/A.yaml", "configs/ablations/token_only.yaml"], ["
 
 import difflib
 import functools
+import math
+import os
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import UserError
+from common.files import expand_home
+from common.reading import UnreadableFile
 from configs.aliases import SUGGESTED, own_name, rename_aliases
+from configs.dialect import check_writable, parse_yaml, read_yaml_file, write_yaml
 from configs.evaluation import Eval
 from configs.schema import Config
+
+A_NAME = "a name was expected"
+# What stands in place of pydantic's words for types that a config has no names for.
+EXPECTED = {
+    "string_type": A_NAME,
+    "is_instance_of": A_NAME,
+    "tuple_type": "a list was expected, such as [a, b]",
+    "model_type": "a section was expected, with its settings below its name",
+}
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -30,39 +43,26 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
     return parse_config(data, overrides, where=" + ".join(map(str, paths)))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; the first would be lost in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; `extends: other.yaml` lays it over another file, given from where this one is."""
-    if Path(path).resolve() in _above:
-        raise UserError(f"{path} extends itself")
-    try:
-        data = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds no settings (a YAML mapping was expected)")
-    extends = data.pop("extends", None)
-    data = rename_aliases(data, str(path))
-    if extends is None:
-        return data
-    return _overlay(read_yaml(Path(path).parent / str(extends), (*_above, Path(path).resolve())), data)
+    layers, read, above = [], set(), ""
+    while path is not None:
+        if os.path.realpath(path) in read:
+            raise UserError(f"{path} extends itself")
+        try:
+            data = read_yaml_file(path)
+        except UnreadableFile as error:
+            raise UserError(f"{above}{error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{above}{path} holds no settings (a YAML mapping was expected)")
+        read.add(os.path.realpath(path))
+        extends = data.pop("extends", None)
+        if not isinstance(extends, str | None) or extends == "":
+            raise UserError(f"{path}: extends = {extends!r:.80}: give the name of a file")
+        layers.append(rename_aliases(data, str(path)))
+        above = f"{path} extends {extends}: "
+        path = None if extends is None else Path(path).parent / expand_home(extends)
+    return functools.reduce(_overlay, reversed(layers))
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -98,9 +98,9 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
     try:
-        value = text if " #" in text else yaml.safe_load(text)  # a path, not a comment
-    except yaml.YAMLError:
-        raise UserError(f"cannot read the value of '{override}'") from None
+        value = check_writable(text) if " #" in text else parse_yaml(text, "it")  # a path, not a comment
+    except (UserError, ValueError) as error:
+        raise UserError(f"cannot read the value of '{override:.80}': {error}") from None
     return own_name(key, value), value
 
 
@@ -108,13 +108,18 @@ def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
     """`key=value` overrides of `eval` as {dotted key: value}; raises `UserError` for unknown keys and for other sections."""
     changes = dict(map(_parse_override, overrides))
     for key in changes:
-        if key not in knobs():
-            raise UserError(_unknown_key(key))
+        check_key(key)
         if not key.startswith("eval."):
             raise UserError(
                 f"{key} is a setting of the training: an evaluation takes settings of eval alone, for instance eval.cfg=7.5"
             )
     return changes
+
+
+def check_key(key: str) -> None:
+    """Raise `UserError` for the dotted key of no setting."""
+    if key not in knobs():
+        raise UserError(_unknown_key(key))
 
 
 def with_settings(config: Config, changes: dict[str, Any]) -> Config:
@@ -146,7 +151,7 @@ def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
 
 def resolved_yaml(config: Config) -> str:
     """The full config, defaults included, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def knobs(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -178,7 +183,8 @@ def knobs_help(section: str | None = None) -> str:
 def yaml_value(value) -> str:
     """A value as one would write it in a file."""
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True).removesuffix("\n...\n").strip()
+    text = write_yaml(plain, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _choices(annotation) -> list[str]:
@@ -212,5 +218,8 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
         return f"'{key}' is missing ({knobs()[key].description})"
     if problem["type"] == "missing":
         return f"section '{key}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message}" if key and problem["type"] != "value_error" else message
+    message = EXPECTED.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if message == A_NAME and isinstance(problem["input"], int | float):
+        message += ": write a number in quotes, such as '\"7\"'"
+    of_one_key = key in knobs() or (key and problem["type"] != "value_error")
+    return f"{key} = {problem['input']!r:.80}: {message}" if of_one_key else message

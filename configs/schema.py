@@ -1,15 +1,13 @@
 """A training run's settings, and what they must be together. The knobs: `sections.py`; how they are read: `loading.py`."""
 
-from pathlib import Path
-
 from pydantic import model_validator
 
-from configs.evaluation import Eval
-from configs.sections import Align, Data, Diffusion, Model, Optim, Section, Teacher, Train, knob
+from configs.evaluation import FEWEST_MEASURED, Eval
+from configs.sections import Align, Data, Diffusion, FilePath, Model, Optim, Section, Teacher, Train, knob
 
 
 class Config(Section):
-    run: Path = knob(..., "folder that this run writes")
+    run: FilePath = knob(..., "folder that this run writes")
     seed: int = knob(
         0, "seed of noise, timesteps, caption dropout, data order and head weights", ge=0, lt=2**63
     )
@@ -46,6 +44,11 @@ class Config(Section):
         if teacher.source == "cached" and self.data.tokens is None:
             raise ValueError(
                 "'data.tokens' is missing (folder of cached teacher tokens, script 3): set it, or teacher.source=online"
+            )
+        if self.train.eval_every and self.eval.num_samples < FEWEST_MEASURED:
+            raise ValueError(
+                f"eval.num_samples = {self.eval.num_samples} is too few to be measured every train.eval_every steps: choose "
+                f"{FEWEST_MEASURED} or more, or train.eval_every=0"
             )
         sample_gram = align.coeff > 0 and align.manifold_coeff > 0 and align.manifold != "token"
         if sample_gram and self.data.batch_size < 2:

@@ -1,21 +1,54 @@
 """Every knob of a training run by section: typed, defaulted, range-checked, explained. Their combination: `schema.py`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from common.base_model import BASE
+from common.device import check_device_name
+from common.errors import UserError
+from common.files import expand_home
 from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
 from method.coefficient import DECAYS
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-AtLeast0 = Annotated[float, Field(ge=0)]
-Above0 = Annotated[float, Field(gt=0)]
+# Upper limits are far above what anyone needs: they catch slips before memory or time are spent on them.
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+AtLeast0 = Annotated[float, Field(ge=0, le=1e12)]
+Above0 = Annotated[float, Field(gt=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-OneNeedsNoList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Rate = Annotated[float, Field(gt=0, le=10)]
+AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+OneNeedsNoList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+
+
+def _said(check: Callable[[str], str]) -> Callable[[Any], Any]:
+    """Return a validator of text: what `check` raises becomes the complaint about the setting."""
+
+    def validate(value: Any) -> Any:
+        try:
+            return check(value) if isinstance(value, str) else value
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    return validate
+
+
+@_said
+def _place(text: str) -> str:
+    if not text:
+        raise UserError("it is empty: give a name, or leave the setting out")
+    return expand_home(text)
+
+
+# A hub id or the path of a folder or file; and a path alone.
+Place = Annotated[str, AfterValidator(_place)]
+FilePath = Annotated[
+    Path, BeforeValidator(lambda value: Path(_place(value)) if isinstance(value, str) else value)
+]
 
 
 def knob(default: Any, meaning: str, **limits: Any) -> Any:
@@ -24,13 +57,15 @@ def knob(default: Any, meaning: str, **limits: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
-    base: str = knob(BASE, "base model: a hub id or a local diffusers folder")
+    base: Place = knob(BASE, "base model: a hub id or a local diffusers folder")
     revision: str | None = knob(None, "hub revision (commit) of the base model")
-    init_from: Path | None = knob(
+    init_from: FilePath | None = knob(
         None,
         "start from the weights of another run: its folder or a checkpoint's (their moving average), or one "
         "trained.safetensors",
@@ -38,7 +73,7 @@ class Model(Section):
     train: Literal["lora", "partial", "full"] = knob(
         "lora", "lora; partial = all weights of down_blocks.3, mid_block, up_blocks.0; full = all weights"
     )
-    lora_rank: Positive = knob(32, "rank of the LoRA matrices")
+    lora_rank: int = knob(32, "rank of the LoRA matrices", ge=1, le=4096)
     lora_alpha: Above0 = knob(32, "LoRA scale is lora_alpha / lora_rank")
     lora_targets: str = knob(
         "attention+conv",
@@ -54,38 +89,40 @@ class Teacher(Section):
         "cached = data.tokens; online = decode the latents and encode them at every step: with the "
         "VAE 2.8 times the operations of a LoRA step, with a tiny decoder 1.2 (docs/method.md)",
     )
-    model: str | None = knob(
+    model: Place | None = knob(
         None,
         "cached: name of the model that made data.tokens, as its manifest has it (null accepts any); online: the "
         "DINOv2 to load, a hub id, folder or checkpoint file",
     )
     revision: str | None = knob(None, "online: hub revision (commit) of the teacher")
-    decoder: str | None = knob(
+    decoder: Place | None = knob(
         None,
         "online: hub id or folder of an AutoencoderTiny, such as madebyollin/taesd; null = the base model's VAE",
     )
-    dim: Positive = knob(1024, "width D of the teacher's tokens; the cache must agree (ViT-L: 1024)")
-    grid: int = knob(14, "tokens per side; the cache must agree (14 -> N = 196)", ge=2)
+    dim: int = knob(
+        1024, "width D of the teacher's tokens; the cache must agree (ViT-L: 1024)", ge=1, le=16_384
+    )
+    grid: int = knob(14, "tokens per side; the cache must agree (14 -> N = 196)", ge=2, le=256)
 
 
 class Data(Section):
-    csv: Path = knob(..., "training images: CSV of preprocessing script 1")
-    latents: Path = knob(..., "folder of cached VAE latents (script 2)")
-    tokens: Path | None = knob(
+    csv: FilePath = knob(..., "training images: CSV of preprocessing script 1")
+    latents: FilePath = knob(..., "folder of cached VAE latents (script 2)")
+    tokens: FilePath | None = knob(
         None, "folder of cached teacher tokens (script 3); not used by teacher.source=online"
     )
-    text: Path = knob(..., "folder of cached CLIP embeddings (script 4)")
-    batch_size: Positive = knob(
-        48, "images per forward; a step takes optim.accumulate of them on each process"
+    text: FilePath = knob(..., "folder of cached CLIP embeddings (script 4)")
+    batch_size: int = knob(
+        48, "images per forward; a step takes optim.accumulate of them on each process", ge=1, le=65_536
     )
-    read_threads: Count = knob(
-        2, "batches read at the same time, ahead of the step; 0 reads each when it is needed"
+    read_threads: int = knob(
+        2, "batches read at the same time, ahead of the step; 0 reads each when it is needed", ge=0, le=256
     )
     caption_dropout: Share = knob(0.1, "share of captions replaced by the null prompt (for CFG)")
 
 
 class Align(Section):
-    taps: Annotated[tuple[str, ...], OneNeedsNoList] = knob(
+    taps: Annotated[tuple[str, ...], AsTuple, OneNeedsNoList] = knob(
         ("mid",),
         "where the network is read, by the names of its family (Stable Diffusion 1.5: enc_last, mid, dec_first); "
         "the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
@@ -107,7 +144,7 @@ class Align(Section):
         "what projects the features: the plan's 1×1 conv, GroupNorm, GELU; LayerNorm and one layer; REPA's three "
         "layers with SiLU; iREPA's 3×3 conv",
     )
-    head_hidden: Positive = knob(2048, "width of the hidden layers of head = mlp")
+    head_hidden: int = knob(2048, "width of the hidden layers of head = mlp", ge=1, le=16_384)
     spatial_norm: Share | None = knob(
         None,
         "iREPA's α: the teacher's tokens become (y − α·mean) / std over each image's tokens; null = as they are",
@@ -172,9 +209,9 @@ class Optim(Section):
     name: Literal["adamw", "adamw8bit"] = knob(
         "adamw", "adamw = AdamW, fused; adamw8bit = its moments in 8 bits, by torchao (pip install torchao)"
     )
-    lr: Above0 = knob(2e-4, "learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)")
-    head_lr: Above0 | None = knob(None, "learning rate of the alignment heads; null = the same")
-    betas: tuple[Decay, Decay] = knob((0.9, 0.999), "AdamW betas")
+    lr: Rate = knob(2e-4, "learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)")
+    head_lr: Rate | None = knob(None, "learning rate of the alignment heads; null = the same")
+    betas: Annotated[tuple[Decay, Decay], AsTuple] = knob((0.9, 0.999), "AdamW betas")
     eps: Above0 = knob(1e-8, "AdamW epsilon")
     weight_decay: AtLeast0 = knob(0.01, "AdamW weight decay")
     warmup_fraction: Share = knob(
@@ -201,7 +238,9 @@ class Train(Section):
     channels_last: bool | None = knob(
         None, "memory layout of the U-Net; null = channels last on a GPU in bf16"
     )
-    device: str = knob("auto", "auto = cuda when present, else cpu")
+    device: Annotated[str, AfterValidator(_said(check_device_name))] = knob(
+        "auto", "auto = cuda when present, else cpu; cpu, cuda, or cuda:N"
+    )
     log_every: Positive = knob(50, "steps between lines of metrics.jsonl")
     checkpoint_every: Positive = knob(5000, "steps between checkpoints")
     keep_checkpoints: Positive = knob(3, "newest checkpoints kept")
@@ -210,7 +249,7 @@ class Train(Section):
         10, "steps in a row without a finite gradient, each skipped, that end the training"
     )
     preview_every: Count = knob(0, "steps between sample grids of the moving average; 0 = none")
-    preview_images: Positive = knob(16, "images of a preview")
+    preview_images: int = knob(16, "images of a preview", ge=1, le=1024)
     eval_every: Count = knob(
         0,
         "steps between evaluations of the moving average by the settings of eval, as `evaluate_sd15.py curve` "

@@ -1,9 +1,11 @@
 """The options of evaluate.py: which runs, and which settings of `eval` differ from a run's own."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.arguments import SIDE, between
 from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
 
@@ -55,7 +57,7 @@ OPTIONS = {
     ],
     "reference": [
         option("images", type=Path, help="CSV of script 1, or a folder of images"),
-        option("--size", type=int, default=512, help="side of the central square that is compared (512)"),
+        option("--size", type=between(8, SIDE), default=512, help="side of the central square that is compared (512)"),
         option("--out", type=Path, required=True, help="OUT.PROTOCOL.npz are written"),
         DEVICE,
         settings("those of a config that sets none"),
@@ -124,6 +126,6 @@ def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     settings, others = [], []
     for before, argument in zip(["", *argv], argv, strict=False):
         key_value = "=" in argument and not argument.startswith("-")
-        is_setting = key_value and before not in ("-o", "--out") and not Path(argument).exists()
+        is_setting = key_value and before not in ("-o", "--out") and not os.path.exists(argument)
         (settings if is_setting else others).append(argument)
     return settings, others

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, is_mendable, one_line
+from configs.evaluation import FEWEST_MEASURED
 from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
@@ -117,9 +118,10 @@ def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ran
     The targets have equal settings. Raises `UserError`.
     """
     first, *others = targets
-    if first.settings.num_samples < max(4, ranks.world):
+    if first.settings.num_samples < (fewest := max(FEWEST_MEASURED, ranks.world)):
         raise UserError(
-            f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose more"
+            f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose "
+            f"{fewest} or more"
         )
     wanted = protocol_of(first, image_settings(first, device))
     for other in others:
@@ -163,9 +165,9 @@ class PeriodicEvaluation:
             with parts.showing(state.ema.shadow_params):
                 how = {"kind": "curve", "image_sampler": self.image_sampler}
                 point = evaluate_point(target, self.scorers, parts.device, parts.ranks, **how)
-        except (UserError, OSError) as error:
-            if parts.ranks.world > 1:
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if parts.ranks.world > 1 or not is_mendable(error):
                 raise
-            tqdm.write(f"warning: step {state.step} was not evaluated: {error}")
+            tqdm.write(f"warning: step {state.step} was not evaluated: {one_line(error):.300}")
             return
         log.scalars({f"eval/{name}": found["value"] for name, found in point["metrics"].items()}, state.step)

@@ -32,7 +32,7 @@ def load_extractors(
     """
     device = torch.device(device)
     if str(setting) == "inception" or Path(setting).suffix == ".pth":
-        extractors = load_inception(find_weights(Path(setting).expanduser()), device)
+        extractors = load_inception(find_weights(setting), device)
     else:
         extractors = [load_classifier(_folder(setting), device)]
     return extractors if dinov2 is None else [*extractors, load_dinov2(_folder(dinov2), device)]

@@ -53,7 +53,7 @@ def files_digest(base: str, part: str, revision: str | None = None) -> str:
 
     Of a local folder the safetensors that `load_part` reads count. Read once in a process.
     """
-    folder = Path(base).expanduser() / part
+    folder = Path(base) / part
     if not folder.is_dir():
         found = try_to_load_from_cache(base, "scheduler/scheduler_config.json", revision=revision or "main")
         return Path(found).parents[1].name if isinstance(found, str) else str(revision)

@@ -26,26 +26,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import write_json
 from common.reading import read_record
 from miniature import make as miniature
-from preprocessing.options import new_parser
 
 AGAIN = "delete the folder that holds it, and the same command makes it again"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make whatever is missing under `--out`, then print the measured quality of each model."""
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of split, weights and training (default: 0)")
+    add("--seed", type=between(0, 2**62), default=0, help="of split, weights and training (default: 0)")
     add("--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only")
     add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
 
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings)

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from cache.csv_file import read_csv
 from cache.image_list import Sample, write_samples
+from common.arguments import Parser, between, positive
 from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
-from preprocessing.options import new_parser, positive
 
 # The same extensions as in torchvision's ImageFolder.
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -37,14 +37,14 @@ VAL_LABELS, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     root = "root: holds [ILSVRC/]Data/CLS-LOC/{split}/ or {split}/"
     add("--imagenet", type=Path, required=True, help=root)
     add("--split", default="train", help="train (default) or val")
     add("--per-class", type=positive, default=200, help="images of each class (default 200)")
     add("--out", type=Path, required=True, help="the CSV to write")
-    add("--seed", type=int, default=0, help="which images are chosen (default 0)")
+    add("--seed", type=between(0, 2**62), default=0, help="which images are chosen (default 0)")
     listed = (
         f"file of all synsets: {SYNSETS} or imagenet_class_index.json (default: {SYNSETS} beside the images, else the class "
         "folders)"

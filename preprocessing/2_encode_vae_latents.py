@@ -20,12 +20,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
+from common.arguments import Parser
 from common.errors import UserError, run_script
-from preprocessing.options import add_encoding_options, add_latent_options, add_teacher_options, new_parser
+from preprocessing.options import add_encoding_options, add_latent_options, add_teacher_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add_encoding_options(parser)
     add_latent_options(parser)
     fused = parser.add_argument_group("with --fused", "script 3's options, for the teacher's tokens")

@@ -17,12 +17,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
+from common.arguments import Parser
 from common.errors import run_script
-from preprocessing.options import add_encoding_options, add_teacher_options, new_parser
+from preprocessing.options import add_encoding_options, add_teacher_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add_encoding_options(parser)
     add_teacher_options(parser)
     args = parser.parse_args(argv)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
+from common.arguments import Parser
 from common.errors import UserError, run_script
 from preprocessing.classes import read_classes
-from preprocessing.options import add_base_options, add_device_option, new_parser
+from preprocessing.options import add_base_options, add_device_option
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     formats = "file of class names, in one of the formats above"
     add("--class-names", type=Path, required=True, help=formats)

@@ -22,15 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
+from common.arguments import Parser, positive
 from common.errors import run_script
-from preprocessing.options import add_device_option, new_parser, positive
+from preprocessing.options import add_device_option
 
 SHEET_IMAGES = 8
 PSNR_FLOOR = 12  # dB between decoded latent and image; an assumed limit, far below what a working VAE reaches
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="the images: CSV of script 1")
     add("--latents", type=Path, required=True, help="folder of script 2")

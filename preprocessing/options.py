@@ -4,13 +4,10 @@ import argparse
 import os
 from pathlib import Path
 
+from common.arguments import GRID, SIDE, between, positive
 from common.base_model import BASE
 from common.errors import UserError
-
-
-def new_parser(doc: str) -> argparse.ArgumentParser:
-    """Return a parser whose `--help` begins with the docstring of the script."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+from common.files import expand_home
 
 
 def choice(*names: str) -> dict:
@@ -23,11 +20,11 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="images to encode: CSV of script 1")
     add("--out", type=Path, required=True, help="folder of this field; the same command resumes")
-    add("--batch-size", type=positive, default=64, help="images per forward (default 64)")
+    add("--batch-size", type=between(1, 65_536), default=64, help="images per forward (default 64)")
     workers = (
         "processes that decode images (default: one for each core, 8 at most; here %(default)s; 0 = none)"
     )
-    add("--workers", type=not_negative, default=decoding_workers(), help=workers)
+    add("--workers", type=between(0, 1024), default=decoding_workers(), help=workers)
     precision = "of the encoder: auto (default) = bf16 on a GPU that has it, fp32 elsewhere"
     add("--precision", **choice("auto", "bf16", "fp32"), help=precision)
     shard = (
@@ -35,7 +32,11 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
         "same --out; torchrun and accelerate launch set it by themselves"
     )
     add("--shard", type=part, metavar="I/N", help=shard)
-    add("--shard-size", type=positive, help="images in one file (default 10000, or what the folder has)")
+    add(
+        "--shard-size",
+        type=positive,
+        help="images in one file (default 10000, or what the folder has)",
+    )
     add_device_option(parser)
 
 
@@ -64,7 +65,7 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--image-size",
-        type=positive,
+        type=between(1, SIDE),
         help="side of the square in pixels (default: what the base model was made for)",
     )
     posterior = (
@@ -84,12 +85,12 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
         "DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "
         "facebookresearch/dinov2 (default %(default)s)"
     )
-    add("--teacher", default="facebook/dinov2-large", help=teacher)
+    add("--teacher", type=expand_home, default="facebook/dinov2-large", help=teacher)
     add("--teacher-revision", help="hub revision (commit) of the teacher")
     grid = "tokens per side (default 14: 196 px; 16: 224 px; 37: 518 px)"
-    size.add_argument("--grid", type=positive, default=14, help=grid)
+    size.add_argument("--grid", type=between(1, GRID), default=14, help=grid)
     pixels = {"dest": "teacher_image_size", "help": "the same in pixels, a multiple of the patch"}
-    size.add_argument(f"--{prefix}image-size", type=positive, **pixels)
+    size.add_argument(f"--{prefix}image-size", type=between(1, SIDE), **pixels)
     view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%"
     add("--view", **choice("aligned", "official"), help=view)
     stored = "stored as (default float16; int8 = half the size, an fp16 scale for every 64 channels)"
@@ -100,26 +101,12 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the base model, of which each script loads only a part."""
     base = "base model: hub id or local diffusers folder (default %(default)s)"
-    parser.add_argument("--base", default=BASE, help=base)
+    parser.add_argument("--base", type=expand_home, default=BASE, help=base)
     parser.add_argument("--revision", help="hub revision (commit) of the base model")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default) = cuda when present, else cpu")
-
-
-def not_negative(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, not {value}")
-    return value
-
-
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def part(text: str) -> tuple[int, int]:

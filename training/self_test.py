@@ -135,7 +135,7 @@ def check_coefficient(parts: Parts) -> None:
     if align.similarity_threshold is not None:
         also += f"; 0 at similarity {align.similarity_threshold:g}, {align.threshold_mode}"
     say("λ", f"{align.schedule}: {values}{also}")
-    if not any(schedule(step) > 0 for step in range(steps)):
+    if not any(schedule(step) > 0 for step in range(min(steps, align.cutoff_step or steps))):
         fail(
             "λ is 0 at every step: check align.cutoff_step and align.warmup_steps, or set align.coeff=0 for a baseline"
         )

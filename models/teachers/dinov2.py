@@ -47,7 +47,7 @@ class DINOv2Encoder(nn.Module):
 
         Raises `UserError` for anything else. A hub id looks like `facebook/dinov2-large`.
         """
-        file, what = Path(name).expanduser(), f"teacher {name}"
+        file, what = Path(name), f"teacher {name}"
         if file.is_file():
             if revision is not None:
                 raise UserError(f"{what} is a file and has no revision: leave out the revision")

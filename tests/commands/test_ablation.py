@@ -167,7 +167,7 @@ def test_a_set_is_trained_measured_and_tabulated_and_the_second_call_repeats_not
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere.yaml"], "cannot read config nowhere.yaml"),
+        (["nowhere.yaml"], "cannot read nowhere.yaml"),
         (["--reference", "nobody"], "--reference nobody is none of the arms"),
         (["--set", "align.coef=1"], "did you mean 'align.coeff'"),
     ],

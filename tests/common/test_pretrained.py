@@ -54,12 +54,6 @@ def test_what_is_no_folder_and_no_hub_id_is_said_without_asking_a_hub(name):
     assert local_folder("owner/name") is None
 
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "model").mkdir()
-    assert local_folder("~/model") == tmp_path / "model"
-
-
 def test_a_hub_is_not_asked_for_what_is_in_the_local_cache(cached):
     vae, _, asked = cached
     for name, value in load("owner/vae").state_dict().items():

@@ -1,13 +1,17 @@
+import re
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import yaml
 
 from common.errors import UserError
-from configs.evaluation import Eval
-from configs.loading import knobs, knobs_help, load_config, parse_config, resolved_yaml
+from configs.dialect import parse_yaml
+from configs.evaluation import FEWEST_MEASURED, Eval
+from configs.loading import knobs, knobs_help, load_config, parse_config, read_yaml, resolved_yaml
 from configs.schema import Config
+from metrics.quality import precision_recall
 from models.pipeline_parts import SAMPLERS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,7 +80,7 @@ def test_overrides_win_over_the_file_and_zero_is_a_value():
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot read config"):
+    with pytest.raises(UserError, match=r"cannot read .*no\.yaml"):
         load_config(tmp_path / "no.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1,\nb")
     with pytest.raises(UserError, match=r"^[^\n]*not valid YAML[^\n]*$"):
@@ -165,3 +169,95 @@ def test_several_files_are_laid_over_one_another(tmp_path):
     (tmp_path / "two.yaml").write_text("align: {coeff: 0.2}\n")
     config = load_config([CONFIGS / "A.yaml", tmp_path / "one.yaml", tmp_path / "two.yaml"], ["seed=3"])
     assert (config.align.coeff, config.align.manifold_coeff, config.seed) == (0.2, 3.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("align.coeff=true", "align.coeff = True: Input should be a valid number"),
+        ("align.coeff='0.5'", "align.coeff = '0.5': Input should be a valid number"),
+        ("align.coeff=yes", "align.coeff = 'yes'"),
+        ("train.steps=6.0", "train.steps = 6.0: Input should be a valid integer"),
+        ("train.steps=1:30", "train.steps = '1:30'"),
+        ("train.compile=true", "train.compile = True"),
+        ("model.gradient_checkpointing=1", "model.gradient_checkpointing = 1: Input should be a valid boolean"),
+        ("run=7", "run = 7: a name was expected: write a number in quotes"),
+        ("model.base=1.5", "model.base = 1.5: a name was expected: write a number in quotes"),
+        ("data.csv=true", "data.csv = True: a name was expected: write a number in quotes"),
+        ("eval.reference=[a.npz,7]", "eval.reference = 7: a name was expected"),
+        ("eval.reference=7", "eval.reference = 7: a list was expected"),
+        ("train=3", "train = 3: a section was expected"),
+        ("data.csv=[a]", "data.csv = ['a']: a name was expected"),
+        ("run=''", "run = '': it is empty"),
+        ("run=~nobody_here/x", "run = '~nobody_here/x': there is no home folder for ~nobody_here/x"),
+        ("run=" + "x" * 70_000, "cannot read the value of 'run=xxx"),
+        ("run=a\udcff #2", "cannot read the value of 'run=a"),
+        ("train.device=meta", "train.device = 'meta': device 'meta' cannot be used: choose auto, cpu, cuda or cuda:N"),
+        ("train.device=cpu:7", "choose auto, cpu, cuda or cuda:N"),
+        ("optim.lr=1e30", "optim.lr = 1e+30: Input should be less than or equal to 10"),
+        ("align.coeff=1e400", "align.coeff"),
+        ("a..b=1", "unknown key 'a'"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_refused(override, message):
+    with pytest.raises(UserError, match=r"^[^\n]{,300}$") as error:
+        load_config(CONFIGS / "A.yaml", [override])
+    assert message in str(error.value)
+
+
+def test_values_of_the_right_kind_are_taken(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = [
+        "run='7'",
+        "optim.lr=1",
+        "train.steps=010",
+        "data.csv=~/a.csv",
+        "model.base=~/sd",
+        "train.device=cuda:1",
+    ]
+    config = load_config(CONFIGS / "A.yaml", [*given, "eval.reference=~/r.npz"])
+    assert (config.run, config.optim.lr, config.train.steps) == (Path("7"), 1.0, 10)
+    assert (config.data.csv, config.model.base) == (Path("/home/me/a.csv"), "/home/me/sd")
+    assert config.eval.reference == (Path("/home/me/r.npz"),)
+    assert parse_config(parse_yaml(resolved_yaml(config), "it")) == config
+
+
+NUMBERS = [key for key, field in knobs().items() if re.search(r"\b(int|float)\b", str(field.annotation))]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_limits(key):
+    for value in ("1e300", "-1e300", str(10**30), str(-(10**30))):
+        with pytest.raises(UserError, match=re.escape(key)):
+            load_config(CONFIGS / "A.yaml", [f"{key}={value}"])
+
+
+def test_an_evaluation_in_training_needs_enough_samples_for_its_metrics():
+    with pytest.raises(UserError, match=f"choose {FEWEST_MEASURED} or more"):
+        load_config(CONFIGS / "A.yaml", ["train.eval_every=2", f"eval.num_samples={FEWEST_MEASURED - 1}"])
+    load_config(CONFIGS / "A.yaml", ["train.eval_every=2", f"eval.num_samples={FEWEST_MEASURED}"])
+    few, enough = np.random.default_rng(0).normal(size=(2, FEWEST_MEASURED, 5))
+    precision_recall(few, enough)
+    with pytest.raises(ValueError, match="neighbours need more"):
+        precision_recall(few[:-1], enough)
+
+
+def test_extends_names_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "below.yaml").write_text("seed: 3\n")
+    (tmp_path / "a.yaml").write_text("extends: ~/below.yaml\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"seed": 3}
+    for extends in ("3", "[x]", "''", "true"):
+        (tmp_path / "a.yaml").write_text(f"extends: {extends}\n")
+        with pytest.raises(UserError, match=r"a\.yaml: extends = [^\n]*: give the name of a file$"):
+            read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("extends: no.yaml\n")
+    with pytest.raises(UserError, match=r"a\.yaml extends no\.yaml: cannot read [^\n]*no\.yaml"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_long_chain_of_files_is_read(tmp_path):
+    for i in range(1, 1500):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {i - 1}.yaml\n")
+    (tmp_path / "0.yaml").write_text("seed: 3\n")
+    assert read_yaml(tmp_path / "1499.yaml") == {"seed": 3}

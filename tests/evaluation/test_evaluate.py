@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -468,14 +469,15 @@ class TestWhileTraining:
         found = [[(p["step"], p["metrics"]) for p in points(run.path)] for run in (whole, resumed)]
         assert found[0] == found[1]
 
-    def test_what_cannot_be_measured_ends_no_training(self, miniature, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("error", [UserError, torch.OutOfMemoryError])
+    def test_what_cannot_be_measured_ends_no_training(self, miniature, tmp_path, monkeypatch, capsys, error):
         def fail(*_, **__):
-            raise UserError("the decoder made no picture")
+            raise error("out of memory for a picture")
 
         monkeypatch.setattr("evaluation.sample.decode_images", fail)
         run = train(miniature, tmp_path / "run", "train.eval_every=6")
         assert run.checkpoint_steps()[-1] == 6
-        assert "step 6 was not evaluated: the decoder made no picture" in capsys.readouterr().out
+        assert "step 6 was not evaluated: out of memory for a picture" in capsys.readouterr().out
 
     def test_what_an_evaluation_lacks_is_said_before_the_first_step(self, miniature, tmp_path):
         with pytest.raises(UserError, match="nowhere"):
@@ -627,7 +629,6 @@ class TestReport:
         (["report", "{root}/urepa", "-o", "x.html", "eval.cfg=2"], "it takes no settings"),
         (["reference", "nowhere", "--out", "x", "eval.bootstrap=1"], "gives no spread"),
         (["pictures", "{root}/urepa", "-o", "x.jpg"], "must end in .png"),
-        (["reference", "{root}", "--size", "0", "--out", "x"], "--size 0"),
         (["final", "{root}/urepa", "--sweep", "0.5"], "eval.cfg = 0.5"),
         (["curve", "{root}/urepa", "--baseline", "{root}/baseline"], "is none of the runs"),
         (["pictures", "{root}/urepa", "-o", "x.png", "--classes", "10"], "classes are 0 to 9"),

@@ -137,7 +137,7 @@ def rows():
     yield Case("a picture that is a FIFO in the tree", _fifo_in_tree, again, ("new.csv",), goes_on=True)
 
     for setting, says in {
-        "device=meta": "meta",
+        "device=meta": "train.device",
         "train.device=meta": "meta",
         "train.device=xla": "xla",
         "train.device=cuda": "cuda",
@@ -181,6 +181,7 @@ def rows():
         "evaluate align runs/a --num-images 2": "2",
         "evaluate align runs/a --num-images 99999": "99999",
         "evaluate pictures runs/a --classes 99 -o p.png": "99",
+        "evaluate reference data/train.csv --size 7 --out x eval.extractor=data/models/classifier": "--size",
         "evaluate reference data/train.csv --size 99999999 --out x eval.extractor=data/models/classifier": "99999999",
         "2 --csv data/train.csv --base data/models/sd15-mini --image-size 33 --workers 0 --out new": "33",
         "2 --csv data/train.csv --base data/models/sd15-mini --image-size 9999999 --workers 0 --out new": "9999999",
@@ -191,7 +192,7 @@ def rows():
         "3 --csv data/train.csv --teacher data/models/dinov2-mini --grid 0 --workers 0 --out new": "grid",
         "1 --imagenet data/ILSVRC --split train --per-class 0 --out new.csv": "per-class",
         "1 --imagenet data/ILSVRC --split train --per-class 99999 --out new.csv": "per-class",
-        "5 cache/none": "none",
+        "5 --csv data/train.csv --latents cache/none --tokens cache/tokens --text cache/text": "cache/none",
         "0 --out data/ILSVRC --quick": "ILSVRC",
     }.items():
         yield Case(command, nothing, command, (says,))

@@ -9,10 +9,9 @@ KEYS = (  # of the base model's, the teacher's and the run's sections: a value t
     ("align.coeff", "true", "align.coeff"),
     ("align.coeff", "yes", "align.coeff"),
     ("train.steps", "true", "train.steps"),
-    ("train.steps", "010", "train.steps"),
     ("train.steps", "1:30", "train.steps"),
     ("train.steps", "1_0", "train.steps"),
-    ("train.steps", "0x10", "train.steps"),
+    ("train.steps", "0b10", "train.steps"),
     ("train.steps", "6.0", "train.steps"),
     ("train.steps", "'6'", "train.steps"),
     ("train.steps", "2024-02-30", "train.steps"),
@@ -44,12 +43,12 @@ KEYS = (  # of the base model's, the teacher's and the run's sections: a value t
     ("data.csv", "7", "data.csv"),
     ("data.csv", "true", "data.csv"),
     ("data.csv", "1.5", "data.csv"),
-    ("data.csv", "2024-02-20", "data.csv"),
+    ("data.csv", "2024-02-20", "2024-02-20"),
     ("data.csv", "'a\\x00b'", "a"),
     ("model.base", "7", "model.base"),
     ("eval.extractor", "1", "eval.extractor"),
     ("eval.bootstrap", "false", "eval.bootstrap"),
-    ("data.batch_size", "0x4", "data.batch_size"),
+    ("data.batch_size", "4.0", "data.batch_size"),
     ("seed", "-1", "seed"),
     ("seed", "1e3", "seed"),
 )
@@ -112,6 +111,11 @@ def rows():
         command = f'train --config a.yaml run=runs/b "{key}={value}"'
         yield Case(f"{key}={shown}", nothing, command, (says,))
     for command, says in {
+        "train --config a.yaml run=runs/b train.steps=010": "steps 0 to 10",
+        "evaluate metrics runs/a eval.num_samples=010": "fd10",
+    }.items():
+        yield Case(f"{command} is ten", nothing, command, (says,), goes_on=True, loses=("runs/a/eval",))
+    for command, says in {
         "train --config a.yaml run=runs/b steps=3": "steps",
         "train --config a.yaml run=runs/b train.step=3": "train.steps",
         "train --config a.yaml run=runs/b train=3": "train",
@@ -121,9 +125,13 @@ def rows():
         "train --config a.yaml run=": "run",
         "train --config a.yaml run=3": "run",
         "train --config a.yaml --allow-change nothing.known": "nothing.known",
+        "train --config a.yaml --allow-change train.step": "train.steps",
         "train --config a.yaml run=~nobody_here/x": "~nobody_here",
+        "train --config ~nobody_here/a.yaml": "~nobody_here",
+        "evaluate metrics ~nobody_here/a": "~nobody_here",
+        "export runs/a --out ~nobody_here/x": "~nobody_here",
+        "3 --csv data/train.csv --teacher ~nobody_here/x --out new": "~nobody_here",
         "evaluate metrics runs/a eval.cfg=true": "eval.cfg",
-        "evaluate metrics runs/a eval.num_samples=010": "eval.num_samples",
         "evaluate metrics runs/a train.steps=3": "train.steps",
         "evaluate metrics runs/a eval.nothing=3": "eval.nothing",
         "evaluate metrics runs/none": "runs/none",

@@ -16,8 +16,6 @@ from house import build
 
 TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_limits)
 CASES = [case for table in TABLES for case in table.rows()]
-# Rows whose promise is not kept yet, by name, a line each. Each must fail: one that is kept leaves this file.
-OPEN = (Path(__file__).parent / "open_rows.txt").read_text(encoding="utf-8").splitlines()
 QUICK = [case for number, case in enumerate(CASES) if number % 3 == 0 or case.check is not None]
 
 
@@ -26,12 +24,10 @@ def house(tmp_path_factory):
     return build(tmp_path_factory.mktemp("house"))
 
 
-def marks(case) -> list:
-    thorough = [] if case in QUICK else [pytest.mark.thorough]
-    return thorough + ([pytest.mark.xfail(strict=True, raises=AssertionError)] if case.name in OPEN else [])
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case in QUICK else pytest.mark.thorough) for case in CASES],
+)
 def test_the_promise_is_kept(case, house, tmp_path):
     check(case, copy_house(house, tmp_path / "house"))
 
@@ -39,4 +35,3 @@ def test_the_promise_is_kept(case, house, tmp_path):
 def test_there_are_many_cases_and_each_has_its_own_name():
     assert len({case.name for case in CASES}) == len(CASES)
     assert len(QUICK) >= 200
-    assert set(OPEN) <= {case.name for case in CASES}

@@ -293,7 +293,16 @@ def test_a_class_that_is_the_null_prompt(self_test, miniature, tmp_path):
 
 def test_a_coefficient_that_never_acts(self_test):
     with pytest.raises(UserError, match="λ is 0 at every step"):
-        self_test("align.cutoff_step=1", "align.warmup_steps=1")
+        self_test("align.cutoff_step=1", "align.warmup_steps=1", "train.steps=1000000000")
+
+
+def test_a_lack_of_memory(self_test, monkeypatch):
+    def lack(*_):
+        torch.empty(2**50)
+
+    monkeypatch.setattr(self_test_module, "check_gradients", lack)
+    with pytest.raises(UserError, match=r"^out of memory: lower data\.batch_size"):
+        self_test()
 
 
 @pytest.mark.parametrize("coeff", [0, 0.8])
