@@ -249,7 +249,12 @@ def test_an_evaluation_in_training_needs_enough_samples_for_its_metrics():
 
 def test_a_section_is_no_setting_to_change():
     check_key("train.steps")
-    for key, message in (("train", "such as train.steps"), ("train.step", "did you mean 'train.steps'"), ("x", "unknown key 'x'")):
+    wrong = {
+        "train": "such as train.steps",
+        "train.step": "did you mean 'train.steps'",
+        "x": "unknown key 'x'",
+    }
+    for key, message in wrong.items():
         with pytest.raises(UserError, match=message):
             check_key(key)
 
