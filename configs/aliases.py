@@ -52,7 +52,7 @@ def own_name(key: str, value: Any) -> str:
 
 def hub_id(name: Any) -> str:
     """`dinov2_vitl14_reg` and the like as a Hugging Face id; other names as they are."""
-    word = str(name)
+    word = f"{name!s:.80}"
     if not word.startswith("dinov2_vit") or word[10:11] not in SIZES:
         return word
     return f"facebook/dinov2-{'with-registers-' if '_reg' in word else ''}{SIZES[word[10]]}"

@@ -86,7 +86,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):
-                raise UserError(f"'{override}': {section} is a value, not a section")
+                raise UserError(f"'{override:.80}': {section} is a value, not a section")
         node[name] = value
         given.add(key)
     return _checked(data, given, where)
@@ -96,7 +96,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     """The dotted key, under the name that it has here, and the value of a `key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"'{override}' is not of the form key=value, for instance align.coeff=0")
+        raise UserError(f"'{override:.80}' is not of the form key=value, for instance align.coeff=0")
     try:
         value = check_writable(text) if " #" in text else parse_yaml(text, "it")  # a path, not a comment
     except (UserError, ValueError) as error:
@@ -118,6 +118,9 @@ def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def check_key(key: str) -> None:
     """Raise `UserError` for the dotted key of no setting."""
+    if key in Config.model_fields and key not in knobs():
+        one = next(name for name in knobs() if name.startswith(f"{key}."))
+        raise UserError(f"{key} is a section: name one of its settings, such as {one}")
     if key not in knobs():
         raise UserError(_unknown_key(key))
 
@@ -204,7 +207,9 @@ def _unknown_key(key: str) -> str:
     near = [SUGGESTED[last]] if last in SUGGESTED else difflib.get_close_matches(key, known, n=1)
     if not near:  # the right name in the wrong section
         near = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all keys")
+    return f"unknown key '{key:.80}'" + (
+        f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
+    )
 
 
 def _first_problem(error: ValidationError, prefix: str = "") -> str:
@@ -214,6 +219,8 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
     key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"{key} = {problem['input']!r:.80}: it needs more values"
     if problem["type"] == "missing" and key in knobs():
         return f"'{key}' is missing ({knobs()[key].description})"
     if problem["type"] == "missing":

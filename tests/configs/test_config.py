@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError
 from configs.dialect import parse_yaml
 from configs.evaluation import FEWEST_MEASURED, Eval
-from configs.loading import knobs, knobs_help, load_config, parse_config, read_yaml, resolved_yaml
+from configs.loading import check_key, knobs, knobs_help, load_config, parse_config, read_yaml, resolved_yaml
 from configs.schema import Config
 from metrics.quality import precision_recall
 from models.pipeline_parts import SAMPLERS
@@ -186,6 +186,7 @@ def test_several_files_are_laid_over_one_another(tmp_path):
         ("data.csv=true", "data.csv = True: a name was expected: write a number in quotes"),
         ("eval.reference=[a.npz,7]", "eval.reference = 7: a name was expected"),
         ("eval.reference=7", "eval.reference = 7: a list was expected"),
+        ("optim.betas=[0.9]", "optim.betas = (0.9,): it needs more values"),
         ("train=3", "train = 3: a section was expected"),
         ("data.csv=[a]", "data.csv = ['a']: a name was expected"),
         ("run=''", "run = '': it is empty"),
@@ -197,6 +198,10 @@ def test_several_files_are_laid_over_one_another(tmp_path):
         ("optim.lr=1e30", "optim.lr = 1e+30: Input should be less than or equal to 10"),
         ("align.coeff=1e400", "align.coeff"),
         ("a..b=1", "unknown key 'a'"),
+        ("x" * 5000 + "=1", "unknown key 'xxx"),
+        ("x" * 5000, "is not of the form key=value"),
+        ("run.a=" + "x" * 5000, "run is a value, not a section"),
+        (f"urepa_model=[{'x, ' * 5000}]", "urepa_model has no direct equal"),
     ],
 )  # fmt: skip
 def test_a_value_of_another_kind_is_refused(override, message):
@@ -240,6 +245,18 @@ def test_an_evaluation_in_training_needs_enough_samples_for_its_metrics():
     precision_recall(few, enough)
     with pytest.raises(ValueError, match="neighbours need more"):
         precision_recall(few[:-1], enough)
+
+
+def test_a_section_is_no_setting_to_change():
+    check_key("train.steps")
+    wrong = {
+        "train": "such as train.steps",
+        "train.step": "did you mean 'train.steps'",
+        "x": "unknown key 'x'",
+    }
+    for key, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            check_key(key)
 
 
 def test_extends_names_a_file(tmp_path, monkeypatch):
