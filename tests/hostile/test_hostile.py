@@ -3,7 +3,6 @@
 `make test` tries every third row, and `make test-full` all of them.
 """
 
-
 import pytest
 import rows_cache
 import rows_limits
