@@ -6,7 +6,7 @@ demo: .venv/installed          ## the whole pipeline on the embedded miniature, 
 	.venv/bin/python demo.py
 
 test: .venv/installed          ## every property, on CPU, in minutes
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal
 
 test-full: .venv/installed     ## the full-size U-Net takes a training step on CPU, and all hostile input is tried (16 GB)
 	.venv/bin/python -m pytest -m "full_size or thorough"

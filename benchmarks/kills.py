@@ -5,8 +5,10 @@
 Kills are SIGKILL, which no process can prepare for, at moments spread from the imports to beyond the next checkpoints.
 """
 
+import importlib
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,10 +35,13 @@ def main() -> None:
             "train.log_every=7", "train.checkpoint_every=20", "train.preview_every=0", "align.warmup_steps=30",
             "align.similarity_threshold=0.9", "optim.accumulate=2",
         ]  # fmt: skip
-        train = [sys.executable, "train_sd15.py", "--config", "configs/A.yaml", *settings]
+        train = ["--config", "configs/A.yaml", *settings]
         whole, killed = (folder / name for name in ("whole", "killed"))
-        subprocess.run([*train, f"run={whole}"], cwd=ROOT, check=True)
-        steps = list(kill_again_and_again([*train, f"run={killed}"], killed, args.kills, args.seed))
+        spawn = multiprocessing.get_context(
+            "spawn"
+        )  # each process imports anew, and may be killed while it does
+        finish(spawn, [*train, f"run={whole}"])
+        steps = list(kill_again_and_again(spawn, [*train, f"run={killed}"], killed, args.kills, args.seed))
         rows = differences(RunFolder(killed), RunFolder(whole))
     rows.append({"what": "kills", "entries": len(steps)})
     print("killed with the newest checkpoint at step", *steps)
@@ -44,24 +49,47 @@ def main() -> None:
     publish(args, rows, [target("entries that differ", float(differing), at_most=0)], killed_at=steps)
 
 
-def kill_again_and_again(command: Sequence[str], run: Path, kills: int, seed: int) -> Iterator[int]:
-    """Start the command, kill it at a random moment, and so on; then let it end. Gives the newest checkpoint at each kill."""
+def kill_again_and_again(context, argv: Sequence[str], run: Path, kills: int, seed: int) -> Iterator[int]:
+    """Start a training, kill it at a random moment, and so on; then let it end. Gives the newest checkpoint at each kill.
+
+    `context` of multiprocessing says how its process starts.
+    """
     moments = random.Random(seed)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for _ in range(kills):
         before = newest(run)
-        process = subprocess.Popen(command, cwd=ROOT, **quiet)
-        started = time.monotonic()
+        process, started = start(context, argv), time.monotonic()
         if moments.random() < 0.35:  # while it imports, reads, or tests itself
             time.sleep(moments.uniform(0, 6))
         else:  # after it has gone on
-            while newest(run) == before and process.poll() is None:
+            while newest(run) == before and process.is_alive():
                 time.sleep(0.02)
             time.sleep(moments.uniform(0, 0.3 * (time.monotonic() - started)))
         process.kill()
-        process.wait()
+        process.join()
         yield newest(run)
-    subprocess.run(command, cwd=ROOT, check=True, **quiet)
+    finish(context, argv)
+
+
+def start(context, argv: Sequence[str]):
+    """A process of its own that trains."""
+    process = context.Process(target=_train_quietly, args=(argv,))
+    process.start()
+    return process
+
+
+def finish(context, argv: Sequence[str]) -> None:
+    """Train to the end, in a process of its own; raises where that fails."""
+    process = start(context, argv)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"train.py {' '.join(argv)} failed: run it by hand to see why")
+
+
+def _train_quietly(argv: Sequence[str]) -> None:
+    os.chdir(ROOT)
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    importlib.import_module("train").main(argv)
 
 
 def newest(run: Path) -> int:

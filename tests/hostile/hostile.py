@@ -6,7 +6,6 @@ every file that was there still there with the same bytes.
 
 import hashlib
 import importlib
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -16,17 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fork_server import SCRIPTS, fork_server
+
 PATIENCE = 5.0  # seconds on an idle machine, within which a command must have said what is wrong
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {
-    "0": "preprocessing.0_make_demo",
-    "1": "preprocessing.1_sample_imagenet_subset",
-    "2": "preprocessing.2_encode_vae_latents",
-    "3": "preprocessing.3_build_dino_cache",
-    "4": "preprocessing.4_prepare_clip_embeddings",
-    "5": "preprocessing.5_verify_cache",
-}
-COMMANDS = ("train", "evaluate", "export", "ablate", "demo")
 # What a refused command may write: locks, and nothing else.
 LOCKS = (".lock",)
 LARGE = 2**18  # bytes
@@ -65,11 +57,7 @@ class Outcome:
 def run(command: str, folder: Path, patience: float = PATIENCE) -> Outcome:
     """Run a command in `folder`, in a process forked after the imports; `patience` grows with the load of the machine."""
     patience *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    # The server of forks imports by the environment's path alone (CPython 3.11).
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["hostile_imports"])
-    process = server.Process(target=_child, args=(shlex.split(command), str(folder)))
+    process = fork_server().Process(target=_child, args=(shlex.split(command), str(folder)))
     process.start()
     process.join(patience)
     hung = process.is_alive()

@@ -455,7 +455,13 @@ def result_of(models=("run", "base"), value=0.5):
         for tap in ("mid", "dec_first")
         for t in (50, 250)
     ]
-    return {"taps": ["mid", "dec_first"], "main_tap": "mid", "timesteps": [50, 250], "rows": rows}
+    return {
+        "taps": ["mid", "dec_first"],
+        "main_tap": "mid",
+        "timesteps": [50, 250],
+        "num_timesteps": 1000,
+        "rows": rows,
+    }
 
 
 def test_rows_are_found_by_what_they_are_and_missing_ones_are_none():

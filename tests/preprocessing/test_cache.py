@@ -1,7 +1,6 @@
 """Scripts 2, 3 and 5 on real files: what ends up in the cache, resume after kills, several processes, growth, verification."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image_tree, run_numbered, sample
+from fork_server import fork_server
 from PIL import Image
 
 from cache.image_list import read_samples
@@ -365,23 +365,11 @@ class TestErrors:
 class TestInterruption:
     """A fork server starts each process with the libraries imported, so that kills fall into the work and not before it."""
 
-    @pytest.fixture(scope="class")
-    def server(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "preprocessing.encoders",
-                "diffusers.models.autoencoders.autoencoder_kl",
-                "transformers.models.dinov2.modeling_dinov2",
-            ]
-        )
-        return context
-
     @pytest.mark.parametrize(
         "scenario", ["script 2", "script 3", "fused", "two processes", "decoding workers"]
     )
-    def test_kills_at_random_moments_lose_nothing(self, miniature, undisturbed, tmp_path, server, scenario):
-        chance, kills, rounds, alone = random.Random(scenario), 0, 0, []
+    def test_kills_at_random_moments_lose_nothing(self, miniature, undisturbed, tmp_path, scenario):
+        server, chance, kills, rounds, alone = fork_server(), random.Random(scenario), 0, 0, []
         while kills < KILLS:
             assert rounds < 10 + KILLS
             root, rounds, finished = tmp_path / str(rounds), rounds + 1, False

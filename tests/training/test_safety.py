@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import demo_overrides
+from fork_server import fork_server
 from small_runs import CONFIG, FILES, assert_same_run, equal, stop_after, stopped_at, tensors, train
 
 import export
@@ -328,8 +328,8 @@ def test_a_run_killed_at_random_moments_equals_the_undisturbed_one(miniature, tm
     knobs = ["train.steps=60", "train.checkpoint_every=5", "train.log_every=3"]
     whole = train(miniature, tmp_path / "whole", *knobs)
     overrides = demo_overrides(miniature, tmp_path / "run", *knobs)
-    command = [sys.executable, "train_sd15.py", "--config", str(CONFIG), *overrides]
-    steps = list(kill_again_and_again(command, tmp_path / "run", kills=3, seed=0))
+    argv = ["--config", str(CONFIG), *overrides]
+    steps = list(kill_again_and_again(fork_server(), argv, tmp_path / "run", kills=3, seed=0))
     assert steps == sorted(steps)
     run = RunFolder(tmp_path / "run")
     assert_same_run(run, whole, 60)
