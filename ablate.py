@@ -26,8 +26,7 @@ from configs.schema import Config
 from metrics.extractors import load_extractors
 from metrics.similarity_rows import NUM_IMAGES, value_of
 from report.ablation import markdown, plot_arms, summarise
-from report.curves import headline, kind_of, points_file, protocols
-from report.material import read_alignment
+from report.records import headline, kind_of, points_file, protocols, read_alignment
 from training.parts import family_for
 from training.run_folder import flat_settings, this_command
 

@@ -36,7 +36,8 @@ from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
 from metrics.embedding import check_installed
 from metrics.npz_images import write_npz_images
-from report.curves import draw_curves, format_speedup, points_under
+from report.curves import draw_curves, format_speedup
+from report.records import points_under
 from training.ranks import Ranks, run_ranks
 from training.run_folder import this_command
 

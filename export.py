@@ -30,7 +30,7 @@ from common.reading import RECORD, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
-from report.curves import points_file
+from report.records import points_file
 from training.checkpoint import EMA, TRAINED, Fingerprint, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
 from training.parts import build_model, family_for

@@ -51,9 +51,9 @@ class Eval(Section):
         16, "images in a forward while sampling; on a CPU, where that gains nothing, always 16", ge=1, le=4096
     )
     precision: Literal["auto", "bf16", "fp32"] = knob(
-        "auto", "of the U-Net while sampling; auto = bf16 on a GPU that has it, else fp32"
+        "auto", "of the network while sampling; auto = bf16 on a GPU that has it, else fp32"
     )
-    compile: bool = knob(False, "torch.compile the U-Net before sampling; pays above some 1,000 images")
+    compile: bool = knob(False, "torch.compile the network before sampling; pays above some 1,000 images")
     keep_images: bool = knob(
         True, "false = of images that were measured only the first 100 stay (10k PNGs of 512 px: 4 GB)"
     )

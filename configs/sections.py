@@ -71,14 +71,15 @@ class Model(Section):
         "trained.safetensors",
     )
     train: Literal["lora", "partial", "full"] = knob(
-        "lora", "lora; partial = all weights of down_blocks.3, mid_block, up_blocks.0; full = all weights"
+        "lora",
+        "lora; partial = all weights of the blocks around the taps, as the family names them; full = all weights",
     )
     lora_rank: int = knob(32, "rank of the LoRA matrices", ge=1, le=4096)
     lora_alpha: Above0 = knob(32, "LoRA scale is lora_alpha / lora_rank")
     lora_targets: str = knob(
         "attention+conv",
-        "what LoRA wraps, by the names of the family. Stable Diffusion 1.5: attention+conv or attention, in "
-        "down_blocks.3, mid_block, up_blocks.0, of which only mid_block holds attention",
+        "what LoRA wraps, by the names of the family. Stable Diffusion 1.5: attention+conv or attention, in the blocks of "
+        "`partial`, of which only the mid-block holds attention",
     )
     gradient_checkpointing: bool = knob(False, "recompute activations in backward to save memory")
 
@@ -111,7 +112,7 @@ class Data(Section):
     tokens: FilePath | None = knob(
         None, "folder of cached teacher tokens (script 3); not used by teacher.source=online"
     )
-    text: FilePath = knob(..., "folder of cached CLIP embeddings (script 4)")
+    text: FilePath = knob(..., "folder of cached text embeddings (script 4)")
     batch_size: int = knob(
         48, "images per forward; a step takes optim.accumulate of them on each process", ge=1, le=65_536
     )
@@ -209,7 +210,7 @@ class Optim(Section):
     name: Literal["adamw", "adamw8bit"] = knob(
         "adamw", "adamw = AdamW, fused; adamw8bit = its moments in 8 bits, by torchao (pip install torchao)"
     )
-    lr: Rate = knob(2e-4, "learning rate of the U-Net's trained weights (plan: LoRA 2e-4, full 1e-4)")
+    lr: Rate = knob(2e-4, "learning rate of the network's trained weights (plan: LoRA 2e-4, full 1e-4)")
     head_lr: Rate | None = knob(None, "learning rate of the alignment heads; null = the same")
     betas: Annotated[tuple[Decay, Decay], AsTuple] = knob((0.9, 0.999), "AdamW betas")
     eps: Above0 = knob(1e-8, "AdamW epsilon")
@@ -233,10 +234,10 @@ class Train(Section):
     )
     compile: Literal["auto", "none", "default", "max-autotune"] = knob(
         "auto",
-        "torch.compile of the U-Net; auto = default on a GPU, none elsewhere. The first step takes minutes",
+        "torch.compile of the network; auto = default on a GPU, none elsewhere. The first step takes minutes",
     )
     channels_last: bool | None = knob(
-        None, "memory layout of the U-Net; null = channels last on a GPU in bf16"
+        None, "memory layout of the network; null = channels last on a GPU in bf16"
     )
     device: Annotated[str, AfterValidator(_said(check_device_name))] = knob(
         "auto", "auto = cuda when present, else cpu; cpu, cuda, or cuda:N"
@@ -252,7 +253,7 @@ class Train(Section):
     preview_images: int = knob(16, "images of a preview", ge=1, le=1024)
     eval_every: Count = knob(
         0,
-        "steps between evaluations of the moving average by the settings of eval, as `evaluate_sd15.py curve` "
+        "steps between evaluations of the moving average by the settings of eval, as `evaluate.py curve` "
         "makes them; 0 = none (plan: 5000; one of 10k images costs about an A100-hour)",
     )
     wandb: str | None = knob(None, "Weights & Biases project to log to as well (pip install wandb)")

@@ -13,7 +13,7 @@ from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
-from report.curves import Point, format_value, points_file
+from report.records import Point, format_value, points_file
 from training.metric_log import MetricLog
 from training.parts import Parts
 from training.ranks import Ranks

@@ -14,17 +14,9 @@ from evaluation.points import points_of
 from evaluation.sample import evenly_spread, labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
-from report.curves import draw_curves, points_under, protocols
-from report.material import (
-    MADE_BY,
-    Material,
-    Pictures,
-    RunFacts,
-    describe_protocol,
-    last_points,
-    points_at,
-    read_alignment,
-)
+from report.curves import draw_curves
+from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, last_points, points_at
+from report.records import points_under, protocols, read_alignment
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
 

@@ -6,12 +6,9 @@ from pathlib import Path
 from textwrap import TextWrapper
 
 import numpy as np
-from pydantic import with_config
-from typing_extensions import TypedDict
 
-from common.reading import RECORD, read_record
 from common.stages import StageEntry
-from report.curves import Point, points_under
+from report.records import Alignment, Point, points_under
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
 WEIGHTS = {"ema": "EMA", "raw": "raw"}
@@ -27,48 +24,6 @@ class Pictures:
     caption: str
 
 
-@with_config(RECORD)
-class AlignmentRow(TypedDict):
-    """The metrics {name: {value, null, …}} of one model's features at one tap and timestep, before or after the head."""
-
-    model: str
-    tap: str
-    timestep: int
-    features: str
-    metrics: dict[str, dict[str, float | int | None]]
-
-
-@with_config(RECORD)
-class Alignment(TypedDict):
-    """align.json, which `measure_alignment` makes."""
-
-    step: int
-    command: str
-    num_images: int
-    num_available: int
-    images_sha256: str
-    teacher_sha256: str
-    n_fit: int
-    n_test: int
-    seed: int
-    noise: str
-    timesteps: list[int]
-    num_timesteps: int  # of the noise schedule
-    taps: list[str]
-    main_tap: str
-    tap_grids: dict[str, list[int]]
-    teacher_grid: list[int]
-    prompt: str
-    weights: str
-    cca_k: int
-    cknna_k: int
-    spatial_distances: dict[str, dict[str, int | float | None]]
-    heldout_loss_diff: float | None
-    heldout_loss_diff_base: float | None
-    rows: list[AlignmentRow]
-    teacher: dict[str, dict[str, dict[str, float | int | None]]]  # its own metrics at each tap's grid
-
-
 @dataclass(frozen=True)
 class RunFacts:
     """The records of one run."""
@@ -81,11 +36,6 @@ class RunFacts:
     points: Sequence[Point]  # the lines of points.jsonl
     alignment: Alignment | None  # contents of align.json; None where `align` was not run
     figures: Sequence[Path]  # beside that file
-
-
-def read_alignment(folder: Path) -> Alignment:
-    """What `align` left in RUN/eval; raises `UserError` where it is damaged."""
-    return read_record(folder / "align.json", Alignment, f"run `align {folder.parent}` again")
 
 
 @dataclass(frozen=True)

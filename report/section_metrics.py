@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from common.plain_text import code
-from report.curves import format_value, headline, kind_of, lower_is_better, protocols
 from report.material import MADE_BY, Material, RunFacts, describe_protocol, fold_commands, last_points
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_sweep
+from report.records import format_value, headline, kind_of, lower_is_better, protocols
 
 GUIDANCE = ("cfg", "guidance_interval", "guidance_space")  # the settings that differ within a sweep
 ERRORS = {

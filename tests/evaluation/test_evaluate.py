@@ -30,7 +30,7 @@ from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
 from models.pipeline_parts import files_digest
-from report.curves import points_file
+from report.records import points_file
 
 
 def evaluate(*arguments) -> None:

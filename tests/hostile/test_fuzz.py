@@ -23,8 +23,7 @@ from configs.loading import load_config
 from evaluation.sample import SamplesManifest
 from export import read_made_from
 from miniature.make import Quality
-from report.curves import points_file
-from report.material import read_alignment
+from report.records import points_file, read_alignment
 from training.checkpoint import state_of
 from training.run_folder import RunFolder
 

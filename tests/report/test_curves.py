@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from report.curves import (
-    headline,
-    kind_of,
-    lower_is_better,
-    points_file,
-    points_under,
-    protocols,
-    series_of,
-    speedup,
-    steps_to_reach,
-)
+from report.curves import series_of, speedup, steps_to_reach
+from report.records import headline, kind_of, lower_is_better, points_file, points_under, protocols
 
 
 def test_steps_to_reach_a_value_lie_where_the_line_between_two_checkpoints_crosses_it():

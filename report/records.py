@@ -1,0 +1,145 @@
+"""The records that an evaluation leaves and the page reads: points.jsonl (one JSON line a point), and align.json."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+from common.reading import RECORD, JsonLines, read_record
+
+DISTANCES = ("fid", "sfid", "fd", "kid")
+
+
+@with_config(RECORD)
+class Metric(TypedDict):
+    """One metric's value, with its standard error and how that was found."""
+
+    value: float
+    error: float | None
+    error_kind: str | None
+    notes: list[str]
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class Protocol(TypedDict):
+    """The settings that two points must share to be compared: these, which the page tells, and others."""
+
+    sampler: str
+    steps: int
+    eta: float | None
+    cfg: float
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    guidance_space: str | None
+    dtype: str
+    labels: str
+    classes: int
+    seed: int
+    weights: str
+    num_samples: int
+    judges: dict[str, dict[str, dict[str, Any]]]
+
+
+@with_config(RECORD)
+class Point(TypedDict):
+    """The metrics of one checkpoint under one protocol: a line of points.jsonl."""
+
+    target: str
+    step: int
+    images_seen: int
+    model: dict[str, Any]
+    protocol: Protocol
+    metrics: dict[str, Metric]
+    distance_of_halves: dict[str, float | None]
+    samples: str
+    command: str
+    date: str
+    seconds: dict[str, float]
+    kind: str
+
+
+def points_file(file: Path) -> JsonLines[Point]:
+    """A run's points.jsonl, which several commands may write at once."""
+    return JsonLines(file, Point, allow_nan=False)
+
+
+def points_under(points: Sequence[Mapping], protocol: Mapping, kinds: Sequence[str]) -> list[Mapping]:
+    """Those of a run's points that were made for these purposes under a protocol, by step; the last of each step."""
+    found = {p["step"]: p for p in points if p["protocol"] == protocol and p["kind"] in kinds}
+    return [found[step] for step in sorted(found)]
+
+
+def protocols(points: Sequence[Mapping]) -> list[Mapping]:
+    """The protocols of points, each once, in the order in which they appear."""
+    found = [point["protocol"] for point in points]
+    return [protocol for i, protocol in enumerate(found) if protocol not in found[:i]]
+
+
+def kind_of(metric: str) -> str:
+    """What a metric's name measures: "fid" of adm_fid10k."""
+    return re.sub(r"\d+k?$", "", metric.split("_", 1)[1])
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a distance."""
+    return kind_of(metric) in DISTANCES
+
+
+def format_value(found: Mapping) -> str:
+    """A metric's value, and its error where it has one."""
+    error = "" if found["error"] is None else f" ± {found['error']:.2g}"
+    return f"{found['value']:.4g}{error}"
+
+
+def headline(metrics: Sequence[str]) -> str:
+    """Of a point's metrics the Fréchet distance that is named first."""
+    return next(name for name in metrics if kind_of(name) in ("fid", "fd"))
+
+
+@with_config(RECORD)
+class AlignmentRow(TypedDict):
+    """The metrics {name: {value, null, …}} of one model's features at one tap and timestep, before or after the head."""
+
+    model: str
+    tap: str
+    timestep: int
+    features: str
+    metrics: dict[str, dict[str, float | int | None]]
+
+
+@with_config(RECORD)
+class Alignment(TypedDict):
+    """align.json, which `measure_alignment` makes."""
+
+    step: int
+    command: str
+    num_images: int
+    num_available: int
+    images_sha256: str
+    teacher_sha256: str
+    n_fit: int
+    n_test: int
+    seed: int
+    noise: str
+    timesteps: list[int]
+    num_timesteps: int  # of the noise schedule
+    taps: list[str]
+    main_tap: str
+    tap_grids: dict[str, list[int]]
+    teacher_grid: list[int]
+    prompt: str
+    weights: str
+    cca_k: int
+    cknna_k: int
+    spatial_distances: dict[str, dict[str, int | float | None]]
+    heldout_loss_diff: float | None
+    heldout_loss_diff_base: float | None
+    rows: list[AlignmentRow]
+    teacher: dict[str, dict[str, dict[str, float | int | None]]]  # its own metrics at each tap's grid
+
+
+def read_alignment(folder: Path) -> Alignment:
+    """What `align` left in RUN/eval; raises `UserError` where it is damaged."""
+    return read_record(folder / "align.json", Alignment, f"run `align {folder.parent}` again")
