@@ -17,7 +17,7 @@ class Objective:
 
     Args:
         path: maps x_0, noise and t to x_t, target and weight.
-        align_coeff: λ. With 0 there is no alignment: no tap is active and no head is evaluated.
+        align_coeff: λ. With 0 there is no alignment: no head is evaluated.
         alignment: options of `AlignmentLoss`, such as manifold_coeff = w.
     """
 
@@ -59,10 +59,12 @@ class Objective:
         t = self.path.draw(len(x_0), x_0.device, generator)  # (B,)
 
         x_t, target, weight = self.path(x_0, noise, t)  # (B, C, h, w), the same, (B, 1, 1, 1)
-        errors = squared_error(model.predict(x_t, t, text, capture=aligned), target, weight)  # (B,)
+        # The taps listen also where λ is 0, so that a compiled network has one graph and not two.
+        errors = squared_error(model.predict(x_t, t, text, capture=True), target, weight)  # (B,)
         loss_diff = errors.mean()
         per_image = {"errors": errors.detach(), "timesteps": t}
         if not aligned:
+            model.clear_hooks()
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True)) | per_image
 

@@ -128,11 +128,12 @@ def sha256_of(*paths: Path) -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Plain fp32 without gradients: no autocast, no TF32 (cuDNN's default), all restored afterwards."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    # `allow_tf32` would leave "ieee" where "none" was, and Dynamo, which guards on it, would compile the training anew.
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        conv.fp32_precision, matmul.fp32_precision = before

@@ -106,33 +106,39 @@ def test_features_do_not_depend_on_the_batch_and_leave_no_hook():
                 extractor.features(wrong)
 
 
-@pytest.fixture
-def tf32():
-    """TF32 everywhere, as a training may have set it."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = True
-    yield cudnn, matmul
-    cudnn.allow_tf32, matmul.allow_tf32 = before
+def precisions():
+    """All of torch's flags for fp32; Dynamo guards on them."""
+    flags = torch.backends
+    places = (flags, flags.cuda.matmul, flags.cudnn, flags.cudnn.conv, flags.cudnn.rnn)
+    return [place.fp32_precision for place in places]
 
 
-def test_precision_is_full_and_given_back(tf32):
-    seen = []
+@pytest.fixture(params=["none", "tf32"])
+def matmul(request):
+    """The flags of matrix products, as torch starts or as a training may have set them."""
+    flags = torch.backends.cuda.matmul
+    before, flags.fp32_precision = flags.fp32_precision, request.param
+    yield flags
+    flags.fp32_precision = before
+
+
+def test_precision_is_full_and_every_flag_is_given_back(matmul):
+    conv = torch.backends.cudnn.conv
+    seen, before = [], precisions()
 
     class Spy(SmallInception):
         def __init__(self):
             super().__init__("small-inception", ["2048"])
-            flags = torch.backends
-            self.AvgPool.register_forward_hook(
-                lambda *_: seen.append(
-                    (flags.cudnn.allow_tf32, flags.cuda.matmul.allow_tf32, torch.is_autocast_enabled("cpu"))
-                )
-            )
+            self.AvgPool.register_forward_hook(self.note)
+
+        @staticmethod
+        def note(*_):
+            seen.append((conv.fp32_precision, matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         AdmExtractor(Spy(), "0").features(pictures(1, 0))
-    assert seen == [(False, False, False)]
-    assert all(flags.allow_tf32 for flags in tf32)
+    assert seen == [("ieee", "ieee", False)]
+    assert precisions() == before
 
 
 def test_weights_are_found_where_torch_hub_keeps_them(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ALL_TAPS, thin_model
+from conftest import ALL_TAPS, small_model, thin_model
 from torch._dynamo.utils import counters
 
 from method.alignment import token_loss
@@ -27,7 +27,9 @@ def fresh_compiler(monkeypatch):
     # Its own code generator takes minutes; what is traced is the same.
     compile_as_traced = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, mode: compile_as_traced(module, backend=BACKEND)
+        torch.nn.Module,
+        "compile",
+        lambda module, mode, dynamic: compile_as_traced(module, backend=BACKEND, dynamic=dynamic),
     )
     yield
     torch._dynamo.reset()
@@ -65,3 +67,15 @@ def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch, monkeyp
         model.clear_hooks()
     assert counters["stats"]["unique_graphs"] <= 2
     assert set(ALL_TAPS) == set(model.heads)
+
+
+def test_with_checkpointing_every_block_of_a_deep_network_is_compiled(batch, monkeypatch):
+    """SD-1.5 has two layers a block: more shapes than Dynamo takes by default."""
+    monkeypatch.setattr("test_compile.BACKEND", "eager")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = small_model(ALL_TAPS)
+    model.backbone.enable_gradient_checkpointing()
+    model.compile_backbone()
+    gradients(model, batch)
+    assert not counters["graph_break"]

@@ -1,0 +1,31 @@
+"""A compiled training has one graph, whatever happens between its steps: a second one is minutes on a GPU."""
+
+import torch
+from small_runs import train
+from torch._dynamo.utils import counters
+
+BETWEEN_STEPS = [
+    "align.warmup_steps=2",  # λ is 0 at the first step
+    "align.cutoff_step=5",  # and at the last
+    "train.preview_every=2",
+    "train.preview_images=2",
+    "train.eval_every=3",
+    "train.precision=fp32",
+]
+
+
+def test_a_training_with_warm_up_cutoff_previews_and_evaluations_has_one_graph(
+    miniature, tmp_path, monkeypatch
+):
+    compile_as_traced = torch.nn.Module.compile
+    traced = lambda module, mode, dynamic: compile_as_traced(module, backend="eager", dynamic=dynamic)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    torch._dynamo.reset()
+    counters.clear()
+    run = train(miniature, tmp_path / "run", "train.compile=default", *BETWEEN_STEPS)
+    assert (run.path / "previews").is_dir()
+    assert (run.path / "eval/points.jsonl").exists()
+    assert {line["coeff"] for line in run.metrics()} > {0.0}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
