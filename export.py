@@ -31,12 +31,11 @@ from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
 from report.records import points_file
-from training.checkpoint import EMA, TRAINED, Fingerprint, checkpoints, load_weights, state_of, step_of
+from training.checkpoint import EMA, WEIGHTS, Fingerprint, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
 from training.parts import build_model, family_for
 from training.run_folder import POINTS, RunFolder
 
-KINDS = {"ema": EMA, "raw": TRAINED}
 MADE_FROM = "made_from.json"
 
 
@@ -82,7 +81,7 @@ def export_run(run: RunFolder) -> None:
 def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace: bool = True) -> None:
     def write(aside: Path) -> None:
         model = run_model(run)
-        for kind, file in KINDS.items():
+        for kind, file in WEIGHTS.items():
             load_weights(checkpoint / file, model.trained_parameters())
             model.export(aside / kind)
         (aside / "README.md").write_text(model_card(run, step_of(checkpoint)), encoding="utf-8")
@@ -185,7 +184,7 @@ def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     from diffusers.utils import convert_state_dict_to_kohya
 
     model, kohya_base = run_model(run), family_for(run.config).kohya_base
-    for kind, file in KINDS.items():
+    for kind, file in WEIGHTS.items():
         load_weights(checkpoint / file, model.trained_parameters())
         alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
         weights = {

@@ -181,12 +181,14 @@ def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, ali
     # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
     logged = terms.keys() - set(PER_IMAGE) if aligned else {"loss", "loss_diff"}
     scalars = {name: value for name, value in terms.items() if name in logged}
+    if (
+        aligned
+    ):  # before backward: the next step reads the similarity, and would wait for what was launched before it
+        parts.coefficient.observe(1 - terms["loss_token"])
     state.backward(scalars, batch.indices, errors)
     quarter = parts.loss.path.quarter(timesteps)  # (B,)
     in_quarter = quarter == torch.arange(QUARTERS, device=quarter.device)[:, None]  # (4, B)
     state.measure("loss_diff_by_quarter", torch.where(in_quarter, errors, 0).sum(1), in_quarter.sum(1))
-    if aligned:
-        parts.coefficient.observe(1 - terms["loss_token"])
 
 
 def open_stream(parts: Parts, *, first_step: int) -> BatchStream:

@@ -34,7 +34,7 @@ class Batch:
         """Return the values `(B, *shape)` of a field on `device`; on the CPU they may be a view of the reused buffer."""
         return self.decode[name](self.raw[name].to(device, non_blocking=True))
 
-    def rows(self, device: torch.device) -> Tensor:
+    def indices_on(self, device: torch.device) -> Tensor:
         """Return the indices `(B,)` on `device`; on the CPU this is the reused buffer itself."""
         return self.index.to(device, non_blocking=True)
 
@@ -44,6 +44,11 @@ class _Slot:
     index: Tensor
     raw: dict[str, Tensor]
     copied: list = field(default_factory=list)  # CUDA events after which the buffers may be filled again
+
+
+def _use_device(index: int | None) -> None:
+    if index is not None:
+        torch.cuda.set_device(index)
 
 
 @dataclass
@@ -70,7 +75,7 @@ class BatchStream:
             return
         waiting = deque()
         free: list[_Slot] = []
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="reader") as readers:
+        with ThreadPoolExecutor(self.threads, "reader", _use_device, (self._device(),)) as readers:
             try:
                 for indices in self.batches:
                     slot = free.pop() if free else self._slot(len(indices))
@@ -81,6 +86,10 @@ class BatchStream:
                     yield from self._deliver(waiting, free)
             finally:
                 readers.shutdown(cancel_futures=True)
+
+    def _device(self) -> int | None:
+        """The GPU whose process this is; a new thread would begin with the first of the machine, and open it."""
+        return torch.cuda.current_device() if self.pin else None
 
     def _deliver(self, waiting: deque, free: list[_Slot]) -> Iterator[Batch]:
         indices, future = waiting.popleft()
@@ -136,7 +145,7 @@ class TrainingBatches:
     def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
         """Decode the batch on the device. `generator` draws the latents (of cached moments) and then the captions to drop."""
         x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
-        text = self.text.rows(self.class_ids[batch.rows(self.device)])
+        text = self.text.rows(self.class_ids[batch.indices_on(self.device)])
         text = drop_captions(text, self.text.null, self.caption_dropout, generator)
         if not with_tokens:
             return TrainingBatch(x_0, text, None, None)

@@ -28,15 +28,15 @@ class AlignedDataset(Dataset):
     def __init__(
         self,
         csv_path: str | Path,  # the CSV of script 1
-        latent_dir: str | Path,  # the folder of script 2
-        dino_dir: str | Path | None,  # that of script 3; without it items have no tokens
-        clip_embeddings_path: str | Path,  # that of script 4
+        latents: str | Path,  # the folder of script 2
+        tokens: str | Path | None,  # that of script 3; without it items have no tokens
+        text: str | Path,  # that of script 4
         *,
         need_tokens: bool = True,  # False: tokens are not read (for a run with λ = 0, which does not align)
     ):
-        self.latents = FieldReader(latent_dir, "latents")
-        self.tokens = None if dino_dir is None else FieldReader(dino_dir, "tokens")
-        self.text, self.text_manifest = read_table(clip_embeddings_path)
+        self.latents = FieldReader(latents, "latents")
+        self.tokens = None if tokens is None else FieldReader(tokens, "tokens")
+        self.text, self.text_manifest = read_table(text)
         listed = read_samples(csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
@@ -44,12 +44,12 @@ class AlignedDataset(Dataset):
         samples = [sample for sample in listed if sample.id in cached]
         self.left_out = len(listed) - len(samples)
         if not samples:
-            where = " and ".join(str(folder) for folder in (latent_dir, dino_dir) if folder is not None)
+            where = " and ".join(str(folder) for folder in (latents, tokens) if folder is not None)
             raise UserError(f"none of the images of {csv_path} is in {where}: check the paths")
         self.ids = [sample.id for sample in samples]
         self.class_ids = torch.tensor([sample.class_id for sample in samples])  # (n,)
         if (most := int(self.class_ids.max())) >= len(self.text):
-            lacks = f"{clip_embeddings_path} only {len(self.text)} classes"
+            lacks = f"{text} only {len(self.text)} classes"
             raise UserError(f"{csv_path} has class {most}, {lacks}: run script 4 again")
         self.readers = {"latent": self.latents}
         if need_tokens and self.tokens is not None:

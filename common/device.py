@@ -44,7 +44,7 @@ def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Return a bf16 autocast, switched off where the precision is fp32. `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and device.type == "cuda" and not has_bf16:
         raise UserError("this GPU has no bf16: choose the precision fp32")
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16)

@@ -32,7 +32,7 @@ from metrics.similarity_rows import (
 )
 from metrics.spatial import distances_on
 from models.aligned import AlignedModel
-from report.material import WEIGHTS
+from report.material import WEIGHT_WORDS
 from report.plot_alignment import plot_embedding, plot_timesteps
 from training.parts import build_path, family_for, load_run_model
 from training.run_folder import this_command
@@ -141,7 +141,6 @@ def measure_alignment(
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
         "teacher_grid": [config.teacher.grid] * 2,
         "prompt": "null",
-        "weights": "ema",
         "cca_k": k,
         "cknna_k": CKNNA_K,
         "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
@@ -156,7 +155,7 @@ def measure_alignment(
 def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
     name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
-    weights = WEIGHTS.get(result["weights"], result["weights"])
+    weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
     h, w = result["tap_grids"][result["main_tap"]]

@@ -42,27 +42,27 @@ def evaluate_point(
     A point is a line of RUN/eval/points.jsonl: `kind` (curve, final, sweep, metrics), `step`, `images_seen`, `protocol` (two
     points can be compared if theirs are equal), `metrics` {name: {value, error, …}}, and how it was made.
     """
-    settings, given = image_settings(target, device), target.settings
-    indices = range(given.num_samples)
-    protocol = protocol_of(target, settings) | {
-        "num_samples": given.num_samples,
-        "bootstrap": given.bootstrap,
+    recipe, settings = image_settings(target, device), target.settings
+    indices = range(settings.num_samples)
+    protocol = protocol_of(target, recipe) | {
+        "num_samples": settings.num_samples,
+        "bootstrap": settings.bootstrap,
         "judges": {scorer.extractor.protocol: scorer.identity for scorer in scorers},
     }
-    known = ranks.on_main(lambda: _find_known(target, settings["model"], protocol, kind))
+    known = ranks.on_main(lambda: _find_known(target, recipe["model"], protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
     if known is None:
         started = time.monotonic()
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
-        metrics = measure(folder, indices, labels_of(settings, indices), scorers, given, device, ranks)
+        metrics = measure(folder, indices, labels_of(recipe, indices), scorers, settings, device, ranks)
         measured = time.monotonic()
         known = {
             "target": target.run.name,
             "step": target.step,
             "images_seen": target.images_seen,
-            "model": settings["model"],
+            "model": recipe["model"],
             "protocol": protocol,
             "metrics": metrics,
             "distance_of_halves": {s.extractor.protocol: s.reference.distance_of_halves for s in scorers},
@@ -78,7 +78,7 @@ def evaluate_point(
     ranks.on_main(
         lambda: there.append(point, unless=lambda known: all(known[key] == point[key] for key in same))
     )
-    if not given.keep_images:
+    if not settings.keep_images:
         surplus = [image_path(target.run.path / point["samples"], i) for i in indices[KEPT:]]
         ranks.on_main(lambda: [path.unlink(missing_ok=True) for path in surplus])
     return point

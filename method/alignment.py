@@ -71,8 +71,10 @@ class AlignHead(nn.Module):
 def resize_cells(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize `(B, D, h, w)` to `grid` (H, W): average areas where it is coarser, interpolate bilinearly where it is finer.
 
-    Bilinear interpolation to a coarser grid would skip cells; averages use them all.
+    Bilinear interpolation to a coarser grid would skip cells; averages use them all. Returns fp32: in bf16 the gradient of a
+    cell, a sum over all that it reaches, would lose more than the rest of the backward pass does.
     """
+    x = x.float()
     coarser = tuple(min(wanted, found) for wanted, found in zip(grid, x.shape[2:], strict=True))
     if coarser != x.shape[2:]:
         x = F.adaptive_avg_pool2d(x, coarser)

@@ -28,7 +28,10 @@ from metrics.similarity import RankError, cknna, heldout_cca, pool_tokens, reduc
 from metrics.spatial import Metrics, spatial_metrics
 
 TIMESTEPS = (50, 250, 500, 750)
-NUM_IMAGES = 1000  # unless another number is asked for; at full size about 4 GB beside the models
+SHOWN_TIMESTEP = 250  # the nearest to it is in tables and figures of a single timestep
+NUM_IMAGES = (
+    1000  # unless another number is asked for; of SD-1.5's three taps at 512 px about 4 GB beside the models
+)
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 
@@ -88,7 +91,12 @@ def entry(value: float | None, null: float | None, **more) -> dict[str, float | 
 
 
 def row_of(
-    result: Mapping, *, model: str = "run", tap: str | None = None, timestep: int = 250, features: str = "tap"
+    result: Mapping,
+    *,
+    model: str = "run",
+    tap: str | None = None,
+    timestep: int = SHOWN_TIMESTEP,
+    features: str = "tap",
 ) -> Metrics | None:
     """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep).
 
@@ -106,7 +114,7 @@ def value_of(result: Mapping, metric: str, which: str = "value", **row) -> float
     return None if found is None or metric not in found else found[metric][which]
 
 
-def nearest_timestep(timesteps: Sequence[int], wanted: int = 250) -> int:
+def nearest_timestep(timesteps: Sequence[int], wanted: int = SHOWN_TIMESTEP) -> int:
     """The one that figures and tables of a single timestep show."""
     return min(timesteps, key=lambda timestep: (abs(timestep - wanted), timestep))
 

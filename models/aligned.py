@@ -106,8 +106,10 @@ class AlignedModel(nn.Module):
         if self.backbone.is_gradient_checkpointing:
             blocks = self.family.checkpointed
             modules = [module for module in self.backbone.modules() if type(module).__name__ in blocks]
+        # Blocks of a class share their code, and each has shapes of its own: Dynamo would stop compiling after the eighth.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(modules))
         for module in modules:
-            module.compile(mode=mode)
+            module.compile(mode=mode, dynamic=False)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained by name, `backbone.…` and `heads.…`: what checkpoints and EMA hold."""

@@ -31,7 +31,7 @@ class Backbone:
     already. Nothing outside `models/families/` names a block, a text width, a number of tokens or a diffusers class.
     """
 
-    name: str  # in models/families/table.py, in the words of users: "Stable Diffusion 1.5"
+    name: str  # in the words of users: "Stable Diffusion 1.5"; the table has the short names
     pipeline: str  # diffusers' class, as model_index.json has it
     method: str  # what aligning this family is called: "U-REPA"
     tags: tuple[str, ...]  # of a model card
@@ -48,7 +48,8 @@ class Backbone:
     parts: Mapping[str, Callable[[], type]]
     # Further arguments of the pipeline's from_pretrained, where a whole pipeline is exported.
     load_options: Mapping[str, object] = {}
-    kohya_base: str | None = None  # what kohya's tools call the base model; None where they do not know it
+    # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
+    kohya_base: str | None = None
 
     def __init__(self, base: str | None = None, revision: str | None = None):
         self.base, self.revision = base, revision

@@ -11,7 +11,7 @@ from common.stages import StageEntry
 from report.records import Alignment, Point, points_under
 
 SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
-WEIGHTS = {"ema": "EMA", "raw": "raw"}
+WEIGHT_WORDS = {"ema": "EMA", "raw": "raw"}
 MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
 
 
@@ -88,7 +88,7 @@ def describe_protocol(protocol: Mapping, scale: str | None = None) -> str:
             f"against {reference['name']}{images}"
         )
     return (
-        f"{p['num_samples']:,} samples of {WEIGHTS[p['weights']]} weights, {SAMPLER_NAMES[p['sampler']]} {p['steps']} "
+        f"{p['num_samples']:,} samples of {WEIGHT_WORDS[p['weights']]} weights, {SAMPLER_NAMES[p['sampler']]} {p['steps']} "
         f"steps{eta}, {guided}, {p['labels']} labels, seeds from {p['seed']}, {p['dtype']}. {'; '.join(judged)}."
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metrics.similarity_rows import nearest_timestep, value_of
-from report.material import WEIGHTS, Material
+from report.material import WEIGHT_WORDS, Material
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plot_style import timestep_axis
 from report.plots import plot_panels
@@ -61,7 +61,7 @@ def alignment_section(material: Material) -> Iterator[Block]:
     h, w = first["tap_grids"][tap]
     yield _table(columns, first["teacher"][tap], timestep)
     yield Paragraph(
-        f"Features of the tap {tap} at timestep {timestep} on its own {h} × {w} grid, fixed noise, null prompt, "
+        f"Features of the tap {tap} at timestep {timestep} on {h} × {w} cells, fixed noise, null prompt, "
         f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
         f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
         "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
@@ -125,7 +125,7 @@ def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
         ["held-out diffusion loss ↓", *(f"{found[LOSS[model]]:.4f}" for _, found, model in columns), None]
     )
     steps = [f"{found['step']:,}" if model == "run" else "0" for _, found, model in columns]
-    kinds = [WEIGHTS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
+    kinds = [WEIGHT_WORDS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
     rows += [["optimiser steps", *steps, None], ["weights", *kinds, None]]
     header = [columns[0][1]["main_tap"], *(label for label, _, _ in columns), "teacher"]
     shown = [i for i in range(len(header)) if any(row[i] is not None for row in rows)]

@@ -181,7 +181,9 @@ def build_model(
         head=align.head,
         head_hidden=align.head_hidden,
         train=settings.train,
-        lora=family_lora(family, settings.lora_rank, settings.lora_alpha, settings.lora_targets),
+        lora=family_lora(family, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+        if settings.train == "lora"
+        else None,
         seed=seed,
     )
     if settings.gradient_checkpointing:
@@ -195,16 +197,16 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     Raises `UserError` where they do not fit.
     """
     base, noun = family.base, family.noun
-    reads = {name: shape[-1] for name, shape in family.text_shapes(network).items()}
-    held = {name: values.shape[-1] for name, values in dataset.text.fields.items()}
+    reads = family.text_shapes(network)
+    held = {name: tuple(values.shape[1:]) for name, values in dataset.text.fields.items()}
     if held.keys() != reads.keys():
         refuse(
             f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base
         )
-    for name, width in reads.items():
-        if held[name] != width:
+    for name, shape in reads.items():
+        if held[name] != shape:
             refuse(
-                f"{data.text} holds text of width {held[name]}, the {noun} of {base} reads {width}", 4, base
+                f"{data.text} holds {name} of shape {held[name]}, the {noun} of {base} reads {shape}", 4, base
             )
     channels, wanted = dataset.latent_shape[0], family.latent_shape(network)[0]
     if channels != wanted:

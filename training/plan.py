@@ -43,7 +43,7 @@ def print_plan(config: Config) -> None:
     model, known = model_of_shapes(config, dtype)
     images = config.data.batch_size * config.optim.accumulate
     shape = shape_of_latents(config) or model.family.latent_shape(model.backbone)
-    cost = count_step(forward_of(model, shape))
+    cost = count_step(forward_of(model, shape, (config.teacher.grid,) * 2))
     print(f"plan of {config.run}")
     if not known:
         say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
@@ -51,7 +51,9 @@ def print_plan(config: Config) -> None:
     each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
     plan_parts(cost, model)
-    saved = saved_bytes(lambda: forward_of(model, shape)(1), list(model.parameters()))
+    saved = saved_bytes(
+        lambda: forward_of(model, shape, (config.teacher.grid,) * 2)(1), list(model.parameters())
+    )
     plan_memory(config, model, dtype, saved)
     plan_disk(config, model)
     plan_time(config, cost, device, images, plan_cache(config, shape))
@@ -66,9 +68,8 @@ def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, b
         return model.to(dtype).train(), known
 
 
-def forward_of(model: AlignedModel, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
-    """Return a function from a batch size to a loss on latents `(C, h, w)`; `model` is on the device "meta"."""
-    grid = tuple(shape[-2:])  # any grid will do, because losses and resizing cost almost nothing
+def forward_of(model: AlignedModel, shape: tuple[int, ...], grid: tuple[int, int]) -> Callable[[int], Tensor]:
+    """Return a function from a batch size to a loss on latents `(C, h, w)` and tokens on a grid; `model` is on "meta"."""
 
     def forward(batch: int) -> Tensor:
         with torch.device("meta"):
@@ -153,7 +154,7 @@ def step_flops(config: Config) -> float:
     key = (config.model, config.align, config.teacher, shape)
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
-        _COUNTED[key] = count_step(forward_of(model, shape)).flops
+        _COUNTED[key] = count_step(forward_of(model, shape, (config.teacher.grid,) * 2)).flops
     return _COUNTED[key] * config.data.batch_size * config.optim.accumulate
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from cache.order import StepSampler
 from common.errors import UserError
+from configs.schema import Config
 from method.objective import square, squared_error
 from models.aligned import BACKBONE, HEADS
 from training.parts import Parts
 
 PROBED = 64  # number of images that are read, spread evenly over the list and so over the shards
-FED = 4  # number of these images that go through the network
+FED = 4  # number of these images that go through the network, at most
 # Allowed standard deviations of scaled latents, which have about 1. SD-1.5's have 5.5 unscaled and 0.18 scaled twice.
 LATENT_STD = (0.3, 3.0)
 EQUAL = 1e-3  # tokens of unit length that differ by less in every entry count as equal
@@ -145,15 +146,20 @@ def check_coefficient(parts: Parts) -> None:
     say("align", f"w = {align.manifold_coeff:g}{what}")
 
 
+def fed(config: Config) -> int:
+    """Images that go through the network: no more than a batch has, but two, for the Gram matrix of one says nothing."""
+    return min(FED, max(2, config.data.batch_size))
+
+
 def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     """Run a few images forward; check the gradients of both losses at the weights, and those of the alignment at its taps."""
     config, model, device, loss = parts.config, parts.model, parts.device, parts.loss
-    latents = values["latent"][:FED].to(device)  # (b, C, h, w)
+    latents = values["latent"][: fed(config)].to(device)  # (b, C, h, w)
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.randn(latents.shape, device=device, generator=generator)
     timesteps = loss.path.draw(len(latents), device, generator)
     x_t, target, weight = loss.path(latents, noise, timesteps)
-    text = parts.batches.text.rows(values["class"][:FED].to(device))
+    text = parts.batches.text.rows(values["class"][: fed(config)].to(device))
     weights = {name: p for name, p in model.trained_parameters().items() if name.startswith(BACKBONE)}
     # Raises TapError for a tap that is silent or detached.
     output = model.predict(x_t, timesteps, text, capture=True)
@@ -209,7 +215,7 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
 def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
     """Return the teacher's tokens `(b, N, D)` of the few images; those of an online teacher are computed and checked."""
     if parts.online is None:
-        return values["dino_tokens"][:FED].to(parts.device)
+        return values["dino_tokens"][: fed(parts.config)].to(parts.device)
     tokens = parts.online(latents)
     decoder, encoder = parts.online.codec.vae, parts.online.encoder
     made_by = f"{parts.config.teacher.model} ({encoder.implementation})"

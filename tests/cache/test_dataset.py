@@ -270,3 +270,14 @@ def test_reading_rows_equals_reading_ids(miniature):
     reader.read_rows(reader.rows(ids), raw.numpy())
     assert reader.spec.decode(raw).equal(reader.read(ids))
     assert np.array_equal(reader.rows(ids), [5, 0, 17])
+
+
+def test_reader_threads_use_the_gpu_of_their_process(monkeypatch):
+    """A new thread would begin with the machine's first GPU, and pinned memory would open it."""
+    chosen, readers = set(), set()
+    monkeypatch.setattr(BatchStream, "_device", lambda stream: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: chosen.add((threading.get_ident(), index)))
+    read = lambda indices, raw: readers.add((threading.get_ident(), 3))  # noqa: E731
+    assert len(list(BatchStream([[0], [1], [2], [3]], read, {"latent": 8}, {}, threads=2))) == 4
+    assert readers
+    assert readers <= chosen

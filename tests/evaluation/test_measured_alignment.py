@@ -184,7 +184,7 @@ def test_the_result_says_how_it_was_measured(results):
     assert result["timesteps"] == [50, 250]
     assert result["taps"] == list(TAPS)
     assert result["tap_grids"] == {tap: [2, 2] for tap in TAPS}
-    assert (result["teacher_grid"], result["prompt"], result["weights"]) == ([4, 4], "null", "ema")
+    assert (result["teacher_grid"], result["prompt"]) == ([4, 4], "null")
     assert (result["cca_k"], result["cknna_k"]) == (30, 10)
     teacher = result["teacher"]["mid"]
     assert teacher["lds"] == {"value": None, "null": None}  # 2 × 2 cells

@@ -9,6 +9,7 @@ from method.alignment import (
     AlignmentLoss,
     both_grams_loss,
     manifold_gram_loss,
+    resize_cells,
     spatial_norm,
     token_gram_loss,
     token_loss,
@@ -283,3 +284,10 @@ def test_gathering_alone_changes_nothing():
     assert manifold_gram_loss(tokens(0), tokens(1), gather=True).equal(
         manifold_gram_loss(tokens(0), tokens(1))
     )
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (3, 3), (14, 3)])
+def test_cells_are_resized_in_fp32_whatever_the_networks_precision(grid):
+    """In bf16, the gradient of a cell is a sum over all that it reaches; a simulation loses 0.4 % of it, fp32 0.17 %."""
+    x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert resize_cells(x, grid).equal(resize_cells(x.float(), grid))

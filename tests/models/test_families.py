@@ -2,19 +2,21 @@
 
 import inspect
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from cache.dataset import latents_of
 from common.errors import UserError
+from configs.loading import load_config
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import FAMILIES, family_of
 
 # Where the fixture `miniature` keeps the small pipeline of each family: a new family is one line here.
 PIPELINES = {"sd15": "models/sd15-mini"}
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,6 +54,14 @@ def test_a_base_model_is_found_by_its_pipeline(family, stock):
     name = next(name for name, path in PIPELINES.items() if family.base.endswith(path))
     assert type(family) is FAMILIES[name]
     assert type(stock).__name__ == family.pipeline
+
+
+def test_every_family_has_a_config_to_start_from():
+    for name, family in FAMILIES.items():
+        config = load_config(ROOT / "configs" / "families" / f"{name}.yaml")
+        assert type(family_of(config.model.base)) is family
+        assert set(config.align.taps) <= set(family.taps)
+        assert config.model.lora_targets in family.lora_targets
 
 
 def test_the_usual_base_models_need_no_hub():
@@ -98,14 +108,22 @@ def test_predict_hands_the_network_what_the_pipelines_own_call_does(family, stoc
             )
 
 
+def tensors_in(arguments, above=""):
+    """(name, tensor) of arguments, those inside of dicts too: SDXL's conditions are one."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{above}{name}", value.clone()
+        elif isinstance(value, dict):
+            yield from tensors_in(value, f"{above}{name}.")
+
+
 @contextmanager
 def recorded(network):
     """The tensors of each forward by the names of their arguments."""
     calls, names = [], inspect.signature(network.forward)
 
     def note(_, args, kwargs):
-        given = names.bind(*args, **kwargs).arguments
-        calls.append({name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)})
+        calls.append(dict(tensors_in(names.bind(*args, **kwargs).arguments)))
 
     hook = network.register_forward_pre_hook(note, with_kwargs=True)
     yield calls
