@@ -109,7 +109,8 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
     """The loop: from `state.step` to the last step, or until SIGTERM or Ctrl-C ask to stop."""
     config, coefficient, ranks, settings = parts.config, parts.coefficient, parts.ranks, parts.config.train
     compile_backbone(parts)
-    meter = Meter(step_flops(config), state.images_per_step, parts.device, stream)
+    flops, done = step_flops(config)
+    meter = Meter(flops, state.images_per_step, parts.device, stream, done=done)
     previews = Previews(parts) if settings.preview_every and ranks.main else None
     evaluation = PeriodicEvaluation(parts) if settings.eval_every else None
     with (

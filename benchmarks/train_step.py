@@ -84,7 +84,7 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
     theirs: list[float] = []
     try:
         parts = build_parts(config)
-        flops = step_flops(config)
+        flops = step_flops(config)[1]
         step = bare_step(parts)
         device = parts.device
 
@@ -105,7 +105,8 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
             )
             state.save = lambda run: None  # a checkpoint is no part of a step
             train_script.take_steps(parts, folder, state, train_script.open_stream(parts, first_step=0))
-            lines = folder.metrics()[1:]  # the first window warms up and compiles
+            warming_up, *lines = folder.metrics()  # the first window compiles
+            memory = warming_up["memory_gb"]  # later the bare loop's optimiser is there too
     except torch.OutOfMemoryError:
         return {"note": "out of memory"}
     finally:
@@ -122,7 +123,7 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
         "images/s": config.data.batch_size / seconds,
         "TFLOP/s": flops / seconds / 1e12,
         "share of matmul": flops / seconds / matmul,
-        "memory GB": statistics.median(line["memory_gb"] for line in lines),
+        "memory GB": memory,
         "data wait": statistics.median(line["data_wait"] for line in lines),
     } | ratio
 
@@ -160,8 +161,8 @@ def memory_gb(device: torch.device) -> float:
 
 
 def reset_memory(device: torch.device) -> None:
+    """Begin a new record; the allocator keeps what it has, so that the next window starts warm."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 Reduce = Callable[[list[Tensor]], None]
 Measured = tuple[str, Tensor, Tensor | float]  # name, sum, weight
 # The rates that a line of metrics may have.
-RATES = ("it_per_s", "images_per_s", "tflop_per_s", "data_wait", "mfu", "memory_gb")
-# Dense bf16 operations per second, by a part of the device's name (NVIDIA's data sheets).
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+RATES = ("it_per_s", "images_per_s", "tflop_per_s", "data_wait", "mfu", "hfu", "memory_gb")
+# Dense bf16 operations per second with fp32 sums, by a part of the device's name; the first that fits. From NVIDIA's data
+# sheets, which give some of them twice as high, with sparsity.
+PEAKS = {
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+}  # fmt: skip
 
 
 class Means:
@@ -89,14 +93,16 @@ class Meter:
     """Measures rates between one reading and the next.
 
     Args:
-        flops: operations of one step on this process.
+        flops: operations of one step on this process, those of its results alone.
+        done: the same with what gradient checkpointing computes again; None where that is nothing.
         images: images of one step on all processes.
         device: the device that the training runs on.
         stream: an object whose `waited` is the number of seconds spent waiting for data so far.
     """
 
-    def __init__(self, flops: float, images: int, device: torch.device, stream):
+    def __init__(self, flops: float, images: int, device: torch.device, stream, *, done: float | None = None):
         self.flops, self.images, self.device, self.stream = flops, images, device, stream
+        self.done = flops if done is None else done
         self.peak = peak_of(device)
         self._steps, self._since, self._waited = 0, time.perf_counter(), stream.waited
 
@@ -116,8 +122,9 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return the rates since the last reading, and start a new one.
 
-        These are it/s, images/s, TFLOP/s and the share of the time spent waiting for data; where the device's peak is known the
-        MFU (share of that peak), and on a GPU the peak memory of the training so far in GB.
+        These are it/s, images/s, TFLOP/s (all that were computed) and the share of the time spent waiting for data; where the
+        device's peak is known, the share of it that the results alone took (MFU) and, where activations are computed again,
+        that with these (HFU); and on a GPU the peak memory of the training so far in GB.
         """
         now, waited = time.perf_counter(), self.stream.waited
         seconds = max(now - self._since, 1e-9)
@@ -125,11 +132,13 @@ class Meter:
         line = {
             "it_per_s": rate,
             "images_per_s": rate * self.images,
-            "tflop_per_s": rate * self.flops / 1e12,
+            "tflop_per_s": rate * self.done / 1e12,
             "data_wait": (waited - self._waited) / seconds,
         }
         if self.peak is not None:
             line["mfu"] = rate * self.flops / self.peak
+            if self.done > self.flops:
+                line["hfu"] = rate * self.done / self.peak
         if self.device.type == "cuda":
             line["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self._steps, self._since, self._waited = 0, now, waited

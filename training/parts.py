@@ -75,7 +75,7 @@ def build_parts(config: Config) -> Parts:
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
         model.backbone.to(memory_format=torch.channels_last)
     masters = Masters(model, dtype)  # converts the model to this dtype
-    online = build_online_teacher(config.teacher, family, device, dataset) if aligned else None
+    online = build_online_teacher(config.teacher, family, dataset, device, dtype) if aligned else None
     batches = TrainingBatches(
         dataset,
         device,
@@ -140,9 +140,9 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
 
 
 def build_online_teacher(
-    settings: Teacher, family: Backbone, device: torch.device, dataset: AlignedDataset
+    settings: Teacher, family: Backbone, dataset: AlignedDataset, device: torch.device, dtype: torch.dtype
 ) -> OnlineTeacher | None:
-    """Build the teacher of `teacher.source=online` on `device`; returns None where tokens are cached."""
+    """Build the teacher of `teacher.source=online`, which computes in `dtype`; returns None where tokens are cached."""
     if settings.source == "cached":
         return None
     encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
@@ -156,7 +156,7 @@ def build_online_teacher(
         raise UserError(
             f"teacher.decoder {settings.decoder} decodes {codec.channels} channels, the latents have {channels}"
         )
-    return OnlineTeacher(codec, encoder).to(device)
+    return OnlineTeacher(codec, encoder, bf16=dtype == torch.bfloat16).to(device)
 
 
 def build_model(

@@ -31,7 +31,7 @@ PROMPTS = 1001  # one prompt for each class of ImageNet, and the null prompt
 # Memory of cards in GB, and the share of it that a training should fill at most.
 CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85
 GB = 1e9
-_COUNTED: dict[tuple, float] = {}
+_COUNTED: dict[tuple, tuple[float, float]] = {}
 
 
 def print_plan(config: Config) -> None:
@@ -43,7 +43,8 @@ def print_plan(config: Config) -> None:
     model, known = model_of_shapes(config, dtype)
     images = config.data.batch_size * config.optim.accumulate
     shape = shape_of_latents(config) or model.family.latent_shape(model.backbone)
-    cost = count_step(forward_of(model, shape, (config.teacher.grid,) * 2))
+    forward = forward_of(model, shape, (config.teacher.grid,) * 2)
+    cost = count_step(forward)
     print(f"plan of {config.run}")
     if not known:
         say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
@@ -51,9 +52,7 @@ def print_plan(config: Config) -> None:
     each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
     plan_parts(cost, model)
-    saved = saved_bytes(
-        lambda: forward_of(model, shape, (config.teacher.grid,) * 2)(1), list(model.parameters())
-    )
+    saved = saved_bytes(lambda: forward(1), list(model.parameters()))
     plan_memory(config, model, dtype, saved)
     plan_disk(config, model)
     plan_time(config, cost, device, images, plan_cache(config, shape))
@@ -148,14 +147,24 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def step_flops(config: Config) -> float:
-    """Return the operations of one step on one process; the count takes a second, and is kept for each kind of model."""
+def step_flops(config: Config) -> tuple[float, float]:
+    """Return the operations of one step on one process: of its results, and with what gradient checkpointing computes again.
+
+    The count takes a second, and is kept for each kind of model.
+    """
     shape = shape_of_latents(config)
     key = (config.model, config.align, config.teacher, shape)
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
-        _COUNTED[key] = count_step(forward_of(model, shape, (config.teacher.grid,) * 2)).flops
-    return _COUNTED[key] * config.data.batch_size * config.optim.accumulate
+        forward = forward_of(model, shape, (config.teacher.grid,) * 2)
+        flops = done = count_step(forward).flops
+        if config.model.gradient_checkpointing:
+            model.backbone.disable_gradient_checkpointing()
+            flops = count_step(forward).flops
+        _COUNTED[key] = flops, done
+    flops, done = _COUNTED[key]
+    images = config.data.batch_size * config.optim.accumulate
+    return flops * images, done * images
 
 
 def shape_of_latents(config: Config) -> tuple[int, ...] | None:

@@ -9,6 +9,8 @@ from common.pretrained import load_pretrained
 from models.latents import LatentCodec
 from models.teachers.dinov2 import DINOv2Encoder
 
+ROWS = 8  # images decoded and encoded at a time
+
 
 class OnlineTeacher(nn.Module):
     """Map clean latents `(B, C, h, w)`, normalised as the network reads them, to L2-normalised teacher tokens `(B, N, D)`.
@@ -17,15 +19,21 @@ class OnlineTeacher(nn.Module):
         teacher = OnlineTeacher(codec, DINOv2Encoder.from_pretrained(name, grid=14))
 
     The teacher sees the picture that the decoder makes of the whole square, never the photograph, so that details which the
-    VAE loses are missing from the tokens. The decoder is the VAE of the base model or an `AutoencoderTiny`.
+    VAE loses are missing from the tokens. The decoder is the VAE of the base model or an `AutoencoderTiny`. `bf16` computes in
+    that precision, of weights that stay in theirs.
     """
 
-    def __init__(self, codec: LatentCodec, encoder: DINOv2Encoder):
+    def __init__(self, codec: LatentCodec, encoder: DINOv2Encoder, *, bf16: bool = False):
         super().__init__()
-        self.codec, self.encoder = codec, encoder
+        self.codec, self.encoder, self.bf16 = codec, encoder, bf16
 
     @torch.no_grad()
     def forward(self, latents: Tensor) -> Tensor:
+        """A few images at a time: the decoder's activations would outweigh the training's."""
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+            return torch.cat([self._tokens(part) for part in latents.split(ROWS)])
+
+    def _tokens(self, latents: Tensor) -> Tensor:
         images = self.codec.decode(latents)  # (B, 3, S, S)
         images = (images.float() / 2 + 0.5).clamp(0, 1)
         size = self.encoder.size

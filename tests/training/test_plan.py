@@ -9,7 +9,15 @@ import train as train_script
 from common.errors import UserError
 from configs.loading import load_config
 from training.meter import Meter, peak_of
-from training.plan import count_step, forward_of, model_of_shapes, plan_disk, plan_memory, saved_bytes
+from training.plan import (
+    count_step,
+    forward_of,
+    model_of_shapes,
+    plan_disk,
+    plan_memory,
+    saved_bytes,
+    step_flops,
+)
 
 
 def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeypatch, tmp_path):
@@ -119,6 +127,27 @@ def test_a_meter_reads_rates_since_the_last_reading(monkeypatch):
     assert meter.read()["it_per_s"] == 1
 
 
+def test_what_checkpointing_computes_again_counts_for_the_hardware_alone(miniature, tmp_path, monkeypatch):
+    """HFU against MFU: 29 % more with checkpointing on SD-1.5, for no result."""
+    plain, again = (
+        step_flops(
+            load_config(
+                CONFIG, demo_overrides(miniature, tmp_path / "run", f"model.gradient_checkpointing={on}")
+            )
+        )
+        for on in ("false", "true")
+    )
+    assert plain[0] == plain[1] == again[0]
+    assert again[1] > 1.1 * again[0]
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("training.meter.time.perf_counter", lambda: next(clock))
+    meter = Meter(3e12, 1, torch.device("cpu"), type("Stream", (), {"waited": 0.0})(), done=4e12)
+    meter.peak = 10e12
+    meter.step()
+    line = meter.read()
+    assert (line["mfu"], line["hfu"], line["tflop_per_s"]) == (0.15, 0.2, 2)
+
+
 def test_a_paused_meter_counts_no_time(monkeypatch):
     clock = iter([0.0, 1.0, 7.0, 8.0])
     monkeypatch.setattr("training.meter.time.perf_counter", lambda: next(clock))
@@ -136,7 +165,7 @@ def test_a_paused_meter_counts_no_time(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-     ("NVIDIA H200", 989e12), ("Tesla T4", None)],
+     ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("Tesla T4", None)],
 )  # fmt: skip
 def test_peaks_are_known_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
