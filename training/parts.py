@@ -75,7 +75,11 @@ def build_parts(config: Config) -> Parts:
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
         model.backbone.to(memory_format=torch.channels_last)
     masters = Masters(model, dtype)  # converts the model to this dtype
-    online = build_online_teacher(config.teacher, family, dataset, device, dtype) if aligned else None
+    online = (
+        build_online_teacher(config.teacher, family, dataset.latent_shape[0], device, dtype)
+        if aligned
+        else None
+    )
     batches = TrainingBatches(
         dataset,
         device,
@@ -140,9 +144,12 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
 
 
 def build_online_teacher(
-    settings: Teacher, family: Backbone, dataset: AlignedDataset, device: torch.device, dtype: torch.dtype
+    settings: Teacher, family: Backbone, channels: int, device: torch.device, dtype: torch.dtype
 ) -> OnlineTeacher | None:
-    """Build the teacher of `teacher.source=online`, which computes in `dtype`; returns None where tokens are cached."""
+    """Build the teacher of `teacher.source=online`, which decodes latents of `channels` and computes in `dtype`.
+
+    Returns None where tokens are cached.
+    """
     if settings.source == "cached":
         return None
     encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
@@ -151,7 +158,6 @@ def build_online_teacher(
             f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
         )
     codec = family.load_codec() if settings.decoder is None else LatentCodec(load_decoder(settings.decoder))
-    channels = dataset.latent_shape[0]
     if codec.channels != channels:
         raise UserError(
             f"teacher.decoder {settings.decoder} decodes {codec.channels} channels, the latents have {channels}"

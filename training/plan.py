@@ -21,9 +21,10 @@ from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
 from models.aligned import AlignedModel
+from models.backbone import Backbone
 from training.meter import PEAKS, peak_of
 from training.optimizers import OPTIMIZERS
-from training.parts import build_model, family_for
+from training.parts import build_model, build_online_teacher, family_for
 from training.self_test import name_of, say
 
 SHARES = (0.3, 0.5)  # shares of a device's peak: 0.3 is usual, 0.5 very good
@@ -53,9 +54,10 @@ def print_plan(config: Config) -> None:
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
     plan_parts(cost, model)
     saved = saved_bytes(lambda: forward(1), list(model.parameters()))
+    teacher = plan_online_teacher(config, model.family, shape)
     plan_memory(config, model, dtype, saved)
     plan_disk(config, model)
-    plan_time(config, cost, device, images, plan_cache(config, shape))
+    plan_time(config, cost.flops + teacher, device, images, plan_cache(config, shape))
 
 
 def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, bool]:
@@ -194,6 +196,25 @@ def plan_parts(cost: StepCost, model: AlignedModel) -> None:
     say("forward GFLOP", ", ".join(f"{name} {flops / 1e9:.4g}" for name, flops in parts.items() if flops > 0))
 
 
+def plan_online_teacher(config: Config, family: Backbone, shape: tuple[int, ...]) -> float:
+    """Print what the online teacher costs beside the step; returns its operations an image, 0 where tokens are cached."""
+    if config.teacher.source == "cached" or config.align.coeff == 0:
+        return 0.0
+    try:
+        teacher = build_online_teacher(config.teacher, family, shape[0], torch.device("meta"), torch.float32)
+    except UserError as error:
+        say("online teacher", f"not counted: {error}")
+        return 0.0
+    with FlopCounterMode(display=False) as counter:
+        teacher(torch.empty(1, *shape, device="meta"))
+    weights = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    say(
+        "online teacher",
+        f"{counter.get_total_flops() / 1e9:.4g} GFLOP an image more; {weights / GB:.3g} GB of weights beside the memory below",
+    )
+    return counter.get_total_flops()
+
+
 def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:
     trained = sum(p.numel() for p in model.trained_parameters().values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -253,8 +274,8 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
     return read_in_all
 
 
-def plan_time(config: Config, cost: StepCost, device: torch.device, images: int, read: float) -> None:
-    if cost.flops * images < 1e12:
+def plan_time(config: Config, flops: float, device: torch.device, images: int, read: float) -> None:
+    if flops * images < 1e12:
         reason = "a step this small is bound by launching its kernels, not by their operations"
         say("time", f"no estimate: {reason}")
         return
@@ -263,7 +284,7 @@ def plan_time(config: Config, cost: StepCost, device: torch.device, images: int,
         peaks = {torch.cuda.get_device_name(device): here}
     for name, peak in peaks.items():
         for share in SHARES:
-            rate = share * peak / (cost.flops * images)
+            rate = share * peak / (flops * images)
             speed = f"{rate:.2f} it/s, {rate * images:,.0f} images/s"
             hours = f"{config.train.steps / rate / 3600:.1f} h for {config.train.steps:,} steps"
             reading = f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""

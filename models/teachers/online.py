@@ -1,5 +1,7 @@
 """Compute teacher tokens during training, where there is no token cache: decode the latents, resize, encode."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
@@ -30,7 +32,7 @@ class OnlineTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, latents: Tensor) -> Tensor:
         """A few images at a time: the decoder's activations would outweigh the training's."""
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(latents.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             return torch.cat([self._tokens(part) for part in latents.split(ROWS)])
 
     def _tokens(self, latents: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from conftest import demo_overrides, run_numbered
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
 import train as train_script
@@ -176,3 +177,16 @@ def test_a_tiny_decoder_is_loaded_and_another_model_refused(miniature, tmp_path)
     (tmp_path / "taesd" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match=r"cannot load teacher\.decoder"):
         load_decoder(str(tmp_path / "taesd"))
+
+
+def test_the_plan_counts_the_teacher(miniature, tmp_path, capsys):
+    """As often as decoder and encoder have operations; without its files it says that it does not."""
+    knobs = demo_overrides(miniature, tmp_path / "run", *online(miniature))
+    train_script.main(["--config", CONFIG, *knobs, "--plan"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "online teacher" in line)
+    parts = build_parts(load_config(CONFIG, knobs))
+    with FlopCounterMode(display=False) as counter:
+        parts.online(torch.zeros(1, 4, 16, 16))
+    assert f"{counter.get_total_flops() / 1e9:.4g} GFLOP an image more" in line
+    train_script.main(["--config", CONFIG, *knobs, "teacher.model=none/such", "--plan"])
+    assert "online teacher not counted" in " ".join(capsys.readouterr().out.split())
