@@ -20,7 +20,7 @@ from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import write_atomically, write_json
 from common.stages import Record, Stage, run_chains
-from configs.evaluation import Eval
+from configs.evaluation import FEWEST_MEASURED, Eval
 from configs.loading import load_config, yaml_value
 from configs.schema import Config
 from metrics.extractors import load_extractors
@@ -128,6 +128,10 @@ def check_measurable(arm: str, config: Config) -> None:
     if missing:
         raise UserError(
             f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
+        )
+    if config.eval.num_samples < FEWEST_MEASURED:
+        raise UserError(
+            f"{arm}: eval.num_samples = {config.eval.num_samples} is too few: choose {FEWEST_MEASURED} or more"
         )
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 

@@ -86,6 +86,10 @@ def metrics(args: argparse.Namespace) -> None:
     """
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
+    if args.out is not None and (args.out.suffix != ".json" or len(images) != 1):
+        raise UserError(
+            f"--out {args.out}: give a file that ends in .json, with one folder or .npz of images"
+        )
     for path in images if ranks.main else ():
         found = measure_images(path, eval_settings(args.changes), device)
         print(f"{path}: {format_metrics(found['metrics'])}")
@@ -173,6 +177,8 @@ def pictures(args: argparse.Namespace) -> None:
     """
     if args.out.suffix != ".png":
         raise UserError(f"-o {args.out}: the picture's name must end in .png")
+    if (beside := args.out.with_suffix(".json")).exists() and not args.out.exists():
+        raise UserError(f"{beside} is there, and the picture's data would replace it: choose another -o")
     device, _ = open_device(args)
     groups = targets_of(args, alike=True)
     labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])

@@ -12,7 +12,7 @@ Heads are never exported.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -140,7 +140,9 @@ def write_once(
         if ours and all(size_of(place / name) == size for name, size in before["written"].items()):
             print(f"{folder} is there already")
             return
-        if place.exists() and not (replace or ours):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{folder} is no folder: move it away")
+        if place.exists() and any(place.iterdir()) and not (replace or ours):
             raise UserError(
                 f"{folder} is there already and holds something else: remove it, or choose another --out"
             )
@@ -151,23 +153,35 @@ def write_once(
             written = {str(path.relative_to(aside)): path.stat().st_size for path in files}
             write_json(aside / MADE_FROM, source | {"written": written})
         if place.exists():
-            refresh(place, new, [*written, MADE_FROM], [MADE_FROM, *before["written"]])
+            try:
+                refresh(place, new, written, before["written"])
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
         else:
             new.rename(place)
     print(folder)
 
 
-def refresh(folder: Path, new: Path, names: Sequence[str], old: Sequence[str]) -> None:
-    """Remove the files `old` from a folder and move the files `names` there from `new`; every other file stays.
+def refresh(folder: Path, new: Path, written: Mapping[str, int], before: Mapping[str, int]) -> None:
+    """Replace the files `before` of an earlier export in a folder by the files `written` of `new`; every other file stays.
 
-    `made_from.json` goes first and comes last: in between, the folder does not pass for whole.
+    Until all are in place, made_from.json says that the export is unfinished, and which files are of exports. Raises
+    `UserError` where a file would be replaced that is of none, or that lies behind a link to another folder.
     """
-    for name in old:
+    for name in written:
+        file = folder / name
+        if file.parent.resolve() != folder.resolve() / Path(name).parent:
+            raise UserError(f"{file.parent} is a link to another folder: remove the link")
+        if os.path.lexists(file) and name not in before:
+            raise UserError(f"{file} is of no earlier export, and is not replaced: move it away")
+    write_json(
+        folder / MADE_FROM, {"checkpoint": "unfinished", "files": {}, "written": {**before, **written}}
+    )
+    for name in before:
         (folder / name).unlink(missing_ok=True)
-    for name in names:
+    for name in (*written, MADE_FROM):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / name, folder / name)
-    shutil.rmtree(new)
 
 
 def read_made_from(note: Path) -> MadeFrom:

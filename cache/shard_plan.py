@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from cache.manifest import MANIFEST, SETTINGS, Settings, check_same, read_settings
 from common.errors import UserError
-from common.files import write_json
+from common.files import open_lock, write_json
 from common.reading import RECORD, read_record
 
 PLAN = "plan.json"
@@ -91,7 +91,7 @@ class NumberedLocks:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._file = open(folder / ".lock", "a")  # noqa: SIM115 (held until close)
+        self._file = open_lock(folder / ".lock")
 
     def take(self, number: int, *, wait: bool = False) -> bool:
         """Try to acquire a lock and return whether this process now has it; with `wait`, block until it has."""

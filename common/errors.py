@@ -6,12 +6,15 @@ single line. Every other error (a tensor of an unexpected shape, say) is a bug a
 
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 from common.plain_text import printable
 
 # What torch, cuBLAS and cuDNN say, in lower case.
 LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+NO_SPACE = "no space left on device"  # also within what libraries raise that write files themselves
+LONGEST = 600  # characters of a line
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # a terminal that is lost sends SIGHUP
 
 
@@ -29,21 +32,19 @@ class Stopped(KeyboardInterrupt):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`.
 
-    A `UserError`, an error of the file system, or a lack of memory becomes one line on stderr and exit code 2. Ctrl-C, SIGTERM
-    and SIGHUP become one line and the exit code that shells give them, 128 and the signal's number.
+    A `UserError`, an error of the file system, or a lack of memory or disk becomes one line on stderr and exit code 2. Ctrl-C,
+    SIGTERM and SIGHUP become one line and the exit code that shells give them, 128 and the signal's number.
     """
     for name in ENDING:
         if signal.getsignal(name) is signal.SIG_DFL:  # nohup ignores SIGHUP, and so it stays
             signal.signal(name, _stop)
+    threading.excepthook = _say_of_thread
     try:
         main()
-    except (UserError, OSError) as error:  # OSError: no permission, no space, a file where a folder should be
-        _say(f"error: {one_line(error)}")
-        raise SystemExit(2) from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
+    except Exception as error:
+        if not is_mendable(error):
             raise
-        _say("error: memory does not suffice: lower the batch size or the sizes that the command names")
+        _say(f"error: {complaint(error)}")
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
         name = signal.Signals(stop.number).name if isinstance(stop, Stopped) else None
@@ -51,9 +52,35 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
+def complaint(error: BaseException) -> str:
+    """Return what is wrong and what to do, of an error that `is_mendable`."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    if is_lack_of_memory(error):
+        return "memory does not suffice: lower the batch size or the sizes that the command names"
+    if is_lack_of_space(error):
+        where = getattr(error, "filename", None)
+        return one_line(
+            f"the disk{f' of {where}' if where else ''} is full: free some, and the same command goes on"
+        )
+    if (
+        isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
+        and error.filename is not None
+    ):
+        place = error.filename if error.filename2 is None else error.filename2
+        return one_line(f"{place} is in the way ({error.strerror}): move it away")
+    return one_line(error)
+
+
 def one_line(error: object) -> str:
-    """Return a message without line breaks and without characters that a terminal would not show as they are."""
-    return printable(" ".join(str(error).split()))
+    """Return a message without line breaks and without characters that a terminal would not show; a long one is cut inside."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 210]} … {text[-200:]}"
+
+
+def is_lack_of_space(error: BaseException) -> bool:
+    """Return whether an error says that a disk is full, whoever raised it."""
+    return NO_SPACE in str(error).lower()
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -63,12 +90,18 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 def is_mendable(error: BaseException) -> bool:
-    """Return whether the user can mend what an error says: a `UserError`, one of the file system, or a lack of memory."""
-    return isinstance(error, UserError | OSError) or is_lack_of_memory(error)
+    """Return whether the user can mend what an error says: a `UserError`, one of the file system, a lack of memory or disk."""
+    return isinstance(error, UserError | OSError) or is_lack_of_memory(error) or is_lack_of_space(error)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """A library's thread that cannot write ends in silence: whoever waits for it, or writes next, says so."""
+    if not is_mendable(failed.exc_value):
+        threading.__excepthook__(failed)
 
 
 def _stop(number: int, _frame) -> None:

@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -87,9 +88,18 @@ def written_whole(target: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file or folder that is to be written, `.NAME.lock` beside it; wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as file:
+    with open_lock(path.with_name(f".{path.name}.lock")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """Open a file to lock it, which changes nothing in it; raises `UserError` for a FIFO or a device, which would wait."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is no regular file: remove it")
+    return open(handle, "ab")
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ wrote, by the schema that stands where it is written: a TypedDict with `RECORD` 
 logs of one JSON object a line.
 """
 
+import codecs
 import fcntl
 import functools
 import json
@@ -98,13 +99,15 @@ class JsonLines(Generic[T]):
     def read(self) -> list[T]:
         """Return all lines in order.
 
-        A last line without its end, which a crash leaves, is left out, and a warning on stderr says so. Raises `UserError` for
-        a line that does not fit the schema, where there is a `remedy`.
+        A last line that a crash has cut is left out, and a warning on stderr says so. Raises `UserError` for a line that does
+        not fit the schema, where there is a `remedy`.
         """
         if not self.path.exists():
             return []
-        *lines, rest = read_bytes(self.path).split(b"\n")
-        if rest:
+        *lines, rest = read_bytes(self.path).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        if rest and self._is_whole(rest):  # an editor took the end of the line away
+            lines.append(rest)
+        elif rest:
             print(f"warning: {self.path}: its last line is incomplete and is left out", file=sys.stderr)
         found = []
         for number, line in enumerate(lines, start=1):
@@ -123,10 +126,21 @@ class JsonLines(Generic[T]):
             if unless is None or not any(map(unless, self.read())):
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
-                if end and file.read() != b"\n":  # a crash left half a line
+                if end and file.read() != b"\n":
                     file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
+                    rest = (data := file.read())[(start := data.rfind(b"\n") + 1) :]
+                    if self._is_whole(rest):
+                        file.write(b"\n")
+                    else:  # a crash left half a line
+                        file.truncate(start)
                 file.write(self._encoded([line]))
+
+    def _is_whole(self, line: bytes) -> bool:
+        try:
+            parse_record(line, self._schema, "", "")
+        except UserError:
+            return False
+        return True
 
     def split(self, stays: Callable[[T], bool], into: Path | None = None) -> int:
         """Keep the lines for which `stays` holds; the others go to the log `into`, or nowhere. Returns their number."""
@@ -153,6 +167,8 @@ class JsonLines(Generic[T]):
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"{self.path} is no regular file: move it away")
             with open(self.path, "ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):

@@ -136,7 +136,7 @@ def die_with_parent() -> None:
 
 def fail(stage: Stage, log: Path | None) -> None:
     if log is not None:
-        print("\n" + log.read_text()[-3000:], file=sys.stderr)
+        print("\n" + log.read_text()[-3000:], flush=True)
     raise UserError(
         f"stage '{stage.name}' did not come to its end ({stage.pasted}); once that is mended, the same command goes on"
     )

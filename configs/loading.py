@@ -82,7 +82,7 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
         node = data
         *sections, name = key.split(".")
         for section in sections:
-            if node.get(section) is None:
+            if section not in node:
                 node[section] = {}
             node = node[section]
             if not isinstance(node, dict):

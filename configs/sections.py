@@ -213,7 +213,7 @@ class Optim(Section):
     lr: Rate = knob(2e-4, "learning rate of the network's trained weights (plan: LoRA 2e-4, full 1e-4)")
     head_lr: Rate | None = knob(None, "learning rate of the alignment heads; null = the same")
     betas: Annotated[tuple[Decay, Decay], AsTuple] = knob((0.9, 0.999), "AdamW betas")
-    eps: Above0 = knob(1e-8, "AdamW epsilon")
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = knob(1e-8, "AdamW epsilon")
     weight_decay: AtLeast0 = knob(0.01, "AdamW weight decay")
     warmup_fraction: Share = knob(
         0.1, "share of the steps over which the rate rises from 0; then cosine to 0"

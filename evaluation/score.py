@@ -176,7 +176,7 @@ def make_references(
     `source` is a CSV of script 1, or a folder of images and its subfolders; images are cut to squares of `size` pixels.
     """
     extractors = load_extractors(settings.extractor, device, dinov2=settings.dinov2)
-    if source.suffix == ".csv":
+    if source.is_file():
         items = read_samples(source)
         paths, ids = [item.img_path for item in items], [item.id for item in items]
     else:

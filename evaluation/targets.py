@@ -68,7 +68,7 @@ class Target:
 
 def open_run(path: Path) -> tuple[RunFolder, str | None]:
     """The run of a folder, of a checkpoint's folder (whose step is returned too), or of a config's base model."""
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and not path.is_dir():
         return RunFolder.of_base_model(load_config(path)), None
     if path.parent.name == "checkpoints" and path.name.startswith("step-"):
         step = path.name.removeprefix("step-").lstrip("0") or "0"
@@ -95,6 +95,8 @@ def find_targets(
     found, settings = [], None
     for path in paths:
         run, step = open_run(path)
+        if step is not None and which not in ("newest", step):
+            raise UserError(f"{path} is step {step}, --checkpoint says {which}: leave one of them out")
         if settings is None or not alike:
             settings = with_settings(run.config, dict(changes or {})).eval
         found.append(_targets_of(run, step or which, "raw" if raw else "ema", settings))

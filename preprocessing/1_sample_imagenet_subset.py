@@ -78,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
             for name in names[: args.per_class]
         ]
     if not chosen:
-        todo = f"lower --per-class, to {max(map(len, found.values()))} at most"
+        most = max(map(len, found.values()))
+        todo = (
+            f"lower --per-class, to {most} at most"
+            if most
+            else "there are none, so check the folder and --split"
+        )
         raise UserError(f"no class of {folder} has {args.per_class} images: {todo}")
     samples = [images[rank] for rank in range(args.per_class) for images in chosen.values()]
     if len({sample.id for sample in samples}) != len(samples):

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--base", help="whose VAE decodes for --sheet (default: the one that made the latents)")
     add_device_option(parser)
     args = parser.parse_args(argv)
+    if args.sheet is not None and args.sheet.suffix != ".png":
+        parser.error(f"--sheet {args.sheet}: give a file that ends in .png")
 
     from cache.image_list import read_samples
     from cache.reader import FieldReader

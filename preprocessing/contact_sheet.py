@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from common.files import file_written_whole
+
 CELL, GAP, MARGIN, LINE = 192, 8, 150, 22  # px
 # These labels are ASCII because the font that Pillow includes has no other characters.
 ROWS = ("image", "VAE decode", "tokens, PCA")
@@ -38,8 +40,8 @@ def draw_contact_sheet(
         while font.getlength(name) > CELL:
             name = name[:-4] + "..."
         draw.text((MARGIN + column * (CELL + GAP), 3), name, "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with file_written_whole(path) as file:
+        sheet.save(file, "png")
 
 
 def principal_colours(vectors: np.ndarray) -> np.ndarray:

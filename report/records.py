@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from common.reading import RECORD, JsonLines, read_record
 
+HEADLINES = ("fid", "fd")
 DISTANCES = ("fid", "sfid", "fd", "kid")
 
 
@@ -42,6 +43,12 @@ class Protocol(TypedDict):
     judges: dict[str, dict[str, dict[str, Any]]]
 
 
+def _has_a_distance(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    if not any(kind_of(name) in HEADLINES for name in metrics):
+        raise ValueError("it has no Fréchet distance")
+    return metrics
+
+
 @with_config(RECORD)
 class Point(TypedDict):
     """The metrics of one checkpoint under one protocol: a line of points.jsonl."""
@@ -51,7 +58,7 @@ class Point(TypedDict):
     images_seen: int
     model: dict[str, Any]
     protocol: Protocol
-    metrics: dict[str, Metric]
+    metrics: Annotated[dict[str, Metric], AfterValidator(_has_a_distance)]
     distance_of_halves: dict[str, float | None]
     samples: str
     command: str
@@ -79,7 +86,7 @@ def protocols(points: Sequence[Mapping]) -> list[Mapping]:
 
 def kind_of(metric: str) -> str:
     """What a metric's name measures: "fid" of adm_fid10k."""
-    return re.sub(r"\d+k?$", "", metric.split("_", 1)[1])
+    return re.sub(r"\d+k?$", "", metric.partition("_")[2])
 
 
 def lower_is_better(metric: str) -> bool:
@@ -95,7 +102,7 @@ def format_value(found: Mapping) -> str:
 
 def headline(metrics: Sequence[str]) -> str:
     """Of a point's metrics the Fréchet distance that is named first."""
-    return next(name for name in metrics if kind_of(name) in ("fid", "fd"))
+    return next(name for name in metrics if kind_of(name) in HEADLINES)
 
 
 @with_config(RECORD)

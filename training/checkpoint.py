@@ -11,7 +11,9 @@ Every reader checks the files against these sizes and CRC-32. A training renames
 continues from the one before.
 """
 
+import itertools
 import json
+import os
 import re
 import shutil
 import zlib
@@ -64,7 +66,7 @@ def save_checkpoint(folder: Path, training, extra: dict, *, keep: int, keep_ever
         ) from None
     for old in checkpoints(folder)[:-keep]:
         if not (keep_every and step_of(old) % keep_every == 0):
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def fingerprint(file: Path) -> "Fingerprint":
@@ -93,8 +95,8 @@ def newest_whole(folder: Path) -> Path | None:
             raise UserError(f"cannot read {path}: {error.strerror}; nothing was changed") from None
         else:
             for other, damage in damaged:
-                aside = other.with_name(f"damaged-{other.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                names = (f"damaged-{other.name}{f'-{n}' if n else ''}" for n in itertools.count())
+                aside = next(place for place in map(other.with_name, names) if not os.path.lexists(place))
                 other.rename(aside)
                 print(f"warning: {other} is damaged ({damage}): it is now {aside.name}; {path.name} is used")
             return path

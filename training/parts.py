@@ -24,7 +24,7 @@ from models.latents import LatentCodec
 from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
-from training.checkpoint import WEIGHTS, load_weights, trained_file_of
+from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.masters import Masters
 from training.ranks import Ranks
 from training.run_folder import RunFolder
@@ -69,7 +69,7 @@ def build_parts(config: Config) -> Parts:
     dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
     model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
-    if config.model.init_from is not None:
+    if config.model.init_from is not None and not checkpoints(config.run / "checkpoints"):
         start_from(config.model, model)
     last = config.train.channels_last
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:

@@ -28,7 +28,7 @@ from pydantic import AfterValidator, with_config
 from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from common.errors import UserError
-from common.files import write_atomically, write_json
+from common.files import open_lock, write_atomically, write_json
 from common.reading import RECORD, JsonLines, read_record
 from configs.loading import knobs, load_config, resolved_yaml, yaml_value
 from configs.schema import Config
@@ -124,9 +124,11 @@ class RunFolder:
         path = config.run
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "w")  # noqa: SIM115 (closed below)
+            lock = open_lock(path / ".lock")
         except OSError as error:
-            raise UserError(f"cannot write the run folder {path}: {error.strerror}") from None
+            raise UserError(
+                f"cannot write the run folder {path} ({error.strerror}): choose another run=…"
+            ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,6 +137,12 @@ class RunFolder:
                     f"another process is training {path}: wait for it, or choose another run=…"
                 ) from None
             run = cls(path, config, allowed)
+            if run.checkpoint_folder.exists() and not run.checkpoint_folder.is_dir():
+                raise UserError(f"{run.checkpoint_folder} is no folder: move it away")
+            if not run.config_file.exists() and run.newest_checkpoint() is not None:
+                raise UserError(
+                    f"{path} has checkpoints and no config.yaml: put it back, or choose another run=…"
+                )
             changed = run.changed_settings()
             if run.newest_checkpoint() is not None and (refused := sorted(changed.keys() - set(allowed))):
                 raise UserError(

@@ -7,12 +7,13 @@ import pytest
 import rows_cache
 import rows_limits
 import rows_models
+import rows_places
 import rows_records
 import rows_yaml
 from hostile import check, copy_house
 from house import build
 
-TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_limits)
+TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_limits, rows_places)
 CASES = [case for table in TABLES for case in table.rows()]
 QUICK = [case for number, case in enumerate(CASES) if number % 4 == 0 or case.check is not None]
 
