@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -64,9 +63,8 @@ class Bench:
             free_memory()
         return RunFolder(run)
 
-    @cached_property
     def jobs(self) -> dict[str, FieldJob]:
-        """The jobs of scripts 2 and 3 on the device."""
+        """The jobs of scripts 2 and 3, with encoders on the device, which leave it with their last user."""
         args = Namespace(device=str(self.device), precision="auto")
         weights = {"vae": self.base, "dinov2": self.folder / "dinov2"}
         return {
@@ -75,7 +73,8 @@ class Bench:
 
 
 def prepare(folder: Path, size: str, device: torch.device, seconds: float) -> Bench:
-    """Make models, cache and photographs below `folder`."""
+    """Make models, cache and photographs below `folder`, the same at every call."""
+    torch.manual_seed(0)
     pictures = write_images(folder / "pictures", COUNTS[size]["files"])
     settings = make_synthetic(folder, size, COUNTS[size]["cached"], pictures=pictures)
     if size == "full":

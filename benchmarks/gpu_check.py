@@ -1,13 +1,13 @@
 """Everything that only a GPU can show, in one command and without a network: proofs first, then speed.
 
-    python benchmarks/gpu_check.py                                 # full size: needs a GPU; 9 minutes a part
+    python benchmarks/gpu_check.py                                     # full size: needs a GPU; 9 minutes a part
     python benchmarks/gpu_check.py --part proof --dir /tmp
-    python benchmarks/gpu_check.py --size small                    # CPU: that every part runs
+    python benchmarks/gpu_check.py --size small --results runs/check   # CPU: that every part runs
 
 A Stable Diffusion 1.5 folder and a DINOv2-L with random weights and a cache of random values are made on the spot. `proof`
 (`gpu_proofs.py`) holds what a training promises against what it does, `speed` and `attention` (`gpu_speed.py`) measure. Each
-part writes its own JSON, so that they may run one by one. The exit code is 1 where a proof fails or a
-measurement breaks off; a missed target of speed is only printed.
+part writes its own JSON, so that they may run one by one. The exit code is 1 where a proof fails or a measurement breaks off;
+a missed target of speed is only printed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PARTS = {"proof": prove, "speed": measure_speed, "attention": compare_attention}
 def main() -> None:
     parser = benchmark_parser(
         __doc__,
-        minutes=(8, "after which a part that measures begins nothing more, and says what it left out"),
+        minutes=(8, "after which a part begins nothing more, and says what it left out"),
     )
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
     parser.add_argument(

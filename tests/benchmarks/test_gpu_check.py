@@ -49,7 +49,7 @@ def test_what_is_measured_has_rows_and_nothing_breaks_off(tmp_path, monkeypatch)
     ]  # fmt: skip
     assert all(row["images/s"] > 0 and row["ours / bare"] > 0 for row in speed)
     assert all(row["planned GB"] > 0 for row in speed[-2:])
-    assert "attention MATH" in {row["what"] for row in attention}
+    assert "attention by math" in {row["what"] for row in attention}
     assert all(row["ms/step"] > 0 for row in attention)
 
 
@@ -65,6 +65,13 @@ def test_a_proof_that_fails_or_breaks_off_ends_with_exit_code_1(tmp_path, monkey
     targets = json.loads((tmp_path / "gpu_check_proof.json").read_text())["targets"]
     assert [target["pass"] for target in targets] == [False] * 3
     assert "RuntimeError: no such thing" in targets[0]["what"]
+
+
+def test_a_proof_without_time_has_failed():
+    bench = SimpleNamespace(seconds=0, device=torch.device("cpu"))
+    _, targets = gpu_proofs.prove(bench)
+    assert len(targets) == 7
+    assert not any(target["pass"] for target in targets)
 
 
 def test_a_measurement_that_breaks_off_leaves_the_other_rows(tmp_path, monkeypatch):
