@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_proofs, gpu_speed
+from common.errors import UserError
 from training.state import TrainingState
 
 
@@ -97,3 +98,26 @@ def test_waiting_is_an_error_between_two_lines_of_the_log_only(monkeypatch):
     with pytest.raises(RuntimeError), gpu_proofs.watched_for_waiting(first=2, last=4):
         raise RuntimeError
     assert modes[-1] == "default"
+
+
+def test_arms_come_in_order_of_importance_and_those_without_time_are_named():
+    bench = SimpleNamespace(size="full", device=torch.device("cpu"), counts={"batch": 48})
+    rows = gpu_speed.step_rows(bench, ends=0.0)
+    assert len(rows) == 3 * 4 * 2 * 2
+    first = {"what": "step", "train": "lora", "batch": 48, "compile": "default", "λ": 0.8}
+    assert rows[0] == first | {"note": "left out: no time"}
+    assert all(sum(row[key] != first[key] for key in first) == 1 for row in rows[1:8])
+
+
+@pytest.mark.parametrize(
+    ("message", "passed"), [("out of memory: lower it", True), ("out of memory:\nlower it", False)]
+)
+def test_out_of_memory_must_be_one_line(message, passed):
+    def train(*_):
+        raise UserError(message)
+
+    bench = SimpleNamespace(train=train, counts={"too_large": 9})
+    assert [target["pass"] for target in gpu_proofs.out_of_memory_is_one_line(bench)] == [passed]
+    bench.train = lambda *_: None
+    with pytest.raises(RuntimeError, match="9 images fitted"):
+        gpu_proofs.out_of_memory_is_one_line(bench)
