@@ -74,11 +74,20 @@ def device_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> torc
     return device
 
 
-def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: bool = True) -> dict:
+def measure(
+    settings: list[str],
+    steps: int,
+    matmul: float,
+    run: Path,
+    *,
+    bare: bool = True,
+    windows: int | None = None,
+) -> dict:
     """One arm: windows of our loop and of the bare one in turn, so that both see the same machine; medians."""
+    windows = WINDOWS if windows is None else windows
     config = load_config(
         [CONFIG],
-        [*settings, f"run={run}", f"train.steps={(WINDOWS + 1) * steps}", f"train.log_every={steps}",
+        [*settings, f"run={run}", f"train.steps={(windows + 1) * steps}", f"train.log_every={steps}",
          "train.checkpoint_every=100000000", "optim.warmup_fraction=0"],
     )  # fmt: skip
     theirs: list[float] = []
@@ -87,6 +96,7 @@ def measure(settings: list[str], steps: int, matmul: float, run: Path, *, bare: 
         flops = step_flops(config)[1]
         step = bare_step(parts)
         device = parts.device
+        reset_memory(device)
 
         class Interrupted(Meter):
             """After each reading the bare loop has its turn, off the record."""

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.report import benchmark_parser, publish, target, temporary_folder
+from benchmarks.synthetic_run import SIZES, make_vae
 from cache.image_list import Sample
 from cache.views import read_view
 from common.arguments import Parser, between, positive
@@ -68,7 +68,8 @@ def main() -> None:
         paths = write_images(folder / "images", FILES)
         for name in wanted:
             save_encoder(name, folder / name)
-            job = job_of(name, folder / name, folder / f"{name}-cache", args)
+            size = ["--image-size", "512"] if name == "vae" else []
+            job = job_of(name, folder / name, folder / f"{name}-cache", args, *size)
             rows.append(measure(name, job, paths, args))
     targets = [target(f"{row['encoder']}: whole / bare", row["whole / bare"], at_least=0.9) for row in rows]
     publish(args, rows, targets, device=str(pick_device(args.device)))
@@ -89,21 +90,18 @@ def write_images(folder: Path, count: int) -> list[str]:
 def save_encoder(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     if name == "vae":
-        down, up = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
-        AutoencoderKL(
-            down_block_types=down, up_block_types=up, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            latent_channels=4, norm_num_groups=32, sample_size=512, scaling_factor=0.18215,
-        ).save_pretrained(folder / "vae")  # fmt: skip
+        make_vae(folder, SIZES["full"]["vae"])
+        (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     else:
         Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **DINOV2[name])).save_pretrained(folder)
 
 
-def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace) -> FieldJob:
-    """The job that script 2 or 3 would run with its own defaults."""
+def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace, *more: str) -> FieldJob:
+    """The job that script 2 ("vae") or 3 would run with its own defaults and the options `more`."""
     parser = Parser()
     parser.add_argument("--precision")
     add_device_option(parser)
-    common = ["--device", args.device, "--precision", args.precision]
+    common = ["--device", args.device, "--precision", args.precision, *more]
     if name == "vae":
         add_latent_options(parser)
         return latent_job(parser.parse_args([*common, "--base", str(weights)]), out)

@@ -215,22 +215,30 @@ def plan_online_teacher(config: Config, family: Backbone, shape: tuple[int, ...]
     return counter.get_total_flops()
 
 
-def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:
+def planned_bytes(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> dict[str, float]:
+    """Return the memory of a training on each device, by what it is for; autograd keeps `saved` bytes an image."""
     trained = sum(p.numel() for p in model.trained_parameters().values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
     moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
     rows = model.family.text_shapes(model.backbone).values()
-    text = PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize
-    saved *= config.data.batch_size
-    total = weights + own + gradients + moments + average + text + saved
+    return {
+        "kept for backward": saved * config.data.batch_size,
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients, masters, AdamW and EMA": own + gradients + moments + average,
+        "text": PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize,
+    }
+
+
+def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:
+    parts = planned_bytes(config, model, dtype, saved)
+    total = sum(parts.values())
     card = next((size for size in CARDS if total / GB <= ROOM * size), None)
     fits = f"should fit a card of {card} GB" if card else "fits no card: see docs/performance.md"
+    listed = ", ".join(f"{count / GB:.3g} {what}" for what, count in parts.items())
     say(
         "memory",
-        f"about {total / GB:.3g} GB on each device: {saved / GB:.3g} kept for backward, {weights / GB:.3g} weights, "
-        f"{(own + gradients + moments + average) / GB:.3g} gradients, masters, AdamW and EMA, {text / GB:.3g} text "
+        f"about {total / GB:.3g} GB on each device: {listed} "
         f"({name_of(dtype)}; without what kernels need in passing): {fits}",
     )
 
