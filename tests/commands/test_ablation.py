@@ -130,7 +130,7 @@ def test_a_failing_stage_stops_its_chain_and_is_not_recorded(scripts, tmp_path, 
         run_chains([chain], jobs=1, logs=tmp_path / "logs", ended=record.add)
     assert (tmp_path / "a").read_text() == "0X"
     assert [record.of(stage) is not None for stage in chain] == [True, False, False]
-    assert "broken" in capfd.readouterr().err
+    assert "broken" in capfd.readouterr().out
 
 
 def test_a_set_is_trained_measured_and_tabulated_and_the_second_call_repeats_nothing(
