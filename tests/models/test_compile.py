@@ -72,10 +72,9 @@ def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch, monkeyp
 def test_with_checkpointing_every_block_of_a_deep_network_is_compiled(batch, monkeypatch):
     """SD-1.5 has two layers a block: more shapes than Dynamo takes by default."""
     monkeypatch.setattr("test_compile.BACKEND", "eager")
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model = small_model(ALL_TAPS)
     model.backbone.enable_gradient_checkpointing()
-    model.compile_backbone()
-    gradients(model, batch)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        model.compile_backbone()
+        gradients(model, batch)
     assert not counters["graph_break"]
