@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -18,3 +19,22 @@ def fork_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["every_import"])
     return context
+
+
+def two_ranks(work: Callable, *args: object, clean: Callable[[], object] = lambda: None) -> None:
+    """Run `work(rank, *args)` in two processes of this server, which form one gloo group.
+
+    They start again, after `clean`, where they did not find each other, which two groups at once on a machine can bring about.
+    """
+    from torch.multiprocessing import start_processes
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
+    fork_server()
+    for last in (False, False, True):
+        try:
+            start_processes(work, args, nprocs=2, start_method="forkserver")
+            return
+        except ProcessRaisedException as error:
+            if last or "connectFullMesh" not in str(error):
+                raise
+            clean()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fork_server import two_ranks
 
 from method import alignment
 from method.alignment import (
@@ -260,7 +261,7 @@ def _rank(rank, world, folder, upper_only, gather):
 
 @pytest.mark.parametrize("upper_only", [False, True])
 def test_gathered_sample_gram_of_two_ranks_equals_one_process_with_the_whole_batch(tmp_path, upper_only):
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path), upper_only, True), nprocs=2)
+    two_ranks(_rank, 2, str(tmp_path), upper_only, True, clean=(tmp_path / "store").unlink)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     weight = rotation(32).clone().requires_grad_()
     whole = manifold_gram_loss(tokens(0, 6) @ weight, tokens(1, 6), upper_only)
@@ -272,7 +273,7 @@ def test_gathered_sample_gram_of_two_ranks_equals_one_process_with_the_whole_bat
 
 
 def test_without_gathering_each_rank_has_the_gram_of_its_own_images(tmp_path):
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path), False, False), nprocs=2)
+    two_ranks(_rank, 2, str(tmp_path), False, False, clean=(tmp_path / "store").unlink)
     for rank in range(2):
         own = slice(rank * 3, rank * 3 + 3)
         expected = manifold_gram_loss(tokens(0, 6)[own] @ rotation(32), tokens(1, 6)[own])

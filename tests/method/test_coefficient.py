@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import two_ranks
 
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
 
@@ -154,7 +155,7 @@ def _rank(rank, world, folder):
 
 
 def test_ranks_decide_alike_by_their_mean(tmp_path):
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    two_ranks(_rank, 2, str(tmp_path), clean=(tmp_path / "store").unlink)
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert said[0] == said[1]
     assert said[0][0] == [False, False, True]

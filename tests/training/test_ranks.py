@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import demo_overrides
-from fork_server import fork_server
+from fork_server import two_ranks
 from small_runs import CONFIG, ROOT, assert_same_run, equal, tensors, train
 
 import train as train_script
@@ -30,9 +30,7 @@ def free_port() -> int:
 
 def together(work, *args):
     """Run `work(rank, *args)` in two processes of one group."""
-    fork_server()
-    members = (free_port(), work, args)
-    torch.multiprocessing.start_processes(_member, members, nprocs=2, start_method="forkserver")
+    two_ranks(_member, free_port(), work, args)
 
 
 def _member(rank, port, work, args):
