@@ -24,7 +24,7 @@ from configs.evaluation import FEWEST_MEASURED, Eval
 from configs.loading import load_config, yaml_value
 from configs.schema import Config
 from metrics.extractors import load_extractors
-from metrics.similarity_rows import NUM_IMAGES, value_of
+from metrics.similarity_rows import NUM_IMAGES, SHOWN_TIMESTEP, value_of
 from report.ablation import markdown, plot_arms, summarise
 from report.records import headline, kind_of, points_file, protocols, read_alignment
 from training.parts import family_for
@@ -58,7 +58,6 @@ CONDITIONS = {
     "CCA ↑": (*IMAGES, "eval.tokens", "teacher"),
     "head cosine": (*IMAGES, "eval.tokens", "teacher", "align.spatial_norm"),
 }
-TIMESTEP = 250  # at which `align` reads the features
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,7 +148,7 @@ def stages_of_run(args: argparse.Namespace, file: Path, arm: str, seed: int, con
         f"seed={seed}",
     ]
     measured = f"{shlex.quote(str(run))} --checkpoint {steps}"
-    align = f"evaluate.py align {measured} --timesteps {TIMESTEP} --no-base"
+    align = f"evaluate.py align {measured} --timesteps {SHOWN_TIMESTEP} --no-base"
     stages = {
         "train": (f"train.py {shlex.join(train)}", f"checkpoints/step-{steps:07d}"),
         "metrics": (f"evaluate.py metrics {measured}", "eval/points.jsonl"),
@@ -180,7 +179,7 @@ def measures_of(config: Config) -> dict[str, float | None]:
         and all(point["protocol"][key] == value for key, value in same.items())
     ]
     align = read_alignment(folder)
-    here = {"step": last, "timesteps": [TIMESTEP], "seed": drawn.seed}
+    here = {"step": last, "timesteps": [SHOWN_TIMESTEP], "seed": drawn.seed}
     here["num_images"] = min(NUM_IMAGES, align["num_available"])
     if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
         raise UserError(
@@ -192,9 +191,9 @@ def measures_of(config: Config) -> dict[str, float | None]:
         metrics[headline(metrics)]["value"],
         metrics[accuracy[0]]["value"] if accuracy else None,
         align["heldout_loss_diff"],
-        value_of(align, "cknna", timestep=TIMESTEP),
-        value_of(align, "cca", timestep=TIMESTEP),
-        value_of(align, "cosine", timestep=TIMESTEP, features="head"),
+        value_of(align, "cknna", timestep=SHOWN_TIMESTEP),
+        value_of(align, "cca", timestep=SHOWN_TIMESTEP),
+        value_of(align, "cosine", timestep=SHOWN_TIMESTEP, features="head"),
     )
     return dict(zip(MEASURES, values, strict=True))
 
@@ -220,7 +219,7 @@ def write_results(
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
         f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
         f"guidance {drawn.cfg:g}); CKNNA and CCA of the tap "
-        f"{family_for(config).main_tap} with the teacher at timestep {TIMESTEP}, held-out images."
+        f"{family_for(config).main_tap} with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."

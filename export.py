@@ -36,7 +36,7 @@ from training.meter import RATES
 from training.parts import build_model, family_for
 from training.run_folder import POINTS, RunFolder
 
-MADE_FROM = "made_from.json"
+MADE_FROM, UNFINISHED = "made_from.json", "unfinished"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,7 +142,8 @@ def write_once(
             return
         if place.exists() and not place.is_dir():
             raise UserError(f"{folder} is no folder: move it away")
-        if place.exists() and any(place.iterdir()) and not (replace or ours):
+        begun = before.get("checkpoint") == UNFINISHED  # by a process that was killed
+        if place.exists() and any(place.iterdir()) and not (replace or ours or begun):
             raise UserError(
                 f"{folder} is there already and holds something else: remove it, or choose another --out"
             )
@@ -174,9 +175,7 @@ def refresh(folder: Path, new: Path, written: Mapping[str, int], before: Mapping
             raise UserError(f"{file.parent} is a link to another folder: remove the link")
         if os.path.lexists(file) and name not in before:
             raise UserError(f"{file} is of no earlier export, and is not replaced: move it away")
-    write_json(
-        folder / MADE_FROM, {"checkpoint": "unfinished", "files": {}, "written": {**before, **written}}
-    )
+    write_json(folder / MADE_FROM, {"checkpoint": UNFINISHED, "files": {}, "written": {**before, **written}})
     for name in before:
         (folder / name).unlink(missing_ok=True)
     for name in (*written, MADE_FROM):

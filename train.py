@@ -182,9 +182,8 @@ def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, ali
     # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
     logged = terms.keys() - set(PER_IMAGE) if aligned else {"loss", "loss_diff"}
     scalars = {name: value for name, value in terms.items() if name in logged}
-    if (
-        aligned
-    ):  # before backward: the next step reads the similarity, and would wait for what was launched before it
+    if aligned:
+        # Before backward: the next step reads the similarity, and would wait for all that was launched before it.
         parts.coefficient.observe(1 - terms["loss_token"])
     state.backward(scalars, batch.indices, errors)
     quarter = parts.loss.path.quarter(timesteps)  # (B,)

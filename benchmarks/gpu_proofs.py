@@ -38,10 +38,8 @@ LOSS_BOUNDS = {"compiled": 0.01, "fp32": 0.02}
 # On a CPU kernels repeat themselves; on a GPU last bits of gradients differ, and Adam makes whole steps of small gradients.
 RESUMED = {"cpu": 0.0, "cuda": 0.1}
 FAST = ["optim.lr=0.01"]  # moves the weights so far in a few steps that an image shows it
-IMAGE = {
-    "cpu": 0.003,
-    "cuda": 0.006,
-}  # of 1: half a level of 8 bits, and one and a half, both in fp32 without TF32
+# Of 1: half a level of 8 bits, and one and a half, both in fp32 without TF32.
+IMAGE = {"cpu": 0.003, "cuda": 0.006}
 BATCHED = {"cpu": 1e-4, "cuda": 0.02}  # bf16 on a GPU
 
 
@@ -202,9 +200,8 @@ def stopped_after(step: int) -> Iterator[None]:
 def an_export_draws_our_image(bench: Bench) -> list[dict]:
     """StableDiffusionPipeline with the exported LoRA draws the image that our sampler draws, in fp32 and guided; the bare
     base model draws another."""
-    run = bench.train(
-        "whole", *FAST
-    )  # of the proof before, if that was run: the same command finds it complete
+    # Of the proof before, if that was run: the same command finds it complete.
+    run = bench.train("whole", *FAST)
     changes = {"eval.sampling_steps": 4, "eval.cfg": 3.0, "eval.precision": "fp32", "eval.batch_size": 1}
     [[ours]] = find_targets([run.path], changes=changes)
     with full_precision(bench.device):

@@ -37,9 +37,8 @@ def main() -> None:
         ]  # fmt: skip
         train = ["--config", "configs/A.yaml", *settings]
         whole, killed = (folder / name for name in ("whole", "killed"))
-        spawn = multiprocessing.get_context(
-            "spawn"
-        )  # each process imports anew, and may be killed while it does
+        # Each process imports anew, and may be killed while it does.
+        spawn = multiprocessing.get_context("spawn")
         finish(spawn, [*train, f"run={whole}"])
         steps = list(kill_again_and_again(spawn, [*train, f"run={killed}"], killed, args.kills, args.seed))
         rows = differences(RunFolder(killed), RunFolder(whole))

@@ -25,7 +25,7 @@ AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) 
 OneNeedsNoList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
 
-def _said(check: Callable[[str], str]) -> Callable[[Any], Any]:
+def _as_complaint(check: Callable[[str], str]) -> Callable[[Any], Any]:
     """Return a validator of text: what `check` raises becomes the complaint about the setting."""
 
     def validate(value: Any) -> Any:
@@ -37,7 +37,7 @@ def _said(check: Callable[[str], str]) -> Callable[[Any], Any]:
     return validate
 
 
-@_said
+@_as_complaint
 def _place(text: str) -> str:
     if not text:
         raise UserError("it is empty: give a name, or leave the setting out")
@@ -239,7 +239,7 @@ class Train(Section):
     channels_last: bool | None = knob(
         None, "memory layout of the network; null = channels last on a GPU in bf16"
     )
-    device: Annotated[str, AfterValidator(_said(check_device_name))] = knob(
+    device: Annotated[str, AfterValidator(_as_complaint(check_device_name))] = knob(
         "auto", "auto = cuda when present, else cpu; cpu, cuda, or cuda:N"
     )
     log_every: Positive = knob(50, "steps between lines of metrics.jsonl")

@@ -38,8 +38,8 @@ def runs(which: str = "newest", more: str = "") -> list[Option]:
 
 def settings(default: str = "the run's own") -> Option:
     """The `key=value` settings of `eval`, for usage and help; `split_settings` takes them out before argparse parses."""
-    told = f"settings of eval, listed below (default: {default})"
-    return option("settings", nargs="*", metavar="key=value", help=told)
+    meaning = f"settings of eval, listed below (default: {default})"
+    return option("settings", nargs="*", metavar="key=value", help=meaning)
 
 
 DEVICE = option("--device", default="auto", help="auto (default) = cuda when present, else cpu")

@@ -95,7 +95,7 @@ def find_targets(
     found, settings = [], None
     for path in paths:
         run, step = open_run(path)
-        if step is not None and which not in ("newest", step):
+        if step is not None and which not in ("newest", "all", step):
             raise UserError(f"{path} is step {step}, --checkpoint says {which}: leave one of them out")
         if settings is None or not alike:
             settings = with_settings(run.config, dict(changes or {})).eval

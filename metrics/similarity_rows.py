@@ -29,9 +29,7 @@ from metrics.spatial import Metrics, spatial_metrics
 
 TIMESTEPS = (50, 250, 500, 750)
 SHOWN_TIMESTEP = 250  # the nearest to it is in tables and figures of a single timestep
-NUM_IMAGES = (
-    1000  # unless another number is asked for; of SD-1.5's three taps at 512 px about 4 GB beside the models
-)
+NUM_IMAGES = 1000  # unless another number is asked for; SD-1.5's three taps at 512 px then take about 4 GB
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 

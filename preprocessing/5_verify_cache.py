@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 
 from common.arguments import Parser, positive
 from common.errors import run_script
+from common.files import expand_home
 from preprocessing.options import add_device_option
 
 SHEET_IMAGES = 8
@@ -42,7 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--full", action="store_true", help="compare every checksum too (reads everything)")
     sheet = "decode eight latents and draw image, VAE and tokens"
     add("--sheet", type=Path, metavar="PNG", help=sheet)
-    add("--base", help="whose VAE decodes for --sheet (default: the one that made the latents)")
+    add(
+        "--base",
+        type=expand_home,
+        help="whose VAE decodes for --sheet (default: the one that made the latents)",
+    )
     add_device_option(parser)
     args = parser.parse_args(argv)
     if args.sheet is not None and args.sheet.suffix != ".png":

@@ -14,8 +14,8 @@ RATES = ("it_per_s", "images_per_s", "tflop_per_s", "data_wait", "mfu", "hfu", "
 # Dense bf16 operations per second with fp32 sums, by a part of the device's name; the first that fits. From NVIDIA's data
 # sheets, which give some of them twice as high, with sparsity.
 PEAKS = {
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
 }  # fmt: skip
 
 

@@ -39,3 +39,10 @@ def test_a_door_lets_several_processes_end_together(command, monkeypatch):
     monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: ended.append("group"))
     runpy.run_path(str(ROOT / f"{command}_sd15.py"), run_name="__main__")
     assert ended == ["main", "barrier", "group"]
+
+
+def test_the_plans_dataset_has_the_plans_arguments(miniature):
+    names = ("csv_path", "latent_dir", "dino_dir", "clip_embeddings_path")
+    places = ("train.csv", "cache/latents", "cache/tokens", "cache/text")
+    given = {name: miniature / place for name, place in zip(names, places, strict=True)}
+    assert len(importlib.import_module("dataset_sd15").SD15AlignedDataset(**given)) == 60

@@ -5,7 +5,7 @@ import os
 import shutil
 
 from hostile import Case
-from spoil import both, edit_line, fifo, nothing, put, remove, set_key, write
+from spoil import both, edit, edit_line, fifo, nothing, put, remove, set_key, write
 
 TRAIN, AGAIN = "train --config a.yaml run=runs/b", "train --config a.yaml"
 MORE = f"{AGAIN} train.steps=8 --allow-change train.steps"
@@ -95,6 +95,13 @@ def rows():
     )
     two = "evaluate metrics runs/a/checkpoints/step-0000004 --checkpoint 6"
     yield Case("a checkpoint's folder and another step", nothing, two, ("step 4", "6"))
+    alone = "evaluate curve runs/a/checkpoints/step-0000004 --out c"
+    yield Case(
+        "a curve of one checkpoint", nothing, alone, ("curve.png",), goes_on=True, loses=("runs/a/eval",)
+    )
+    begun = edit("runs/a/export/made_from.json", set_key("checkpoint", to="unfinished"))
+    again = "export runs/a --out runs/a/export"
+    yield Case("an export that was cut", begun, again, ("export",), goes_on=True, loses=("runs/a/export",))
     yield Case(
         "a run that lost its config", remove("runs/a/config.yaml"), f"{AGAIN} seed=9", ("config.yaml",)
     )

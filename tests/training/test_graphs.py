@@ -4,6 +4,8 @@ import torch
 from small_runs import train
 from torch._dynamo.utils import counters
 
+from benchmarks.gpu_bench import traced_only
+
 BETWEEN_STEPS = [
     "align.warmup_steps=2",  # λ is 0 at the first step
     "align.cutoff_step=5",  # and at the last
@@ -14,18 +16,12 @@ BETWEEN_STEPS = [
 ]
 
 
-def test_a_training_with_warm_up_cutoff_previews_and_evaluations_has_one_graph(
-    miniature, tmp_path, monkeypatch
-):
-    compile_as_traced = torch.nn.Module.compile
-    traced = lambda module, mode, dynamic: compile_as_traced(module, backend="eager", dynamic=dynamic)  # noqa: E731
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    torch._dynamo.reset()
-    counters.clear()
-    run = train(miniature, tmp_path / "run", "train.compile=default", *BETWEEN_STEPS)
+def test_a_training_with_warm_up_cutoff_previews_and_evaluations_has_one_graph(miniature, tmp_path):
+    with traced_only():
+        run = train(miniature, tmp_path / "run", "train.compile=default", *BETWEEN_STEPS)
     assert (run.path / "previews").is_dir()
     assert (run.path / "eval/points.jsonl").exists()
     assert {line["coeff"] for line in run.metrics()} > {0.0}
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    torch._dynamo.reset()
+    torch.compiler.reset()
