@@ -102,6 +102,8 @@ def rows():
     begun = edit("runs/a/export/made_from.json", set_key("checkpoint", to="unfinished"))
     again = "export runs/a --out runs/a/export"
     yield Case("an export that was cut", begun, again, ("export",), goes_on=True, loses=("runs/a/export",))
+    few = edit_line("runs/a/eval/points.jsonl", set_key("protocol", "num_samples", to=5))
+    yield Case("fewer samples than classes, reported", few, REPORT, ("page.html",), goes_on=True)
     yield Case(
         "a run that lost its config", remove("runs/a/config.yaml"), f"{AGAIN} seed=9", ("config.yaml",)
     )
