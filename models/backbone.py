@@ -4,12 +4,14 @@
     network = backbone.load_network()
     prediction = backbone.forward(network, x_t, t, text)      # what AlignedModel.predict calls
     text = backbone.encode_text(["a cat"], device)            # {"prompt_embeds": (1, L, C)}
+    null = backbone.null_text(device)                         # {"prompt_embeds": (L, C)}
     x_0 = backbone.load_codec().encode(pixels)
 
 A family is one file in `models/families/`: a subclass that fills in the facts below. Latents are `(B, C, h, w)`, and so are
 predictions. Text is a dict of named tensors, one row a prompt, under the names that the pipeline's own call uses.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -21,6 +23,7 @@ from common.errors import UserError
 from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath
 from models.latents import LatentCodec
 from models.pipeline_parts import SAMPLERS, SPACING, load_part, shapes_of_part
+from models.prompts import PromptEncoder
 from models.taps import Tap
 
 
@@ -36,6 +39,11 @@ class Backbone:
     method: str  # what aligning this family is called: "U-REPA"
     tags: tuple[str, ...]  # of a model card
     part: str  # the pipeline's part that is trained: "unet" or "transformer"
+    # What the pipeline's encode_prompt returns, in order, by the names of its call's arguments; "" for what is not kept.
+    text_fields: tuple[str, ...]
+    text_batch_dim: Mapping[
+        str, int
+    ] = {}  # of fields that have prompts along another dimension than the first
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
@@ -83,13 +91,8 @@ class Backbone:
         """{field: shape of one prompt's row}."""
         raise NotImplementedError
 
-    def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """The text fields of prompts, each `(n, …)`; "" is the null prompt of guidance."""
-        raise NotImplementedError
-
-    def text_weights(self) -> nn.Module:
-        """The text encoder, whose weights say what made a table of text."""
-        raise NotImplementedError
+    def check_text(self, parts: Mapping[str, object]) -> None:
+        """Raise `UserError` unless the tokenizers and text encoders `{part: loaded}` fit each other."""
 
     # what all families share --------------------------------------------------------------------------------------------
 
@@ -110,6 +113,19 @@ class Backbone:
                 raise
         with torch.device("meta"):
             return self.network_class.from_config(self.assumed_config), False
+
+    def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """The text fields of prompts, each `(n, …)` on the CPU, as the pipeline's own call makes them; masks are uint8."""
+        return self.prompt_encoder(device)(prompts)[0]
+
+    def null_text(self, device: torch.device) -> dict[str, Tensor]:
+        """The fields `(…)` of the null prompt of guidance; some pipelines make it otherwise than of the prompt ""."""
+        return self.prompt_encoder(device)([""])[1]
+
+    @functools.cache  # noqa: B019 (a family lives as long as its encoders are needed)
+    def prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """The base model's text encoders; raises `UserError` where they cannot be had."""
+        return PromptEncoder(self, device)
 
     @property
     def network_class(self) -> type[nn.Module]:

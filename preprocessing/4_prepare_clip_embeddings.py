@@ -21,6 +21,8 @@ from common.errors import UserError, run_script
 from preprocessing.classes import read_classes
 from preprocessing.options import add_base_options, add_device_option
 
+ROWS = 64  # prompts that are encoded at a time
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [args.template.replace("{class_name}", name) for _, name in classes] + [""]
     synsets = [synset for synset, _ in classes]
 
+    import torch
+
     from cache.manifest import MANIFEST, check_same
     from cache.text import read_table, text_spec, write_table
     from common.device import pick_device
@@ -45,8 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     from models.pipeline_parts import weights_digest
 
     family = family_of(args.base, args.revision)
-    digest = weights_digest(family.text_weights())
-    null = family.encode_text([""], pick_device(args.device))  # gives the names and shapes of the fields
+    encoder = family.prompt_encoder(pick_device(args.device))
+    digest = weights_digest(encoder.weights)
+    null = {name: values.half()[None] for name, values in encoder([""])[1].items()}  # {name: (1, …)}
     details = {"template": args.template, "prompts": prompts, "n_classes": len(classes)}
     spec = text_spec(
         null,
@@ -59,7 +64,12 @@ def main(argv: list[str] | None = None) -> None:
         check_same(args.out, read_table(args.out)[1], spec.as_json())
         print(f"{args.out} is complete: {what}")
         return
-    fields = family.encode_text(prompts, pick_device(args.device))  # {name: (n_classes + 1, …)}
+    rows = [
+        encoder(prompts[start : min(start + ROWS, len(classes))])[0] for start in range(0, len(classes), ROWS)
+    ]
+    fields = {
+        name: torch.cat([*(row[name].half() for row in rows), null[name]]) for name in null
+    }  # (n_classes + 1, …)
     write_table(args.out, fields, spec)
     listed = ", ".join(f"{name} {tuple(values.shape)} {spec.dtype}" for name, values in fields.items())
     print(f"{args.out}: {what}, {listed}")

@@ -220,7 +220,7 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     latents, text = dataset.latents.spec.source, dataset.text_manifest["source"]
     sources = (
         ("vae", lambda: family.load("vae"), latents, 2),
-        ("text_encoder", family.text_weights, text, 4),
+        ("text_encoder", lambda: family.prompt_encoder(torch.device("cpu")).weights, text, 4),
     )
     for part, load, source, script in sources:
         # The weights are read only where the names differ: a fine-tune often shares its VAE and text encoder with its base.

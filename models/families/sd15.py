@@ -1,10 +1,8 @@
 """Stable Diffusion 1.5: the facts of its U-Net, its text and its LoRA."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import diffusers
-import torch
 import transformers
 from torch import Tensor, nn
 
@@ -16,7 +14,6 @@ from models.taps import Tap
 ALIGNED_BLOCKS = r"(mid_block|down_blocks\.3|up_blocks\.0)"
 DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-TEXT_ROWS = 64  # prompts that are encoded at a time
 TOKENS = 77  # of a prompt, in CLIP's text encoder
 
 
@@ -29,6 +26,7 @@ class SD15(Backbone):
     name = "Stable Diffusion 1.5"
     method, tags = "U-REPA", ("stable-diffusion", "u-repa")
     pipeline, part, noun = "StableDiffusionPipeline", "unet", "U-Net"
+    text_fields = ("prompt_embeds", "negative_prompt_embeds")
     default_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assumed_config = {"sample_size": 64, "cross_attention_dim": 768}  # noqa: RUF012 (never written to)
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
@@ -86,43 +84,22 @@ class SD15(Backbone):
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (TOKENS, network.config.cross_attention_dim)}
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """The last hidden states of CLIP's text encoder, fp16 `(n, 77, 768)`, as `prompt_embeds`."""
-        encoder, rows = self.text_weights().to(device), []
-        for start in range(0, len(prompts), TEXT_ROWS):
-            tokens = self._tokenizer(
-                list(prompts[start : start + TEXT_ROWS]),
-                padding="max_length",
-                max_length=self._tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            found = encoder(tokens.input_ids.to(device)).last_hidden_state  # (b, 77, 768)
-            rows.append(found.half().cpu())
-        return {"prompt_embeds": torch.cat(rows)}
+    def check_text(self, parts: Mapping[str, object]) -> None:
+        for name, tokenizer in parts.items():
+            if name.startswith("tokenizer"):
+                check_clip(tokenizer, parts[name.replace("tokenizer", "text_encoder")], name, self.base)
 
-    def text_weights(self) -> nn.Module:
-        return self._text_encoder
 
-    @cached_property
-    def _text_encoder(self) -> nn.Module:
-        """CLIP's text encoder; raises `UserError` unless it takes the tokenizer's tokens."""
-        encoder, tokenizer = self.load("text_encoder").eval(), self._tokenizer
-        config = encoder.config
-        if config.max_position_embeddings < TOKENS or config.vocab_size < len(tokenizer):
-            raise UserError(
-                f"text_encoder of {self.base} takes {config.max_position_embeddings} tokens of {config.vocab_size} kinds, the "
-                f"tokenizer gives {TOKENS} of {len(tokenizer)}: give a whole pipeline folder"
-            )
-        return encoder
-
-    @cached_property
-    def _tokenizer(self):
-        found = self.load("tokenizer")
-        if found.model_max_length != TOKENS:
-            raise UserError(
-                f"tokenizer of {self.base} has model_max_length = {found.model_max_length!r:.60}; CLIP's is {TOKENS}: give the "
-                "tokenizer/ folder of the base model, whole"
-            )
-        return found
+def check_clip(tokenizer, encoder: nn.Module, name: str, base: str) -> None:
+    """Raise `UserError` unless a CLIP tokenizer cuts prompts as CLIP's do, and its text encoder takes its tokens."""
+    if tokenizer.model_max_length != TOKENS:
+        raise UserError(
+            f"{name} of {base} has model_max_length = {tokenizer.model_max_length!r:.60}; CLIP's is {TOKENS}: give the "
+            f"{name}/ folder of the base model, whole"
+        )
+    config, part = encoder.config, name.replace("tokenizer", "text_encoder")
+    if config.max_position_embeddings < TOKENS or config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"{part} of {base} takes {config.max_position_embeddings} tokens of {config.vocab_size} kinds, the tokenizer gives "
+            f"{TOKENS} of {len(tokenizer)}: give a whole pipeline folder"
+        )
