@@ -202,7 +202,7 @@ def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
         alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
         weights = {
             name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
-            for name, value in convert_state_dict_to_kohya(model.lora_state_dict()).items()
+            for name, value in convert_state_dict_to_kohya(model.kohya_state_dict()).items()
         }
         metadata = {"ss_base_model_version": kohya_base, "modelspec.title": run.name}
         save_file(weights, folder / f"{kind}.safetensors", metadata)

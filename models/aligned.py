@@ -156,10 +156,13 @@ class AlignedModel(nn.Module):
         self.family.pipeline_class.save_lora_weights(folder, **lora)
         return folder / "pytorch_lora_weights.safetensors"
 
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """LoRA weights under PEFT's names, with the prefix that a pipeline gives them, such as `unet.`."""
-        found = get_peft_model_state_dict(self.backbone)
-        return {f"{self.family.part}.{name}": value for name, value in found.items()}
+    def kohya_state_dict(self) -> dict[str, Tensor]:
+        """LoRA weights under PEFT's names, of the modules as kohya's tools name them, after the part, such as `unet.`."""
+        found = {}
+        for name, value in get_peft_model_state_dict(self.backbone).items():
+            path, matrix = name.split(".lora_")
+            found[f"{self.family.part}.{self.family.kohya_name(path)}.lora_{matrix}"] = value
+        return found
 
     def merged_network(self) -> nn.Module:
         """The network as an ordinary one, its LoRA merged into the weights for good."""

@@ -11,7 +11,6 @@ A family is one file in `models/families/`: a subclass that fills in the facts b
 predictions. Text is a dict of named tensors, one row a prompt, under the names that the pipeline's own call uses.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -58,9 +57,12 @@ class Backbone:
     load_options: Mapping[str, object] = {}
     # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
     kohya_base: str | None = None
+    # Fields beside the text that a batch may have for its own images, such as the crop that the cache recorded.
+    image_conditions: tuple[str, ...] = ()
 
     def __init__(self, base: str | None = None, revision: str | None = None):
         self.base, self.revision = base, revision
+        self._prompt_encoder: PromptEncoder | None = None
 
     # what a family fills in -------------------------------------------------------------------------------------------
 
@@ -90,6 +92,10 @@ class Backbone:
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
         """{field: shape of one prompt's row}."""
         raise NotImplementedError
+
+    def kohya_name(self, path: str) -> str:
+        """What kohya's tools call the module that the network has at `path`."""
+        return path
 
     def check_text(self, parts: Mapping[str, object]) -> None:
         """Raise `UserError` unless the tokenizers and text encoders `{part: loaded}` fit each other."""
@@ -122,10 +128,11 @@ class Backbone:
         """The fields `(…)` of the null prompt of guidance; some pipelines make it otherwise than of the prompt ""."""
         return self.prompt_encoder(device)([""])[1]
 
-    @functools.cache  # noqa: B019 (a family lives as long as its encoders are needed)
     def prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """The base model's text encoders; raises `UserError` where they cannot be had."""
-        return PromptEncoder(self, device)
+        """The base model's text encoders, which are kept; raises `UserError` where they cannot be had."""
+        if self._prompt_encoder is None or self._prompt_encoder.device != device:
+            self._prompt_encoder = PromptEncoder(self, device)
+        return self._prompt_encoder
 
     @property
     def network_class(self) -> type[nn.Module]:

@@ -12,8 +12,6 @@ from models.taps import Tap
 
 # The blocks around the bottleneck: what LoRA and partial fine-tuning touch.
 ALIGNED_BLOCKS = r"(mid_block|down_blocks\.3|up_blocks\.0)"
-DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 TOKENS = 77  # of a prompt, in CLIP's text encoder
 
 
@@ -29,6 +27,8 @@ class SD15(Backbone):
     text_fields = ("prompt_embeds", "negative_prompt_embeds")
     default_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assumed_config = {"sample_size": 64, "cross_attention_dim": 768}  # noqa: RUF012 (never written to)
+    down_blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_blocks = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
     blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
@@ -53,10 +53,10 @@ class SD15(Backbone):
 
     def check(self, network: nn.Module) -> None:
         found = tuple(network.config.down_block_types), tuple(network.config.up_block_types)
-        if found != (DOWN_BLOCKS, UP_BLOCKS):
+        if found != (self.down_blocks, self.up_blocks):
             raise UserError(
-                f"the base model's U-Net has {len(found[0])} levels ({', '.join(found[0])}), not those of Stable Diffusion "
-                "1.5: check model.base"
+                f"the base model's U-Net has {len(found[0])} levels ({', '.join(found[0])}), not those of {self.name}: check "
+                "model.base"
             )
 
     def check_trained(self, taps: Sequence[str], train: str, lora_targets: str) -> None:
@@ -69,8 +69,14 @@ class SD15(Backbone):
         return network(x_t, t, text["prompt_embeds"], return_dict=False)[0]
 
     def tap(self, network: nn.Module, name: str) -> Tap:
+        """Of the last ResNet or transformer of the block, before any upsampler."""
         path = self.blocks[name]
-        return Tap(f"{path}.resnets.{len(network.get_submodule(path).resnets) - 1}")
+        block = network.get_submodule(path)
+        if name == "mid" or not getattr(block, "attentions", None):
+            return Tap(f"{path}.resnets.{len(block.resnets) - 1}")
+        return Tap(
+            f"{path}.attentions.{len(block.attentions) - 1}", read=lambda output, _args, _kwargs: output[0]
+        )
 
     def tap_channels(self, network: nn.Module, name: str) -> int:
         return network.config.block_out_channels[-1]

@@ -1,35 +1,66 @@
 """The contract of a backbone, held by every family of the table on a small pipeline of its real classes."""
 
-import inspect
-from contextlib import contextmanager
-from pathlib import Path
+import functools
 
+import diffusers
 import pytest
 import torch
+from official import as_oracle, assert_same_arguments, call_arguments, recorded, size_of
 
-from cache.dataset import latents_of
+import miniature.families
 from common.errors import UserError
-from configs.loading import load_config
+from method.sampler import initial_noise, sample_latents
+from miniature.families import make_pipeline
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
+from models.families.sdxl import SDXL
 from models.families.table import FAMILIES, family_of
 
-# Where the fixture `miniature` keeps the small pipeline of each family: a new family is one line here.
-PIPELINES = {"sd15": "models/sd15-mini"}
-CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+# A new family is one line here: the names of its official pipeline's solver that ends at x_0 exactly, or None where its own
+# does.
+EXACT_SOLVERS = {"sd15": "DDIMScheduler", "sdxl": None, "kolors": None}
+CPU = torch.device("cpu")
+PROMPTS = ["a photo of a three", "a drawing of a two"]
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """From a family's name to the folder of its tiny pipeline."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def base(name: str) -> str:
+        make_pipeline(name, folder / name)
+        return str(folder / name)
+
+    return base
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request, miniature) -> Backbone:
-    return family_of(str(miniature / PIPELINES[request.param]))
+def family(request, base_of) -> Backbone:
+    return family_of(base_of(request.param))
 
 
-@pytest.fixture
-def stock(family):
+def stock_of(family):
     """The family's own pipeline of diffusers."""
     pipeline = family.pipeline_class.from_pretrained(family.base, **family.load_options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def stock(family):
+    return stock_of(family)
+
+
+def name_of(family) -> str:
+    return next(name for name, kind in FAMILIES.items() if kind is type(family))
+
+
+def noise_of(family, count=2, wide=2) -> torch.Tensor:
+    """Noise `(n, C, h, wide·w)`, not square: height and width must not be confused."""
+    C, h, w = family.latent_shape(family.load_network())
+    return torch.randn(count, C, h, wide * w, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(family, taps=(), train="full", **options) -> AlignedModel:
@@ -39,95 +70,153 @@ def model_of(family, taps=(), train="full", **options) -> AlignedModel:
 
 def inputs(family, count=2):
     """x_t `(n, C, h, w)`, timesteps `(n,)` and text of `count` prompts."""
-    shape = family.latent_shape(family.load_network())
-    generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(count, *shape, generator=generator)
-    prompts = [f"a photo of a {i}" for i in range(count)]
-    return x_t, torch.arange(count) * 400 + 50, family.encode_text(prompts, CPU)
+    x_t, path = noise_of(family, count), family.path()
+    return x_t, path.spread(count), family.encode_text(PROMPTS[:count], CPU)
+
+
+def exact_scheduler(family, stock):
+    """The official scheduler, or one of the same noise that ends at x_0 itself."""
+    solver = EXACT_SOLVERS[name_of(family)]
+    if solver is None:
+        return stock.scheduler
+    return getattr(diffusers, solver).from_config(
+        stock.scheduler.config, set_alpha_to_one=True, clip_sample=False
+    )
 
 
 def test_every_family_of_the_table_is_tested():
-    assert PIPELINES.keys() == FAMILIES.keys()
+    assert EXACT_SOLVERS.keys() == FAMILIES.keys() == miniature.families.PIPELINES.keys()
 
 
 def test_a_base_model_is_found_by_its_pipeline(family, stock):
-    name = next(name for name, path in PIPELINES.items() if family.base.endswith(path))
-    assert type(family) is FAMILIES[name]
+    assert family.base.endswith(name_of(family))
     assert type(stock).__name__ == family.pipeline
 
 
-def test_every_family_has_a_config_to_start_from():
-    for name, family in FAMILIES.items():
-        config = load_config(ROOT / "configs" / "families" / f"{name}.yaml")
-        assert type(family_of(config.model.base)) is family
-        assert set(config.align.taps) <= set(family.taps)
-        assert config.model.lora_targets in family.lora_targets
-
-
-def test_the_usual_base_models_need_no_hub():
-    for name, family in FAMILIES.items():
-        assert type(family_of(family.default_base)) is FAMILIES[name]
-
-
-def test_the_fields_of_text_have_the_shapes_that_the_family_gives(family):
-    fields, shapes = (
-        family.encode_text(["a photo of a three", ""], CPU),
-        family.text_shapes(family.load_network()),
-    )
-    assert {name: tuple(values.shape[1:]) for name, values in fields.items()} == shapes
-
-
 @torch.no_grad()
-def test_predict_hands_the_network_what_the_pipelines_own_call_does(family, stock):
-    """From prompts, with guidance: so the text and the null prompt are the pipeline's too."""
+def check_arguments(family, stock):
+    """`predict` hands the network what the pipeline's own call does, from prompts and with guidance.
+
+    So the text and the null prompt are the pipeline's too.
+    """
     model = model_of(family, family.taps).eval()
-    x_t, _, text = inputs(family)
-    seen = []  # by the pipeline's scheduler: (x_t, t)
-    step = stock.scheduler.step
-    stock.scheduler.step = lambda output, t, x, *a, **k: (
-        seen.append((x.clone(), t)) or step(output, t, x, *a, **k)
-    )
-    prompts = [f"a photo of a {i}" for i in range(len(x_t))]
-    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-    with recorded(getattr(stock, family.part)) as theirs:
-        stock(prompts, latents=x_t, **options)
-    null = {
-        name: rows.expand(len(x_t), *rows.shape[1:]) for name, rows in family.encode_text([""], CPU).items()
-    }
-    both = {name: torch.cat([null[name], text[name]]) for name in text}
+    noise, text, null = noise_of(family), family.encode_text(PROMPTS, CPU), family.null_text(CPU)
+    seen, step = [], stock.scheduler.step  # (scaled x_t, t)
+    scale = stock.scheduler.scale_model_input
+
+    def noted(output, t, x, *args, **options):
+        seen.append((scale(x, t), t))
+        return step(output, t, x, *args, **options)
+
+    stock.scheduler.step = noted
+    try:
+        with recorded(getattr(stock, family.part)) as theirs:
+            stock(
+                PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=3.0, output_type="latent",
+                **size_of(family, noise.shape),
+            )  # fmt: skip
+    finally:
+        stock.scheduler.step = step
+    both = {name: torch.cat([null[name].expand_as(rows), rows]) for name, rows in text.items()}
     with recorded(model.backbone) as ours:
         for x, t in seen:
             model.predict(torch.cat([x, x]), t.expand(2 * len(x)), both)
-    assert len(ours) == len(theirs) == 2
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert mine.keys() == wanted.keys()
-        for name, value in wanted.items():
-            # A pipeline hands over one timestep for all rows, and text that was never stored in fp16.
-            torch.testing.assert_close(
-                mine[name], value.expand(mine[name].shape), atol=1e-3, rtol=1e-3, msg=name
-            )
+    assert_same_arguments(ours, theirs)
 
 
-def tensors_in(arguments, above=""):
-    """(name, tensor) of arguments, those inside of dicts too: SDXL's conditions are one."""
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{above}{name}", value.clone()
-        elif isinstance(value, dict):
-            yield from tensors_in(value, f"{above}{name}.")
+def test_predict_hands_the_network_what_the_pipelines_own_call_does(family, stock):
+    check_arguments(family, stock)
 
 
-@contextmanager
-def recorded(network):
-    """The tensors of each forward by the names of their arguments."""
-    calls, names = [], inspect.signature(network.forward)
+def swapped(kind):
+    class WidthFirst(kind):
+        def time_ids(self, x_t, text):
+            return super().time_ids(x_t, text)[:, [1, 0, 3, 2, 5, 4]]
 
-    def note(_, args, kwargs):
-        calls.append(dict(tensors_in(names.bind(*args, **kwargs).arguments)))
+    return WidthFirst
 
-    hook = network.register_forward_pre_hook(note, with_kwargs=True)
-    yield calls
-    hook.remove()
+
+def in_cells(kind):
+    class InCells(kind):
+        pixels_of_cell = 1
+
+    return InCells
+
+
+def null_of_empty_prompt(kind):
+    class OfEmptyPrompt(kind):
+        def null_text(self, device):
+            return {name: rows[0] for name, rows in self.encode_text([""], device).items()}
+
+    return OfEmptyPrompt
+
+
+@pytest.mark.parametrize("break_it", [swapped, in_cells, null_of_empty_prompt])
+def test_a_wrong_convention_is_seen(base_of, break_it):
+    family = break_it(SDXL)(base_of("sdxl"))
+    with pytest.raises(AssertionError):
+        check_arguments(family, stock_of(family))
+
+
+@torch.no_grad()
+def check_oracle(family, stock, x_0):
+    noise = noise_of(family)
+    arguments = call_arguments(
+        family, noise, family.encode_text(PROMPTS, CPU), family.null_text(CPU), cfg=1.0
+    )
+    stock.scheduler = exact_scheduler(family, stock)
+    with as_oracle(stock, family, x_0):
+        found = stock(**arguments, num_inference_steps=12, output_type="latent", return_dict=False)[0]
+    torch.testing.assert_close(found, x_0, atol=1e-3, rtol=1e-3)
+
+
+def test_the_official_sampler_brings_the_training_target_of_x_0_back_to_x_0(family, stock):
+    check_oracle(family, stock, torch.randn_like(noise_of(family)))
+
+
+def test_a_wrong_target_is_not_brought_back(base_of):
+    family = FAMILIES["sdxl"](base_of("sdxl"))
+    family.own_output = "v"  # of an ε-network
+    with pytest.raises(AssertionError):
+        check_oracle(family, stock_of(family), torch.randn_like(noise_of(family)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_our_sampler_draws_what_the_official_pipeline_does_from_cached_text(family, stock, cfg):
+    seeds, steps = [3, 4], 3
+    text, null = family.encode_text(PROMPTS, CPU), family.null_text(CPU)
+    shape = noise_of(family).shape[1:]
+    stock.scheduler = family.sampling_scheduler(family.own_output)
+    arguments = call_arguments(family, initial_noise(seeds, shape), text, null, cfg)
+    theirs = stock(**arguments, num_inference_steps=steps, output_type="latent", return_dict=False)[0]
+    model = model_of(family).eval()
+    ours = sample_latents(
+        model.predict, family.sampling_scheduler(family.own_output), text, null, seeds, shape=shape, steps=steps, cfg=cfg,
+        rows=len(seeds),
+    )  # fmt: skip
+    if cfg == 1:
+        assert ours.equal(theirs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    pixels = stock(**arguments, num_inference_steps=steps, output_type="np", return_dict=False)[0]
+    decoded = (family.load_codec().decode(theirs) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(pixels), decoded, atol=1e-5, rtol=1e-5)
+
+
+def test_the_fields_of_text_have_the_shapes_that_the_family_gives(family):
+    shapes = family.text_shapes(family.load_network())
+    text, null = family.encode_text(["a photo of a three", ""], CPU), family.null_text(CPU)
+    assert {name: tuple(values.shape[1:]) for name, values in text.items()} == shapes
+    assert {name: tuple(values.shape) for name, values in null.items()} == shapes
+    assert all(values.isfinite().all() for values in (*text.values(), *null.values()))
+
+
+def test_the_text_of_a_prompt_does_not_depend_on_the_others(family):
+    text = family.encode_text(
+        [*PROMPTS, "a much longer prompt, of many more words than the others have"], CPU
+    )
+    for name, row in family.encode_text(PROMPTS[:1], CPU).items():
+        torch.testing.assert_close(row[0], text[name][0], atol=1e-5, rtol=1e-5)
 
 
 def test_predict_is_the_networks_own_output_with_and_without_taps(family, stock):
@@ -178,35 +267,6 @@ def test_encode_and_decode_are_inverse_in_their_normalisation(family):
     torch.testing.assert_close(codec.normalise_spread(std), moved, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "normalisation",
-    [
-        {},
-        {"shift_factor": 0.3, "scaling_factor": 0.4},
-        {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
-    ],
-)
-def test_a_codec_shifts_and_scales_by_its_config(miniature, normalisation):
-    codec_class = type(family_of(str(miniature / "models/sd15-mini")).load_codec())
-    vae = family_of(str(miniature / "models/sd15-mini")).load("vae")
-    vae.register_to_config(**normalisation)
-    codec = codec_class(vae)
-    z = torch.randn(2, 4, 3, 3)
-    wide = lambda name, default: torch.tensor(normalisation.get(name, default)).view(1, -1, 1, 1)  # noqa: E731
-    mean = wide("latents_mean", [normalisation.get("shift_factor", 0.0)])
-    expected = (z - mean) * vae.config.scaling_factor / wide("latents_std", [1.0])
-    torch.testing.assert_close(codec.normalise(z), expected)
-    # A cache of the VAE's own z is normalised when it is read.
-    unscaled = {"posterior": "mode", "scaled": False} | codec.normalisation
-    torch.testing.assert_close(latents_of(z, unscaled), expected)
-    spread = torch.rand(2, 4, 3, 3)
-    drawn = latents_of(
-        torch.cat([z, spread], 1), unscaled | {"posterior": "moments"}, torch.Generator().manual_seed(1)
-    )
-    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(drawn, expected + codec.normalise_spread(spread) * noise)
-
-
 def test_what_is_trained_is_named_alike_in_every_family_and_the_network_stays_stock(family, stock):
     for train in ("lora", "partial", "full"):
         names = model_of(family, family.taps[:1], train).trained_parameters()
@@ -254,24 +314,3 @@ def test_a_name_that_a_family_does_not_have_is_one_line_that_lists_those_it_has(
         model_of(family, ["nowhere"])
     with pytest.raises(UserError, match=r"model\.lora_targets = 'nothing'"):
         family_lora(family, 4, 4, "nothing")
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "model_index.json cannot be read"),
-        ("{", r"model_index.json: it is damaged"),
-        ('{"_class_name": "OtherPipeline"}', "is a OtherPipeline"),
-    ],
-)
-def test_a_folder_of_no_family_is_one_line(tmp_path, content, said):
-    if content is not None:
-        (tmp_path / "model_index.json").write_text(content)
-    with pytest.raises(UserError, match=said) as error:
-        family_of(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_a_name_that_is_no_folder_and_no_hub_id_is_one_line():
-    with pytest.raises(UserError, match="does not exist"):
-        family_of("./nowhere")
