@@ -27,7 +27,7 @@ from common.stages import StageEntry
 from configs.loading import eval_changes, eval_settings
 from evaluation.align import align_target
 from evaluation.image_files import PICTURES, image_chunks, load_images
-from evaluation.options import FINAL, add_options, split_settings
+from evaluation.options import add_options, split_settings
 from evaluation.pictures import draw_pictures
 from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.report import make_report
@@ -38,6 +38,7 @@ from metrics.embedding import check_installed
 from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup
 from report.records import points_under
+from training.parts import family_for
 from training.ranks import Ranks, run_ranks
 from training.run_folder import this_command
 
@@ -137,15 +138,19 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def final(args: argparse.Namespace) -> None:
-    """Measure final numbers by the plan's protocol, and metrics over guidance scales.
+    """Measure final numbers, and metrics over guidance scales.
 
-    250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
+    Of Stable Diffusion 1.5 by the plan's protocol: 250 steps, guidance 7.5 up to noise level 0.7; of other families by the
+    run's own settings. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
     eval.cfg is that of the final numbers alone; every other setting is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     targets = [*chain(*targets_of(args, alike=True))]
-    final_targets = [target.with_changes(FINAL | args.changes) for target in targets]
+    final_targets = [
+        target.with_changes(dict(family_for(target.config).final_settings) | args.changes)
+        for target in targets
+    ]
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
     sweep = [target.with_changes({"eval.cfg": scale}) for target in targets for scale in args.sweep]
     evaluate_all(final_targets, device, ranks, kind="final")

@@ -194,18 +194,23 @@ def size_of(path: Path) -> int | None:
 
 def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     """`ema.safetensors` and `raw.safetensors` under the names of kohya's sd-scripts, fp16 as is usual there."""
-    from diffusers.utils import convert_state_dict_to_kohya
-
     model, kohya_base = run_model(run), family_for(run.config).kohya_base
     for kind, file in WEIGHTS.items():
         load_weights(checkpoint / file, model.trained_parameters())
-        alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
-        weights = {
-            name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
-            for name, value in convert_state_dict_to_kohya(model.kohya_state_dict()).items()
-        }
         metadata = {"ss_base_model_version": kohya_base, "modelspec.title": run.name}
-        save_file(weights, folder / f"{kind}.safetensors", metadata)
+        save_file(kohya_weights(model, run.config.model.lora_alpha), folder / f"{kind}.safetensors", metadata)
+
+
+def kohya_weights(
+    model: AlignedModel, alpha: float, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
+    """The LoRA of a model under the names of kohya's sd-scripts."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    return {  # of alpha, diffusers takes it to be the rank
+        name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().to(dtype).contiguous()
+        for name, value in convert_state_dict_to_kohya(model.kohya_state_dict()).items()
+    }
 
 
 def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:

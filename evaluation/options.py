@@ -9,7 +9,6 @@ from common.arguments import SIDE, between
 from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
 
-FINAL = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # the plan's final numbers
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)  # guidance scales
 
 
@@ -70,9 +69,7 @@ OPTIONS = {
     ],
     "final": [
         *runs(),
-        settings(
-            f"{' '.join(f'{key}={value}' for key, value in FINAL.items())}; the rest, and all of the sweep, the run's own"
-        ),
+        settings("what the family has for final numbers, and the run's own; those of the sweep: the run's own"),
         option(
             "--sweep", type=float, nargs="*", default=SWEEP, metavar="SCALE",
             help=f"guidance scales (default: {' '.join(f'{s:g}' for s in SWEEP)})",

@@ -154,7 +154,7 @@ def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[i
 def print_cost(target: Target, count: int) -> None:
     """Print how many forwards of the network it takes to draw `count` images."""
     given, config = target.settings, target.config
-    scheduler = family_for(config).sampling_scheduler(output_of(config), given.sampler)
+    scheduler = family_for(config).sampling_scheduler(output_of(config), given.sampler, given.sampling_steps)
     scheduler.set_timesteps(given.sampling_steps)
     interval = given.guidance_low, given.guidance_high
     each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
@@ -214,7 +214,9 @@ class ImageSampler:
         self.model, self.config = model, config
         self.device = next(model.backbone.parameters()).device
         self.codec = model.family.load_codec().to(self.device)
-        self.scheduler = model.family.sampling_scheduler(output_of(config), config.eval.sampler)
+        self.scheduler = model.family.sampling_scheduler(
+            output_of(config), config.eval.sampler, config.eval.sampling_steps
+        )
         self.text = text.to(self.device, torch.float32)
 
     @classmethod

@@ -57,6 +57,8 @@ class Backbone:
     load_options: Mapping[str, object] = {}
     # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
     kohya_base: str | None = None
+    # What `evaluate.py final` sets beside a run's own settings of sampling.
+    final_settings: Mapping[str, object] = {}
     # Fields beside the text that a batch may have for its own images, such as the crop that the cache recorded.
     image_conditions: tuple[str, ...] = ()
 
@@ -178,8 +180,22 @@ class Backbone:
         output = self.output_of(parameterization)
         return DiffusionPath(self.scheduler.alphas_cumprod, output=output, **options)
 
-    def sampling_scheduler(self, output: str, sampler: str = "ddim"):
-        """One of diffusers' samplers on the base model's noise schedule, for a network that outputs `output`."""
+    def sampling_scheduler(self, output: str, sampler: str = "ddim", steps: int = 1):
+        """One of diffusers' samplers on the base model's noise schedule, for a network that outputs `output`.
+
+        Raises `UserError` where it cannot go this number of steps.
+        """
+        levels = len(self.scheduler.alphas_cumprod)
+        if steps > levels:
+            raise UserError(
+                f"eval.sampling_steps = {steps} are more than the {levels} noise levels of {self.base}"
+            )
+        if sampler == "ddim" and steps > 100 and levels % steps:
+            fit = ", ".join(str(n) for n in range(101, levels + 1) if levels % n == 0)
+            raise UserError(
+                f"with {steps} steps diffusers' DDIM, which goes {levels} // steps indices at a time, drifts off its noise "
+                f"levels: choose eval.sampling_steps = 100 or fewer, or {fit}, or eval.sampler=dpm++"
+            )
         return SAMPLERS[sampler].from_config(
             self.scheduler.config,
             clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True

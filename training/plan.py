@@ -48,7 +48,7 @@ def print_plan(config: Config) -> None:
     cost = count_step(forward)
     print(f"plan of {config.run}")
     if not known:
-        say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
+        say("base", f"{config.model.base} is not at hand: the sizes of {model.family.name} are assumed")
     plan_parameters(config, model)
     each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")

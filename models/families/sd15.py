@@ -43,6 +43,8 @@ class SD15(Backbone):
     checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
     load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
     kohya_base = "sd_v1"
+    # The plan's final numbers.
+    final_settings = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # noqa: RUF012
     parts = {  # noqa: RUF012
         "unet": lambda: diffusers.UNet2DConditionModel,
         "vae": lambda: diffusers.AutoencoderKL,

@@ -52,6 +52,7 @@ class SDXL(SD15):
     partial_blocks = tuple(blocks.values())
     load_options = {}  # noqa: RUF012
     kohya_base = "sdxl_base_v1-0"
+    final_settings = {}  # noqa: RUF012
     parts = SD15.parts | {
         "text_encoder_2": lambda: transformers.CLIPTextModelWithProjection,
         "tokenizer_2": lambda: transformers.CLIPTokenizer,

@@ -29,6 +29,7 @@ from evaluation.image_files import LOG, load_images
 from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
+from models.families.sd15 import SD15
 from models.pipeline_parts import files_digest
 from report.records import points_file
 
@@ -427,7 +428,7 @@ class TestCurves:
         assert points(runs / "urepa")[0]["protocol"] == points(runs / "baseline")[0]["protocol"]
 
     def test_final_numbers_are_the_plans_and_the_sweep_is_over_guidance_alone(self, runs, monkeypatch):
-        monkeypatch.setitem(evaluate_script.FINAL, "eval.sampling_steps", 4)
+        monkeypatch.setitem(SD15.final_settings, "eval.sampling_steps", 4)
         evaluate("final", runs / "urepa", "--sweep", 1, 2)
         final, one, two = points(runs / "urepa")
         assert [p["kind"] for p in (final, one, two)] == ["final", "sweep", "sweep"]
@@ -439,7 +440,7 @@ class TestCurves:
         }  # fmt: skip
 
     def test_the_plans_protocol_is_250_steps_of_guidance_7_5_up_to_0_7(self):
-        assert evaluate_script.FINAL == {
+        assert SD15.final_settings == {
             "eval.sampling_steps": 250,
             "eval.cfg": 7.5,
             "eval.guidance_high": 0.7,
