@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 from configs.schema import Config
-from evaluation.image_files import missing_images, save_images, watched
+from evaluation.image_files import ImageWriter, missing_images, watched
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
@@ -138,9 +138,10 @@ def draw_samples(
         own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
         parts = [own_indices[start : start + size] for start in range(0, len(own_indices), size)]
         done = len(indices) - len(missing)
-        for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
-            seeds = [settings["seed"] + i for i in part]
-            save_images(image_sampler.draw(labels_of(settings, part), seeds), folder, part)
+        with ImageWriter(folder) as writer:
+            for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
+                seeds = [settings["seed"] + i for i in part]
+                writer.save(image_sampler.draw(labels_of(settings, part), seeds), part)
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
 
