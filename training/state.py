@@ -84,7 +84,7 @@ class TrainingState:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
-        self.ema.step(parameters)
+        average_step(self.ema, parameters)
         self.means.add([*self._measured, ("grad_norm", grad_norm, 1.0)], skip)
         self._measured, self._losses, self._images, self._errors = [], [], [], []
         self.step += 1
@@ -145,3 +145,19 @@ class TrainingState:
     @property
     def images_per_step(self) -> int:
         return self.config.data.batch_size * self.config.optim.accumulate * self.ranks.world
+
+
+@torch.no_grad()
+def average_step(ema: EMAModel, parameters: list[Tensor]) -> None:
+    """`EMAModel.step` without its copy of all weights, and with the same bits.
+
+    It computes s − w (s − p); lerp computes s + w (p − s), which rounds alike, but from w = 0.5 on p − (1 − w) (p − s), which
+    does not. So the first eight steps, in which the average hardly remembers, are left to `EMAModel`.
+    """
+    decay = ema.get_decay(ema.optimization_step + 1)
+    if decay <= 0.5:
+        ema.step(parameters)
+        return
+    ema.optimization_step += 1
+    ema.cur_decay_value = decay
+    torch._foreach_lerp_(ema.shadow_params, parameters, 1 - decay)
