@@ -2,16 +2,17 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
-import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train as train_script
 from benchmarks import write
 from benchmarks.gpu_bench import Bench, broke_off, free_memory
 from benchmarks.report import target
@@ -23,6 +24,7 @@ from evaluation.sample import ImageSampler
 from evaluation.targets import Target
 from method.sampler import initial_noise
 from models.latents import decode_images
+from training.kernels import searched_convolutions
 from training.plan import GB, forward_of, model_of_shapes, planned_bytes, saved_bytes, shape_of_latents
 from training.run_folder import RunFolder
 
@@ -90,7 +92,8 @@ def step_rows(bench: Bench, ends: float) -> list[dict]:
 
 def step_row(settings: list[str], matmul: float, run: Path, bare: bool) -> list[dict]:
     """One arm, and the memory that `--plan` names for it."""
-    found = measure(settings, STEPS, matmul, run, bare=bare, windows=WINDOWS)
+    with searched_convolutions():  # for the bare loop, too
+        found = measure(settings, STEPS, matmul, run, bare=bare, windows=WINDOWS)
     return [found | {"planned GB": planned_gb(load_config([CONFIG], settings))}]
 
 
@@ -167,9 +170,9 @@ def encoder_rows(bench: Bench) -> list[dict]:
 
 
 def compare_attention(bench: Bench) -> tuple[list[dict], list[dict]]:
-    """A LoRA step, eager, under each kernel of attention, with cuDNN's search, and in the other memory layout.
+    """A LoRA step, eager, under each kernel of attention, without cuDNN's search, and in the other memory layout.
 
-    The default lets PyTorch choose, does not search, and has channels last on a GPU in bf16.
+    The default lets PyTorch choose, searches, and has channels last on a GPU in bf16.
     """
     ends = time.perf_counter() + bench.seconds
     full = bench.size == "full"
@@ -180,7 +183,10 @@ def compare_attention(bench: Bench) -> tuple[list[dict], list[dict]]:
             f"attention by {name}": (partial(sdpa_kernel, order, set_priority=True), [])
             for name, order in kernels.items()
         },
-        "cudnn.benchmark": (cudnn_search, []),
+        "no search for convolutions": (
+            partial(patch.object, train_script, "searched_convolutions", nullcontext),
+            [],
+        ),
         "channels first": (nullcontext, ["train.channels_last=false"]),
     }
     matmul, rows = matmul_rate(bench.device), []
@@ -204,13 +210,3 @@ def row_under(choose: Choose, settings: list[str], matmul: float, run: Path) -> 
         if "No available kernel" not in str(error):
             raise
         return [{"note": "no such kernel on this device, for one of the shapes at least"}]
-
-
-@contextmanager
-def cudnn_search() -> Iterator[None]:
-    """cuDNN tries its convolutions and takes the fastest."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 from configs.schema import Config
-from evaluation.image_files import missing_images, save_images, watched
+from evaluation.image_files import ImageWriter, missing_images, watched
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
@@ -36,6 +36,7 @@ from method.sampler import (
 from models.aligned import AlignedModel
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
+from training.kernels import keep_compiled, searched_convolutions
 from training.parts import family_for, load_run_model, output_of
 from training.ranks import Ranks
 from training.run_folder import this_command
@@ -138,9 +139,10 @@ def draw_samples(
         own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
         parts = [own_indices[start : start + size] for start in range(0, len(own_indices), size)]
         done = len(indices) - len(missing)
-        for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
-            seeds = [settings["seed"] + i for i in part]
-            save_images(image_sampler.draw(labels_of(settings, part), seeds), folder, part)
+        with ImageWriter(folder) as writer:
+            for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
+                seeds = [settings["seed"] + i for i in part]
+                writer.save(image_sampler.draw(labels_of(settings, part), seeds), part)
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
 
@@ -229,6 +231,7 @@ class ImageSampler:
         if device.type == "cuda" and dtype == torch.bfloat16:
             model.backbone.to(memory_format=torch.channels_last)
         if given.compile:
+            keep_compiled()
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
         return cls(model, config, read_table(config.data.text)[0])
 
@@ -238,10 +241,11 @@ class ImageSampler:
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
         prompts, shape = self.text.rows(labels), stored_latent_shape(self.config)
-        latents = sample_latents(
-            self.model.predict, self.scheduler, prompts, self.text.null, seeds, shape=shape, **how
-        )
-        return decode_images(self.codec, latents)
+        with searched_convolutions():  # every forward has the same rows
+            latents = sample_latents(
+                self.model.predict, self.scheduler, prompts, self.text.null, seeds, shape=shape, **how
+            )
+            return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
         """Digests of the weights in memory, in the dtype in which they compute."""

@@ -130,9 +130,74 @@ def _gradients(rank, argv, note, world):
     text, timesteps = torch.zeros(4, 5, 32)[images], torch.tensor([1, 300, 600, 900])[images]
     errors = parts.model.predict(latents, timesteps, {"prompt_embeds": text}).square().flatten(1).mean(1)
     state.backward({"loss": errors.mean()}, images.tolist(), errors)
-    found = [p for p in state.parameters.values() if p.grad is not None]
-    parts.ranks.mean([p.grad for p in found])
+    state.gradient_mean.finish()
     torch.save({n: p.grad for n, p in state.parameters.items() if p.grad is not None}, f"{note}.{rank}.pt")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_sent_during_backward_are_the_plain_mean_bit_for_bit(miniature, tmp_path, precision):
+    """Of two batches a step, heads without a gradient on one rank and weights without one on any: nothing waits for them."""
+    knobs = [f"train.precision={precision}", "optim.accumulate=2", "train.channels_last=true"]
+    together(_overlapped, arguments(miniature, tmp_path / "run", *knobs))
+
+
+def _overlapped(rank, argv):
+    from configs.loading import load_config
+    from training import gradient_mean
+    from training.parts import build_parts
+
+    gradient_mean.BUCKET = 2**15  # many buckets, as a large network has
+    parts = build_parts(load_config([argv[1]], argv[2:]))
+    state = TrainingState(parts.config, parts.masters, parts.coefficient, parts.ranks, {})
+    masters, mean = parts.masters.masters, state.gradient_mean
+    heads = [n for n, name in enumerate(state.parameters) if name.startswith("heads.")]
+    idle = heads[-1]  # without a gradient on both ranks
+    parts.masters.working[idle].requires_grad_(False)
+    sent = []  # buckets, when backward is over
+
+    def step(backward):
+        for n in range(2):
+            torch.manual_seed(10 * rank + n)
+            latents, text, t = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32), torch.tensor([1, 600])
+            output = parts.model.predict(latents, t, {"prompt_embeds": text}, capture=True).float()
+            loss = output.square().mean()
+            if rank == 0:
+                loss = loss + sum(x.square().mean() for x in parts.model.get_aligned_tokens((4, 4)).values())
+            parts.model.clear_hooks()
+            backward(loss)
+        found = [master.grad for master in masters]
+        for master in masters:
+            master.grad = None
+        return found
+
+    def plain(loss):
+        (loss / 2).backward()
+        parts.masters.collect()
+
+    expected = step(plain)
+    for n, grad in enumerate(expected):
+        own = torch.zeros_like(masters[n]) if grad is None else grad
+        parts.ranks.sum([own])
+        expected[n] = None if n == idle else own / 2
+
+    def overlapped(loss):
+        state.backward({"loss": loss}, [0, 1], loss.detach().expand(2))
+        sent.append(mean._sent if len(state._losses) == 2 else 0)
+        if len(state._losses) == 2:
+            mean.finish()
+            state._losses.clear()
+
+    for _ in range(2):
+        found = step(overlapped)
+        assert found[idle] is expected[idle] is None
+        for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+            if n != idle:
+                assert torch.equal(a, b), n
+                assert a.stride() == masters[n].stride()
+    count = len(mean._buckets)
+    assert count > 5
+    # The first step shows the order; in the second, backward itself sends all but the last bucket, which waits for the heads.
+    assert sent == [0, 0, 0, count - 1]
 
 
 WATCHED = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, "check": False}
@@ -217,7 +282,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_when_a_step_takes_as_many_im
 def test_one_process_is_a_group_of_one():
     ranks = Ranks(cpu=True)
     tensor = torch.ones(3)
-    ranks.mean([tensor])
+    ranks.sum([tensor])
     assert (ranks.rank, ranks.world, ranks.main, ranks.gather([1])) == (0, 1, True, [1])
     assert torch.equal(tensor, torch.ones(3))
     assert ranks.on_main(lambda: 5) == 5

@@ -402,7 +402,10 @@ def test_evaluation_settings_may_change_after_the_training(miniature, tmp_path, 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), r"^out of memory: .*optim\.accumulate"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            r"^out of memory: .*optim\.accumulate.*expandable_segments",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), r"^out of memory: .*optim\.accumulate"),
         (MemoryError(), r"^out of memory: .*optim\.accumulate"),
         (
