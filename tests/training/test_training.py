@@ -60,9 +60,11 @@ CUTOFF = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "measured"), [("permanent", [1, 2]), ("recoverable", [1, 2, 3, 5, 7])])
+@pytest.mark.parametrize(
+    ("mode", "measured", "stops"), [("permanent", [1, 2], [1, 2]), ("recoverable", [1, 2, 3, 5, 7], [2, 5])]
+)
 def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
-    miniature, tmp_path, monkeypatch, mode, measured
+    miniature, tmp_path, monkeypatch, mode, measured, stops
 ):
     """The average decides from its second value on; a recoverable one is measured every other step."""
     knobs = [*CUTOFF, f"align.threshold_mode={mode}", "align.similarity_every=2"]
@@ -71,7 +73,7 @@ def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
     assert [line["step"] for line in lines if line["coeff"] > 0] == [1, 2]
     assert [line["step"] for line in lines if "loss_token" in line] == measured
     assert all(line["loss"] == line["loss_diff"] for line in lines[2:])
-    for stop_at in (1, 2, 5):
+    for stop_at in stops:
         run = tmp_path / f"{mode}{stop_at}"
         stopped_at(stop_at, miniature, run, monkeypatch, *knobs)
         resumed = train(miniature, run, *knobs)
