@@ -68,7 +68,8 @@ def test_a_proof_that_fails_or_breaks_off_ends_with_exit_code_1(tmp_path, monkey
     assert "RuntimeError: no such thing" in targets[0]["what"]
 
 
-def test_a_proof_without_time_has_failed():
+def test_a_proof_without_time_has_failed(monkeypatch):
+    monkeypatch.setattr(gpu_proofs, "free_memory", lambda: None)  # nothing was allocated
     bench = SimpleNamespace(seconds=0, device=torch.device("cpu"))
     _, targets = gpu_proofs.prove(bench)
     assert len(targets) == 7
@@ -100,7 +101,8 @@ def test_waiting_is_an_error_between_two_lines_of_the_log_only(monkeypatch):
     assert modes[-1] == "default"
 
 
-def test_arms_come_in_order_of_importance_and_those_without_time_are_named():
+def test_arms_come_in_order_of_importance_and_those_without_time_are_named(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "matmul_rate", lambda device: 1.0)
     bench = SimpleNamespace(size="full", device=torch.device("cpu"), counts={"batch": 48})
     rows = gpu_speed.step_rows(bench, ends=0.0)
     assert len(rows) == 3 * 4 * 2 * 2

@@ -2,12 +2,8 @@
 
 import html
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import run_both, said, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, ROOT, assert_same_run, demo_overrides, stopped_at, train
+from small_runs import CONFIG, assert_same_run, demo_overrides, stopped_at, train
 
 import evaluate as evaluate_script
 from cache.manifest import write_manifest
@@ -191,21 +188,12 @@ class TestSampling:
         (folder,) = (runs / "urepa" / "samples").iterdir()
         log = (folder / LOG).read_text()
         shutil.rmtree(folder)
-        command = [
-            sys.executable,
-            ROOT / "evaluate_sd15.py",
-            "sample",
-            runs / "urepa",
-            "eval.num_samples=150",
-        ]
-        process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-        )
+        process = start("evaluate_sd15 sample urepa eval.num_samples=150", runs)
         while len(list(folder.glob("0*.png"))) < 20:
-            assert process.poll() is None
+            assert process.is_alive(), said(runs)
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert 20 <= len(drawn(runs / "urepa")) < 150
         evaluate("sample", runs / "urepa", "eval.num_samples=150")
         after = drawn(runs / "urepa")
@@ -215,11 +203,7 @@ class TestSampling:
     def test_two_processes_draw_and_measure_what_one_does(self, runs):
         shutil.copytree(runs / "urepa", runs / "together")
         evaluate("metrics", runs / "urepa")
-        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [sys.executable, *launched, ROOT / "evaluate_sd15.py", "metrics", runs / "together"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert run_both("evaluate_sd15 metrics together", runs) == [0, 0], said(runs, "0")
         assert drawn(runs / "together") == drawn(runs / "urepa")
         logs = [next((runs / run).rglob(f"samples/*/{LOG}")).read_text() for run in ("together", "urepa")]
         assert sorted(logs[0].splitlines()) == logs[1].splitlines()
@@ -529,8 +513,8 @@ class TestReport:
                 if point["kind"] != "sweep":
                     assert name in text
                     assert f"{found['value']:.4g}" in text
-        for said in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
-            assert said in text
+        for phrase in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
+            assert phrase in text
         aligned = json.loads((runs / "urepa" / "eval" / "align.json").read_text())
         row = next(r for r in aligned["rows"] if (r["model"], r["tap"], r["timestep"]) == ("run", "mid", 100))
         assert f"{row['metrics']['cknna']['value']:.3f} ({row['metrics']['cknna']['null']:.3f})" in text
