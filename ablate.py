@@ -129,9 +129,8 @@ def check_measurable(arm: str, config: Config) -> None:
             f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
         )
     if config.eval.num_samples < FEWEST_MEASURED:
-        raise UserError(
-            f"{arm}: eval.num_samples = {config.eval.num_samples} is too few: choose {FEWEST_MEASURED} or more"
-        )
+        few = f"eval.num_samples = {config.eval.num_samples} is too few"
+        raise UserError(f"{arm}: {few}: choose {FEWEST_MEASURED} or more")
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 
 

@@ -49,9 +49,7 @@ def samples_of(values: Values) -> Iterator[dict[str, np.ndarray]]:
 
 def shaped(parts: dict[str, bytes]) -> Values:
     """The bytes of one sample as values, without a copy."""
-    return {
-        name: torch.frombuffer(part, dtype=torch.float16).view(FIELDS[name]) for name, part in parts.items()
-    }
+    return {name: torch.frombuffer(p, dtype=torch.float16).view(FIELDS[name]) for name, p in parts.items()}
 
 
 class Format(Dataset):

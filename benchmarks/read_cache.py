@@ -180,9 +180,7 @@ def compare(args: argparse.Namespace, arms: dict, read: int, passes: int) -> tup
                 print(f"{arm}: {found[0]:,.0f} samples/s", flush=True)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")
-    speeds = [
-        (arm, Speed(*np.median(found, axis=0).tolist(), max(found)[0])) for arm, found in rounds.items()
-    ]
+    speeds = [(arm, Speed(*np.median(found, axis=0), max(found)[0])) for arm, found in rounds.items()]
     return dict(sorted(speeds, key=lambda entry: -entry[1].median)), skipped
 
 

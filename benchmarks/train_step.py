@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=positive, default=[48], help="(default 48)")
     parser.add_argument("--compile", nargs="+", default=["none", "default"], help="(default none default)")
     parser.add_argument("--coeff", nargs="+", type=float, default=[0.0, 0.8], help="λ (default 0 0.8)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every arm"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every arm")
     args = parser.parse_args()
     device = device_of(parser, args)
     with temporary_folder(args.dir) as folder:

@@ -32,12 +32,10 @@ def read_samples(path: str | Path) -> list[Sample]:
     samples = []
     for line, (key, img_path, class_id, synset) in read_csv(path, COLUMNS, "make it again with script 1"):
         if not CLASS_ID.fullmatch(class_id) or int(class_id) >= MAX_CLASSES:
-            raise UserError(
-                f"line {line} of {path} has the class_id {class_id!r:.60}; classes count 0, 1, 2 …"
-            )
+            raise UserError(f"line {line} of {path} has the class_id {class_id!r:.60}; classes are 0, 1, 2 …")
         if not key or not key.isprintable():
             raise UserError(
-                f"line {line} of {path} has the id {key!r:.60}; ids are names without control characters"
+                f"line {line} of {path} has the id {key!r:.60}; control characters are not allowed"
             )
         samples.append(Sample(key, img_path, int(class_id), synset))
     if not samples:

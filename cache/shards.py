@@ -243,9 +243,8 @@ class FieldWriter:
         with self._environment(shard).begin() as transaction:
             stored = _keys(transaction)
             # An image noted as unreadable may have been repaired before a later run; a stored value takes precedence.
-            unreadable = {
-                key: why for key, why in self._partial(shard).unreadable.items() if key not in stored
-            }
+            noted = self._partial(shard).unreadable.items()
+            unreadable = {key: why for key, why in noted if key not in stored}
             if stored | unreadable.keys() != planned:
                 if not only_if_complete:
                     what = f"shard {shard} has {len(stored)} of {len(planned)} values"

@@ -120,9 +120,7 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
 def _check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:
-        raise ValueError(
-            f"{width} × {height} pixels need {needed:,} bytes of memory, more than {MAX_BYTES:,}"
-        )
+        raise ValueError(f"{width} × {height} pixels need {needed:,} bytes, more than {MAX_BYTES:,}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

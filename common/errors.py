@@ -60,9 +60,8 @@ def complaint(error: BaseException) -> str:
         return "memory does not suffice: lower the batch size or the sizes that the command names"
     if is_lack_of_space(error):
         where = getattr(error, "filename", None)
-        return one_line(
-            f"the disk{f' of {where}' if where else ''} is full: free some, and the same command goes on"
-        )
+        whose = f" of {where}" if where else ""
+        return one_line(f"the disk{whose} is full: free some, and the same command goes on")
     if (
         isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
         and error.filename is not None

@@ -29,6 +29,7 @@ FILES = (*PICKLES, ".safetensors")
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_SECONDS = 5  # within which a hub must answer the first question
 REASON = 200  # characters of a library's reason in an error line
+SAVED = "give a whole folder that save_pretrained wrote"
 
 
 def load_pretrained(
@@ -71,13 +72,10 @@ def load_pretrained(
         with _quiet(library):
             if not network:
                 return kind.from_pretrained(name, revision=revision, **where, **options)
-            loaded, report = kind.from_pretrained(
-                name, revision=revision, output_loading_info=True, **where, **options
-            )
-        for key, says in (
-            ("missing_keys", "lacks weights"),
-            ("mismatched_keys", "has weights of other shapes"),
-        ):
+            where |= {"revision": revision, "output_loading_info": True}
+            loaded, report = kind.from_pretrained(name, **where, **options)
+        faults = {"missing_keys": "lacks weights", "mismatched_keys": "has weights of other shapes"}
+        for key, says in faults.items():
             if report[key]:
                 first = f"{min(map(str, report[key])):.{REASON}}"
                 raise UserError(f"{what} {says} ({first}, …), which would be random: give a whole model")
@@ -99,18 +97,14 @@ def read_config(
     if (folder := local_folder(name)) is not None:
         path = folder / (part or "") / file
         if not path.exists():
-            raise UserError(
-                f"{path} cannot be read, it is not there: give a whole folder that save_pretrained wrote"
-            )
+            raise UserError(f"{path} cannot be read, it is not there: {SAVED}")
     else:
-        path = _found(
-            lambda **where: hf_hub_download(name, file, subfolder=part, revision=revision, **where),
-            name,
-            what,
-            revision,
-            local=local,
-        )
-    return read_record(path, dict[str, Any], "give a folder that save_pretrained wrote")
+
+        def download(**where) -> str:
+            return hf_hub_download(name, file, subfolder=part, revision=revision, **where)
+
+        path = _found(download, name, what, revision, local=local)
+    return read_record(path, dict[str, Any], SAVED)
 
 
 def local_folder(name: str) -> Path | None:
@@ -130,9 +124,7 @@ def local_folder(name: str) -> Path | None:
 def check_files(folder: Path, *, network: bool) -> None:
     """Raise `UserError` unless a folder holds regular files alone, and safetensors where it holds weights of a network."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder.parent} has no {folder.name}/ folder: it must be a pipeline folder in diffusers layout"
-        )
+        raise UserError(f"{folder.parent} has no {folder.name}/ folder: give a folder in diffusers' layout")
     files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     for path in files:
         if not path.is_file():  # to open a FIFO would wait for its writer
@@ -154,9 +146,7 @@ def foreign_files(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # A config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
-        raise UserError(
-            f"cannot load {what}: {reason_of(error)}: give a whole folder that save_pretrained wrote"
-        ) from None
+        raise UserError(f"cannot load {what}: {reason_of(error)}: {SAVED}") from None
 
 
 def reason_of(error: Exception) -> str:

@@ -53,9 +53,7 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror}") from None
     if len(data) > limit:
-        raise UserError(
-            f"{path} is too large to be what is read here (more than {limit:,} bytes): check the path"
-        )
+        raise UserError(f"{path} is too large for what is read here (over {limit:,} bytes): check the path")
     return data
 
 

@@ -81,14 +81,11 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     cached = set(latents.ids) & set(tokens.ids)
     items = [item for item in read_samples(where.csv) if item.id in cached]
     if num_images is not None and num_images > len(items):
-        raise UserError(
-            f"--num-images {num_images} are more than the {len(items)} held-out images of {where.csv} that are cached"
-        )
+        cached = f"the {len(items)} held-out images of {where.csv} that are cached"
+        raise UserError(f"--num-images {num_images} are more than {cached}")
     used = items[: NUM_IMAGES if num_images is None else max(num_images, 0)]
     if len(used) < MIN_IMAGES:
-        raise UserError(
-            f"{len(used)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
-        )
+        raise UserError(f"{len(used)} held-out images are too few: give {MIN_IMAGES}, better some hundreds")
     ids = [item.id for item in used]
     if trained_on := set(ids) & {item.id for item in read_samples(config.data.csv)}:
         raise UserError(
@@ -171,9 +168,8 @@ def read_taps(
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
     family, network = model.family, model.backbone
-    taps = Taps(
-        network, {name: family.tap(network, name) for name in family.taps}
-    )  # also where the run taps fewer
+    # Also where the run taps fewer.
+    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
     try:
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))

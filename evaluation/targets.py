@@ -119,9 +119,7 @@ def labels_for(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str
     if steps:
         names = [f"{n} {s}" if names.count(n) > 1 else n for n, s in zip(names, steps, strict=True)]
     if len(set(names)) < len(names):
-        raise UserError(
-            "two of these run folders have the same name: rename one, so that figures can tell them apart"
-        )
+        raise UserError("two of these run folders have the same name: rename one, to tell them apart")
     return names
 
 
@@ -141,9 +139,7 @@ def _targets_of(run: RunFolder, which: str, weights: str, settings: Eval) -> lis
         return [Target(run, 0, "base", settings, asked=weights)]
     steps = run.checkpoint_steps()
     if not steps:
-        raise UserError(
-            f"{run.path} has no checkpoint yet: train.py writes one every train.checkpoint_every steps"
-        )
+        raise UserError(f"{run.path} has no checkpoint yet: wait for the next (train.checkpoint_every)")
     named = {"all": steps, "newest": steps[-1:]} | {str(step): [step] for step in steps}
     if which not in named:
         raise UserError(f"{run.path} has no checkpoint of step {which}; it has {', '.join(map(str, steps))}")

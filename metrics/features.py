@@ -87,17 +87,9 @@ class FeatureSet:
     def __len__(self) -> int:
         return sum(map(len, self._chunks))
 
-    @property
-    def pool(self) -> np.ndarray:  # (N, D)
-        return _joined(self._chunks, "pool")
-
-    @property
-    def logits(self) -> np.ndarray | None:  # (N, K)
-        return _joined(self._chunks, "logits")
-
-    @property
-    def labels(self) -> np.ndarray | None:  # (N,)
-        return _joined(self._chunks, "labels")
+    pool = property(lambda self: _joined(self._chunks, "pool"))  # (N, D)
+    logits = property(lambda self: _joined(self._chunks, "logits"))  # (N, K), or None
+    labels = property(lambda self: _joined(self._chunks, "labels"))  # (N,), or None
 
 
 def _joined(parts: Sequence[Features | FeatureSet], name: str) -> np.ndarray | None:

@@ -91,9 +91,8 @@ def find_weights(setting: str | Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(
-        f"Inception's weights are missing: put {URL_INCEPTION_V3} at {places[0]}; nothing is downloaded here"
-    )
+    missing = f"Inception's weights are missing: put {URL_INCEPTION_V3} at {places[0]}"
+    raise UserError(f"{missing}; nothing is downloaded here")
 
 
 def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> list[Extractor]:

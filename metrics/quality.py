@@ -42,13 +42,11 @@ def score(
     if len(drawn) != n:
         raise ValueError(f"{n} images were asked for, there are features of {len(drawn)}")
     pool, protocol, kept = drawn.pool, reference.protocol, reference.features
-    for ours, theirs in (
-        (pool.shape[1], reference.pool),
-        (drawn.spatial and drawn.spatial.dim, reference.spatial),
-    ):
-        if ours is not None and theirs is not None and theirs.dim != ours:
+    whole = Moments().update(pool)
+    for ours, theirs in ((whole, reference.pool), (drawn.spatial, reference.spatial)):
+        if ours is not None and theirs is not None and theirs.dim != ours.dim:
             raise UserError(
-                f"{reference.name} has {theirs.dim} features of an image, the extractor gives {ours}: make it anew"
+                f"{reference.name} has {theirs.dim} features of an image, the extractor gives {ours.dim}: make it anew"
             )
     results: dict[str, dict] = {}
 
@@ -59,7 +57,7 @@ def score(
     for metric in METRICS[protocol]:
         if metric in ("fid", "fd"):
             error = bootstrap_fd(pool, reference.pool, bootstrap, seed) if bootstrap else None
-            put(metric, frechet_distance(Moments().update(pool), reference.pool), error, "bootstrap")
+            put(metric, frechet_distance(whole, reference.pool), error, "bootstrap")
         elif metric == "sfid" and reference.spatial is not None and drawn.spatial is not None:
             dim = reference.spatial.dim
             few = f"{n} images for {dim} dimensions: a covariance needs more images than that"
@@ -95,9 +93,7 @@ def bootstrap_fd(pool: np.ndarray, reference: Moments, resamples: int = BOOTSTRA
         raise ValueError(f"a spread needs 2 resamples, got {resamples}")
     rng = np.random.default_rng(seed)
     centred = pool - reference.mean  # (N, D) float64
-    turned = (
-        centred @ reference.root
-    )  # (N, D); its covariance Rᵀ S R has the eigenvalues that a distance needs
+    turned = centred @ reference.root  # (N, D), of the covariance Rᵀ S R, whose eigenvalues a distance needs
     squares = (centred**2).sum(axis=1)  # (N,)
     n, trace = len(pool), np.trace(reference.cov)
     distances = []
@@ -197,9 +193,6 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor):
 
 def class_accuracy(predicted: np.ndarray, intended: np.ndarray) -> float:
     """Share, in [0, 1], of images whose predicted class is the intended one; both labels are (N,)."""
-    predicted, intended = np.asarray(predicted), np.asarray(intended)
     if predicted.shape != intended.shape or predicted.ndim != 1 or len(predicted) == 0:
-        raise ValueError(
-            f"labels must be two equal (N,) with N >= 1, got {predicted.shape} and {intended.shape}"
-        )
+        raise ValueError(f"labels must be two equal (N,), got {predicted.shape} and {intended.shape}")
     return float((predicted == intended).mean())

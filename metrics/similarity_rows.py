@@ -82,9 +82,7 @@ def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: Te
 def entry(value: float | None, null: float | None, **more) -> dict[str, float | None]:
     """{value, null, …} with None for what is not finite."""
     found = {"value": value, "null": null} | more
-    absent = [
-        name for name, number in found.items() if isinstance(number, float) and not math.isfinite(number)
-    ]
+    absent = [name for name, n in found.items() if isinstance(n, float) and not math.isfinite(n)]
     return found | dict.fromkeys(absent)
 
 

@@ -38,9 +38,8 @@ def write_report(page: Path, material: Material) -> Path:
     for heading, section in SECTIONS.items():
         if found := list(section(material)):
             blocks += [Heading(heading), *found]
-    return write_page(
-        page, title=f"Representation alignment: {', '.join(material.runs)}", lead=lead, sections=blocks
-    )
+    title = f"Representation alignment: {', '.join(material.runs)}"
+    return write_page(page, title=title, lead=lead, sections=blocks)
 
 
 def samples_section(material: Material) -> Iterator[Block]:
@@ -81,9 +80,8 @@ def findings_section(material: Material) -> Iterator[Block]:
         metric, points = material.curve["metric"], last_points(runs, material.curve["protocol"])
         last = {name: point["metrics"][metric] for name, point in points.items()}
         trained = sorted((found["value"], name) for name, found in last.items())
-        shows.append(
-            f"{metric} in order: {', '.join(f'{code(name)} {value:.3g}' for value, name in trained)}."
-        )
+        ranked = ", ".join(f"{code(name)} {value:.3g}" for value, name in trained)
+        shows.append(f"{metric} in order: {ranked}.")
         if len(trained) == 2:
             (low, best), (high, other) = trained
             spread = sum((found["error"] or 0.0) ** 2 for found in (last[best], last[other])) ** 0.5

@@ -36,13 +36,10 @@ def plot_embedding(
     Marker shape = side (teacher or projected), colour = class (ten at most). The numbers stand below each panel.
     """
     plt = pyplot()
-    classes = sorted(
-        {int(c) for panels in sources.values() for panel in panels.values() for c in panel.classes}
-    )
+    every = [panel for panels in sources.values() for panel in panels.values()]
+    classes = sorted({int(c) for panel in every for c in panel.classes})
     if not sources or not 1 <= len(classes) <= len(CLASS_COLOURS):
-        raise ValueError(
-            f"{len(sources)} sources with {len(classes)} classes: 1 or more with 1 to 10 are wanted"
-        )
+        raise ValueError(f"{len(sources)} sources with {len(classes)} classes: 1 or more, 1 to 10 are wanted")
     colour = dict(zip(classes, CLASS_COLOURS, strict=False))
     shape, size = (len(KINDS), len(sources)), (max(3.7 * len(sources), 6.4), 8.9)
     figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
@@ -130,9 +127,8 @@ def _scatter(axes, name: str, panel: Panel, tones: Sequence[str]) -> None:
     shape = (len(panel.classes), 2)
     if not np.shape(panel.projected) == np.shape(panel.teacher) == shape:
         raise ValueError(f"{name!r} needs projected and teacher of shape {shape}")
-    axes.scatter(
-        *np.transpose(panel.teacher), s=16, facecolors="none", edgecolors=tones, marker="o", linewidths=0.8
-    )
+    circles = {"facecolors": "none", "edgecolors": tones, "marker": "o", "linewidths": 0.8}
+    axes.scatter(*np.transpose(panel.teacher), s=16, **circles)
     axes.scatter(*np.transpose(panel.projected), s=16, c=tones, marker="x", linewidths=1.0)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="#bbbbbb")

@@ -133,9 +133,8 @@ def _with_errors(axes, xs: Sequence[float], found: Series, style: dict) -> None:
 
 def _legend_of_runs(figure, styles: Mapping[str, dict]) -> None:
     line = pyplot().Line2D
-    handles = [
-        line([], [], label=label, linewidth=1.8, markersize=5, **style) for label, style in styles.items()
-    ]
+    look = {"linewidth": 1.8, "markersize": 5}
+    handles = [line([], [], label=label, **look, **style) for label, style in styles.items()]
     legend_below(figure, handles, min(4, len(handles)))
 
 

@@ -52,9 +52,8 @@ def alignment_section(material: Material) -> Iterator[Block]:
     reference, first = next(iter(measured.items()))
     alike = {name: found for name, found in measured.items() if _conditions(found) == _conditions(first)}
     if differing := [name for name in measured if name not in alike]:
-        yield Paragraph(
-            f"Measured under other conditions than {reference}, so not shown: {', '.join(differing)}."
-        )
+        other = f"Measured under other conditions than {reference}, so not shown"
+        yield Paragraph(f"{other}: {', '.join(differing)}.")
     timestep = nearest_timestep(first["timesteps"])
     columns = _columns(alike)
     tap = first["main_tap"]
@@ -121,9 +120,8 @@ def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
             cells.append(teacher[metric]["value"] if features == "tap" and metric in teacher else None)
             if any(cell is not None for cell in cells):
                 rows.append([title, *cells])
-    rows.append(
-        ["held-out diffusion loss ↓", *(f"{found[LOSS[model]]:.4f}" for _, found, model in columns), None]
-    )
+    losses = [f"{found[LOSS[model]]:.4f}" for _, found, model in columns]
+    rows.append(["held-out diffusion loss ↓", *losses, None])
     steps = [f"{found['step']:,}" if model == "run" else "0" for _, found, model in columns]
     kinds = [WEIGHT_WORDS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
     rows += [["optimiser steps", *steps, None], ["weights", *kinds, None]]
