@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.arguments import Parser
 from common.errors import run_script
-from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
+from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains, wall_seconds
 
 DATA, RUNS = Path("data/demo"), Path("runs/demo")
 LOGS, RECORD, PAGE = RUNS / "logs", RUNS / "stages.json", RUNS / "index.html"
@@ -81,24 +81,19 @@ def main(argv: list[str] | None = None) -> None:
     config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
     record = Record(RECORD)
     for number, group in enumerate(stages()):
-        missing = [stage for stage in group if not is_done(stage, record, config)]
+        missing = []  # what did not run to its end with the present demo.yaml
+        for stage in group:
+            entry = record.of(stage)
+            if entry is None or (str(CONFIG) in stage.command and entry["config"] != config):
+                missing.append(stage)
         for stage in group:
             print(f"{'· ' if stage in missing else '✓ '}{stage.name:24} {stage.pasted}", flush=True)
         if missing:
             # The page shows what came before it, so it is drawn again.
             PAGE.unlink(missing_ok=True)
             run_group(missing, lambda stage, seconds: record.add(stage, seconds, group=number, config=config))  # noqa: B023
-    longest: dict[int, float] = {}  # of a group's stages, which ran side by side
-    for entry in record.entries.values():
-        longest[entry["group"]] = max(longest.get(entry["group"], 0), entry["seconds"])
-    minutes = sum(longest.values()) / 60
+    minutes = wall_seconds(record.entries.values()) / 60
     print(f"{minutes:.1f} minutes of running in all; the results are in {PAGE.resolve()}")
-
-
-def is_done(stage: Stage, record: Record, config: str) -> bool:
-    """Whether a stage ran to its end with the present demo.yaml."""
-    entry = record.of(stage)
-    return entry is not None and (str(CONFIG) not in stage.command or entry["config"] == config)
 
 
 def run_group(group: list[Stage], ended) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -16,7 +16,7 @@ from typing import Annotated, NotRequired
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from common.errors import UserError
+from common.errors import ENDING, UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 
@@ -66,6 +66,15 @@ class Record:
         write_json(self.file, list(self.entries.values()))
 
 
+def wall_seconds(entries: Iterable[StageEntry]) -> float:
+    """Return how long stages took in all; of a group, which ran side by side, only the longest counts."""
+    longest: dict = {}
+    for number, entry in enumerate(entries):
+        group = entry.get("group", f"stage {number}")
+        longest[group] = max(longest.get(group, 0), entry["seconds"])
+    return sum(longest.values())
+
+
 def run_chains(
     chains: Sequence[Sequence[Stage]], *, jobs: int, logs: Path, ended: Callable[[Stage, float], None]
 ) -> None:
@@ -83,8 +92,7 @@ def run_chains(
     waiting = deque(deque(chain) for chain in chains if chain)
     running: dict[Stage, tuple[subprocess.Popen, float, deque[Stage]]] = {}
     # Let both signals raise KeyboardInterrupt.
-    interrupts = (signal.SIGTERM, signal.SIGHUP)
-    before = {name: signal.signal(name, signal.default_int_handler) for name in interrupts}
+    before = {name: signal.signal(name, signal.default_int_handler) for name in ENDING}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -116,8 +124,9 @@ def run_chains(
 def start(stage: Stage, log: Path | None) -> subprocess.Popen:
     """Start a stage; its output goes to the terminal, or to its log."""
     output = None if log is None else open(log, "w")  # noqa: SIM115 (the child process keeps it open)
-    # Two busy threads on a shared core are slower than one.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # two busy threads on a shared core are slower than one
     script, *arguments = shlex.split(stage.command)
     # The child gets a session of its own, so that Ctrl-C reaches only this process, which passes it on once. A second signal
     # would stop the child's saving.

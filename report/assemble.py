@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.plain_text import code
+from common.stages import wall_seconds
 from report.material import Material, fold_commands, last_points
 from report.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
@@ -24,20 +25,16 @@ LOSSES = {  # of metrics.jsonl: what a figure of it is called, and its axis
 def write_report(page: Path, material: Material) -> Path:
     """Write the page; its figures go to `material.folder`. Returns the page's file path."""
     material.folder.mkdir(parents=True, exist_ok=True)
-    names = [
-        f"{code(name)} (bare base model)"
-        if run.is_base
-        else f"{code(name)} (λ = {run.settings['align.coeff']:g})"
-        for name, run in material.runs.items()
-    ]
+    names = []
+    for name, run in material.runs.items():
+        kind = "bare base model" if run.is_base else f"λ = {run.settings['align.coeff']:g}"
+        names.append(f"{code(name)} ({kind})")
     lead = (
         f"{', '.join(names)}: what was measured on these very runs. Every number stands with its protocol; those of different "
         "protocols do not compare."
     )
-    blocks: list[Block] = []
-    for heading, section in SECTIONS.items():
-        if found := list(section(material)):
-            blocks += [Heading(heading), *found]
+    found = {Heading(heading): list(section(material)) for heading, section in SECTIONS.items()}
+    blocks = [block for heading, section in found.items() if section for block in (heading, *section)]
     title = f"Representation alignment: {', '.join(material.runs)}"
     return write_page(page, title=title, lead=lead, sections=blocks)
 
@@ -114,15 +111,11 @@ def making_section(material: Material) -> Iterator[Block]:
     times = material.times
     commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
     if times:
-        longest: dict = {}
-        for number, stage in enumerate(times):
-            group = stage.get("group", f"stage {number}")
-            longest[group] = max(stage["seconds"], longest.get(group, 0))
-        yield Table(
-            ["stage", "time"],
-            [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times],
-            f"{sum(longest.values()):.0f} s in all; of stages that ran side by side only the longest counts.",
+        rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
+        caption = (
+            f"{wall_seconds(times):.0f} s in all; of stages that ran side by side only the longest counts."
         )
+        yield Table(["stage", "time"], rows, caption)
     yield Command(fold_commands([*commands, material.command]))
 
 

@@ -9,15 +9,7 @@ import numpy as np
 
 from metrics.embedding import Panel
 from metrics.similarity_rows import value_of
-from report.plot_style import (
-    CLASS_COLOURS,
-    legend_below,
-    plain,
-    pyplot,
-    run_style,
-    save_figure,
-    timestep_axis,
-)
+from report.plot_style import CLASS_COLOURS, LEGEND, plain, pyplot, run_style, save_figure, timestep_axis
 
 KINDS = {"raw": "as they are", "centred": "each side centred by itself"}
 METRICS = {"cknna": "CKNNA", "cca": "held-out CCA"}
@@ -43,22 +35,21 @@ def plot_embedding(
     colour = dict(zip(classes, CLASS_COLOURS, strict=False))
     shape, size = (len(KINDS), len(sources)), (max(3.7 * len(sources), 6.4), 8.9)
     figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    content = {}
-    for column, (name, panels) in enumerate(sources.items()):
-        content[name] = {}
-        for row, (kind, subtitle) in enumerate(KINDS.items()):
-            axes, panel = grid[row, column], panels[kind]
-            numbers = caption(panel.numbers)
-            _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
-            axes.set_title(f"{fill(name, 44)}\n{subtitle}" if row == 0 else subtitle, fontsize=10)
-            axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
-            content[name][kind] = {
-                "projected": plain(panel.projected),
-                "teacher": plain(panel.teacher),
-                "classes": [int(c) for c in panel.classes],
-                "numbers": dict(panel.numbers),
-                "caption": numbers.replace("\n", "; "),
-            }
+    content = {name: {} for name in sources}
+    for axes, (kind, name) in zip(grid.flat, itertools.product(KINDS, sources), strict=True):
+        panel = sources[name][kind]
+        numbers = caption(panel.numbers)
+        _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
+        above = f"{fill(name, 44)}\n" if axes in grid[0] else ""
+        axes.set_title(above + KINDS[kind], fontsize=10)
+        axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
+        content[name][kind] = {
+            "projected": plain(panel.projected),
+            "teacher": plain(panel.teacher),
+            "classes": [int(c) for c in panel.classes],
+            "numbers": dict(panel.numbers),
+            "caption": numbers.replace("\n", "; "),
+        }
     looks = [
         {"marker": "o", "markerfacecolor": "none", "color": INK, "label": "teacher"},
         {"marker": "x", "color": INK, "label": "network, projected"},
@@ -67,7 +58,7 @@ def plot_embedding(
         name = shorten(class_names.get(c, str(c)), 20, placeholder=" …")
         looks.append({"marker": "s", "color": colour[c], "label": name})
     handles = [plt.Line2D([], [], linestyle="", markersize=6, **look) for look in looks]
-    legend_below(figure, handles, max(3, 2 * len(sources)), handletextpad=0.2)
+    figure.legend(handles=handles, ncols=max(3, 2 * len(sources)), handletextpad=0.2, **LEGEND)
     figure.suptitle("\n".join(fill(line, 42 * max(len(sources), 2)) for line in title.splitlines()))
     save_figure(figure, path, {"title": title, "sources": content})
 
@@ -118,7 +109,7 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
     looks += [{"color": INK, "linestyle": MODELS[model], "label": labels[model]} for model in models]
     null = {"color": INK, "linestyle": ":", "linewidth": 1.1, "alpha": 0.5, "label": "random pairs"}
     handles = [plt.Line2D([], [], **{"linewidth": 1.9, **look}) for look in [*looks, null]]
-    legend_below(figure, handles, len(handles))
+    figure.legend(handles=handles, ncols=len(handles), **LEGEND)
     figure.suptitle(title)
     save_figure(figure, path, {"title": title, "timesteps": list(result["timesteps"]), "metrics": drawn})
 

@@ -33,8 +33,7 @@ def plot_sample_grids(
     widest = WIDEST // min(len(grids), 2)
     canvases = {label: _canvas(images, columns, widest) for label, images in grids.items()}
     height, width = next(iter(canvases.values())).shape[:2]
-    cell = width / columns
-    gap, top = 48, 110
+    cell, gap, top = width / columns, 48, 110
     per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
     sheet = _Sheet(per_row * (width + gap) + gap, rows * (height + top) + gap)

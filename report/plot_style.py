@@ -22,22 +22,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLASS_COLOURS = (*COLOURS[:4], "#E69F00", "#56B4E9", "#332288", "#882255", "#999933", "#666666")
 
 STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.dpi": DPI,
-    "figure.titlesize": 11,
-    "savefig.facecolor": "white",
+    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "figure.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "figure.dpi": DPI, "savefig.facecolor": "white",
     "text.parse_math": False,  # a run may be called $\\frac{1}{0}$
-}
+}  # fmt: skip
+
+
+LEGEND = {"loc": "outside lower center"}  # one for all panels
 
 
 def timestep_axis(last: int) -> str:
@@ -70,11 +63,6 @@ def pyplot():
 
     plt.rcParams.update(STYLE)
     return plt
-
-
-def legend_below(figure, handles: list, columns: int, **look) -> None:
-    """One legend for all panels, below them."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **look)
 
 
 def drawable(text: str) -> str:

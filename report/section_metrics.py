@@ -33,13 +33,10 @@ def results_section(material: Material) -> Iterator[Block]:
 def _table(points: Mapping[str, Mapping]) -> Table:
     """A table of one point of each run: a row is a metric, a column is a run, and the caption describes the protocol."""
     names = dict.fromkeys(name for point in points.values() for name in point["metrics"])
-    rows = [
-        [
-            f"{name} {'↓' if lower_is_better(name) else '↑'}",
-            *(_value(point["metrics"].get(name)) for point in points.values()),
-        ]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        values = [_value(point["metrics"].get(name)) for point in points.values()]
+        rows.append([f"{name} {'↓' if lower_is_better(name) else '↑'}", *values])
     for title, key in (("optimiser steps", "step"), ("images seen", "images_seen")):
         rows.append([title, *(f"{point[key]:,}" for point in points.values())])
     first = next(iter(points.values()))
@@ -92,10 +89,9 @@ def curve_section(material: Material) -> Iterator[Block]:
         yield Figure(path, "All metrics of the same samples, without the bare base model.")
     if reached := curve.get("steps_to_baseline"):
         runs = [run for run in reached[metric] if run != baseline]
-        rows = [
-            [name, found[baseline]["goal"], *(_reached(found[run]) for run in runs)]
-            for name, found in reached.items()
-        ]
+        rows = []
+        for name, found in reached.items():
+            rows.append([name, found[baseline]["goal"], *(_reached(found[run]) for run in runs)])
         yield Table(
             ["metric", f"final value of {baseline}", *(f"steps of {run} to it" for run in runs)],
             rows,
@@ -167,12 +163,8 @@ def sweeps(runs: Mapping[str, RunFacts]) -> Iterator[dict]:
         x, y = next((name for name in names if kind_of(name) == "is"), None), headline(names)
         if x is None:
             continue
-        series = {
-            name: {
-                "scales": list(scales),
-                "x": [point["metrics"][x]["value"] for point in scales.values()],
-                "y": [point["metrics"][y]["value"] for point in scales.values()],
-            }
-            for name, scales in last.items()
-        }
+        series = {}
+        for name, scales in last.items():
+            both = [[point["metrics"][m]["value"] for point in scales.values()] for m in (x, y)]
+            series[name] = {"scales": list(scales), "x": both[0], "y": both[1]}
         yield {"protocol": points[-1]["protocol"], "points": points, "metrics": (x, y), "series": series}
