@@ -114,10 +114,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_measurable(arm: str, config: Config) -> None:
     """Check before the first training that the evaluation after it has everything it needs; raises `UserError`."""
-    for key in (
-        f"eval.{name}" for name in ("csv", "latents", "tokens") if getattr(config.eval, name) is None
-    ):
-        raise UserError(f"{arm} cannot be evaluated: set {key} in the base config, or give --set {key}=…")
+    for name in ("csv", "latents", "tokens"):
+        if getattr(config.eval, name) is None:
+            raise UserError(f"{arm} cannot be evaluated: set eval.{name} in the base config, or by --set")
     if config.eval.num_samples < FEWEST_MEASURED:
         few = f"eval.num_samples = {config.eval.num_samples} is too few"
         raise UserError(f"{arm}: {few}: choose {FEWEST_MEASURED} or more")

@@ -189,7 +189,6 @@ def measure(arm: Format, batches: Batches, readers: int, warm_up: int) -> tuple[
 
     Without a warm-up, opening the files and reading their index is part of it.
     """
-
     cpu, disk, started = cpu_seconds(), disk_bytes(), time.perf_counter()
     for number, _ in enumerate(delivered := arm.read(batches, readers), 1):
         if number == warm_up:
@@ -221,13 +220,12 @@ def full_size(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         ours = formats.OursStreamed(folder)
         dataset = ours.opened
-        taken = {field: on_disk(folder / field) for field in VALUE_BYTES}
-        written = {
-            "samples": count,
-            "shards": len(dataset.latents.manifest["shards"]),
-            "GB": sum(taken.values()) / 1e9,
-            "samples/s written": count / seconds,
+        taken = {
+            field: sum(path.stat().st_blocks * 512 for path in files_of(folder / field))
+            for field in VALUE_BYTES
         }
+        written = {"samples": count, "shards": len(dataset.latents.manifest["shards"])}
+        written |= {"GB": sum(taken.values()) / 1e9, "samples/s written": count / seconds}
         for field, size in VALUE_BYTES.items():
             written[f"{field}: disk over values"] = taken[field] / (count * size) - 1
         print(", ".join(f"{key} {value:,.4g}" for key, value in written.items()))
@@ -239,10 +237,8 @@ def full_size(args: argparse.Namespace) -> None:
 
         def in_loader(method: str) -> Iterator[dict[str, Tensor]]:
             """The batches of one epoch after another."""
-            loader = DataLoader(
-                dataset, batch_sampler=order(last_step=steps), num_workers=args.readers, persistent_workers=True,
-                multiprocessing_context=method,
-            )  # fmt: skip
+            how = {"num_workers": args.readers, "persistent_workers": True, "multiprocessing_context": method}
+            loader = DataLoader(dataset, batch_sampler=order(last_step=steps), **how)
             while True:
                 yield from loader
 
@@ -260,10 +256,6 @@ def full_size(args: argparse.Namespace) -> None:
         what = f"{row['reader']}: PSS of the last epochs over that after the second, MB"
         targets.append(target(what, row["growth MB"], at_most=GROWTH_MB))
     publish(args, rows, targets, written=written)
-
-
-def on_disk(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in files_of(folder))
 
 
 def rolled_values() -> Callable[[str, list[int]], Tensor]:

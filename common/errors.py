@@ -62,10 +62,7 @@ def complaint(error: BaseException) -> str:
         where = getattr(error, "filename", None)
         whose = f" of {where}" if where else ""
         return one_line(f"the disk{whose} is full: free some, and the same command goes on")
-    if (
-        isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
-        and error.filename is not None
-    ):
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) and error.filename:
         place = error.filename if error.filename2 is None else error.filename2
         return one_line(f"{place} is in the way ({error.strerror}): move it away")
     return one_line(error)

@@ -58,6 +58,7 @@ def load_pretrained(
         config = read_config(name, config_file, what, part=part, revision=revision)
         if network:
             _check_kind(config, kind, what)
+    options |= {"revision": revision} | ({} if part is None else {"subfolder": part})
     if pipeline or network:
         options["use_safetensors"] = True
     if pipeline or library == "transformers":
@@ -65,15 +66,12 @@ def load_pretrained(
     if network and library == "transformers":
         # Its own error is a table on the terminal; ours names the weights.
         options["ignore_mismatched_sizes"] = True
-    if part is not None:
-        options["subfolder"] = part
 
     def load(**where):
         with _quiet(library):
             if not network:
-                return kind.from_pretrained(name, revision=revision, **where, **options)
-            where |= {"revision": revision, "output_loading_info": True}
-            loaded, report = kind.from_pretrained(name, **where, **options)
+                return kind.from_pretrained(name, **where, **options)
+            loaded, report = kind.from_pretrained(name, output_loading_info=True, **where, **options)
         faults = {"missing_keys": "lacks weights", "mismatched_keys": "has weights of other shapes"}
         for key, says in faults.items():
             if report[key]:
@@ -85,14 +83,9 @@ def load_pretrained(
 
 
 def read_config(
-    name: str,
-    file: str,
-    what: str,
-    *,
-    part: str | None = None,
-    revision: str | None = None,
-    local: bool = False,
-) -> dict[str, Any]:
+    name: str, file: str, what: str, *,
+    part: str | None = None, revision: str | None = None, local: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Return a JSON file of a folder or hub id; raises `UserError` where it is none (`local`: without asking a hub)."""
     if (folder := local_folder(name)) is not None:
         path = folder / (part or "") / file
@@ -185,8 +178,9 @@ def _found(get: Callable, name: str, what: str, revision: str | None, *, local: 
 def _check_kind(config: dict, kind: type, what: str) -> None:
     """Raise `UserError` where a config names another class than `kind`; the callers of an `AutoModel` look themselves."""
     if issubclass(kind, torch.nn.Module):
-        wanted = kind.config_class.model_type if hasattr(kind, "config_class") else kind.__name__
-        found = config.get("model_type" if hasattr(kind, "config_class") else "_class_name", wanted)
+        of_transformers = hasattr(kind, "config_class")
+        wanted = kind.config_class.model_type if of_transformers else kind.__name__
+        found = config.get("model_type" if of_transformers else "_class_name", wanted)
         if found != wanted:
             raise UserError(f"{what} is of the kind {found!r:.60}; {wanted} was expected")
 

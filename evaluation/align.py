@@ -116,8 +116,8 @@ def measure_alignment(
                     if tap in tokens:
                         bar.update()
                         head = tokens.pop(tap)
-                        cosines = head.cosine, head.null_cosine
-                        found["head"] = head_metrics(head.pooled, *cosines, side), head.pooled
+                        measured = head_metrics(head.pooled, head.cosine, head.null_cosine, side)
+                        found["head"] = measured, head.pooled
                     bar.update()
                     for kind, (metrics, projected) in found.items():
                         where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}
@@ -183,9 +183,10 @@ def summary(result: Mapping) -> str:
             continue
         line = f"  {model:4} at timestep {shown}: {result['main_tap']}"
         for metric in ("cca", "cknna"):
-            found = row_of(result, model=model, timestep=shown)[metric]
-            undefined = found["value"] is None
-            numbers = "undefined" if undefined else f"{found['value']:.3f} (null {found['null']:.3f})"
+            value, null = (
+                row_of(result, model=model, timestep=shown)[metric][key] for key in ("value", "null")
+            )
+            numbers = "undefined" if value is None else f"{value:.3f} (null {null:.3f})"
             line += f" {metric.upper()} {numbers},"
         lines.append(f"{line} held-out loss {loss:.4f}")
     return "\n".join(lines)
@@ -195,9 +196,8 @@ def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, 
     """Sort timesteps and drop repeats; raises `UserError` for none, or for one outside the noise schedule."""
     wrong = [str(t) for t in timesteps if not 0 <= t < num_timesteps]
     if wrong or not timesteps:
-        raise UserError(
-            f"--timesteps are noise levels from 0 (clean) to {num_timesteps - 1} (noise), got {', '.join(wrong) or 'none'}"
-        )
+        levels = f"noise levels from 0 (clean) to {num_timesteps - 1} (noise)"
+        raise UserError(f"--timesteps are {levels}, got {', '.join(wrong) or 'none'}")
     return tuple(sorted(set(timesteps)))
 
 
@@ -206,10 +206,8 @@ def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide
     held, grid = bench.held, (bench.config.teacher.grid,) * 2
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
     k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
-    made = {
-        found: TeacherSide.on(found, held.teacher, grid, held.classes, k=k, seed=bench.seed)
-        for found in set(grids.values())
-    }
+    known = {"k": k, "seed": bench.seed}
+    made = {g: TeacherSide.on(g, held.teacher, grid, held.classes, **known) for g in set(grids.values())}
     return {tap: made[found] for tap, found in grids.items()}, k
 
 

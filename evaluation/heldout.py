@@ -55,9 +55,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     """
     where = config.eval
     if None in (where.csv, where.latents, where.tokens):
-        raise UserError(
-            "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
-        )
+        needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
+        raise UserError(f"`align` needs held-out images: set {needed}")
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
     online = config.teacher.source == "online"
     if online and (made_by := tokens.spec.source.get("model")) != config.teacher.model:
@@ -65,19 +64,17 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{where.tokens} was made by {made_by}, the run's teacher is {config.teacher.model}: run script 3 on the held-out "
             "images with that --teacher"
         )
-    for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
-        if online and held_out is tokens:
-            continue
+    pairs = [(latents, config.data.latents), (tokens, config.data.tokens)]
+    for held_out, trained in pairs[:1] if online else pairs:
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
                 "held-out images with the options of the training images"
             )
     wanted = (config.teacher.grid**2, config.teacher.dim)
-    if tokens.spec.shape != wanted:
-        raise UserError(
-            f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
-        )
+    if (found := tokens.spec.shape) != wanted:
+        makes = f"tokens {found}, the run's teacher makes {wanted}"
+        raise UserError(f"{where.tokens} holds {makes}: run script 3 with that teacher")
     cached = set(latents.ids) & set(tokens.ids)
     items = [item for item in read_samples(where.csv) if item.id in cached]
     if num_images is not None and num_images > len(items):
@@ -91,15 +88,11 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         raise UserError(
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
-    return HeldOut(
-        latents_of(latents.read(ids), latents.spec.details).numpy(),
-        tokens.read(ids).float().numpy(),
-        np.array([item.class_id for item in used]),
-        read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null,
-        len(items),
-        ids_digest(ids),
-        str(tokens.spec.source.get("weights_sha256")),
-    )
+    x_0, teacher = latents_of(latents.read(ids), latents.spec.details), tokens.read(ids).float()
+    classes = np.array([item.class_id for item in used])
+    null = read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null
+    digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
+    return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)
 
 
 @dataclass(frozen=True)
@@ -125,10 +118,8 @@ class Bench:
         for start in range(0, len(self.held.latents), size):
             x_0 = torch.from_numpy(self.held.latents[start : start + size]).to(self.device)
             noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
-            text = {
-                name: value.to(self.device).expand(len(x_0), *value.shape)
-                for name, value in self.held.null_text.items()
-            }
+            null = ((name, value.to(self.device)) for name, value in self.held.null_text.items())
+            text = {name: value.expand(len(x_0), *value.shape) for name, value in null}
             yield start, x_0, noise.to(self.device), text
             self.progress()
 

@@ -35,8 +35,7 @@ def make_report(
             f"nothing was measured of {', '.join(str(run.path) for run in runs)}: run `curve`, `final` or `align` first"
         )
     folder = page.with_name(f"{page.stem}_figures")
-    compared = find_baseline(labelled, baseline)
-    protocol = shared_protocol(facts)
+    compared, protocol = find_baseline(labelled, baseline), shared_protocol(facts)
     curve, figures = None, []
     if protocol is not None:
         curves = {label: points_under(run.points, protocol, MADE_BY) for label, run in facts.items()}
@@ -45,17 +44,12 @@ def make_report(
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = class_names(read_manifest(runs[0].config.data.text, "text"))
     material = Material(
-        runs=facts,
-        baseline=compared,
-        curve=curve,
+        runs=facts, baseline=compared, curve=curve, times=times, command=command, folder=folder,
         curve_figures=[path for path in figures if path.exists()],
         grids=sample_grids(facts, protocol, names),
         grid_columns=[names[i] for i in range(min(GRID_COLUMNS, len(names)))],
         pictures=[*pictures_by_step(facts, protocol, names), *pictures_by_class(facts, names)],
-        times=times,
-        command=command,
-        folder=folder,
-    )
+    )  # fmt: skip
     return write_report(page, material)
 
 
@@ -127,12 +121,9 @@ def pictures_by_class(runs: Mapping[str, RunFacts], names: Mapping[int, str]) ->
     for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):
         drawn = labels_of(protocol, range(protocol["num_samples"]))
         shown = [label for label in few if label in drawn]
-        rows = {}
-        for label, point in last_points(runs, protocol, ("final",)).items():
-            images = images_of(runs[label], point, [drawn.index(label) for label in shown])
-            if images is not None:
-                rows[label] = list(images)
-        if rows:
+        indices, points = [drawn.index(label) for label in shown], last_points(runs, protocol, ("final",))
+        found = {label: images_of(runs[label], point, indices) for label, point in points.items()}
+        if rows := {label: list(images) for label, images in found.items() if images is not None}:
             caption = f"The first image of {len(few)} classes, by the protocol of the final numbers: "
             columns = [names[label] for label in shown]
             yield Pictures(rows, columns, caption + describe_protocol(protocol))

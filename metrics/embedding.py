@@ -56,16 +56,11 @@ def _panel(source: Source, centre: bool, seed: int, method: str) -> Panel:
     means = (_prepared(side.mean(axis=1), centre) for side in (source.projected, source.teacher))  # (n, D)
     shared = cknna(*means, k=min(10, len(source.classes) - 4), seed=seed)
     plane = joint_embedding(x, y, seed, method=method)  # (2, M, 2)
-    numbers = {
-        "paired_cosine": paired_cosine(x, y),
-        "null_paired_cosine": paired_cosine(x, y[mispair(np.arange(len(y)), rng)]),
-        "cknna": shared["cknna"],
-        "null_cknna": shared["null_cknna"],
-        "cknna_images": shared["n"],
-        "cknna_k": shared["k"],
-        "tokens": len(x),
-        "images": len(np.unique(images)),
-    }
+    mispaired = y[mispair(np.arange(len(y)), rng)]
+    numbers = {"paired_cosine": paired_cosine(x, y), "null_paired_cosine": paired_cosine(x, mispaired)}
+    numbers |= {name: shared[name] for name in ("cknna", "null_cknna")}
+    numbers |= {"cknna_images": shared["n"], "cknna_k": shared["k"]}
+    numbers |= {"tokens": len(x), "images": len(np.unique(images))}
     return Panel(*plane, source.classes[images], numbers)
 
 

@@ -87,10 +87,8 @@ def findings_section(material: Material) -> Iterator[Block]:
                 f"{code(best)} is {1 - low / high:.0%} below {code(other)}{times}, on this one seed of training. Both were "
                 "sampled from the same noise, which makes the true error smaller."
             )
-    aligned = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
-    losses = {name: found["heldout_loss_diff"] for name, found in aligned.items()}
-    losses = {name: loss for name, loss in losses.items() if loss is not None}
-    if losses:
+    losses = {name: run.alignment["heldout_loss_diff"] for name, run in runs.items() if run.alignment}
+    if losses := {name: loss for name, loss in losses.items() if loss is not None}:
         lowest = min(losses, key=losses.get)
         shows.append(f"The lowest held-out diffusion loss is {code(lowest)}'s, {losses[lowest]:.4f}.")
     yield Paragraph(" ".join(shows))
