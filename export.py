@@ -234,12 +234,10 @@ def model_card(run: RunFolder, step: int) -> str:
     reached = [line for line in run.metrics() if line["step"] <= step]
     last = {name: value for name, value in (reached or [{}])[-1].items() if name not in RATES}
     rows = "".join(f"| {markdown(name)} | {value:.6g} |\n" for name, value in last.items())
-    measured = "".join(
-        f"- {code(name)}: {found['value']:.4g} ({markdown(point['kind'])})\n"
-        for point in points_file(run.path / POINTS).read()
-        if point["step"] == step
-        for name, found in point["metrics"].items()
-    )
+    measured = ""
+    for point in (point for point in points_file(run.path / POINTS).read() if point["step"] == step):
+        for name, found in point["metrics"].items():
+            measured += f"- {code(name)}: {found['value']:.4g} ({markdown(point['kind'])})\n"
     names = {"lora": "LoRA", "partial": "Some blocks of the network", "full": "The network"}
     how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"
     tags = "\n".join(f"- {tag}" for tag in (*family.tags, "representation-alignment", *["lora"] * lora))

@@ -104,17 +104,11 @@ def main() -> None:
 
 def warm(args: argparse.Namespace) -> None:
     measured, skipped = compare(args, WARM, args.samples, args.passes)
-    rows = [
-        {
-            "arm": arm,
-            "samples/s median": speed.median,
-            "samples/s best": speed.best,
-            "GB/s median": speed.median * SAMPLE_BYTES / 1e9,
-            "CPU µs/sample": speed.cpu * 1e6,
-            "ours / this": measured[OURS].median / speed.median,
-        }
-        for arm, speed in measured.items()
-    ]
+    rows = []
+    for arm, speed in measured.items():
+        row = {"arm": arm, "samples/s median": speed.median, "samples/s best": speed.best}
+        row |= {"GB/s median": speed.median * SAMPLE_BYTES / 1e9, "CPU µs/sample": speed.cpu * 1e6}
+        rows.append(row | {"ours / this": measured[OURS].median / speed.median})
     ratio = {row["arm"]: row["ours / this"] for row in rows}
     targets = [
         target("ours / naive LMDB", ratio[NAIVE], at_least=4),
@@ -128,16 +122,13 @@ def warm(args: argparse.Namespace) -> None:
 
 def cold(args: argparse.Namespace) -> None:
     measured, skipped = compare(args, COLD, args.read, 1)
-    rows = [
-        {
-            "arm": arm,
-            "MB/s median": speed.median * SAMPLE_BYTES / 1e6,
-            "MB/s best": speed.best * SAMPLE_BYTES / 1e6,
-            "read from disk / wanted": speed.disk / SAMPLE_BYTES,
-            "CPU µs/sample": speed.cpu * 1e6,
-        }
-        for arm, speed in measured.items()
-    ]
+    rows = []
+    for arm, speed in measured.items():
+        median, best = (rate * SAMPLE_BYTES / 1e6 for rate in (speed.median, speed.best))
+        row = {"arm": arm, "MB/s median": median, "MB/s best": best}
+        rows.append(
+            row | {"read from disk / wanted": speed.disk / SAMPLE_BYTES, "CPU µs/sample": speed.cpu * 1e6}
+        )
     rate = {row["arm"]: row["MB/s median"] for row in rows}
     targets = [
         target("ours / LMDB txn.get, readahead=False", rate[OURS] / rate[WORST], at_least=15),
@@ -280,17 +271,11 @@ def read_epochs(name: str, batches: Iterator, epochs: int, steps: int) -> dict:
         memory.append(memory_mb())
     batches.close()  # ends workers and threads
     print(f"{name}: {statistics.median(rates):,.0f} samples/s", flush=True)
-    pss = [entry["Pss"] for entry in memory]
-    return {
-        "reader": name,
-        "samples/s median": statistics.median(rates),
-        "samples/s first epoch": rates[0],
-        "processes": memory[-1]["processes"],
-        "RSS MB": memory[-1]["Rss"],
-        "PSS MB": pss[-1],
-        "PSS after each epoch": " ".join(f"{value:.0f}" for value in pss),
-        "growth MB": max(pss[-2:]) - pss[1],
-    }
+    last, pss = memory[-1], [entry["Pss"] for entry in memory]
+    speed = {"samples/s median": statistics.median(rates), "samples/s first epoch": rates[0]}
+    used = {"processes": last["processes"], "RSS MB": last["Rss"], "PSS MB": last["Pss"]}
+    used["PSS after each epoch"] = " ".join(f"{value:.0f}" for value in pss)
+    return {"reader": name, **speed, **used, "growth MB": max(pss[-2:]) - pss[1]}
 
 
 if __name__ == "__main__":

@@ -63,14 +63,10 @@ def make_synthetic(
 
     classes = min(shapes["classes"], images)
     write_cache(folder, shapes, images, values_of, classes=classes, pictures=pictures or ["unused"])
-    return [
-        f"model.base={folder}/sd15",
-        f"data.csv={folder}/list.csv",
-        *(f"data.{name}={folder}/{name}" for name in ("latents", "tokens", "text")),
-        f"teacher.dim={shapes['tokens'][1]}",
-        f"teacher.grid={int(shapes['tokens'][0] ** 0.5)}",
-        f"run={folder}/run",
-    ]
+    tokens, dim = shapes["tokens"]
+    caches = (f"data.{name}={folder}/{name}" for name in ("latents", "tokens", "text"))
+    settings = [f"model.base={folder}/sd15", f"data.csv={folder}/list.csv", *caches, f"run={folder}/run"]
+    return [*settings, f"teacher.dim={dim}", f"teacher.grid={int(tokens**0.5)}"]
 
 
 def write_cache(

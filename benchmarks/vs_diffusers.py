@@ -55,16 +55,14 @@ def main() -> None:
                 found[name].append(measure(settings, max(args.steps // 6, 1), matmul, run, bare=False))
             print({name: round(runs[-1]["ms/step"], 1) for name, runs in found.items()}, flush=True)
     best = {name: min(run["ms/step"] for run in runs) for name, runs in found.items()}
-    rows = [
-        {
-            "loop": name,
-            "ms/step": statistics.median(run["ms/step"] for run in runs),
-            "ms/step best": best[name],
-            "memory GB": max(run["memory GB"] for run in runs),
-            "diffusers / this": best["diffusers"] / best[name],
-        }
-        for name, runs in found.items()
-    ]
+    rows = []
+    for name, runs in found.items():
+        median, memory = (
+            statistics.median(run["ms/step"] for run in runs),
+            max(run["memory GB"] for run in runs),
+        )
+        row = {"loop": name, "ms/step": median, "ms/step best": best[name], "memory GB": memory}
+        rows.append(row | {"diffusers / this": best["diffusers"] / best[name]})
     targets = []
     if device.type == "cuda":
         ours = next(row for row in rows if row["loop"] == "ours, λ = 0, compiled")

@@ -120,15 +120,9 @@ def measure(name: str, job: FieldJob, paths: list[str], args: argparse.Namespace
         encode_fields(samples, [of_round], batch_size=args.batch_size, workers=args.workers)
         rates.append((count / bare, count / (time.perf_counter() - started)))
     bare, whole = map(statistics.median, zip(*rates, strict=True))
-    return {
-        "encoder": name,
-        "images": count,
-        "batch": args.batch_size,
-        "bare images/s": bare,
-        "whole images/s": whole,
-        "whole / bare": whole / bare,
-        "MB/s of pixels to shards": whole * job.spec.value_bytes / 1e6,
-    }
+    row = {"encoder": name, "images": count, "batch": args.batch_size, "bare images/s": bare}
+    row |= {"whole images/s": whole, "whole / bare": whole / bare}
+    return row | {"MB/s of pixels to shards": whole * job.spec.value_bytes / 1e6}
 
 
 def encoding_seconds(job: FieldJob, batches: list[torch.Tensor]) -> float:

@@ -126,29 +126,16 @@ def measure_alignment(
                             sources[name, kind] = _source(bench, side, kind, projected)
     fit, test = split_by_image(n, seed)
     result = {
-        "num_images": n,
-        "num_available": held.available,
-        "images_sha256": held.images_sha256,
-        "teacher_sha256": held.teacher_sha256,
-        "n_fit": len(fit),
-        "n_test": len(test),
-        "seed": seed,
-        "noise": "image i of the list has the noise of seed + i, at every timestep",
-        "timesteps": list(timesteps),
-        "num_timesteps": num_timesteps,
-        "taps": list(grids),
-        "main_tap": main_tap,
+        "num_images": n, "num_available": held.available, "n_fit": len(fit), "n_test": len(test), "seed": seed,
+        "images_sha256": held.images_sha256, "teacher_sha256": held.teacher_sha256,
+        "noise": "image i of the list has the noise of seed + i, at every timestep", "prompt": "null",
+        "timesteps": list(timesteps), "num_timesteps": num_timesteps, "taps": list(grids), "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
-        "teacher_grid": [config.teacher.grid] * 2,
-        "prompt": "null",
-        "cca_k": k,
-        "cknna_k": CKNNA_K,
+        "teacher_grid": [config.teacher.grid] * 2, "cca_k": k, "cknna_k": CKNNA_K,
         "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
-        "heldout_loss_diff": losses.get("run"),
-        "heldout_loss_diff_base": losses.get("base"),
-        "rows": rows,
+        "heldout_loss_diff": losses.get("run"), "heldout_loss_diff_base": losses.get("base"), "rows": rows,
         "teacher": {tap: side.metrics() for tap, side in sides.items()},
-    }
+    }  # fmt: skip
     return result, sources
 
 

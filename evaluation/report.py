@@ -56,16 +56,11 @@ def make_report(
 def facts_of(run: RunFolder) -> RunFacts:
     """Read the records of a run folder."""
     folder = run.path / "eval"
+    alignment = read_alignment(folder) if (folder / "align.json").exists() else None
     return RunFacts(
-        folder=run.path,
-        is_base=run.is_base_model,
-        settings=run.settings(),
-        commands=run.commands(),
-        log=run.metrics(),
-        points=points_of(run),
-        alignment=read_alignment(folder) if (folder / "align.json").exists() else None,
-        figures=alignment_figures(folder),
-    )
+        folder=run.path, is_base=run.is_base_model, settings=run.settings(), commands=run.commands(),
+        log=run.metrics(), points=points_of(run), alignment=alignment, figures=alignment_figures(folder),
+    )  # fmt: skip
 
 
 def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:

@@ -93,14 +93,10 @@ def probe_accuracy(features: ndarray, classes: ndarray, *, seed: int) -> dict[st
         return float((probe.predict(scaled[test]) == truth).mean())
 
     found, counts = np.unique(labels, return_counts=True)
-    return {
-        "accuracy": score(labels),
-        "null_accuracy": float(np.mean([score(rng.permutation(labels)) for _ in range(NULLS)])),
-        "chance": float((truth == found[counts.argmax()]).mean()),
-        "num_classes": len(names),
-        "n_fit": len(fit),
-        "n_test": len(test),
-    }
+    null = float(np.mean([score(rng.permutation(labels)) for _ in range(NULLS)]))
+    chance = float((truth == found[counts.argmax()]).mean())
+    numbers = {"accuracy": score(labels), "null_accuracy": null, "chance": chance}
+    return numbers | {"num_classes": len(names), "n_fit": len(fit), "n_test": len(test)}
 
 
 def _best(gram, cross: ndarray, own_back: ndarray, cross_back: ndarray) -> float:

@@ -123,12 +123,8 @@ def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
         cca = entry(found["mean_rho"], found["null_mean_rho"], top=found["top_rho"])
     except RankError as error:  # features that collapsed
         cca = entry(None, None, reason=str(error))
-    return {
-        "cknna": entry(neighbours["cknna"], neighbours["null_cknna"]),
-        "cka": entry(kernels["cka"], kernels["null_cka"]),
-        "cca": cca,
-        **_one_side(tokens, teacher),
-    }
+    found = {"cknna": entry(neighbours["cknna"], neighbours["null_cknna"]), "cca": cca}
+    return found | {"cka": entry(kernels["cka"], kernels["null_cka"])} | _one_side(tokens, teacher)
 
 
 def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
