@@ -23,7 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -204,10 +204,15 @@ def check_exact(delivered: Iterator[formats.Delivered], values: formats.Values, 
 
 
 def full_size(args: argparse.Namespace) -> None:
-    count, steps = args.samples, min(args.steps, args.samples // BATCH)
+    count, steps, bank = args.samples, min(args.steps, args.samples // BATCH), formats.random_values(1024)
+
+    def values_of(field: str, indices: list[int]) -> Tensor:
+        """Other values for each sample, without drawing billions of numbers."""
+        return torch.stack([bank[field][i % 1024].roll(i // 1024, -1) for i in indices])
+
     with temporary_folder(args.dir) as folder:
         started = time.perf_counter()
-        write_cache(folder, SHAPES, count, rolled_values(), classes=1000, shard_size=args.shard_size)
+        write_cache(folder, SHAPES, count, values_of, classes=1000, shard_size=args.shard_size)
         seconds = time.perf_counter() - started
         ours = formats.OursStreamed(folder)
         dataset = ours.opened
@@ -247,17 +252,6 @@ def full_size(args: argparse.Namespace) -> None:
         what = f"{row['reader']}: PSS of the last epochs over that after the second, MB"
         targets.append(target(what, row["growth MB"], at_most=GROWTH_MB))
     publish(args, rows, targets, written=written)
-
-
-def rolled_values() -> Callable[[str, list[int]], Tensor]:
-    """Other values for each sample, without drawing billions of numbers."""
-    bank = formats.random_values(1024)
-
-    def values_of(field: str, indices: list[int]) -> Tensor:
-        stored = bank[field]
-        return torch.stack([stored[i % len(stored)].roll(i // len(stored), -1) for i in indices])
-
-    return values_of
 
 
 def read_epochs(name: str, batches: Iterator, epochs: int, steps: int) -> dict:

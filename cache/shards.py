@@ -180,10 +180,9 @@ class FieldWriter:
             shard = read_record(self._path(number, ".json"), Sealed, anew)
             unreadable = shard.pop("unreadable")
             if (size := path.stat().st_size) != shard["bytes"]:
-                raise UserError(
-                    f"{path} has {size} bytes, {shard['bytes']} were written: delete that file and run the same command; only "
-                    "this shard is made anew"
-                )
+                written = f"has {size} bytes, {shard['bytes']} were written"
+                anew = "delete that file and run the same command; only this shard is made anew"
+                raise UserError(f"{path} {written}: {anew}")
             shards.append((shard, unreadable))
         return shards
 

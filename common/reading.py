@@ -109,8 +109,8 @@ class JsonLines(Generic[T]):
             print(f"warning: {self.path}: its last line is incomplete and is left out", file=sys.stderr)
         found = []
         for number, line in enumerate(lines, start=1):
-            where = f"line {number} of {self.path}"
             try:
+                where = f"line {number} of {self.path}"
                 found.append(parse_record(line, self._schema, where, self._remedy or "it is left out"))
             except UserError as error:
                 if self._remedy is not None:
@@ -121,17 +121,15 @@ class JsonLines(Generic[T]):
     def append(self, line: T, *, unless: Callable[[T], bool] | None = None) -> None:
         """Add a line, after what a crash left of one is gone; add nothing where `unless` holds for a line that is there."""
         with self._locked() as file:
-            if unless is None or not any(map(unless, self.read())):
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                if end and file.read() != b"\n":
-                    file.seek(0)
-                    rest = (data := file.read())[(start := data.rfind(b"\n") + 1) :]
-                    if self._is_whole(rest):
-                        file.write(b"\n")
-                    else:  # a crash left half a line
-                        file.truncate(start)
-                file.write(self._encoded([line]))
+            if unless is not None and any(map(unless, self.read())):
+                return
+            file.seek(0)
+            *_, rest = (data := file.read()).split(b"\n")
+            if rest and self._is_whole(rest):
+                file.write(b"\n")
+            else:  # a crash left half a line, or nothing
+                file.truncate(len(data) - len(rest))
+            file.write(self._encoded([line]))
 
     def _is_whole(self, line: bytes) -> bool:
         try:

@@ -5,6 +5,7 @@ There are no merge keys (<<) and no tags but those of the core schema. Any text 
 a config, raises `UserError`. Nothing else of this program knows PyYAML.
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,9 +53,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        key: list(found) for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers: ClassVar = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
 for _name, (_pattern, _first) in SCALARS.items():
@@ -129,9 +128,7 @@ class _Values:
                 raise _NotRead(f"a key must be a name{what}", key)
             name = _scalar("str", key)
             if name == "<<":
-                raise _NotRead(
-                    "merge keys (<<) are not read here: write the settings out, or use extends", key
-                )
+                raise _NotRead("merge keys (<<) are not read here: write them out, or use extends", key)
             if name in found:
                 raise _NotRead(f"{name} is given twice", key)
             found[name] = self.of(value, depth + 1)
@@ -153,6 +150,4 @@ def _scalar(name: str, node: yaml.ScalarNode) -> bool | int | float | str | None
             return text.lower() == "true"
         case "int":
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if text[-3:].lower() in ("inf", "nan"):
-        return float(text.replace(".", ""))
-    return float(text)
+    return float(text.replace(".", "") if text[-1] in "fFnN" else text)  # .inf and .nan

@@ -69,8 +69,6 @@ def joint_embedding(x: ndarray, y: ndarray, seed: int, *, method: str = "tsne") 
 
     Both sides are L2-normalised, then reduced to 50 principal components or fewer.
     """
-    if x.ndim != 2 or x.shape != y.shape or len(x) < 4:
-        raise ValueError(f"x and y must share one shape (M, D) with M >= 4, got {x.shape} and {y.shape}")
     points = np.concatenate([unit(x), unit(y)])  # (2M, D)
     points = points - points.mean(axis=0)
     _, _, directions = np.linalg.svd(points, full_matrices=False)

@@ -33,8 +33,6 @@ def ridge_alignment(
     there are at full size, a fixed small penalty overfits so that the map does worse than the mean.
     """
     x, y = token_pair(x, y)
-    if ridge is not None and ridge < 0:
-        raise ValueError(f"ridge must not be negative, got {ridge}")
     fit, test = split_by_image(len(x), seed)
     means = [side[fit].mean(axis=(0, 1), dtype=np.float64) for side in (x, y)]  # (Dx,), (Dy,)
     rng = np.random.default_rng([seed, 4])
@@ -72,8 +70,6 @@ def probe_accuracy(features: ndarray, classes: ndarray, *, seed: int) -> dict[st
     Returns accuracy; null_accuracy, the mean over shuffles of the fit images' labels; chance, the accuracy of always naming
     the fit images' most frequent class; and num_classes, n_fit, n_test of what took part.
     """
-    if features.ndim != 2 or len(features) != len(classes):
-        raise ValueError(f"features must be (N, D) and classes (N,), got {features.shape}, {classes.shape}")
     fit, test = split_by_image(len(features), seed)
     names, counts = np.unique(classes, return_counts=True)
     names = names[counts >= MIN_PROBED]

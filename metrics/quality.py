@@ -116,8 +116,6 @@ def inception_score(logits: np.ndarray, split_size: int = 5000) -> tuple[float, 
     shorter: in files sorted by class a split holds few classes and the score collapses.
     """
     logits = torch.from_numpy(np.asarray(logits, np.float64))  # (N, K)
-    if logits.ndim != 2 or len(logits) == 0:
-        raise ValueError(f"logits must be (N, K) with N >= 1, got {tuple(logits.shape)}")
     scores = []
     for part in logits.log_softmax(dim=1).split(split_size):  # (n, K)
         marginal = part.logsumexp(dim=0) - np.log(len(part))  # (K,): a class that is never seen stays finite
@@ -134,8 +132,6 @@ def kid(
     of fewer than `subset_size` are taken whole; where that leaves nothing to chance the deviation is None. A value a
     little below 0 is right for equal distributions. Arithmetic in the features' own precision, like torch-fidelity's.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"x and y must be (N, D) and (M, D) with N, M >= 2, got {x.shape} and {y.shape}")
     size = min(subset_size, len(x), len(y))
     rng = np.random.RandomState(seed)  # legacy, since torch-fidelity's subsets come from it
     values = []

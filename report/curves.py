@@ -55,10 +55,7 @@ def speedup(series: Mapping[str, Mapping], baseline: str) -> dict[str, dict[str,
 
 
 def draw_curves(
-    out: Path,
-    points: Mapping[str, Sequence[Mapping]],
-    baseline: str | None,
-    base_models: Collection[str],
+    out: Path, points: Mapping[str, Sequence[Mapping]], baseline: str | None, base_models: Collection[str]
 ) -> dict:
     """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json.
 

@@ -39,7 +39,7 @@ def plot_embedding(
     for axes, (kind, name) in zip(grid.flat, itertools.product(KINDS, sources), strict=True):
         panel = sources[name][kind]
         numbers = caption(panel.numbers)
-        _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
+        _scatter(axes, panel, [colour[int(c)] for c in panel.classes])
         above = f"{fill(name, 44)}\n" if axes in grid[0] else ""
         axes.set_title(above + KINDS[kind], fontsize=10)
         axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
@@ -114,10 +114,7 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
     save_figure(figure, path, {"title": title, "timesteps": list(result["timesteps"]), "metrics": drawn})
 
 
-def _scatter(axes, name: str, panel: Panel, tones: Sequence[str]) -> None:
-    shape = (len(panel.classes), 2)
-    if not np.shape(panel.projected) == np.shape(panel.teacher) == shape:
-        raise ValueError(f"{name!r} needs projected and teacher of shape {shape}")
+def _scatter(axes, panel: Panel, tones: Sequence[str]) -> None:
     circles = {"facecolors": "none", "edgecolors": tones, "marker": "o", "linewidths": 0.8}
     axes.scatter(*np.transpose(panel.teacher), s=16, **circles)
     axes.scatter(*np.transpose(panel.projected), s=16, c=tones, marker="x", linewidths=1.0)

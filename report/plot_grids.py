@@ -24,8 +24,6 @@ def plot_sample_grids(
     beyond 256 px are reduced. `column_labels`, one for each column, stand above the columns of every grid.
     """
     columns = len(column_labels)
-    if not grids or not columns:
-        raise ValueError("at least one grid and one column are needed")
     shapes = {label: images.shape for label, images in grids.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"grids differ in shape: {shapes}")
