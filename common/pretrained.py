@@ -37,15 +37,9 @@ def load_pretrained(
 ):
     """Return what `kind.from_pretrained` makes of a local folder, or of a hub id whose files may be in the local cache.
 
-    Args:
-        kind: a class of diffusers or transformers: a network, a scheduler, a tokenizer, a pipeline or an `AutoModel`.
-        name: the folder or the hub id.
-        what: names the part in errors: "vae of data/models/sd15".
-        part: the folder below `name`, as diffusers lays out a pipeline.
-        revision: of a hub id.
-        options: more arguments of `from_pretrained`.
-
-    Raises `UserError`, one line, for anything but a whole model of this kind in safetensors.
+    `kind` is a class of diffusers or transformers: a network, a scheduler, a tokenizer, a pipeline or an `AutoModel`. `what`
+    names it in errors: "vae of data/models/sd15". `part` is the folder below `name`, as diffusers lays out a pipeline. Raises
+    `UserError`, one line, for anything but a whole model of this kind in safetensors.
     """
     library = kind.__module__.partition(".")[0]
     network = issubclass(kind, torch.nn.Module) or kind.__name__.startswith("AutoModel")

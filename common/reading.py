@@ -82,11 +82,8 @@ def parse_record(data: bytes | str, schema: type[T], where: str, remedy: str) ->
 class JsonLines(Generic[T]):
     """A log of one JSON object a line, which processes append to and read at the same time.
 
-    Args:
-        path: the file, absent until the first line.
-        schema: of each line.
-        remedy: what to do where a line is damaged, for its error. None: such a line is left out, and a warning says so.
-        allow_nan: whether to write numbers that are not finite, which other readers of JSON refuse.
+    `remedy` says in errors what to do where a line is damaged. None: such a line is left out, and a warning says so.
+    `allow_nan` lets numbers be written that are not finite, which other readers of JSON refuse.
     """
 
     def __init__(

@@ -82,14 +82,9 @@ def measure_alignment(
 ) -> tuple[dict, Sources]:
     """Return the contents of align.json (without step and command), and the inputs of the main tap's embedding.
 
-    Args:
-        config: the run's, which names held-out images, teacher, noise schedule, batch size and seed. Image i of the list has
-            the noise of seed + i at every timestep. The halves and all nulls depend on the seed too.
-        models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are measured.
-        timesteps: noise levels, 0 (clean) to `num_timesteps` − 1 (noise).
-        num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
-
-    Raises `UserError` for settings and caches that do not fit.
+    The run's `config` names held-out images, teacher, noise schedule, batch size and seed, on which noise, halves and all nulls
+    depend. `models` {"run": …, "base": …} are in eval mode on `device`; either may be absent. `num_images` are taken from the
+    beginning of the list; None takes 1000, or all where there are fewer. Raises `UserError` for what does not fit.
     """
     family = family_for(config)
     num_timesteps, main_tap = build_path(config.diffusion, family).num_steps, family.main_tap

@@ -84,13 +84,10 @@ def find_targets(
     changes: Mapping[str, object] | None = None,
     alike: bool = False,
 ) -> list[list[Target]]:
-    """The targets of each RUN, in the order given.
+    """The targets of each RUN, in the order given; raises `UserError` for an absent checkpoint, or a target given twice.
 
     `which` is a step, "newest" or "all"; `raw` takes the raw weights instead of their moving average. `changes` {dotted key:
-    value} of `eval` are laid over the run's own settings, or over those of the first run for all of them, where they are to be
-    `alike`, so that they can be compared.
-
-    Raises `UserError` where a run has no such checkpoint, or where a target is given twice.
+    value} of `eval` are laid over the run's own settings, or, to be `alike`, over those of the first run for all of them.
     """
     found, settings = [], None
     for path in paths:

@@ -22,10 +22,8 @@ def ridge_alignment(
     Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
     seed. So a run without a head, or the base model, can be shown in the teacher's space.
 
-    - cosine: `paired_cosine` of the projection with y, in [-1, 1]; a map that only knows y's mean has the cosine of
-      the tokens with their mean, so look at `null_cosine` too.
-    - r2: the share of y's variance about the fit images' mean that the map explains, over all tokens and channels; at
-      most 1, and below 0 where the mean alone does better.
+    - cosine: `paired_cosine` of the projection with y; a map that only knows y's mean has more than 0, as `null_cosine` shows.
+    - r2: the share of y's variance about the fit images' mean that the map explains; below 0 where the mean does better.
     - null_cosine, null_r2: the same of a map fitted on images paired at random, and reported alike.
 
     `ridge` is the penalty relative to the mean variance of x; 0 is plain least squares. None chooses one of `RIDGE_PENALTIES`

@@ -126,11 +126,7 @@ def koleo(features: Tensor) -> Tensor:
 
 
 def augment(gray: Tensor) -> Tensor:
-    """Return random views (N, 3, 32, 32) of digits (N, 1, 32, 32).
-
-    The digits are moved, rotated, stretched and dimmed, and noise is added. They are not mirrored, because a mirrored
-    digit is no longer that digit.
-    """
+    """Return random views (N, 3, 32, 32) of digits (N, 1, 32, 32), never mirrored: that would be no longer the digit."""
 
     def draw(size: float, *more: int) -> Tensor:
         return size * (2 * torch.rand(len(gray), *more) - 1)

@@ -138,10 +138,8 @@ p code, figcaption code { background: var(--code); border-radius: 4px; padding: 
 
 
 def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Block]) -> Path:
-    """Write the page: title, lead paragraph, then the blocks in order; returns the path.
+    """Write title, lead paragraph and the blocks in order; returns the path. All text is escaped.
 
-    All text is escaped, characters that would turn or hide what follows included. Wide tables, commands and (on a phone) wide
-    pictures scroll in their own box.
     A missing or foreign picture is a `UserError`, a ragged table a `ValueError`.
     """
     body, headings = [], []
