@@ -153,9 +153,8 @@ def measures_of(config: Config) -> dict[str, float | None]:
     here = {"step": last, "timesteps": [SHOWN_TIMESTEP], "seed": drawn.seed}
     here["num_images"] = min(NUM_IMAGES, align["num_available"])
     if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
-        raise UserError(
-            f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
-        )
+        again = f"delete it, and the same command measures {config.run} again"
+        raise UserError(f"{folder} was changed by other commands: {again}")
     metrics = ours[-1]["metrics"]
     accuracy = next((name for name in metrics if kind_of(name) == "accuracy"), None)  # a classifier's alone
     values = (

@@ -36,9 +36,8 @@ def machine() -> dict:
 
 def family() -> list[psutil.Process]:
     """This process and its living children, such as a DataLoader's workers."""
-    return [
-        psutil.Process(pid) for pid in (None, *(child.pid for child in multiprocessing.active_children()))
-    ]
+    children = multiprocessing.active_children()
+    return [psutil.Process(), *(psutil.Process(child.pid) for child in children)]
 
 
 def cpu_seconds() -> float:

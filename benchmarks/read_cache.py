@@ -126,9 +126,8 @@ def cold(args: argparse.Namespace) -> None:
     for arm, speed in measured.items():
         median, best = (rate * SAMPLE_BYTES / 1e6 for rate in (speed.median, speed.best))
         row = {"arm": arm, "MB/s median": median, "MB/s best": best}
-        rows.append(
-            row | {"read from disk / wanted": speed.disk / SAMPLE_BYTES, "CPU µs/sample": speed.cpu * 1e6}
-        )
+        row |= {"read from disk / wanted": speed.disk / SAMPLE_BYTES}
+        rows.append(row | {"CPU µs/sample": speed.cpu * 1e6})
     rate = {row["arm"]: row["MB/s median"] for row in rows}
     targets = [
         target("ours / LMDB txn.get, readahead=False", rate[OURS] / rate[WORST], at_least=15),

@@ -106,9 +106,8 @@ def measure(
                 return line
 
         with RunFolder.claimed(config) as folder, patch.object(train_script, "Meter", Interrupted):
-            state = TrainingState(
-                config, parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
-            )
+            ours = parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
+            state = TrainingState(config, *ours)
             state.save = lambda run: None  # a checkpoint is no part of a step
             train_script.take_steps(parts, folder, state, train_script.open_stream(parts, first_step=0))
             warming_up, *lines = folder.metrics()  # the first window compiles

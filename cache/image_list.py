@@ -32,7 +32,7 @@ def read_samples(path: str | Path) -> list[Sample]:
             raise UserError(f"line {line} of {path} has the class_id {class_id!r:.60}; classes are 0, 1, 2 …")
         if not key or not key.isprintable():
             raise UserError(
-                f"line {line} of {path} has the id {key!r:.60}; control characters are not allowed"
+                f"line {line} of {path} has the id {key!r:.60}, which is empty or has control characters"
             )
         samples.append(Sample(key, img_path, int(class_id), synset))
     if not samples:

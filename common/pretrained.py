@@ -131,9 +131,8 @@ def foreign_files(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # a config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
+    except Exception as error:
+        # A config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
         raise UserError(f"cannot load {what}: {reason_of(error)}: {SAVED}") from None
 
 

@@ -124,9 +124,8 @@ def run_chains(
 def start(stage: Stage, log: Path | None) -> subprocess.Popen:
     """Start a stage; its output goes to the terminal, or to its log."""
     output = None if log is None else open(log, "w")  # noqa: SIM115 (the child process keeps it open)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1"
-    }  # two busy threads on a shared core are slower than one
+    # Two busy threads on a shared core are slower than one.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script, *arguments = shlex.split(stage.command)
     # The child gets a session of its own, so that Ctrl-C reaches only this process, which passes it on once. A second signal
     # would stop the child's saving.
@@ -146,9 +145,8 @@ def die_with_parent() -> None:
 def fail(stage: Stage, log: Path | None) -> None:
     if log is not None:
         print("\n" + log.read_text()[-3000:], flush=True)
-    raise UserError(
-        f"stage '{stage.name}' did not come to its end ({stage.pasted}); once that is mended, the same command goes on"
-    )
+    what = f"stage '{stage.name}' did not come to its end ({stage.pasted})"
+    raise UserError(f"{what}; once that is mended, the same command goes on")
 
 
 def log_of(stage: Stage, logs: Path) -> Path:

@@ -165,9 +165,8 @@ def summary(result: Mapping) -> str:
             continue
         line = f"  {model:4} at timestep {shown}: {result['main_tap']}"
         for metric in ("cca", "cknna"):
-            value, null = (
-                row_of(result, model=model, timestep=shown)[metric][key] for key in ("value", "null")
-            )
+            found = row_of(result, model=model, timestep=shown)[metric]
+            value, null = found["value"], found["null"]
             numbers = "undefined" if value is None else f"{value:.3f} (null {null:.3f})"
             line += f" {metric.upper()} {numbers},"
         lines.append(f"{line} held-out loss {loss:.4f}")

@@ -15,11 +15,21 @@ from evaluation.sample import evenly_spread, labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
 from report.curves import draw_curves
-from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, last_points, points_at
+from report.material import (
+    MADE_BY,
+    Material,
+    Pictures,
+    RunFacts,
+    Runs,
+    last_points,
+    points_at,
+    protocol_words,
+)
 from report.records import points_under, protocols, read_alignment
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
 
+Names = Mapping[int, str]  # of classes
 GRID_ROWS, GRID_COLUMNS = 6, 10
 CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at every checkpoint
 
@@ -63,7 +73,7 @@ def facts_of(run: RunFolder) -> RunFacts:
     )  # fmt: skip
 
 
-def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
+def shared_protocol(facts: Runs) -> Mapping | None:
     """The protocol of curves that most runs share; of equals the one with most points, then the one with most images."""
     points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
 
@@ -74,9 +84,7 @@ def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
     return max(protocols(points), key=rank, default=None)
 
 
-def sample_grids(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
-) -> dict[str, np.ndarray]:
+def sample_grids(runs: Runs, protocol: Mapping | None, names: Names) -> dict[str, np.ndarray]:
     """The first images of each run at its last step under a protocol; none where classes are random."""
     if protocol is None or protocol["labels"] != "balanced":
         return {}
@@ -89,9 +97,7 @@ def sample_grids(
     return {label: images for label, images in found.items() if images is not None}
 
 
-def pictures_by_step(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
-) -> Iterator[Pictures]:
+def pictures_by_step(runs: Runs, protocol: Mapping | None, names: Names) -> Iterator[Pictures]:
     """A few images at every checkpoint."""
     trained = {label: run for label, run in runs.items() if not run.is_base}
     points = {} if protocol is None else points_at(trained, protocol)
@@ -110,7 +116,7 @@ def pictures_by_step(
         yield Pictures(rows, [f"step {step:,}" for step in steps], caption)
 
 
-def pictures_by_class(runs: Mapping[str, RunFacts], names: Mapping[int, str]) -> Iterator[Pictures]:
+def pictures_by_class(runs: Runs, names: Names) -> Iterator[Pictures]:
     """An image of each of a few classes, under each protocol of final numbers."""
     few = evenly_spread(len(names), CLASSES)
     for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):
@@ -121,7 +127,7 @@ def pictures_by_class(runs: Mapping[str, RunFacts], names: Mapping[int, str]) ->
         if rows := {label: list(images) for label, images in found.items() if images is not None}:
             caption = f"The first image of {len(few)} classes, by the protocol of the final numbers: "
             columns = [names[label] for label in shown]
-            yield Pictures(rows, columns, caption + describe_protocol(protocol))
+            yield Pictures(rows, columns, caption + protocol_words(protocol))
 
 
 def images_of(run: RunFacts, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:

@@ -39,9 +39,9 @@ def embed_sources(
     sources: Mapping[str, Source], *, seed: int, method: str = "tsne"
 ) -> dict[str, dict[str, Panel]]:
     """{source: {"raw": Panel, "centred": Panel}}; both panels show the same tokens, of ten classes at most."""
+    kinds = ("raw", "centred")
     return {
-        name: {kind: _panel(source, kind == "centred", seed, method) for kind in ("raw", "centred")}
-        for name, source in sources.items()
+        n: {kind: _panel(s, kind == "centred", seed, method) for kind in kinds} for n, s in sources.items()
     }
 
 

@@ -45,9 +45,8 @@ def score(
     whole = Moments().update(pool)
     for ours, theirs in ((whole, reference.pool), (drawn.spatial, reference.spatial)):
         if ours is not None and theirs is not None and theirs.dim != ours.dim:
-            raise UserError(
-                f"{reference.name} has {theirs.dim} features of an image, the extractor gives {ours.dim}: make it anew"
-            )
+            given = f"features of an image, the extractor gives {ours.dim}"
+            raise UserError(f"{reference.name} has {theirs.dim} {given}: make it anew")
     results: dict[str, dict] = {}
 
     def put(metric: str, value: float, error: float | None = None, kind: str | None = None, note: str = ""):

@@ -186,7 +186,6 @@ def _patches(images: Tensor) -> Tensor:
 
 def _ridge(x: Tensor, y: Tensor, inputs: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     """Fit a ridge regression of y (N, E) on x (N, D) in double precision; return its predictions for each of `inputs`."""
-    fitted = make_pipeline(StandardScaler(), Ridge(RIDGE * len(x))).fit(
-        x.double().numpy(), y.double().numpy()
-    )
-    return [torch.from_numpy(fitted.predict(other.double().numpy())).float() for other in inputs]
+    ridge = make_pipeline(StandardScaler(), Ridge(RIDGE * len(x)))
+    ridge.fit(x.double().numpy(), y.double().numpy())
+    return [torch.from_numpy(ridge.predict(other.double().numpy())).float() for other in inputs]

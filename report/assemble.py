@@ -110,9 +110,8 @@ def making_section(material: Material) -> Iterator[Block]:
     commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
     if times:
         rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
-        caption = (
-            f"{wall_seconds(times):.0f} s in all; of stages that ran side by side only the longest counts."
-        )
+        all_in_all = f"{wall_seconds(times):.0f} s in all"
+        caption = f"{all_in_all}; of stages that ran side by side only the longest counts."
         yield Table(["stage", "time"], rows, caption)
     yield Command(fold_commands([*commands, material.command]))
 

@@ -15,9 +15,7 @@ CELL_GAP = 8  # px between cells
 COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
-def plot_sample_grids(
-    path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]
-) -> Path:
+def plot_sample_grids(path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]):
     """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images

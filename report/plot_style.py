@@ -47,9 +47,8 @@ def run_style(index: int) -> dict:
 def run_styles(runs: Iterable[str], run_order: Sequence[str] | None) -> dict[str, dict]:
     """The style of each run. `run_order` lists all runs, so that a figure of some of them keeps their colours."""
     runs = list(runs)
-    return {
-        run: run_style(i) for i, run in enumerate(runs if run_order is None else run_order) if run in runs
-    }
+    order = runs if run_order is None else run_order
+    return {run: run_style(i) for i, run in enumerate(order) if run in runs}
 
 
 def pyplot():

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from common.plain_text import code
-from report.material import MADE_BY, Material, RunFacts, describe_protocol, fold_commands, last_points
+from report.material import MADE_BY, Material, Runs, fold_commands, last_points, protocol_words
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_sweep
 from report.records import format_value, headline, kind_of, lower_is_better, protocols
@@ -41,7 +41,7 @@ def _table(points: Mapping[str, Mapping]) -> Table:
         rows.append([title, *(f"{point[key]:,}" for point in points.values())])
     first = next(iter(points.values()))
     metrics = first["metrics"]
-    caption = describe_protocol(first["protocol"])
+    caption = protocol_words(first["protocol"])
     if kinds := sorted({found["error_kind"] for found in metrics.values() if found["error_kind"]}):
         caption += f" ± is the deviation {', '.join(ERRORS[kind] for kind in kinds)}."
     if notes := dict.fromkeys(f"{name}: {note}" for name in metrics for note in metrics[name]["notes"]):
@@ -115,7 +115,7 @@ def final_section(material: Material) -> Iterator[Block]:
         yield Figure(
             plot_sweep(file, sweep["series"], *axes, run_order=list(runs)),
             f"{y} against {x} over guidance scales (the numbers at the points). Strong guidance buys {kind_of(x).upper()} with "
-            f"diversity: compare curves, not points. {describe_protocol(sweep['protocol'], scale='these scales')}",
+            f"diversity: compare curves, not points. {protocol_words(sweep['protocol'], scale='these scales')}",
         )
         yield _commands(sweep["points"])
 
@@ -127,7 +127,7 @@ def other_section(material: Material) -> Iterator[Block]:
     yield from _tables(material.runs, others, MADE_BY)
 
 
-def _tables(runs: Mapping[str, RunFacts], found: Sequence[Mapping], kinds: Sequence[str]) -> Iterator[Block]:
+def _tables(runs: Runs, found: Sequence[Mapping], kinds: Sequence[str]) -> Iterator[Block]:
     """For each of these protocols the table of the runs' last points, and the commands that made them."""
     for protocol in found:
         last = last_points(runs, protocol, kinds)
@@ -135,11 +135,11 @@ def _tables(runs: Mapping[str, RunFacts], found: Sequence[Mapping], kinds: Seque
         yield _commands(last.values())
 
 
-def _protocols_of(runs: Mapping[str, RunFacts], kinds: Sequence[str]) -> list[Mapping]:
+def _protocols_of(runs: Runs, kinds: Sequence[str]) -> list[Mapping]:
     return protocols([p for run in runs.values() for p in run.points if p["kind"] in kinds])
 
 
-def sweeps(runs: Mapping[str, RunFacts]) -> Iterator[dict]:
+def sweeps(runs: Runs) -> Iterator[dict]:
     """The sweeps of guidance scales of these runs, each run at its last step.
 
     Points of one sweep have protocols that differ in their guidance alone. A sweep has `protocol` (of one of its points),
