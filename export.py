@@ -140,7 +140,8 @@ def write_once(
             raise UserError(f"{folder} is no folder: move it away")
         begun = before.get("checkpoint") == UNFINISHED  # by a process that was killed
         if place.exists() and any(place.iterdir()) and not (replace or ours or begun):
-            raise UserError(f"{folder} is there already and is not ours: remove it, or choose another --out")
+            what = f"{folder} is there already and holds something else"
+            raise UserError(f"{what}: remove it, or choose another --out")
         shutil.rmtree(new, ignore_errors=True)  # a killed process may have left it
         with written_whole(new) as aside:
             write(aside)

@@ -82,7 +82,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         raise UserError(f"--num-images {num_images} are more than {cached}")
     used = items[: NUM_IMAGES if num_images is None else max(num_images, 0)]
     if len(used) < MIN_IMAGES:
-        raise UserError(f"{len(used)} held-out images are too few: give {MIN_IMAGES}, better some hundreds")
+        least = f"{MIN_IMAGES} or more are needed, some hundreds are better"
+        raise UserError(f"{len(used)} held-out images are too few: {least}")
     ids = [item.id for item in used]
     if trained_on := set(ids) & {item.id for item in read_samples(config.data.csv)}:
         raise UserError(
