@@ -43,12 +43,8 @@ FILES = 512  # are in the page cache anyway; a longer run goes over them again
 
 
 def main() -> None:
-    counts = {
-        "seconds": (20, "of a bare run"),
-        "batch_size": (4, "images of a forward"),
-        "rounds": (2, "of all"),
-    }
-    parser = benchmark_parser(__doc__, **counts)
+    counts = {"seconds": (20, "of a bare run"), "batch_size": (4, "images of a forward")}
+    parser = benchmark_parser(__doc__, rounds=(2, "of all"), **counts)
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=ENCODERS, help="(default all)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
     parser.add_argument("--workers", type=between(0, 1024), default=1, help="that decode images (default 1)")

@@ -1,7 +1,6 @@
 """What is evaluated, and by which settings: a run, one of its checkpoints, or the bare base model that a config names."""
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from common.errors import UserError
 from configs.evaluation import Eval
 from configs.loading import load_config, with_settings
 from configs.schema import Config
+from metrics.features import sha256_of
 from training.checkpoint import WEIGHTS, state_of
 from training.run_folder import RunFolder
 
@@ -39,11 +39,7 @@ class Target:
         """sha256 of the checkpoint's file; None for the base model, whose weights are known once they are loaded."""
         if self.weights == "base":
             return None
-        try:
-            with open(self.run.checkpoint(self.step) / WEIGHTS[self.weights], "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        return sha256_of(self.run.checkpoint(self.step) / WEIGHTS[self.weights])
 
     @cached_property
     def images_seen(self) -> int:

@@ -1,5 +1,6 @@
 """The feature extractors that the settings name: Inception, or an image classifier of a transformers folder, and DINOv2."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -13,7 +14,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.pretrained import SAVED, load_pretrained, local_folder, read_config
+from common.pretrained import SAVED, load_pretrained, read_config
 from common.reading import read_record
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
@@ -166,13 +167,9 @@ def _load(loader: type, path: Path) -> tuple[torch.nn.Module, str]:
 
 def _folder(setting: str | Path) -> Path:
     """The folder of a setting; a hub is never asked."""
-    try:
-        folder = local_folder(str(setting))
-    except UserError:
-        folder = None
-    if folder is None:
+    if not os.path.isdir(setting):
         raise UserError(f"no feature extractor at {setting}: no such folder (of hub ids give the folder)")
-    return folder
+    return Path(setting)
 
 
 def _architecture(path: Path) -> str:
