@@ -20,14 +20,19 @@ DEPTH = 20  # levels
 NODES = 10_000  # values of a text, with those that aliases repeat
 DIGITS = 100  # characters of a number
 CORE = "tag:yaml.org,2002:"
-# Plain scalars by the core schema (YAML 1.2.2, chapter 10.3.2), and the characters that each may begin with.
+# Plain scalars by the core schema (YAML 1.2.2, chapter 10.3.2): form, characters that each may begin with, and value.
 SCALARS = {
-    "null": (r"null|Null|NULL|~|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "null": (r"null|Null|NULL|~|", ["~", "n", "N", ""], lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true"),
+    "int": (
+        r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+        list("-+0123456789"),
+        lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    ),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
+        lambda text: float(text.replace(".", "") if text[-1] in "fFnN" else text),
     ),
 }
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # can be in no name, and in no file
@@ -56,7 +61,7 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: ClassVar = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
-for _name, (_pattern, _first) in SCALARS.items():
+for _name, (_pattern, _first, _) in SCALARS.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"{CORE}{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
@@ -143,11 +148,4 @@ def _scalar(name: str, node: yaml.ScalarNode) -> bool | int | float | str | None
         raise _NotRead(f"{text[:20]}… is too long a number", node)
     if not re.fullmatch(SCALARS[name][0], text):  # after a tag, such as !!int x
         raise _NotRead(f"{text} is no {name}", node)
-    match name:
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int":
-            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    return float(text.replace(".", "") if text[-1] in "fFnN" else text)  # .inf and .nan
+    return SCALARS[name][2](text)
