@@ -131,6 +131,7 @@ def stages_of_run(args: argparse.Namespace, file: Path, arm: str, seed: int, con
 
 
 def own_settings(args: argparse.Namespace, arm: str, seed: int) -> list[str]:
+    """The settings that tell the runs of an ablation apart."""
     return [f"run={yaml_value(str(args.out / arm / f'seed{seed}'))}", f"seed={seed}"]
 
 
