@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.arguments import Parser
 from common.errors import run_script
-from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
+from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains, wall_seconds
 
 SPLITS = [
     {"split": "train", "cache": "cache", "count": 139},
@@ -167,10 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             demo.page.unlink(missing_ok=True)
             recorded = partial(record.add, group=number, config=config)
             run_group(demo, missing, recorded)
-    longest: dict[int, float] = {}  # of a group's stages, which ran side by side
-    for entry in record.entries.values():
-        longest[entry["group"]] = max(longest.get(entry["group"], 0), entry["seconds"])
-    minutes = sum(longest.values()) / 60
+    minutes = wall_seconds(record.entries.values()) / 60
     print(f"{minutes:.1f} minutes of running in all; the results are in {demo.page.resolve()}")
 
 

@@ -88,9 +88,7 @@ def metrics(args: argparse.Namespace) -> None:
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
     if args.out is not None and (args.out.suffix != ".json" or len(images) != 1):
-        raise UserError(
-            f"--out {args.out}: give a file that ends in .json, with one folder or .npz of images"
-        )
+        raise UserError(f"--out {args.out}: give a file that ends in .json, and one folder or .npz of images")
     for path in images if ranks.main else ():
         found = measure_images(path, eval_settings(args.changes), device)
         print(f"{path}: {format_metrics(found['metrics'])}")

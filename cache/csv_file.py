@@ -1,12 +1,13 @@
-"""The door for every CSV that is read: UTF-8 with or without a byte order mark, any line ends, the columns as they must be."""
+"""The door for every CSV: UTF-8 with or without a byte order mark, any line ends, the columns as they must be."""
 
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.reading import read_text
 
 
@@ -28,3 +29,10 @@ def read_csv(path: str | Path, columns: Sequence[str], remedy: str) -> Iterator[
             yield rows.line_num, row
     except csv.Error as error:  # an open quote, or a field of more than 131,072 characters
         raise UserError(f"line {rows.line_num} of {path} is damaged ({error}): {remedy}") from None
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write header and rows atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_atomically(path, text.getvalue().encode())

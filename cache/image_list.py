@@ -1,7 +1,5 @@
 """The list of images that a cache or a training uses: a CSV with the columns `id, img_path, class_id, synset`."""
 
-import csv
-import io
 import os
 import re
 from collections import Counter
@@ -9,9 +7,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from cache.csv_file import read_csv
+from cache.csv_file import read_csv, write_csv
 from common.errors import UserError
-from common.files import write_atomically
 
 CLASS_ID, MAX_CLASSES = re.compile("[0-9]{1,10}"), 2**31
 COLUMNS = ["id", "img_path", "class_id", "synset"]
@@ -32,12 +29,10 @@ def read_samples(path: str | Path) -> list[Sample]:
     samples = []
     for line, (key, img_path, class_id, synset) in read_csv(path, COLUMNS, "make it again with script 1"):
         if not CLASS_ID.fullmatch(class_id) or int(class_id) >= MAX_CLASSES:
-            raise UserError(
-                f"line {line} of {path} has the class_id {class_id!r:.60}; classes count 0, 1, 2 …"
-            )
+            raise UserError(f"line {line} of {path} has the class_id {class_id!r:.60}; classes are 0, 1, 2 …")
         if not key or not key.isprintable():
             raise UserError(
-                f"line {line} of {path} has the id {key!r:.60}; ids are names without control characters"
+                f"line {line} of {path} has the id {key!r:.60}, which is empty or has control characters"
             )
         samples.append(Sample(key, img_path, int(class_id), synset))
     if not samples:
@@ -49,9 +44,7 @@ def read_samples(path: str | Path) -> list[Sample]:
 
 def write_samples(path: str | Path, samples: list[Sample]) -> None:
     """Write the CSV atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(attrgetter(*COLUMNS), samples)])
     for name in (sample.img_path for sample in samples):
         if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
             raise UserError(f"the file name {shown} is no UTF-8: rename that file")
-    write_atomically(path, text.getvalue().encode())
+    write_csv(path, COLUMNS, map(attrgetter(*COLUMNS), samples))

@@ -55,9 +55,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     """
     where = config.eval
     if None in (where.csv, where.latents, where.tokens):
-        raise UserError(
-            "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
-        )
+        needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
+        raise UserError(f"`align` needs held-out images: set {needed}")
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
     online = config.teacher.source == "online"
     if online and (made_by := tokens.spec.source.get("model")) != config.teacher.model:
@@ -65,44 +64,36 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{where.tokens} was made by {made_by}, the run's teacher is {config.teacher.model}: run script 3 on the held-out "
             "images with that --teacher"
         )
-    for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
-        if online and held_out is tokens:
-            continue
+    pairs = [(latents, config.data.latents), (tokens, config.data.tokens)]
+    for held_out, trained in pairs[:1] if online else pairs:
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
                 "held-out images with the options of the training images"
             )
     wanted = (config.teacher.grid**2, config.teacher.dim)
-    if tokens.spec.shape != wanted:
-        raise UserError(
-            f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
-        )
+    if (found := tokens.spec.shape) != wanted:
+        makes = f"tokens {found}, the run's teacher makes {wanted}"
+        raise UserError(f"{where.tokens} holds {makes}: run script 3 with that teacher")
     cached = set(latents.ids) & set(tokens.ids)
     items = [item for item in read_samples(where.csv) if item.id in cached]
     if num_images is not None and num_images > len(items):
-        raise UserError(
-            f"--num-images {num_images} are more than the {len(items)} held-out images of {where.csv} that are cached"
-        )
+        cached = f"the {len(items)} held-out images of {where.csv} that are cached"
+        raise UserError(f"--num-images {num_images} are more than {cached}")
     used = items[: NUM_IMAGES if num_images is None else max(num_images, 0)]
     if len(used) < MIN_IMAGES:
-        raise UserError(
-            f"{len(used)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
-        )
+        least = f"{MIN_IMAGES} or more are needed, some hundreds are better"
+        raise UserError(f"{len(used)} held-out images are too few: {least}")
     ids = [item.id for item in used]
     if trained_on := set(ids) & {item.id for item in read_samples(config.data.csv)}:
         raise UserError(
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
-    return HeldOut(
-        latents_of(latents.read(ids), latents.spec.details).numpy(),
-        tokens.read(ids).float().numpy(),
-        np.array([item.class_id for item in used]),
-        read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null,
-        len(items),
-        ids_digest(ids),
-        str(tokens.spec.source.get("weights_sha256")),
-    )
+    x_0, teacher = latents_of(latents.read(ids), latents.spec.details), tokens.read(ids).float()
+    classes = np.array([item.class_id for item in used])
+    null = read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null
+    digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
+    return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)
 
 
 @dataclass(frozen=True)
@@ -128,10 +119,8 @@ class Bench:
         for start in range(0, len(self.held.latents), size):
             x_0 = torch.from_numpy(self.held.latents[start : start + size]).to(self.device)
             noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
-            text = {
-                name: value.to(self.device).expand(len(x_0), *value.shape)
-                for name, value in self.held.null_text.items()
-            }
+            null = ((name, value.to(self.device)) for name, value in self.held.null_text.items())
+            text = {name: value.expand(len(x_0), *value.shape) for name, value in null}
             yield start, x_0, noise.to(self.device), text
             self.progress()
 
@@ -171,9 +160,8 @@ def read_taps(
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
     family, network = model.family, model.backbone
-    taps = Taps(
-        network, {name: family.tap(network, name) for name in family.taps}
-    )  # also where the run taps fewer
+    # Also where the run taps fewer.
+    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
     try:
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))

@@ -11,7 +11,6 @@ from metrics.similarity_rows import TIMESTEPS
 
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)  # guidance scales
 
-
 Option = tuple[tuple[str, ...], dict]
 
 
@@ -22,14 +21,11 @@ def option(*names: str, **details) -> Option:
 
 def runs(which: str = "newest", more: str = "") -> list[Option]:
     """RUN…, the checkpoint (`which` is its default) and the device; `more` ends RUN's help."""
-    what = (
-        "run folder of train.py, a checkpoint's folder in it, or a config (.yaml) for the base model it names"
-    )
+    what = "run folder of train.py, a checkpoint's folder in it, or a config (.yaml): the base model it names"
+    steps = f"a step, newest or all (default: {which})"
     return [
         option("runs", type=Path, nargs="+", metavar="RUN", help=what + more),
-        option(
-            "--checkpoint", default=which, metavar="STEP", help=f"a step, newest or all (default: {which})"
-        ),
+        option("--checkpoint", default=which, metavar="STEP", help=steps),
         option("--raw", action="store_true", help="the raw weights instead of their moving average"),
         DEVICE,
     ]
@@ -62,10 +58,7 @@ OPTIONS = {
         settings("those of a config that sets none"),
     ],
     "curve": [
-        *runs("all"),
-        settings(),
-        option("--out", type=Path, help="folder of the figures (runs/curve)"),
-        BASELINE,
+        *runs("all"), settings(), option("--out", type=Path, help="folder of the figures (runs/curve)"), BASELINE,
     ],
     "final": [
         *runs(),

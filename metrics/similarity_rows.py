@@ -67,11 +67,9 @@ def cca_components(n: int, cells: int, *widths: int) -> int:
 def tap_metrics(features: ndarray, teacher: TeacherSide) -> tuple[Metrics, ndarray]:
     """All metrics of a tap's features (n, T, C), and their ridge map to the teacher's space (n_test, T, D)."""
     ridge, projected = ridge_alignment(features, teacher.tokens, seed=teacher.seed)
-    return {
-        "ridge_cosine": entry(ridge["cosine"], ridge["null_cosine"]),
-        "ridge_r2": entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"]),
-        **_both_sides(features, teacher),
-    }, projected
+    cosine = entry(ridge["cosine"], ridge["null_cosine"])
+    r2 = entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"])
+    return {"ridge_cosine": cosine, "ridge_r2": r2, **_both_sides(features, teacher)}, projected
 
 
 def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
@@ -82,20 +80,13 @@ def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: Te
 def entry(value: float | None, null: float | None, **more) -> dict[str, float | None]:
     """{value, null, …} with None for what is not finite."""
     found = {"value": value, "null": null} | more
-    absent = [
-        name for name, number in found.items() if isinstance(number, float) and not math.isfinite(number)
-    ]
-    return found | dict.fromkeys(absent)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 def row_of(
-    result: Mapping,
-    *,
-    model: str = "run",
-    tap: str | None = None,
-    timestep: int = SHOWN_TIMESTEP,
-    features: str = "tap",
-) -> Metrics | None:
+    result: Mapping, *,
+    model: str = "run", tap: str | None = None, timestep: int = SHOWN_TIMESTEP, features: str = "tap",
+) -> Metrics | None:  # fmt: skip
     """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep).
 
     `tap` None is the family's main tap.
@@ -125,12 +116,8 @@ def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
         cca = entry(found["mean_rho"], found["null_mean_rho"], top=found["top_rho"])
     except RankError as error:  # features that collapsed
         cca = entry(None, None, reason=str(error))
-    return {
-        "cknna": entry(neighbours["cknna"], neighbours["null_cknna"]),
-        "cka": entry(kernels["cka"], kernels["null_cka"]),
-        "cca": cca,
-        **_one_side(tokens, teacher),
-    }
+    found = {"cknna": entry(neighbours["cknna"], neighbours["null_cknna"]), "cca": cca}
+    return found | {"cka": entry(kernels["cka"], kernels["null_cka"])} | _one_side(tokens, teacher)
 
 
 def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
