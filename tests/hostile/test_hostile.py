@@ -5,6 +5,7 @@
 
 import pytest
 import rows_cache
+import rows_captions
 import rows_limits
 import rows_models
 import rows_places
@@ -13,7 +14,7 @@ import rows_yaml
 from hostile import check, copy_house
 from house import build
 
-TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_limits, rows_places)
+TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_captions, rows_limits, rows_places)
 CASES = [case for table in TABLES for case in table.rows()]
 QUICK = [case for number, case in enumerate(CASES) if number % 6 == 0]
 
