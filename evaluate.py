@@ -185,7 +185,7 @@ def pictures(args: argparse.Namespace) -> None:
     device, _ = open_device(args)
     groups = targets_of(args, alike=True)
     labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])
-    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.classes))
+    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.prompts))
 
 
 def report(args: argparse.Namespace) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache.image_list import read_samples
+from cache.image_list import Sample, is_captioned, read_samples
 from cache.reader import FieldReader
-from cache.text import read_table
+from cache.text import prompts_of_text, read_table
 from common.errors import UserError
 
 
@@ -19,7 +19,8 @@ class AlignedDataset(Dataset):
     """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and `class_id`.
 
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
-    such images. Row c of `text` belongs to class c. The dataset works with any DataLoader and any start method of processes.
+    such images. Row c of `text` belongs to class c; of a captioned list,
+    `class_id` is the row of the image's prompt. The dataset works with any DataLoader and any start method of processes.
     Training calls `read_batch` instead, which reads stored bytes and is several times faster.
 
     Raises `UserError` when a field is missing, is unfinished or does not fit the others.
@@ -47,14 +48,26 @@ class AlignedDataset(Dataset):
             where = " and ".join(str(folder) for folder in (latents, tokens) if folder is not None)
             raise UserError(f"none of the images of {csv_path} is in {where}: check the paths")
         self.ids = [sample.id for sample in samples]
-        self.class_ids = torch.tensor([sample.class_id for sample in samples])  # (n,)
-        if (most := int(self.class_ids.max())) >= len(self.text):
-            lacks = f"{text} only {len(self.text)} classes"
-            raise UserError(f"{csv_path} has class {most}, {lacks}: run script 4 again")
+        self.captioned = is_captioned(samples)
+        self.class_ids = torch.tensor(self._find_rows(samples, csv_path, text))  # (n,)
         self.readers = {"latent": self.latents}
         if need_tokens and self.tokens is not None:
             self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
+
+    def _find_rows(self, samples: Sequence[Sample], csv_path: str | Path, text: str | Path) -> list[int]:
+        """Return each image's row of the text; raises `UserError` for a class or a prompt that the text lacks."""
+        if self.captioned:
+            row_of = {prompt: row for row, prompt in enumerate(prompts_of_text(text))}
+            if lacking := next((sample for sample in samples if sample.prompt not in row_of), None):
+                raise UserError(
+                    f"{text} lacks the prompt of {lacking.id} ({lacking.prompt!r:.60}): run script 4 with --csv {csv_path}"
+                )
+            return [row_of[sample.prompt] for sample in samples]
+        if (most := max(sample.class_id for sample in samples)) >= len(self.text):
+            lacks = f"{text} only {len(self.text)} classes"
+            raise UserError(f"{csv_path} has class {most}, {lacks}: run script 4 again")
+        return [sample.class_id for sample in samples]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors.torch import load, save
@@ -16,6 +18,7 @@ from common.files import write_atomically
 from common.reading import read_bytes
 
 TABLE = "text.safetensors"
+WIDTH = 32  # letters of a caption above a picture
 HEADER = 2**20  # bytes, more than the names and shapes in the file take
 
 
@@ -92,6 +95,36 @@ def read_table(folder: str | Path) -> tuple[TextTable, dict]:
         todo = f"restore it, or delete {folder} and run preprocessing script 4 again"
         raise UserError(f"{folder / TABLE} {problem}: {todo}")
     return TextTable(load(content)), manifest
+
+
+def prompts_of_text(folder: str | Path) -> list[str]:
+    """Return the prompts of a folder of text by their rows, without the null prompt; none where it does not tell them."""
+    return read_manifest(folder, "text")["details"].get("prompts", [])[:-1]
+
+
+def shown_prompts(folder: str | Path) -> list[str]:
+    """Return what a picture shows of each prompt: the name of a class, or the beginning of a caption."""
+    names = class_names(read_manifest(folder, "text"))
+    return list(names.values()) or [shorten(p, WIDTH, placeholder=" …") for p in prompts_of_text(folder)]
+
+
+def find_prompts(folder: str | Path, wanted: Sequence[str], option: str) -> list[int]:
+    """Return the rows of prompts, each given by its number or its text; raises `UserError`, which names the `option`."""
+    prompts, rows = prompts_of_text(folder), []
+    for word in wanted:
+        if word in prompts:
+            rows.append(prompts.index(word))
+        elif re.fullmatch("-?[0-9]{1,9}", word):
+            if not 0 <= int(word) < len(prompts):
+                raise UserError(
+                    f"{option} {word}: the prompts and classes of {folder} are 0 to {len(prompts) - 1}"
+                )
+            rows.append(int(word))
+        else:
+            raise UserError(
+                f"{option} {word!r:.80}: {folder} has no such prompt; add it by script 4 with --prompts FILE, one a line"
+            )
+    return rows
 
 
 def class_names(text_manifest: dict) -> dict[int, str]:

@@ -251,9 +251,27 @@ class Train(Section):
     )
     preview_every: Count = knob(0, "steps between sample grids of the moving average; 0 = none")
     preview_images: int = knob(16, "images of a preview", ge=1, le=1024)
+    preview_prompts: Annotated[tuple[str, ...], AsTuple, OneNeedsNoList] = knob(
+        (),
+        "prompts of the previews, each its text or its number in data.text; empty = eight of all prompts or classes, evenly "
+        "spread",
+    )
     eval_every: Count = knob(
         0,
         "steps between evaluations of the moving average by the settings of eval, as `evaluate.py curve` "
         "makes them; 0 = none (plan: 5000; one of 10k images costs about an A100-hour)",
     )
     wandb: str | None = knob(None, "Weights & Biases project to log to as well (pip install wandb)")
+
+    @model_validator(mode="after")
+    def _previews_show_their_prompts(self):
+        if self.preview_prompts and not self.preview_every:
+            raise ValueError(
+                "train.preview_prompts has no effect while train.preview_every = 0: set that too"
+            )
+        if len(self.preview_prompts) > self.preview_images:
+            raise ValueError(
+                f"train.preview_images = {self.preview_images} are fewer than the {len(self.preview_prompts)} "
+                "train.preview_prompts: raise it"
+            )
+        return self

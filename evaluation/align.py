@@ -37,6 +37,7 @@ from report.plot_alignment import plot_embedding, plot_timesteps
 from training.parts import build_path, family_for, load_run_model
 from training.run_folder import this_command
 
+NO_CLASS = -1  # stands for the class of captioned images, which are drawn in one colour
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 # By model, and "head" for the head's tokens where the run has one, or "tap" for a model's ridge map.
@@ -137,6 +138,7 @@ def measure_alignment(
 def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
     name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
+    names = names | {NO_CLASS: "all images"}
     weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
@@ -198,8 +200,9 @@ def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -
     `projected` is a ridge map's output (n_test, T, D), or a head's tokens (n, T, D).
     """
     test = split_by_image(len(side.tokens), side.seed)[1]
+    classes = np.full(len(test), NO_CLASS) if side.classes is None else side.classes[test]  # (n_test,)
     if kind == "tap":
-        return Source(projected, side.tokens[test], side.classes[test])
+        return Source(projected, side.tokens[test], classes)
     target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
     target = pool_tokens(target, (bench.config.teacher.grid,) * 2, side.grid)  # (n_test, T, D)
-    return Source(projected[test], target, side.classes[test])
+    return Source(projected[test], target, classes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from cache.dataset import latents_of
-from cache.image_list import read_samples
+from cache.image_list import is_captioned, read_samples
 from cache.manifest import ids_digest
 from cache.reader import FieldReader
 from cache.text import read_table
@@ -35,12 +35,13 @@ LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss 
 class HeldOut:
     """Images that nothing was trained on, and how many there were to choose from (`available`).
 
-    Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,); the fields of the null prompt are (…).
+    Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,), or None of captioned images; the fields of the null
+    prompt are (…).
     """
 
     latents: np.ndarray
     teacher: np.ndarray
-    classes: np.ndarray
+    classes: np.ndarray | None
     null_text: dict[str, Tensor]
     available: int
     images_sha256: str
@@ -90,7 +91,11 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
     x_0, teacher = latents_of(latents.read(ids), latents.spec.details), tokens.read(ids).float()
-    classes = np.array([item.class_id for item in used])
+    classes = None
+    if is_captioned(used):
+        print(f"{where.csv} has captions and no classes: the linear probe by class is left out")
+    else:
+        classes = np.array([item.class_id for item in used])
     null = read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null
     digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
     return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)

@@ -86,7 +86,10 @@ OPTIONS = {
         *runs(),
         settings(),
         option("-o", "--out", type=Path, required=True, help="PNG file"),
-        option("--classes", type=int, nargs="+", help="classes to show (default: eight, evenly spread)"),
+        option(
+            "--prompts", "--classes", nargs="+", metavar="PROMPT",
+            help="classes or prompts to show, each by its number or as the prompt's text (default: eight, evenly spread)",
+        ),
     ],
     "report": [
         runs()[0],

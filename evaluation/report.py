@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.manifest import read_manifest
-from cache.text import class_names
+from cache.text import shown_prompts
 from common.errors import UserError
 from common.stages import StageEntry
 from evaluation.image_files import load_images, missing_images
@@ -29,7 +28,7 @@ from report.records import points_under, protocols, read_alignment
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
 
-Names = Mapping[int, str]  # of classes
+Names = Sequence[str]
 GRID_ROWS, GRID_COLUMNS = 6, 10
 CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at every checkpoint
 
@@ -52,7 +51,7 @@ def make_report(
         base_models = [label for label, run in facts.items() if run.is_base]
         curve = draw_curves(folder, curves, compared, base_models)
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
-    names = class_names(read_manifest(runs[0].config.data.text, "text"))
+    names = shown_prompts(runs[0].config.data.text)
     material = Material(
         runs=facts, baseline=compared, curve=curve, times=times, command=command, folder=folder,
         curve_figures=[path for path in figures if path.exists()],

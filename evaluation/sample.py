@@ -81,7 +81,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "labels": given.labels,
         "classes": text["details"]["n_classes"],
         "text_sha256": text["sha256"],
-        "prompts": text["details"]["template"],
+        "prompts": text["details"].get("template"),  # None of captions
         "seed": given.seed,
         "latent_shape": stored_latent_shape(config),
     }

@@ -86,13 +86,15 @@ def match_references(extractors: Sequence[Extractor], files: Sequence[Path], siz
 def measure(
     folder: Path,
     indices: Sequence[int],
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
     scorers: Sequence[Scorer],
     settings: Eval,
     device: torch.device,
     ranks: Ranks,
 ) -> dict[str, dict]:
-    """{metric: {value, error, …}} of the images `indices` of a folder, in that order; `labels` are the classes they show.
+    """{metric: {value, error, …}} of the images `indices` of a folder, in that order.
+
+    `labels` are the classes that they show; None where they show captions, which have no accuracy by class.
 
     Several processes share the pass over the images, and the result equals that of one process.
     """

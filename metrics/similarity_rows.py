@@ -14,7 +14,7 @@ teacher's, over whose cells the finer side is averaged, except `cosine`, which i
 | probe | both | accuracy of a linear probe on one mean vector an image | shuffled labels |
 
 A value is None where it is not defined: a grid too small for it, fewer directions than CCA is to use, too few images of a
-class. rmsc does not look at positions, so it has no null.
+class. Images without classes have no row `probe`. rmsc does not look at positions, so it has no null.
 """
 
 import math
@@ -42,13 +42,20 @@ class TeacherSide:
 
     tokens: ndarray  # (n, T, D)
     components: ndarray  # (n, T, k), their principal components for CCA
-    classes: ndarray  # (n,), those of the images
+    classes: ndarray | None  # (n,), those of the images; None where they have none
     grid: Grid  # (h, w) of the T tokens
     seed: int  # decides the split and all nulls
 
     @classmethod
     def on(
-        cls, grid: Grid, teacher: ndarray, teacher_grid: Grid, classes: ndarray, *, k: int, seed: int
+        cls,
+        grid: Grid,
+        teacher: ndarray,
+        teacher_grid: Grid,
+        classes: ndarray | None,
+        *,
+        k: int,
+        seed: int,
     ) -> "TeacherSide":
         """Average the teacher's tokens (n, N, D) over the cells of `grid`."""
         tokens = pool_tokens(teacher, teacher_grid, grid)  # (n, T, D)
@@ -122,7 +129,10 @@ def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
 
 def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
     found = spatial_metrics(tokens, teacher.grid, seed=teacher.seed)
-    metrics = {name: entry(**numbers) for name, numbers in found.items()} | {"probe": entry(None, None)}
+    metrics = {name: entry(**numbers) for name, numbers in found.items()}
+    if teacher.classes is None:
+        return metrics
+    metrics["probe"] = entry(None, None)
     probe = probe_accuracy(tokens.mean(axis=1), teacher.classes, seed=teacher.seed)
     if probe is not None:
         more = {name: probe[name] for name in ("chance", "num_classes")}

@@ -7,7 +7,7 @@ The script checks that
 
     - the manifests are valid and the shards have the recorded sizes,
     - every image of the CSV is in both fields,
-    - the text table has the classes of the CSV,
+    - the text has the classes or the prompts of the CSV,
     - the VAE and the teacher saw the same square, or the teacher its official view of it,
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
@@ -53,15 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.sheet is not None and args.sheet.suffix != ".png":
         parser.error(f"--sheet {args.sheet}: give a file that ends in .png")
 
-    from cache.image_list import read_samples
+    from cache.image_list import is_captioned, read_samples
     from cache.reader import FieldReader
-    from cache.text import read_table
+    from cache.text import prompts_of_text, read_table
 
     samples, checks = read_samples(args.csv), Checks()
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
     table, text = read_table(args.text)
     present = check_images(checks, samples, (latents, tokens))
-    check_classes(checks, samples, text["details"])
+    if is_captioned(samples):
+        check_prompts(checks, samples, prompts_of_text(args.text))
+    else:
+        check_classes(checks, samples, text["details"])
     for name, values in table.fields.items():
         checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
     check_views(checks, latents.spec, tokens.spec)
@@ -174,6 +177,17 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     )
     draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens[:n].numpy())
     print(f"     {args.sheet}")
+
+
+def check_prompts(checks: Checks, samples, known: list[str]) -> None:
+    """Check that the text has every prompt of a captioned list."""
+    from cache.image_list import different_prompts
+
+    prompts = different_prompts(samples)
+    lacking = sorted(set(prompts) - set(known))
+    shown = f", {len(lacking)} are missing, such as {lacking[0]!r:.60}" if lacking else ""
+    what = f"the text has {len(prompts) - len(lacking)} of the {len(prompts)} different prompts of the CSV{shown}"
+    checks(not lacking, what, "run script 4 with --csv and this CSV")
 
 
 def check_classes(checks: Checks, samples, details: dict) -> None:

@@ -87,7 +87,8 @@ class _Sheet:
         axes.set_axis_off()
 
     def text(self, x: float, y: float, text: str, **look) -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, text, **look)
+        """Write a text as it is: a caption may hold a dollar sign."""
+        self.figure.text(x / self.width, 1 - y / self.height, text, parse_math=False, **look)
 
 
 def _digest(images: np.ndarray) -> str:

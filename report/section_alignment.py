@@ -57,13 +57,15 @@ def alignment_section(material: Material) -> Iterator[Block]:
     tap = first["main_tap"]
     h, w = first["tap_grids"][tap]
     yield _table(columns, first["teacher"][tap], timestep)
+    probed = "probe" in first["teacher"][tap]  # captioned images have no classes
     yield Paragraph(
         f"Features of the tap {tap} at timestep {timestep} on {h} × {w} cells, fixed noise, null prompt, "
-        f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
-        f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
-        "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
-        f"similarity) and CDS (its fall with distance) shuffled positions. CCA: {first['cca_k']} principal components a "
-        f"side, each position's mean removed. CKNNA: one vector an image, {first['cknna_k']} neighbours among "
+        f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens"
+        f"{', the linear probe for the class' * probed}) is fitted on {first['n_fit']} of them and reported on the other "
+        f"{first['n_test']}. In brackets the null: images paired at random; {'for the probe shuffled labels; ' * probed}for "
+        "LDS (local less distant similarity) and CDS (its fall with distance) shuffled positions. CCA: "
+        f"{first['cca_k']} principal components a side, each position's mean removed. CKNNA: one vector an image, "
+        f"{first['cknna_k']} neighbours among "
         f"{first['num_images']}; it depends on both numbers. RMSC is the contrast within an image. A dash: not defined on "
         "so small a grid, or the run has no head. The pictures of tokens below carry numbers of what they show, of the "
         "test half and of mapped tokens."

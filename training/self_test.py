@@ -69,7 +69,10 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     per_class = Counter(dataset.class_ids.tolist()).values()
     each = " to ".join(map(str, sorted({min(per_class), max(per_class)})))
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
-    say("data", f"{len(dataset):,} images, {each} of each of {len(per_class)} classes{left_out}")
+    what = f"images, {each} of each of {len(per_class)} classes"
+    if dataset.captioned:
+        what = f"captioned images, {len(per_class):,} different prompts"
+    say("data", f"{len(dataset):,} {what}{left_out}")
 
     std = values["latent"].std().item()
     say("latents", f"{shape_of(values['latent'][0])}, standard deviation {std:.2f}")
