@@ -183,13 +183,12 @@ def write_results(
     """Write table.md, results.json and arms.png, and print the table. `config` is that of a run of the reference arm."""
     table = summarise(results, reference, incomparable)
     text = markdown(table, MEASURES, DIFFERENCES)
-    drawn = config.eval
+    drawn, sampler = config.eval, family_for(config).sampler_of(config.eval.sampler)
     note = (
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
-        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
-        f"guidance {drawn.cfg:g}); CKNNA and CCA of the tap "
-        f"{family_for(config).main_tap} with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
+        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({sampler} {drawn.sampling_steps} steps, guidance "
+        f"{drawn.cfg:g}); CKNNA and CCA of the main tap with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."

@@ -29,7 +29,11 @@ class Eval(Section):
         "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
     )
     num_samples: int = knob(10_000, "images that are drawn and measured", ge=2, le=1_000_000)
-    sampler: Literal["ddim", "ddpm", "dpm++"] = knob("ddim", "diffusers' scheduler")
+    sampler: Literal["auto", "ddim", "ddpm", "dpm++", "euler", "heun", "unipc"] = knob(
+        "auto",
+        "diffusers' scheduler: ddim (auto), ddpm or dpm++ of a DDPM; euler, heun, dpm++ or unipc of flow matching, where auto "
+        "is the base model's own",
+    )
     sampling_steps: int = knob(50, "denoising steps", ge=1, le=10_000)
     eta: Share = knob(0.0, "noise that DDIM adds at each step, as a share of DDPM's")
     cfg: float = knob(1.0, "guidance scale; 1 = unguided, one forward a step", ge=1, le=1000)
@@ -61,7 +65,7 @@ class Eval(Section):
 
     @model_validator(mode="after")
     def _nothing_ignored(self):
-        if self.eta and self.sampler != "ddim":
+        if self.eta and self.sampler not in ("auto", "ddim"):
             raise ValueError("eval.eta is DDIM's: set eval.sampler=ddim, or eval.eta=0")
         if self.bootstrap == 1:
             raise ValueError("eval.bootstrap = 1 gives no spread: choose 2 or more, or 0 for none")

@@ -87,9 +87,9 @@ def measure_alignment(
     depend. `models` {"run": …, "base": …} are in eval mode on `device`; either may be absent. `num_images` are taken from the
     beginning of the list; None takes 1000, or all where there are fewer. Raises `UserError` for what does not fit.
     """
-    family = family_for(config)
-    num_timesteps, main_tap = build_path(config.diffusion, family).num_steps, family.main_tap
-    timesteps, held = check_timesteps(timesteps, num_timesteps), heldout_images(config, num_images)
+    held = heldout_images(config, num_images)
+    num_timesteps = build_path(config.diffusion, family_for(config), held.latents.shape[1:]).num_steps
+    timesteps, main_tap = check_timesteps(timesteps, num_timesteps), main_tap_of(models)
     n, seed = len(held.latents), config.eval.seed
     # A base model may have heads, but they were never trained.
     heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
@@ -173,6 +173,13 @@ def summary(result: Mapping) -> str:
             line += f" {metric.upper()} {numbers},"
         lines.append(f"{line} held-out loss {loss:.4f}")
     return "\n".join(lines)
+
+
+def main_tap_of(models: Mapping[str, AlignedModel]) -> str:
+    """The tap that a table of one tap shows: the family's, or the run's own first where it aligns others."""
+    model = models.get("run") or models["base"]
+    main, own = model.family.main_tap(model.backbone), list(model.heads)
+    return own[0] if own and main not in own else main
 
 
 def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, ...]:

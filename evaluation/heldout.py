@@ -19,12 +19,11 @@ from common.errors import UserError
 from configs.schema import Config
 from method.alignment import spatial_norm
 from method.objective import squared_error
-from method.paths import DiffusionPath
+from method.paths import Path
 from method.sampler import initial_noise
 from metrics.similarity import mispair, pool_tokens
 from metrics.similarity_rows import NUM_IMAGES
 from models.aligned import AlignedModel
-from models.taps import Taps
 from training.parts import build_path, family_for
 
 MIN_IMAGES = 16
@@ -115,8 +114,8 @@ class Bench:
     progress: Callable[[], object]
 
     @cached_property
-    def path(self) -> DiffusionPath:
-        return build_path(self.config.diffusion, family_for(self.config))
+    def path(self) -> Path:
+        return build_path(self.config.diffusion, family_for(self.config), self.held.latents.shape[1:])
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
         """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""
@@ -164,16 +163,13 @@ def read_taps(
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
-    family, network = model.family, model.backbone
-    # Also where the run taps fewer.
-    taps = Taps(network, {name: family.tap(network, name) for name in family.taps})
-    try:
+    names = dict.fromkeys([*model.family.measured_taps(model.backbone), *heads])
+    with model.reading(names):
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))
-            with taps.recording():
-                t = torch.full((len(x_0),), timestep, device=x_0.device)  # (b,)
-                model.predict(bench.path(x_0, noise, t)[0], t, text)
-            for tap, feature in taps.captured.items():  # (b, C, h, w)
+            t = bench.path.times(torch.full((len(x_0),), timestep, device=x_0.device))  # (b,)
+            model.predict(bench.path(x_0, noise, t)[0], t, text, capture=True)
+            for tap, feature in model.taps.captured.items():  # (b, C, h, w)
                 own = tuple(feature.shape[-2:])
                 grids[tap] = tuple(map(min, own, grid))
                 cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, h*w, C)
@@ -184,14 +180,12 @@ def read_taps(
                     )
                 _put(features, tap, rows, pool_tokens(cells, own, grids[tap]), n)
             for tap, head in heads.items():
-                tokens = head(taps.captured[tap], grid)  # (b, N, D)
+                tokens = head(model.taps.captured[tap], grid)  # (b, N, D)
                 for place, images in enumerate((np.arange(n)[rows], other[rows])):
                     target = torch.from_numpy(teacher[images]).to(x_0.device)  # (b, N, D)
                     cosine = cosine_similarity(tokens, target_of(bench.config, target), dim=-1)  # (b, N)
                     cosines[tap][place, rows] = cosine.mean(1).cpu().numpy()
                 _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
-    finally:
-        taps.remove()
     means = {tap: [found.mean().item() for found in cosines[tap]] for tap in heads}
     return features, grids, {tap: HeadTokens(pooled[tap], *means[tap]) for tap in heads}
 

@@ -32,8 +32,10 @@ from method.sampler import (
     random_labels,
     rows_of,
     sample_latents,
+    set_steps,
 )
 from models.aligned import AlignedModel
+from models.backbone import Backbone
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
 from training.kernels import keep_compiled, searched_convolutions
@@ -49,7 +51,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
     config, given = target.config, target.settings
     text = read_manifest(config.data.text, "text")
     family = family_for(config)
-    guided = given.cfg > 1
+    guided, sampler = given.cfg > 1, family.sampler_of(given.sampler)
     return {
         "model": {
             "base": config.model.base,
@@ -60,9 +62,9 @@ def image_settings(target: Target, device: torch.device) -> dict:
             "weights_sha256": target.weights_sha256,
             "parameterization": output_of(config),
         },
-        "sampler": given.sampler,
+        "sampler": sampler,
         "steps": given.sampling_steps,
-        "eta": given.eta if given.sampler == "ddim" else None,
+        "eta": given.eta if sampler == "ddim" else None,
         "timestep_spacing": SPACING,
         "cfg": given.cfg,
         "guidance_interval": [given.guidance_low, given.guidance_high] if guided else None,
@@ -156,13 +158,14 @@ def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[i
 def print_cost(target: Target, count: int) -> None:
     """Print how many forwards of the network it takes to draw `count` images."""
     given, config = target.settings, target.config
-    scheduler = family_for(config).sampling_scheduler(output_of(config), given.sampler, given.sampling_steps)
-    scheduler.set_timesteps(given.sampling_steps)
+    scheduler, spacing = solver_of(config, family_for(config))
+    set_steps(scheduler, given.sampling_steps, spacing)
     interval = given.guidance_low, given.guidance_high
     each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
+    sampler = family_for(config).sampler_of(given.sampler)
     tqdm.write(
-        f"{target.name}: {count:,} images to draw, {given.sampler} {given.sampling_steps} steps, guidance "
-        f"{given.cfg:g}: {each} forwards of the network each, {each * count:,} in all"
+        f"{target.name}: {count:,} images to draw, {sampler} {given.sampling_steps} steps, guidance {given.cfg:g}: {each} "
+        f"forwards of the network each, {each * count:,} in all"
     )
 
 
@@ -216,9 +219,7 @@ class ImageSampler:
         self.model, self.config = model, config
         self.device = next(model.backbone.parameters()).device
         self.codec = model.family.load_codec().to(self.device)
-        self.scheduler = model.family.sampling_scheduler(
-            output_of(config), config.eval.sampler, config.eval.sampling_steps
-        )
+        self.scheduler, self.spacing = solver_of(config, model.family)
         self.text = text.to(self.device, torch.float32)
 
     @classmethod
@@ -243,7 +244,14 @@ class ImageSampler:
         prompts, shape = self.text.rows(labels), stored_latent_shape(self.config)
         with searched_convolutions():  # every forward has the same rows
             latents = sample_latents(
-                self.model.predict, self.scheduler, prompts, self.text.null, seeds, shape=shape, **how
+                self.model.predict,
+                self.scheduler,
+                prompts,
+                self.text.null,
+                seeds,
+                shape=shape,
+                spacing=self.spacing,
+                **how,
             )
             return decode_images(self.codec, latents)
 
@@ -251,6 +259,14 @@ class ImageSampler:
         """Digests of the weights in memory, in the dtype in which they compute."""
         network, vae = weights_digest(self.model.backbone), weights_digest(self.codec.vae)
         return {"network_sha256": network, "vae_sha256": vae}
+
+
+def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
+    """The scheduler by which a run's settings draw, and the further arguments of `set_steps`."""
+    shape, steps = stored_latent_shape(config), config.eval.sampling_steps
+    sampler = family.sampler_of(config.eval.sampler)
+    scheduler = family.sampling_scheduler(output_of(config), sampler, steps, shape)
+    return scheduler, family.spacing(shape, steps, sampler)
 
 
 def stored_latent_shape(config: Config) -> list[int]:

@@ -16,7 +16,7 @@ from configs.schema import Config
 from configs.sections import Align, Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
 from method.objective import Objective
-from method.paths import DiffusionPath
+from method.paths import Path
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import family_of
@@ -94,7 +94,7 @@ def build_parts(config: Config) -> Parts:
         family=family,
         model=model,
         masters=masters,
-        loss=build_objective(config.align, build_path(config.diffusion, family)),
+        loss=build_objective(config.align, build_path(config.diffusion, family, dataset.latent_shape)),
         dataset=dataset,
         batches=batches,
         coefficient=build_coefficient(config.align, config.train.steps),
@@ -193,7 +193,7 @@ def build_model(
         seed=seed,
     )
     if settings.gradient_checkpointing:
-        model.backbone.enable_gradient_checkpointing()
+        family.checkpoint(model.backbone)
     return model
 
 
@@ -235,12 +235,12 @@ def refuse(reason: str, script: int, base: str) -> NoReturn:
     raise UserError(f"{reason}: run script {script} with --base {base}")
 
 
-def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
-    """Build the path from data to noise, with the base model's noise schedule and with what its network outputs."""
-    return family.path(**diffusion.model_dump())
+def build_path(diffusion: Diffusion, family: Backbone, shape: Sequence[int]) -> Path:
+    """Build the path of latents of `shape (C, …)`, with the base model's noise schedule and what its network outputs."""
+    return family.path(shape, diffusion.model_dump())
 
 
-def build_objective(align: Align, path: DiffusionPath) -> Objective:
+def build_objective(align: Align, path: Path) -> Objective:
     """Build the training objective on a path from data to noise."""
     names = {"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
     return Objective(path, align_coeff=align.coeff, **align.model_dump(include=names))

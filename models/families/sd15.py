@@ -32,15 +32,12 @@ class SD15(Backbone):
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
     blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
-    taps, main_tap = tuple(blocks), "mid"
     # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
     # attention.
     lora_targets = {  # noqa: RUF012
         "attention+conv": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2)$",
         "attention": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0)$",
     }
-    partial_blocks = ("down_blocks.3", "mid_block", "up_blocks.0")
-    checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
     load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
     kohya_base = "sd_v1"
     # The plan's final numbers.
@@ -69,6 +66,21 @@ class SD15(Backbone):
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         return network(x_t, t, text["prompt_embeds"], return_dict=False)[0]
+
+    def tap_names(self, network: nn.Module) -> tuple[str, ...]:
+        return tuple(self.blocks)
+
+    def main_tap(self, network: nn.Module) -> str:
+        return "mid"
+
+    def partial_blocks(self, network: nn.Module) -> tuple[str, ...]:
+        return tuple(self.blocks.values())
+
+    def checkpointed(self, network: nn.Module) -> set[type[nn.Module]]:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return {ResnetBlock2D, BasicTransformerBlock}
 
     def tap(self, network: nn.Module, name: str) -> Tap:
         """Of the last ResNet or transformer of the block, before any upsampler."""

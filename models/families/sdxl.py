@@ -49,7 +49,6 @@ class SDXL(SD15):
         "attention+conv": rf"^(mid_block|down_blocks\.2|up_blocks\.0)\..*\.({ATTENTION}|conv1|conv2)$",
         "attention": rf".*\.{ATTENTION}$",  # of the whole network, as other trainers have it
     }
-    partial_blocks = tuple(blocks.values())
     load_options = {}  # noqa: RUF012
     kohya_base = "sdxl_base_v1-0"
     final_settings = {}  # noqa: RUF012

@@ -43,8 +43,10 @@ def captioned(miniature, tmp_path_factory):
         tokens = ["--teacher", models / "dinov2-mini", "--grid", 4, "--out", root / cache / "tokens"]
         run_numbered("3_build_dino_cache", *encoding, *tokens)
     make_text(miniature, root / "cache/text", different_prompts(read_samples(root / "train.csv")))
-    paths = {f"data.{key}": root / path for key, path in (("csv", "train.csv"), ("latents", "cache/latents"), ("tokens", "cache/tokens"), ("text", "cache/text"))}  # fmt: skip
-    paths |= {f"eval.{key}": root / path for key, path in (("csv", "val.csv"), ("latents", "cache_val/latents"), ("tokens", "cache_val/tokens"))}  # fmt: skip
+    data = {"csv": "train.csv", "latents": "cache/latents", "tokens": "cache/tokens", "text": "cache/text"}
+    held_out = {"csv": "val.csv", "latents": "cache_val/latents", "tokens": "cache_val/tokens"}
+    paths = {f"data.{key}": root / path for key, path in data.items()}
+    paths |= {f"eval.{key}": root / path for key, path in held_out.items()}
     overrides = demo_overrides(miniature, root / "run", *(f"{key}={path}" for key, path in paths.items()))
     return root, overrides
 
@@ -96,7 +98,7 @@ def test_each_image_is_trained_with_its_own_prompt_and_the_self_test_counts_them
 
 
 def test_a_prompt_that_the_text_lacks_is_one_line(captioned, miniature):
-    root, overrides = captioned
+    _root, overrides = captioned
     config = load_config("configs/demo.yaml", [*overrides, f"data.text={miniature / 'cache/text'}"])
     with pytest.raises(UserError, match=r"lacks the prompt of .*: run script 4 with --csv"):
         build_parts(config)

@@ -15,8 +15,13 @@ def test_every_family_has_a_config_to_start_from():
     for name, family in FAMILIES.items():
         config = load_config(ROOT / "configs" / "families" / f"{name}.yaml")
         assert type(family_of(config.model.base)) is family
-        assert set(config.align.taps) <= set(family.taps)
-        assert config.model.lora_targets in family.lora_targets
+        network = (
+            family(config.model.base).network_of_shapes(local=True)[0]
+            if config.align.taps != ("auto",)
+            else None
+        )
+        assert network is None or set(config.align.taps) <= set(family(config.model.base).tap_names(network))
+        assert config.model.lora_targets in ("auto", *family.lora_targets)
 
 
 def test_the_usual_base_models_need_no_hub():

@@ -23,7 +23,7 @@ def config(miniature, tmp_path):
 
 
 def objective(config):
-    return build_objective(config.align, build_path(config.diffusion, family_for(config)))
+    return build_objective(config.align, build_path(config.diffusion, family_for(config), (4, 16, 16)))
 
 
 def model_of(config):
