@@ -79,6 +79,7 @@ def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch, monkeyp
     assert set(ALL_TAPS) == set(model.heads)
 
 
+@pytest.mark.thorough  # `every_block_compiles_with_checkpointing` of benchmarks/gpu_proofs.py is run by test_gpu_check.py
 def test_with_checkpointing_every_block_of_a_deep_network_is_compiled(batch, monkeypatch):
     """SD-1.5 has two layers a block: more shapes than Dynamo takes by default."""
     monkeypatch.setattr("test_compile.BACKEND", "eager")
