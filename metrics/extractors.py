@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from annotated_types import Len
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
@@ -25,14 +24,15 @@ DINOV2_SIDE = 224  # pixels, as edm2's FD_DINOv2
 PREPARATION = "preprocessor_config.json"
 Side = Annotated[int, Field(gt=0)]
 Size = Side | dict[str, Side | None]
+THREE = Field(min_length=3, max_length=3)
 
 
 @with_config(strict=True)
 class Preparation(TypedDict):
     """What is read of preprocessor_config.json: for RGB pixels in [0, 1], and in pixels."""
 
-    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Len(3, 3)]
-    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Len(3, 3)]
+    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], THREE]
+    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], THREE]
     size: NotRequired[Size]
     crop_size: NotRequired[Size]
 
