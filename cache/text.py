@@ -116,9 +116,7 @@ def find_prompts(folder: str | Path, wanted: Sequence[str], option: str) -> list
             rows.append(prompts.index(word))
         elif re.fullmatch("-?[0-9]{1,9}", word):
             if not 0 <= int(word) < len(prompts):
-                raise UserError(
-                    f"{option} {word}: the prompts and classes of {folder} are 0 to {len(prompts) - 1}"
-                )
+                raise UserError(f"{option} {word}: prompts and classes are 0 to {len(prompts) - 1}")
             rows.append(int(word))
         else:
             raise UserError(

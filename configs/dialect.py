@@ -67,8 +67,11 @@ for _name, (_pattern, _first, _) in SCALARS.items():
 
 
 def read_yaml_file(path: str | Path) -> Any:
-    """Return the value of a file; raises `UserError` with the file."""
-    return parse_yaml(read_text(path, LIMIT), str(path))
+    """Return the value of a file, JSON too; raises `UserError` with the file."""
+    text = read_text(path, LIMIT)
+    if Path(path).suffix == ".json":  # a tab is a blank there, and cannot be in a string
+        text = text.replace("\t", " ")
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -12,6 +12,7 @@ from cache.batch_stream import TrainingBatches
 from cache.dataset import AlignedDataset
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
+from configs.aliases import hub_id
 from configs.schema import Config
 from configs.sections import Align, Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
@@ -129,16 +130,16 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     if dataset.tokens is None:
         return dataset
     spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    made_by = spec.source.get("model") or "an unnamed teacher"
+    if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
+        raise UserError(
+            f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
+            f"teacher.model={made_by}, else run script 3 with --teacher {teacher.model}"
+        )
     if spec.shape != wanted:
         raise UserError(
             f"{data.tokens} holds tokens {spec.shape}, the config's teacher makes {wanted}: set teacher.dim and teacher.grid, "
             "or run script 3 with that teacher"
-        )
-    made_by = spec.source.get("model")
-    if teacher.model not in (None, made_by):
-        raise UserError(
-            f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
-            f"teacher.model={made_by}"
         )
     return dataset
 

@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from conftest import demo_overrides, run_numbered
+from conftest import DATA_PATHS, EVAL_PATHS, demo_overrides, run_numbered
 from PIL import Image
 
 import evaluate
@@ -16,7 +16,8 @@ from configs.loading import load_config
 from training.parts import build_parts
 from training.self_test import self_test
 
-FEW = 24  # images, and as many prompts less the one that two of them share
+# Images of each list; two of all share a prompt.
+FEW = 24
 CAPTION = "the digit {} costs $5 or $6"
 
 
@@ -43,11 +44,10 @@ def captioned(miniature, tmp_path_factory):
         tokens = ["--teacher", models / "dinov2-mini", "--grid", 4, "--out", root / cache / "tokens"]
         run_numbered("3_build_dino_cache", *encoding, *tokens)
     make_text(miniature, root / "cache/text", different_prompts(read_samples(root / "train.csv")))
-    data = {"csv": "train.csv", "latents": "cache/latents", "tokens": "cache/tokens", "text": "cache/text"}
-    held_out = {"csv": "val.csv", "latents": "cache_val/latents", "tokens": "cache_val/tokens"}
-    paths = {f"data.{key}": root / path for key, path in data.items()}
-    paths |= {f"eval.{key}": root / path for key, path in held_out.items()}
-    overrides = demo_overrides(miniature, root / "run", *(f"{key}={path}" for key, path in paths.items()))
+    data, held_out = DATA_PATHS.items(), EVAL_PATHS.items()
+    paths = [f"data.{name}={root / path}" for name, path in data]
+    paths += [f"eval.{name}={root / path}" for name, path in held_out if name != "extractor"]
+    overrides = demo_overrides(miniature, root / "run", *paths)
     return root, overrides
 
 
@@ -98,7 +98,7 @@ def test_each_image_is_trained_with_its_own_prompt_and_the_self_test_counts_them
 
 
 def test_a_prompt_that_the_text_lacks_is_one_line(captioned, miniature):
-    _root, overrides = captioned
+    _, overrides = captioned
     config = load_config("configs/demo.yaml", [*overrides, f"data.text={miniature / 'cache/text'}"])
     with pytest.raises(UserError, match=r"lacks the prompt of .*: run script 4 with --csv"):
         build_parts(config)
