@@ -59,7 +59,8 @@ class _Work(TorchDispatchMode):
         result = operator(*args, **kwargs)
         count = flop_registry.get(operator.overloadpacket)
         if count is None:
-            self.done["the rest"] += _moved((args, kwargs), result)
+            if "empty" not in str(operator):  # which reads and writes nothing
+                self.done["the rest"] += _moved((args, kwargs), result)
             return result
         kind = next((kind for part, kind in _KINDS.items() if part in str(operator)), "linear layers")
         flops = count(*args, **kwargs, out_val=result)
