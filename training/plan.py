@@ -58,8 +58,7 @@ def print_plan(config: Config) -> None:
     plan_disk(config, model)
     read = plan_cache(config, shape)
     results, done = flops_of(config, model, forward)
-    with _FlashAttention():
-        work = count_work(forward, (done - results) / cost.forward)
+    work = work_of(forward, (done - results) / cost.forward)
     work["linear layers"] = work.get("linear layers", 0.0) + teacher
     flops = results + teacher, done + teacher
     trained = sum(p.numel() for p in model.trained_parameters().values())
@@ -136,6 +135,12 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FlashAttention():
         forward()
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
+
+
+def work_of(forward: Callable[[int], Tensor], again: float = 0.0) -> dict[str, float]:
+    """Return what `count_work` counts with a GPU's attention."""
+    with _FlashAttention():
+        return count_work(forward, again)
 
 
 class _FlashAttention(TorchFunctionMode):

@@ -90,6 +90,14 @@ def seconds_by_kind(
     return seconds | {"update": UPDATE_BYTES * trained / (SHARES["the rest"] * bandwidth)}
 
 
+def card_of(device: torch.device) -> str | None:
+    """Return the name of this device in `PEAKS`, or None where it has none."""
+    if peak_of(device) is None:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next(part for part in PEAKS if part in name)
+
+
 def plan_time(
     config: Config,
     work: dict[str, float],
@@ -108,8 +116,8 @@ def plan_time(
         say("time", f"no estimate: {reason}")
         return
     compiled = config.train.compile != "none"
-    name = torch.cuda.get_device_name(device) if peak_of(device) is not None else None
-    for card in SHOWN if name is None else [next(part for part in PEAKS if part in name)]:
+    here = card_of(device)
+    for card in SHOWN if here is None else (here,):
         peak = PEAKS[card]
         found = seconds_by_kind(work, images, trained, peak, BANDWIDTHS[card], compiled=compiled)
         seconds = sum(found.values())
