@@ -26,6 +26,7 @@ from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
+from training.frozen import keep_no_inputs
 from training.masters import Masters
 from training.ranks import Ranks
 from training.run_folder import RunFolder
@@ -193,6 +194,7 @@ def build_model(
         else None,
         seed=seed,
     )
+    keep_no_inputs(model.backbone)
     if settings.gradient_checkpointing:
         family.checkpoint(model.backbone)
     return model

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import ROOT
 
 from benchmarks import gpu_check, gpu_proofs, gpu_speed
 from common.errors import UserError
+from configs.loading import load_config
 from training.state import TrainingState
 
 
@@ -52,6 +54,27 @@ def test_what_is_measured_has_rows_and_nothing_breaks_off(tmp_path, monkeypatch)
     assert all(row["planned GB"] > 0 for row in speed[-2:])
     assert "attention by math" in {row["what"] for row in attention}
     assert all(row["ms/step"] > 0 for row in attention)
+
+
+def test_a_step_is_held_against_the_time_of_the_plan():
+    row = {"train": "lora", "batch": 48, "compile": "default", "λ": 0.8, "ms/step": 240.0}
+    others = [
+        row | {"compile": "none", "planned ms": 10.0},
+        row,
+    ]  # eager, or on a card that the plan does not know
+    found = [
+        t["pass"]
+        for ms in (210.0, 200.0, 290.0)
+        for t in gpu_speed.time_targets([row | {"planned ms": ms}, *others])
+    ]
+    assert found == [True, False, False]
+
+
+def test_the_plan_of_an_arm_has_its_time_where_the_card_is_known(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "card_of", lambda device: "H100")
+    monkeypatch.setattr(gpu_speed, "shape_of_latents", lambda config: (4, 64, 64))
+    config = load_config(ROOT / "configs" / "A.yaml", ["train.device=cpu"])
+    assert 150 < gpu_speed.planned(config)["planned ms"] < 300
 
 
 def test_a_proof_that_fails_or_breaks_off_ends_with_exit_code_1(tmp_path, monkeypatch):
