@@ -79,7 +79,7 @@ class AlignedModel(nn.Module):
         with self.taps.recording() if self.taps.paths and capture else nullcontext():
             prediction = self.family.forward(self.backbone, x_t.to(dtype), t, text)
         for name, hidden in self.taps.captured.items():
-            self.taps.captured[name] = self.family.features(hidden, x_t.shape, text)
+            self.taps.captured[name] = self.family.features(hidden, x_t.shape, text, name)
         return prediction
 
     @contextmanager

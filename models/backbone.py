@@ -94,7 +94,7 @@ class Backbone:
         """Where the tap of this name is read."""
         raise NotImplementedError
 
-    def features(self, hidden: Tensor, shape: Sequence[int], text: Mapping[str, Tensor]) -> Tensor:
+    def features(self, hidden: Tensor, shape: Sequence[int], text: Mapping[str, Tensor], tap: str) -> Tensor:
         """The features `(B, C, h, w)` in what a tap read, of latents of `shape (B, …)` and text fields `(B, …)`."""
         return hidden
 
