@@ -5,6 +5,11 @@ import string
 import tempfile
 from pathlib import Path
 
+import tokenizers
+import transformers
+from tokenizers import decoders, pre_tokenizers, processors
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?'\"<>|_-()/"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "photo", "drawing"]
 
@@ -15,6 +20,70 @@ def clip_tokenizer(length: int = 77):
 
     tokenizer = build_tokenizer(WORDS)
     tokenizer.model_max_length = length
+    return tokenizer
+
+
+def t5_tokenizer(length: int = 512):
+    """T5's, a unigram model of letters."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -2.0)]
+    letters = [(letter, -3.0) for letter in CHARACTERS if letter != " "]
+    return transformers.T5TokenizerFast(vocab=special + letters, extra_ids=0, model_max_length=length)
+
+
+def gemma_tokenizer():
+    """Gemma's, of letters, with the beginning of text in front."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *(c for c in CHARACTERS if c != " ")]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    return transformers.GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+
+
+def llama_tokenizer():
+    """Llama's, of bytes."""
+    names = [*byte_letters(), "<|begin_of_text|>", "<|eot_id|>"]
+    tokenizer = byte_level(names)
+    begin = ("<|begin_of_text|>", names.index("<|begin_of_text|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[begin]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        model_max_length=512,
+    )
+
+
+def mistral_processor():
+    """Mistral's with its image processor, of bytes; its chat template is two lines of the real one's marks."""
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    names = ["<unk>", "<s>", "</s>", "<pad>", *marks, *byte_letters()]
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}"
+        "[/SYSTEM_PROMPT]{% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(names), bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=marks, model_max_length=4096, padding_side="left",
+    )  # fmt: skip
+    return transformers.PixtralProcessor(
+        image_processor=transformers.PixtralImageProcessorFast(), tokenizer=tokenizer, patch_size=14, spatial_merge_size=2,
+        chat_template=template,
+    )  # fmt: skip
+
+
+def byte_letters() -> list[str]:
+    """The letters by which byte-level tokenizers write the 256 bytes, in order."""
+    alphabet = bytes_to_unicode()
+    return [alphabet[byte] for byte in range(256)]
+
+
+def byte_level(names: list[str]) -> tokenizers.Tokenizer:
+    """A tokenizer of bytes with this vocabulary."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

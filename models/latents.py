@@ -26,6 +26,7 @@ class LatentCodec(nn.Module):
         self.vae = vae.eval().requires_grad_(False)
         config = vae.config
         self.channels = config.latent_channels
+        self.down = pixels_of_cell(vae)
         numbers = {"latents_mean": None, "latents_std": None, "shift_factor": None, "scaling_factor": 1.0}
         numbers |= {key: config[key] for key in numbers if key in config}
         for key, value in numbers.items():
@@ -37,7 +38,6 @@ class LatentCodec(nn.Module):
         self.mean = _per_channel(numbers["shift_factor"] if mean is None else mean, 0.0)
         self.std = _per_channel(numbers["latents_std"], 1.0)
         self.scaling = numbers["scaling_factor"]
-        self.down = 2 ** (len(config.block_out_channels) - 1)  # pixels on a side of one latent cell
 
     @property
     def normalisation(self) -> dict[str, float | list[float]]:
@@ -52,8 +52,20 @@ class LatentCodec(nn.Module):
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's own z, fp32 `(B, C, h, w)` each, of pixels `(B, 3, H, W)` in [-1, 1]."""
-        found = self.vae.encode(pixels).latent_dist
-        return found.mean.float(), found.std.float()
+        found = self.vae.encode(pixels)
+        if hasattr(found, "latent"):  # of an autoencoder without a posterior
+            mean, std = found.latent, torch.zeros_like(found.latent)
+        else:
+            mean, std = found.latent_dist.mean, found.latent_dist.std
+        return self.to_cells(mean).float(), self.to_cells(std).float()
+
+    def to_cells(self, z: Tensor) -> Tensor:
+        """The VAE's own z as latents are kept; a family may make patches of it."""
+        return z
+
+    def from_cells(self, z: Tensor) -> Tensor:
+        """The inverse of `to_cells`."""
+        return z
 
     def normalise(self, z: Tensor) -> Tensor:
         """x_0 of the VAE's own z, both `(B, C, h, w)`."""
@@ -72,12 +84,18 @@ class LatentCodec(nn.Module):
         weight = next(self.vae.parameters())
         x_0 = x_0.to(weight.device, weight.dtype)
         z = x_0 * self._like(self.std, x_0) / self.scaling + self._like(self.mean, x_0)  # (B, C, h, w)
-        return self.vae.decode(z, return_dict=False)[0]
+        return self.vae.decode(self.from_cells(z), return_dict=False)[0]
 
     def _like(self, value: float | list[float], x: Tensor) -> float | Tensor:
         if isinstance(value, float):
             return value
         return torch.tensor(value, device=x.device, dtype=x.dtype).view(1, -1, *[1] * (x.ndim - 2))
+
+
+def pixels_of_cell(vae: nn.Module) -> int:
+    """The pixels on a side of one cell of a VAE's latents."""
+    levels = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    return 2 ** (len(levels) - 1)
 
 
 @torch.no_grad()

@@ -42,7 +42,10 @@ class PromptEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The fields `(n, …)` of the prompts, and those `(…)` of the null prompt of guidance, on the CPU; masks are uint8."""
+        """The fields `(n, …)` of the prompts, and those `(…)` of the null prompt of guidance, on the CPU; masks are uint8.
+
+        Pipelines that make no negative prompt of their own take "" for it: there the second is that of the first prompt.
+        """
         call = inspect.signature(self.pipeline.__call__).parameters
         takes = inspect.signature(self.pipeline.encode_prompt).parameters
         # The defaults of the call and of encode_prompt differ in some pipelines (lengths, instructions, cleaning).
@@ -57,7 +60,7 @@ class PromptEncoder:
                 values = values.movedim(dim, 0).cpu()
                 fields[name] = values.to(torch.uint8) if name.endswith("mask") else values
         text = {name: values for name, values in fields.items() if not name.startswith(NULL)}
-        return text, {name: fields[NULL + name][0] for name in text}
+        return text, {name: fields.get(NULL + name, rows)[0] for name, rows in text.items()}
 
 
 def is_of_text(part: str) -> bool:

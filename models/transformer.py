@@ -5,10 +5,12 @@ times and text before and after the network is in `pack`, `clock`, `conditions` 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from method.paths import FlowPath, Path
@@ -44,12 +46,12 @@ class Transformer(Backbone):
     patch: tuple[int, ...] = (2, 2)  # cells of the latents that make one token
     block_lists: tuple[str, ...] = ("transformer_blocks",)  # in the order of the forward
     stream = 1  # which output of a block of two streams is the picture
-    attention: tuple[str, ...] = ATTENTION  # the modules of a block's attention, as the family names them
-    guidance: float | None = None  # what a network with a guidance embedding is told; None where it has none
+    default_cells: int | None = None  # on a side of the latents, where the network's config does not say it
+    own_sigmas = True  # whether the pipeline spaces σ evenly itself, where it hands mu to its scheduler
 
     # what a family may say of its forward ---------------------------------------------------------------------------------
 
-    def clock(self, t: Tensor) -> Tensor:
+    def clock(self, network: nn.Module, t: Tensor) -> Tensor:
         """What the network is told of times t `(B,)` in (0, 1), fp32; of a DDPM, of timesteps."""
         return (1000 * t).float() if self.flow else t
 
@@ -82,7 +84,7 @@ class Transformer(Backbone):
             name: text[field].movedim(0, self.text_batch_dim.get(field, 0))
             for field, name in self.arguments.items()
         }
-        given |= {self.latent_argument: self.pack(x_t), self.time_argument: self.clock(t)}
+        given |= {self.latent_argument: self.pack(x_t), self.time_argument: self.clock(network, t)}
         # `.sample`, because one network returns the bare tensor where it is asked for a tuple.
         output = network(**given, **self.conditions(network, x_t, text)).sample
         return self.sign * self.unpack(output, x_t.shape)
@@ -126,9 +128,19 @@ class Transformer(Backbone):
     def checkpointed(self, network: nn.Module) -> set[type[nn.Module]]:
         return {type(block) for part in self.block_lists for block in network.get_submodule(part)}
 
+    def tap_channels(self, network: nn.Module, name: str) -> int:
+        return network.config.num_attention_heads * network.config.attention_head_dim
+
+    def latent_channels(self, network: nn.Module) -> int:
+        return network.config.in_channels
+
     def latent_shape(self, network: nn.Module) -> tuple[int, ...]:
-        side = network.config.sample_size
-        return network.config.in_channels, side, side
+        side = network.config.get("sample_size", None) or self.default_cells
+        if not isinstance(side, int) or side < 1:
+            raise UserError(
+                f"{self.part} of {self.base} has sample_size = {side!r:.60}: mend its config.json"
+            )
+        return self.latent_channels(network), side, side
 
     # its path and its samplers ----------------------------------------------------------------------------------------------
 
@@ -176,8 +188,10 @@ class Transformer(Backbone):
 
     def shift_of(self, shape: Sequence[int], steps: int = 50) -> float:
         """The shift s by which the pipeline samples latents of `shape (C, …)`."""
-        mu, config = self.mu_of(shape, steps), self.scheduler.config
-        return config.get("shift", config.get("flow_shift", 1.0)) if mu is None else math.exp(mu)
+        config = self.scheduler.config
+        if config.get("use_dynamic_shifting") and (mu := self.mu_of(shape, steps)) is not None:
+            return math.exp(mu)
+        return config.get("shift", config.get("flow_shift", 1.0))
 
     def shifted_mu(self, tokens: int) -> float:
         """The mu of the scheduler's config for a number of tokens, on a line through two points, as Flux has it."""
@@ -203,7 +217,7 @@ class Transformer(Backbone):
         """Evenly spaced σ and mu, where the pipeline hands both to its own scheduler."""
         if not self.flow or sampler != "euler" or (mu := self.mu_of(shape, steps)) is None:
             return {}
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": mu}
+        return {"mu": mu} | ({"sigmas": np.linspace(1.0, 1 / steps, steps)} if self.own_sigmas else {})
 
     def sampling_scheduler(self, output: str, sampler: str, steps: int, shape: Sequence[int]):
         if not self.flow:
@@ -230,6 +244,13 @@ def whole(hidden: Tensor, count: int, tap: str, *, before: int = 0) -> Tensor:
             f"tap {tap} has {hidden.shape[1]} tokens, {before} of text and {count} of the picture were expected"
         )
     return hidden[:, before:]
+
+
+def checkpoint_blocks(network: nn.Module, paths: Iterable[str]) -> None:
+    """Recompute the activations of these blocks in backward, with all arguments that they were called with."""
+    for path in paths:
+        block = network.get_submodule(path)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def lora_of(modules: Sequence[str]) -> str:

@@ -2,7 +2,15 @@
 
 from common.errors import UserError
 from models.backbone import Backbone
+from models.families.auraflow import AuraFlow
+from models.families.flux import Chroma, Flux
+from models.families.flux2 import Flux2
+from models.families.hidream import HiDream
 from models.families.kolors import Kolors
+from models.families.lumina2 import Lumina2
+from models.families.pixart import PixArt
+from models.families.sana import Sana
+from models.families.sd3 import SD3
 from models.families.sd15 import SD15
 from models.families.sdxl import SDXL
 from models.pipeline_parts import load_pipeline_class
@@ -11,6 +19,15 @@ FAMILIES: dict[str, type[Backbone]] = {
     "sd15": SD15,
     "sdxl": SDXL,
     "kolors": Kolors,
+    "flux": Flux,
+    "flux2": Flux2,
+    "sd3": SD3,
+    "chroma": Chroma,
+    "sana": Sana,
+    "pixart": PixArt,
+    "hidream": HiDream,
+    "auraflow": AuraFlow,
+    "lumina2": Lumina2,
 }
 
 

@@ -1,13 +1,45 @@
 """The official pipelines of diffusers: what they hand to their networks, and what they draw from text that is given to them."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from method.sampler import is_flow
+from models.families.sd15 import SD15
+from models.families.table import FAMILIES
+
 NULL = "negative_"
+
+
+# Further arguments of a call: without these the pipeline would take another size, frame rate or scale.
+OPTIONS = {
+    "flux": {"guidance_scale": 3.5},
+    "flux2": {"guidance_scale": 3.5},
+    "sana": {"use_resolution_binning": False},
+    "pixart": {"use_resolution_binning": False},
+    "lumina2": {"cfg_normalization": False},
+}
+SCALES = {
+    "flux": "true_cfg_scale",
+    "flux2": None,
+}  # else guidance_scale; FLUX.2 has no guidance by a null prompt
+TAKES_LATENTS_AS_THEY_ARE = ("flux2",)  # and packs them itself
+NEEDS = {
+    "auraflow": lambda text: {"prompt_attention_mask": torch.ones(len(text["prompt_embeds"]), 1)}
+}  # and ignores it
+
+
+def name_of(family) -> str:
+    return next(
+        name
+        for name, kind in FAMILIES.items()
+        if isinstance(family, kind) and kind.pipeline == family.pipeline
+    )
 
 
 def size_of(family, shape) -> dict[str, int]:
@@ -16,14 +48,39 @@ def size_of(family, shape) -> dict[str, int]:
     return {"height": shape[-2] * down, "width": shape[-1] * down}
 
 
+def laid_out(family, x: Tensor) -> Tensor:
+    """Latents `(B, C, h, w)` as the pipeline's call takes them."""
+    return x if isinstance(family, SD15) or name_of(family) in TAKES_LATENTS_AS_THEY_ARE else family.pack(x)
+
+
+def in_cells(family, latents: Tensor, shape) -> Tensor:
+    """Latents that the pipeline returned, as `(B, C, h, w)`."""
+    return latents if isinstance(family, SD15) else family.unpack(latents, shape)
+
+
+def options_of(family, pipeline, shape, cfg: float) -> dict[str, object]:
+    """The arguments of a pipeline's call about size and guidance; the pipeline is told to leave the size alone."""
+    name = name_of(family)
+    if name == "hidream":  # which rescales every size to this area
+        pipeline.default_sample_size = math.sqrt(shape[-2] * shape[-1])
+    scale = SCALES.get(name, "guidance_scale")
+    return OPTIONS.get(name, {}) | size_of(family, shape) | ({} if scale is None else {scale: cfg})
+
+
 def call_arguments(
-    family, noise: Tensor, text: Mapping[str, Tensor], null: Mapping[str, Tensor], cfg: float
-) -> dict:
+    family, pipeline, noise: Tensor, text: Mapping[str, Tensor], null: Mapping[str, Tensor], cfg: float
+):
     """The arguments of the pipeline's own call for first noise `(B, C, h, w)`, text fields `(B, …)` and null fields `(…)`."""
-    found = dict(text)
+
+    def given(fields: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        fields = {**fields, **NEEDS.get(name_of(family), lambda _: {})(fields)}
+        return {prefix + name: x.movedim(0, family.text_batch_dim.get(name, 0)) for name, x in fields.items()}
+
+    found = given(text)
     if cfg > 1:
-        found |= {NULL + name: row.expand(len(noise), *row.shape) for name, row in null.items()}
-    return found | size_of(family, noise.shape) | {"latents": noise, "guidance_scale": cfg}
+        found |= given({name: row.expand(len(noise), *row.shape) for name, row in null.items()}, NULL)
+        found["negative_prompt"] = None
+    return found | options_of(family, pipeline, noise.shape, cfg) | {"latents": laid_out(family, noise)}
 
 
 def arguments_in(given: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
@@ -65,21 +122,42 @@ def assert_same_arguments(ours: list[dict], theirs: list[dict]) -> None:
 
 @contextmanager
 def as_oracle(pipeline, family, x_0: Tensor) -> Iterator[None]:
-    """The pipeline's network puts out the training target of known x_0 `(B, C, h, w)`, whatever it is given."""
-    network, path = getattr(pipeline, family.part), family.path()
-    forward, names = network.forward, inspect.signature(network.forward)
+    """The pipeline's network puts out the training target of known x_0 `(B, C, h, w)`, whatever it is given.
+
+    x_t and t are those of the pipeline's own sampler, not what the network is told, for the sampler decides what they are.
+    """
+    network, path, scheduler = getattr(pipeline, family.part), family.path(x_0.shape[1:]), pipeline.scheduler
+    forward, names, flow = network.forward, inspect.signature(network.forward), is_flow(scheduler)
 
     def oracle(*args, **kwargs):
         given = names.bind(*args, **kwargs).arguments
-        x_t = given["sample"]  # (B, C, h, w)
-        t = given["timestep"].long().expand(len(x_t))  # (B,)
-        alpha, sigma = path.schedule.at(t)
+        x_t = in_cells(family, given[getattr(family, "latent_argument", "sample")], x_0.shape)
+        if flow:
+            t = scheduler.sigmas[scheduler.step_index or 0].expand(len(x_t))  # (B,)
+            alpha, sigma = (v.view(-1, *[1] * (x_0.ndim - 1)) for v in (1 - t, t))
+        else:
+            t = given["timestep"].long().expand(len(x_t))
+            alpha, sigma = path.schedule.at(t)
         again, target, _ = path(x_0, (x_t - alpha * x_0) / sigma, t)
         torch.testing.assert_close(again, x_t, atol=1e-3, rtol=1e-3)
-        return (target,)
+        output = laid_out_by_network(family, target)
+        return (output,) if not kwargs.get("return_dict", True) else SimpleNamespace(sample=output)
 
     network.forward = oracle
     try:
         yield
     finally:
         network.forward = forward
+
+
+NOISE_FIRST = ("lumina2", "hidream")  # their networks put out x_0 − ε
+
+
+def laid_out_by_network(family, target: Tensor) -> Tensor:
+    """A target `(B, C, h, w)` as the official network of a family would put it out."""
+    name = name_of(family)
+    if name == "pixart":  # with the variances behind
+        return torch.cat([target, torch.zeros_like(target)], 1)
+    if isinstance(family, SD15):
+        return target
+    return family.pack(-target if name in NOISE_FIRST else target)

@@ -1,0 +1,44 @@
+"""AuraFlow: double- and single-stream blocks, with eight registers in front of the text."""
+
+from collections.abc import Mapping
+
+import diffusers
+import transformers
+from torch import Tensor, nn
+
+from models.transformer import JOINT, Transformer, lora_of, whole
+
+TOKENS = 256  # of a prompt, in UMT5
+REGISTERS = 8
+
+
+class AuraFlow(Transformer):
+    """AuraFlow 0.3."""
+
+    name = "AuraFlow"
+    tags = ("auraflow", "repa")
+    pipeline = "AuraFlowPipeline"
+    default_base = "fal/AuraFlow-v0.3"
+    assumed_config = {}  # noqa: RUF012 (never written to)
+    text_fields = ("prompt_embeds", "", "negative_prompt_embeds", "")
+    arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
+    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}  # noqa: RUF012
+    parts = {  # noqa: RUF012
+        "transformer": lambda: diffusers.AuraFlowTransformer2DModel,
+        "vae": lambda: diffusers.AutoencoderKL,
+        "text_encoder": lambda: transformers.UMT5EncoderModel,
+        "tokenizer": lambda: transformers.T5TokenizerFast,
+        "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler,
+    }
+
+    def clock(self, network: nn.Module, t: Tensor) -> Tensor:
+        return t.float()
+
+    def picture(self, hidden: Tensor, count: int, text: Mapping[str, Tensor], tap: str) -> Tensor:
+        """Of a single-stream block, behind registers and text."""
+        before = REGISTERS + text["prompt_embeds"].shape[1]
+        return whole(hidden, count, tap, before=before if hidden.shape[1] != count else 0)
+
+    def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (TOKENS, network.config.joint_attention_dim)}
