@@ -5,7 +5,8 @@
     python export.py runs/A --kohya                 # LoRA under kohya's names, for ComfyUI and AUTOMATIC1111
     python export.py runs/A --pipeline              # a whole pipeline folder with the EMA weights in it
 
-LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, anything else a diffusers folder of the
+LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)` (of PixArt, whose pipeline has no such
+function, a folder for `PeftModel.from_pretrained`), anything else a diffusers folder of the
 network, such as `unet/`.
 Heads are never exported.
 """
@@ -30,6 +31,7 @@ from common.reading import RECORD, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
+from models.backbone import Backbone
 from report.records import points_file
 from training.checkpoint import EMA, WEIGHTS, Fingerprint, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
@@ -91,7 +93,8 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
         note = also / MADE_FROM
         if note.exists() and (of := read_made_from(note)["checkpoint"]) != checkpoint.name:
             print(f"{also} is still that of {of}: --{also.name} makes it anew")
-    part, lora = family_for(run.config).part, f'pipe.load_lora_weights("{folder}/ema")'
+    family = family_for(run.config)
+    part, lora = family.part, load_lora(family, f"{folder}/ema")
     how = lora if run.config.model.train == "lora" else f"{part} folder {folder}/ema/{part}"
     print(f"EMA weights for diffusers: {how}")
 
@@ -220,6 +223,13 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def load_lora(family: Backbone, folder: str) -> str:
+    """The line of Python that loads exported LoRA into the family's pipeline."""
+    if family.loads_lora:
+        return f'pipe.load_lora_weights("{folder}")'
+    return f'pipe.{family.part} = peft.PeftModel.from_pretrained(pipe.{family.part}, "{folder}")'
+
+
 def model_card(run: RunFolder, step: int) -> str:
     """What the weights are, how to load them, what they were trained on and how far."""
     config, lora = run.config, run.config.model.train == "lora"
@@ -227,10 +237,11 @@ def model_card(run: RunFolder, step: int) -> str:
     pipeline, part, network = family.pipeline, family.part, family.network_class.__name__
     folder = Path(base)
     where = str(folder.resolve()) if folder.is_dir() else base  # the card may be read from anywhere
+    needs = "" if family.loads_lora else "import peft\n"
     load = (
-        f"from diffusers import {pipeline}\n\n"
+        f"{needs}from diffusers import {pipeline}\n\n"
         f"pipe = {pipeline}.from_pretrained({quoted(where)})\n"
-        'pipe.load_lora_weights("ema")  # or "raw"; from the folder of this card'
+        f'{load_lora(family, "ema")}  # or "raw"; from the folder of this card'
         if lora
         else f"from diffusers import {pipeline}, {network}\n\n"
         f'{part} = {network}.from_pretrained("ema", subfolder="{part}")  # or "raw"; from the folder of this card\n'

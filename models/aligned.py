@@ -5,8 +5,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -157,19 +159,24 @@ class AlignedModel(nn.Module):
     def export(self, folder: str | Path) -> Path:
         """Write the current weights as ordinary tools expect them and return where they are.
 
-        LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`; anything else a diffusers folder
-        of the network, such as `unet/`. Heads are never exported.
+        LoRA becomes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`, or, where the pipeline has
+        no such function, a folder for PEFT's `PeftModel.from_pretrained(network, folder)`; anything else becomes a diffusers
+        folder of the network, such as `unet/`. Heads are never exported.
         """
         folder, part = Path(folder), self.family.part
         if self.trained != "lora":
             self.backbone.save_pretrained(folder / part)
             return folder / part
+        config, weights = self.backbone.peft_config["default"], get_peft_model_state_dict(self.backbone)
+        if not self.family.loads_lora:
+            config.save_pretrained(str(folder))  # makes the folder
+            file = folder / "adapter_model.safetensors"
+            named = {f"base_model.model.{name}": x.contiguous() for name, x in weights.items()}
+            save_file(named, file, {"format": "pt"})
+            return file
         # PEFT's own names: diffusers' converter renames attention but not convolutions, and its loader then silently
         # drops the attention half of such a mixed file (diffusers 0.42). The metadata carries alpha.
-        lora = {
-            f"{part}_lora_layers": get_peft_model_state_dict(self.backbone),
-            f"{part}_lora_adapter_metadata": self.backbone.peft_config["default"].to_dict(),
-        }
+        lora = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config.to_dict()}
         self.family.pipeline_class.save_lora_weights(folder, **lora)
         return folder / "pytorch_lora_weights.safetensors"
 
@@ -183,9 +190,10 @@ class AlignedModel(nn.Module):
 
     def merged_network(self) -> nn.Module:
         """The network as an ordinary one, its LoRA merged into the weights for good."""
-        if self.trained == "lora":
-            self.backbone.fuse_lora()
-            self.backbone.unload_lora()
+        for path, module in list(self.backbone.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                self.backbone.set_submodule(path, module.get_base_layer())
         return self.backbone
 
 
@@ -206,7 +214,10 @@ def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: Lora
         if lora is None:
             raise ValueError("train='lora' needs a LoRA config")
         try:
-            network.add_adapter(lora)  # freezes the base
+            if hasattr(network, "add_adapter"):
+                network.add_adapter(lora)
+            else:  # of a class that diffusers gives no adapters
+                inject_adapter_in_model(lora, network)
         except ValueError as error:  # peft's, when the targets match nothing
             raise UserError(f"LoRA finds no module to wrap: {str(error).splitlines()[0]}") from None
     elif train == "partial":

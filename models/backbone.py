@@ -56,6 +56,7 @@ class Backbone:
     load_options: Mapping[str, object] = {}
     # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
     kohya_base: str | None = None
+    loads_lora = True  # whether the pipeline has load_lora_weights
     guidance: float | None = None  # what a network with a guidance embedding is told; None where it has none
     # What `evaluate.py final` sets beside a run's own settings of sampling.
     final_settings: Mapping[str, object] = {}

@@ -25,7 +25,7 @@ class PixArt(Transformer):
         "cross_attention_dim": 1152,
         "out_channels": 8,
     }
-    flow = False
+    flow, loads_lora = False, False
     lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
     parts = {  # noqa: RUF012
         "transformer": lambda: diffusers.PixArtTransformer2DModel,

@@ -29,9 +29,11 @@ SCALES = {
     "flux2": None,
 }  # else guidance_scale; FLUX.2 has no guidance by a null prompt
 TAKES_LATENTS_AS_THEY_ARE = ("flux2",)  # and packs them itself
+# Text that a call wants and the network does not (AuraFlow), or in another type than the cache keeps it (Chroma).
 NEEDS = {
-    "auraflow": lambda text: {"prompt_attention_mask": torch.ones(len(text["prompt_embeds"]), 1)}
-}  # and ignores it
+    "auraflow": lambda text: {"prompt_attention_mask": torch.ones(len(text["prompt_embeds"]), 1)},
+    "chroma": lambda text: {"prompt_attention_mask": text["prompt_attention_mask"].float()},
+}
 
 
 def name_of(family) -> str:
