@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from common.files import write_json
@@ -154,7 +153,7 @@ def measure_alignment(
 
 def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
-    name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
+    name, names = target.run.name, class_names(target.config.data.text) or ["all images"]
     weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
@@ -172,7 +171,7 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
-        plot_embedding(folder / f"align_{method}.png", panels, names, title)
+        plot_embedding(folder / f"align_{method}.png", panels, dict(enumerate(names)), title)
 
 
 def summary(result: Mapping) -> str:

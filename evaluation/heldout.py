@@ -14,7 +14,7 @@ from cache.dataset import latents_of
 from cache.image_list import read_samples
 from cache.manifest import ids_digest
 from cache.reader import FieldReader
-from cache.text import read_table
+from cache.text import TextReader, convert
 from common.errors import UserError
 from configs.schema import Config
 from method.alignment import spatial_norm
@@ -97,8 +97,9 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     return HeldOut(
         latents_of(latents.read(ids), latents.spec.details).numpy(),
         tokens.read(ids).float().numpy(),
-        np.array([item.class_id for item in used]),
-        read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null,
+        # Captioned images have no classes: all are of one.
+        np.array([0 if item.class_id is None else item.class_id for item in used]),
+        convert(TextReader(config.data.text).null, torch.device("cpu"), torch.float32),
         len(items),
         ids_digest(ids),
         str(tokens.spec.source.get("weights_sha256")),

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache.manifest import read_manifest
-from cache.text import class_names
+from cache.text import shown_prompts
 from common.errors import UserError
 from evaluation.image_files import load_images
 from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_settings, labels_of
@@ -33,7 +32,7 @@ def draw_pictures(
     """
     ranks = Ranks(cpu=device.type == "cpu")
     first = next(iter(groups.values()))[0]
-    names = class_names(read_manifest(first.run.config.data.text, "text"))
+    names = shown_prompts(first.run.config.data.text)
     shown = choose_classes(classes, len(names))
     settings = image_settings(first, device)
     indices = [first_of_class(settings, label) for label in shown]
@@ -91,6 +90,5 @@ class Previews:
             images = self.image_sampler.draw(self.labels, range(len(self.labels)))
         path = folder / f"step-{state.step:07d}.png"
         title = f"step {state.step:,} · EMA, {settings.sampler} {settings.sampling_steps} steps, guidance {settings.cfg:g}"
-        names = class_names(self.parts.dataset.text_manifest)
-        named = [names.get(label, f"class {label}") for label in self.columns]
-        return plot_sample_grids(path, {title: images}, named)
+        names = shown_prompts(self.parts.config.data.text)
+        return plot_sample_grids(path, {title: images}, [names[label] for label in self.columns])

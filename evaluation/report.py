@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.manifest import read_manifest
-from cache.text import class_names
+from cache.text import shown_prompts
 from common.errors import UserError
 from common.stages import StageEntry
 from evaluation.image_files import load_images, missing_images
@@ -43,7 +42,7 @@ def make_report(
         base_models = [label for label, run in facts.items() if run.is_base]
         curve = draw_curves(folder, curves, compared, base_models)
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
-    names = class_names(read_manifest(runs[0].config.data.text, "text"))
+    names = shown_prompts(runs[0].config.data.text)
     material = Material(
         runs=facts,
         baseline=compared,
@@ -86,7 +85,7 @@ def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
 
 
 def sample_grids(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
+    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """The first images of each run at its last step under a protocol; none where classes are random."""
     if protocol is None or protocol["labels"] != "balanced":
@@ -101,7 +100,7 @@ def sample_grids(
 
 
 def pictures_by_step(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Mapping[int, str]
+    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Sequence[str]
 ) -> Iterator[Pictures]:
     """A few images at every checkpoint."""
     trained = {label: run for label, run in runs.items() if not run.is_base}
@@ -121,7 +120,7 @@ def pictures_by_step(
         yield Pictures(rows, [f"step {step:,}" for step in steps], caption)
 
 
-def pictures_by_class(runs: Mapping[str, RunFacts], names: Mapping[int, str]) -> Iterator[Pictures]:
+def pictures_by_class(runs: Mapping[str, RunFacts], names: Sequence[str]) -> Iterator[Pictures]:
     """An image of each of a few classes, under each protocol of final numbers."""
     few = evenly_spread(len(names), CLASSES)
     for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):

@@ -44,6 +44,8 @@ class Backbone:
     text_batch_dim: Mapping[
         str, int
     ] = {}  # of fields that have prompts along another dimension than the first
+    # {text field: its mask}, where what lies behind the mask has no influence: stored up to the longest prompt only.
+    trimmed_text: Mapping[str, str] = {}
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
@@ -126,6 +128,10 @@ class Backbone:
     def prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """The base model's text encoders; raises `UserError` where they cannot be had."""
         return PromptEncoder(self, device)
+
+    def free_text_encoders(self) -> None:
+        """Let go of the text encoders that `prompt_encoder` keeps."""
+        Backbone.prompt_encoder.cache_clear()
 
     @property
     def network_class(self) -> type[nn.Module]:

@@ -7,7 +7,7 @@ The script checks that
 
     - the manifests are valid and the shards have the recorded sizes,
     - every image of the CSV is in both fields,
-    - the text table has the classes of the CSV,
+    - the text has the classes or the captions of the CSV, and is finite,
     - the VAE and the teacher saw the same square, or the teacher its official view of it,
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
@@ -55,21 +55,24 @@ def main(argv: list[str] | None = None) -> None:
 
     from cache.image_list import read_samples
     from cache.reader import FieldReader
-    from cache.text import read_table
+    from cache.text import TextReader
 
     samples, checks = read_samples(args.csv), Checks()
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
-    table, text = read_table(args.text)
+    text = TextReader(args.text)
     present = check_images(checks, samples, (latents, tokens))
-    check_classes(checks, samples, text["details"])
-    for name, values in table.fields.items():
-        checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
+    check_prompts(checks, samples, text)
+    labels = random.Random(0).sample(range(len(text)), min(args.samples, len(text)))
+    for name, values in text.rows(labels).items():
+        checks(
+            values.isfinite().all().item(), f"text {name} {tuple(values.shape)} of random prompts is finite"
+        )
     check_views(checks, latents.spec, tokens.spec)
     if present:
         chosen = random.Random(0).sample(present, min(args.samples, len(present)))
         check_values(args, checks, chosen, latents, tokens)
     if args.full:
-        check_checksums(checks, (latents, tokens))
+        check_checksums(checks, (latents, tokens, text.reader))
     checks.conclude()
 
 
@@ -176,12 +179,17 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     print(f"     {args.sheet}")
 
 
-def check_classes(checks: Checks, samples, details: dict) -> None:
-    """Check that the text table has all classes of the image list, under the same numbers."""
+def check_prompts(checks: Checks, samples, text) -> None:
+    """Check that the text has all captions of the image list, or all its classes under the same numbers."""
+    if getattr(samples[0], "prompt", None) is not None:
+        lacking = {sample.prompt for sample in samples} - set(text.prompts)
+        what = f"text has {len(text)} prompts and the null prompt, {len(lacking)} captions of the CSV are missing"
+        checks(not lacking, what, "run script 4 with this CSV")
+        return
     synset_of = {sample.class_id: sample.synset for sample in samples}
-    prompts, synsets = details["prompts"][:-1], details.get("synsets")
+    prompts, synsets = text.prompts[: text.n_classes], text.synsets
     most, count = max(synset_of), len(synset_of)
-    what = f"text table has {len(prompts)} classes and the null prompt; the CSV counts to {most}"
+    what = f"text has {len(prompts)} classes and the null prompt; the CSV counts to {most}"
     checks(most < len(prompts), what, "run script 4 with the names of all classes")
     if most < len(prompts) and synsets:
         right = sum(synsets[number] == synset for number, synset in synset_of.items())
