@@ -37,6 +37,8 @@ Fields = Mapping[str, Tensor]
 def make_text(args: Namespace) -> None:
     """Encode every prompt that the command line of script 4 names; a second call resumes an interrupted one."""
     listed = join_prompts(args.out, list_prompts(args))
+    classes, others = listed["n_classes"], len(listed["prompts"]) - listed["n_classes"]
+    print(f"{args.out}: prompts of {classes:,} classes, {others:,} others, and the null prompt")
     family = family_of(args.base, args.revision)
     try:
         encode_text(args, family, listed, pick_device(args.device))
