@@ -31,17 +31,10 @@ from training.parts import family_for
 from training.run_folder import flat_settings, this_command
 
 # The measures that are compared, with their formats in the table.
-MEASURES = {
-    "Fréchet distance ↓": ".2f",
-    "class accuracy ↑": ".1%",
-    "held-out loss ↓": ".4f",
-    "CKNNA ↑": ".3f",
-    "CCA ↑": ".3f",
-    "head cosine": ".3f",
-}
+MEASURES = {"Fréchet distance ↓": ".2f", "class accuracy ↑": ".1%", "held-out loss ↓": ".4f"}
+MEASURES |= {"CKNNA ↑": ".3f", "CCA ↑": ".3f", "head cosine": ".3f"}
 DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓")
-PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
-
+PLOTTED = (*DIFFERENCES, "CKNNA ↑")
 
 # The settings, or whole sections, that two runs must share for a measure to be compared.
 IMAGES = ("eval.csv", "eval.latents")
@@ -70,8 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--reference {reference} is none of the arms: {', '.join(arms)}")
     runs = {}
     for seed, (arm, file) in product(args.seeds, arms.items()):
-        own = [f"run={yaml_value(str(args.out / arm / f'seed{seed}'))}", f"seed={seed}"]
-        runs[arm, seed] = load_config([args.base, file], [*args.set, *own])
+        runs[arm, seed] = load_config([args.base, file], [*args.set, *own_settings(args, arm, seed)])
         check_measurable(arm, runs[arm, seed])
     record = Record(args.out / "stages.json")
     chains = {key: stages_of_run(args, arms[key[0]], *key, config) for key, config in runs.items()}
@@ -96,22 +88,15 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "arms", nargs="+", type=Path, metavar="ARM.yaml", help="overlays, the first drawn first"
-    )
-    parser.add_argument("--base", required=True, type=Path, help="config that the arms are laid over")
-    parser.add_argument(
-        "--seeds", type=between(0, 2**62), nargs="+", default=[0, 1, 2], help="default: 0 1 2"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs, OUT/ARM/seedN")
-    parser.add_argument(
-        "--reference", help="arm that the others are compared with (default: baseline, or the first)"
-    )
-    parser.add_argument(
-        "--jobs", type=between(1, 1024), default=1, help="runs side by side (default 1; for CPUs)"
-    )
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="settings that win over base and arms in every run; give the arms before it")  # fmt: skip
+    add, seed, many = parser.add_argument, between(0, 2**62), between(1, 1024)
+    add("arms", nargs="+", type=Path, metavar="ARM.yaml", help="overlays, the first drawn first")
+    add("--base", required=True, type=Path, help="config that the arms are laid over")
+    add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--out", type=Path, required=True, help="folder of the runs, OUT/ARM/seedN")
+    add("--reference", help="arm that the others are compared with (default: baseline, or the first)")
+    add("--jobs", type=many, default=1, help="runs side by side (default 1; for CPUs)")
+    meaning = "settings that win over base and arms in every run; give the arms before it"
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=meaning)
     args = parser.parse_args(argv)
     if len(set(args.seeds)) != len(args.seeds):
         parser.error("--seeds must be distinct")
@@ -123,40 +108,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_measurable(arm: str, config: Config) -> None:
     """Check before the first training that the evaluation after it has everything it needs; raises `UserError`."""
-    missing = [name for name in ("csv", "latents", "tokens") if getattr(config.eval, name) is None]
-    if missing:
-        raise UserError(
-            f"{arm} cannot be evaluated: set eval.{missing[0]} in the base config, or give --set eval.{missing[0]}=…"
-        )
+    for name in ("csv", "latents", "tokens"):
+        if getattr(config.eval, name) is None:
+            raise UserError(f"{arm} cannot be evaluated: set eval.{name} in the base config, or by --set")
     if config.eval.num_samples < FEWEST_MEASURED:
-        raise UserError(
-            f"{arm}: eval.num_samples = {config.eval.num_samples} is too few: choose {FEWEST_MEASURED} or more"
-        )
+        few = f"eval.num_samples = {config.eval.num_samples} is too few"
+        raise UserError(f"{arm}: {few}: choose {FEWEST_MEASURED} or more")
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
 
 
 def stages_of_run(args: argparse.Namespace, file: Path, arm: str, seed: int, config: Config) -> list[Stage]:
     """The stages of one run: train, then measure its last checkpoint."""
     run, steps = config.run, config.train.steps
-    train = [
-        "--config",
-        str(args.base),
-        "--config",
-        str(file),
-        *args.set,
-        f"run={yaml_value(str(run))}",
-        f"seed={seed}",
-    ]
+    train = ["--config", args.base, "--config", file, *args.set, *own_settings(args, arm, seed)]
     measured = f"{shlex.quote(str(run))} --checkpoint {steps}"
-    align = f"evaluate.py align {measured} --timesteps {SHOWN_TIMESTEP} --no-base"
-    stages = {
-        "train": (f"train.py {shlex.join(train)}", f"checkpoints/step-{steps:07d}"),
-        "metrics": (f"evaluate.py metrics {measured}", "eval/points.jsonl"),
-        "align": (align, "eval/align.json"),
-    }
-    return [
-        Stage(f"{name} {arm} seed {seed}", command, run / last) for name, (command, last) in stages.items()
-    ]
+    stages = (
+        ("train", f"train.py {shlex.join(map(str, train))}", f"checkpoints/step-{steps:07d}"),
+        ("metrics", f"evaluate.py metrics {measured}", "eval/points.jsonl"),
+        ("align", f"evaluate.py align {measured} --timesteps {SHOWN_TIMESTEP} --no-base", "eval/align.json"),
+    )
+    return [Stage(f"{name} {arm} seed {seed}", command, run / last) for name, command, last in stages]
+
+
+def own_settings(args: argparse.Namespace, arm: str, seed: int) -> list[str]:
+    """The settings that tell the runs of an ablation apart."""
+    return [f"run={yaml_value(str(args.out / arm / f'seed{seed}'))}", f"seed={seed}"]
 
 
 def remaining_stages(stages: list[Stage], record: Record, config: Config) -> list[Stage]:
@@ -172,28 +148,22 @@ def measures_of(config: Config) -> dict[str, float | None]:
     folder, last, drawn = config.run / "eval", config.train.steps, config.eval
     same = {"sampler": drawn.sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
     same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
-    ours = [
-        point
-        for point in points_file(folder / "points.jsonl").read()
-        if (point["kind"], point["step"]) == ("metrics", last)
-        and all(point["protocol"][key] == value for key, value in same.items())
-    ]
+    points = [p for p in points_file(folder / "points.jsonl").read() if p["kind"] == "metrics"]
+    ours = [p for p in points if p["step"] == last and same.items() <= p["protocol"].items()]
     align = read_alignment(folder)
     here = {"step": last, "timesteps": [SHOWN_TIMESTEP], "seed": drawn.seed}
     here["num_images"] = min(NUM_IMAGES, align["num_available"])
     if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
-        raise UserError(
-            f"{folder} was changed by other commands: delete it, and the same command measures {config.run} again"
-        )
+        again = f"delete it, and the same command measures {config.run} again"
+        raise UserError(f"{folder} was changed by other commands: {again}")
     metrics = ours[-1]["metrics"]
-    accuracy = [name for name in metrics if kind_of(name) == "accuracy"]  # a classifier's alone
+    accuracy = next((name for name in metrics if kind_of(name) == "accuracy"), None)  # a classifier's alone
     values = (
         metrics[headline(metrics)]["value"],
-        metrics[accuracy[0]]["value"] if accuracy else None,
+        None if accuracy is None else metrics[accuracy]["value"],
         align["heldout_loss_diff"],
-        value_of(align, "cknna", timestep=SHOWN_TIMESTEP),
-        value_of(align, "cca", timestep=SHOWN_TIMESTEP),
-        value_of(align, "cosine", timestep=SHOWN_TIMESTEP, features="head"),
+        *(value_of(align, metric) for metric in ("cknna", "cca")),
+        value_of(align, "cosine", features="head"),
     )
     return dict(zip(MEASURES, values, strict=True))
 
@@ -213,27 +183,20 @@ def write_results(
     """Write table.md, results.json and arms.png, and print the table. `config` is that of a run of the reference arm."""
     table = summarise(results, reference, incomparable)
     text = markdown(table, MEASURES, DIFFERENCES)
-    drawn = config.eval
+    drawn, sampler = config.eval, family_for(config).sampler_of(config.eval.sampler)
     note = (
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
         f"{config.train.steps:,}; differences from {reference}, seed by seed. Fréchet distance and accuracy by "
-        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({drawn.sampler} {drawn.sampling_steps} steps, "
-        f"guidance {drawn.cfg:g}); CKNNA and CCA of the tap "
-        f"{family_for(config).main_tap} with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
+        f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({sampler} {drawn.sampling_steps} steps, guidance "
+        f"{drawn.cfg:g}); CKNNA and CCA of the main tap with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
     )
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."
     below = f"{plain_text.markdown(note)}\n\n{plain_text.code(this_command())}"
     write_atomically(args.out / "table.md", f"{text}\n\n{below}\n".encode())
-    content = {
-        "command": this_command(),
-        "note": note,
-        "reference": reference,
-        "not_comparable": {arm: sorted(measures) for arm, measures in incomparable.items() if measures},
-        "results": results,
-        "summary": table,
-    }
-    write_json(args.out / "results.json", content)
+    content = {"command": this_command(), "note": note, "reference": reference}
+    content["not_comparable"] = {arm: sorted(measures) for arm, measures in incomparable.items() if measures}
+    write_json(args.out / "results.json", content | {"results": results, "summary": table})
     caption = f"{len(args.seeds)} seeds (dots), mean ± standard error; dashed: {reference}"
     figure, names = args.out / "arms.png", {name: name for name in PLOTTED}
     plot_arms(figure, results, reference, names, caption, incomparable)

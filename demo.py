@@ -1,35 +1,28 @@
 """The whole pipeline on the embedded miniature: the real scripts, one after the other, and a page of results.
 
-    make demo            # or: python demo.py
+    make demo                                  # or: python demo.py
+    python demo.py --family sdxl --quick       # the same stages on a tiny pipeline of another family
 
-Each stage is a command that can be pasted. A second call runs only what is missing; one that was killed goes on where it
+With --family the network is that family's own, with random weights: its images are noise, and the page shows that every stage
+works. Each stage is a command that can be pasted. A second call runs only what is missing; one that was killed goes on where it
 stopped. To start over, delete data/demo and runs/demo.
 """
 
 import hashlib
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.arguments import Parser
 from common.errors import run_script
-from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains
+from common.stages import ROOT, Record, Stage, last_line, log_of, run_chains, wall_seconds
 
-DATA, RUNS = Path("data/demo"), Path("runs/demo")
-LOGS, RECORD, PAGE = RUNS / "logs", RUNS / "stages.json", RUNS / "index.html"
-CONFIG = Path("configs/demo.yaml")
 SPLITS = [
     {"split": "train", "cache": "cache", "count": 139},
     {"split": "val", "cache": "cache_val", "count": 35},
 ]
-ARMS = [
-    {"arm": "urepa", "override": ""},
-    {"arm": "baseline", "override": f" align.coeff=0 run={RUNS}/baseline"},
-]
-NAMES = {
-    "data": DATA, "runs": RUNS, "page": PAGE, "record": RECORD, "config": CONFIG,
-    "base": DATA / "models/sd15-mini", "teacher": DATA / "models/dinov2-mini",
-    "arms": f"{RUNS}/urepa {RUNS}/baseline",
-}  # fmt: skip
+ARMS = [{"arm": "urepa", "without": ""}, {"arm": "baseline", "without": " align.coeff=0"}]
 # The groups of stages in order: each stage's name, its command, and the file that it writes last. The stages of a group, one
 # for each split or arm, run side by side.
 GROUPS = [
@@ -54,7 +47,7 @@ GROUPS = [
      "preprocessing/5_verify_cache.py --csv {data}/{split}.csv --latents {data}/{cache}/latents --tokens {data}/{cache}/tokens "
      "--text {data}/cache/text --full --sheet {data}/{cache}/sheet.png",
      "{data}/{cache}/sheet.png"),
-    ("train {arm}", "train.py --config {config}{override}", "{runs}/{arm}/export"),
+    ("train {arm}", "train.py --config {config}{without} run={runs}/{arm}", "{runs}/{arm}/export"),
     ("curve", "evaluate.py curve {arms} {config} --out {runs}/curve", "{runs}/curve/curve.json"),
     # The plan's 250 steps would take minutes here.
     ("final {arm}",
@@ -64,51 +57,134 @@ GROUPS = [
     ("page", "evaluate.py report {arms} {config} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
 
+QUICK_SPLITS = [SPLITS[0] | {"count": 12}, SPLITS[1] | {"count": 12}]
+QUICK_GROUPS = [
+    ("digits and small models", "preprocessing/0_make_demo.py --out {data} --quick --family {family}",
+     "{data}/models/quality.json"),
+    GROUPS[1],
+    ("latents and tokens {split}",
+     "preprocessing/2_encode_vae_latents.py --csv {data}/{split}.csv --base {base} --workers 0 --out {data}/{cache}/latents "
+     "--fused {data}/{cache}/tokens --teacher {teacher} --grid 4",
+     "{data}/{cache}/tokens/manifest.json"),
+    GROUPS[4],
+    # The VAE has random weights, so its pictures are not compared with the images.
+    ("verify {split}",
+     "preprocessing/5_verify_cache.py --csv {data}/{split}.csv --latents {data}/{cache}/latents --tokens {data}/{cache}/tokens "
+     "--text {data}/cache/text --full",
+     "{data}/{cache}/tokens/manifest.json"),
+    ("train {arm}",
+     "train.py --config configs/families/{family}.yaml --config {config} model.base={base} {caches}{without} run={runs}/{arm}",
+     "{runs}/{arm}/export"),
+    ("final {arm}",
+     "evaluate.py final {runs}/{arm} eval.num_samples=20 eval.sampling_steps=3",
+     "{runs}/{arm}/eval/points.jsonl"),
+    ("align {arm}", "evaluate.py align {runs}/{arm}", "{runs}/{arm}/eval/align.json"),
+    ("page", "evaluate.py report {arms} -o {page} --times {record}", "{page}"),
+]  # fmt: skip
 
-def stages() -> list[list[Stage]]:
-    """The groups of stages in order."""
-    groups = []
-    for name, command, product in GROUPS:
-        variants = SPLITS if "{split}" in name else ARMS if "{arm}" in name else [{}]
-        filled = [[text.format(**NAMES, **v) for text in (name, command, product)] for v in variants]
-        groups.append([Stage(name, command, Path(product)) for name, command, product in filled])
-    return groups
+
+@dataclass(frozen=True)
+class Demo:
+    """The folders and the stages of one demo: of the trained miniature, or of a family's tiny pipeline."""
+
+    family: str | None
+
+    @property
+    def data(self) -> Path:
+        return Path("data/demo" if self.family is None else f"data/demo_{self.family}")
+
+    @property
+    def runs(self) -> Path:
+        return Path("runs/demo" if self.family is None else f"runs/demo_{self.family}")
+
+    @property
+    def config(self) -> Path:
+        return Path("configs/demo.yaml" if self.family is None else "configs/demo_quick.yaml")
+
+    @property
+    def logs(self) -> Path:
+        return self.runs / "logs"
+
+    @property
+    def record(self) -> Path:
+        return self.runs / "stages.json"
+
+    @property
+    def page(self) -> Path:
+        return self.runs / "index.html"
+
+    @property
+    def names(self) -> dict[str, object]:
+        """What the commands of the stages are filled with."""
+        data = self.data
+        fields = {"data.csv": "train.csv", "eval.csv": "val.csv", "data.text": "cache/text"}
+        for section, cache in (("data", "cache"), ("eval", "cache_val")):
+            fields |= {f"{section}.{field}": f"{cache}/{field}" for field in ("latents", "tokens")}
+        fields["eval.extractor"] = "models/classifier"
+        return {
+            "data": data, "runs": self.runs, "page": self.page, "record": self.record, "config": self.config,
+            "family": self.family, "base": data / f"models/{self.family or 'sd15'}-mini",
+            "teacher": data / "models/dinov2-mini", "arms": f"{self.runs}/urepa {self.runs}/baseline",
+            "caches": " ".join(f"{key}={data / path}" for key, path in fields.items()),
+        }  # fmt: skip
+
+    def stages(self) -> list[list[Stage]]:
+        """The groups of stages in order."""
+        groups, splits = (GROUPS, SPLITS) if self.family is None else (QUICK_GROUPS, QUICK_SPLITS)
+        found = []
+        for name, command, product in groups:
+            variants = splits if "{split}" in name else ARMS if "{arm}" in name else [{}]
+            filled = [[text.format(**self.names, **v) for text in (name, command, product)] for v in variants]
+            found.append([Stage(name, command, Path(product)) for name, command, product in filled])
+        return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    Parser(__doc__).parse_args(argv)
+    parser = Parser(__doc__)
+    parser.add_argument("--family", metavar="NAME", help="a tiny pipeline of this family, with --quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="random weights and ten steps: minutes become seconds"
+    )
+    args = parser.parse_args(argv)
+    if (args.family is None) == args.quick:
+        parser.error(
+            "--family NAME and --quick go together; without both, the trained miniature of SD-1.5 is shown"
+        )
+    if args.family is not None:
+        from models.families.table import check_family
+
+        check_family(args.family)
     os.chdir(ROOT)
-    config = hashlib.sha256(CONFIG.read_bytes()).hexdigest()
-    record = Record(RECORD)
-    for number, group in enumerate(stages()):
-        missing = [stage for stage in group if not is_done(stage, record, config)]
+    demo = Demo(args.family)
+    config = hashlib.sha256(demo.config.read_bytes()).hexdigest()
+    record = Record(demo.record)
+    for number, group in enumerate(demo.stages()):
+        missing = [stage for stage in group if not is_done(demo, stage, record, config)]
         for stage in group:
             print(f"{'· ' if stage in missing else '✓ '}{stage.name:24} {stage.pasted}", flush=True)
         if missing:
             # The page shows what came before it, so it is drawn again.
-            PAGE.unlink(missing_ok=True)
-            run_group(missing, lambda stage, seconds: record.add(stage, seconds, group=number, config=config))  # noqa: B023
-    longest: dict[int, float] = {}  # of a group's stages, which ran side by side
-    for entry in record.entries.values():
-        longest[entry["group"]] = max(longest.get(entry["group"], 0), entry["seconds"])
-    minutes = sum(longest.values()) / 60
-    print(f"{minutes:.1f} minutes of running in all; the results are in {PAGE.resolve()}")
+            demo.page.unlink(missing_ok=True)
+            recorded = partial(record.add, group=number, config=config)
+            run_group(demo, missing, recorded)
+    minutes = wall_seconds(record.entries.values()) / 60
+    print(f"{minutes:.1f} minutes of running in all; the results are in {demo.page.resolve()}")
 
 
-def is_done(stage: Stage, record: Record, config: str) -> bool:
-    """Whether a stage ran to its end with the present demo.yaml."""
+def is_done(demo: Demo, stage: Stage, record: Record, config: str) -> bool:
+    """Whether a stage ran to its end with the present config of the demo."""
     entry = record.of(stage)
-    return entry is not None and (str(CONFIG) not in stage.command or entry["config"] == config)
+    return entry is not None and (str(demo.config) not in stage.command or entry["config"] == config)
 
 
-def run_group(group: list[Stage], ended) -> None:
+def run_group(demo: Demo, group: list[Stage], ended) -> None:
     """Run stages side by side, and print the last line of each log."""
     if len(group) > 1:
-        print(f"  side by side; their output goes to {LOGS}", flush=True)
-    run_chains([[stage] for stage in group], jobs=len(group), logs=LOGS, ended=ended)
+        print(f"  side by side; their output goes to {demo.logs}", flush=True)
+    run_chains([[stage] for stage in group], jobs=len(group), logs=demo.logs, ended=ended)
     if len(group) > 1:
         for stage in group:
-            print(f"  {stage.name}: {last_line(log_of(stage, LOGS), width=200)}")
+            print(f"  {stage.name}: {last_line(log_of(stage, demo.logs), width=200)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from common.stages import StageEntry
 from configs.loading import eval_changes, eval_settings
 from evaluation.align import align_target
 from evaluation.image_files import PICTURES, image_chunks, load_images
-from evaluation.options import FINAL, add_options, split_settings
+from evaluation.options import add_options, split_settings
 from evaluation.pictures import draw_pictures
 from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.report import make_report
@@ -38,6 +38,7 @@ from metrics.embedding import check_installed
 from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup
 from report.records import points_under
+from training.parts import family_for
 from training.ranks import Ranks, run_ranks
 from training.run_folder import this_command
 
@@ -87,9 +88,7 @@ def metrics(args: argparse.Namespace) -> None:
     device, ranks = open_device(args)
     images = [path for path in args.runs if is_images(path)]
     if args.out is not None and (args.out.suffix != ".json" or len(images) != 1):
-        raise UserError(
-            f"--out {args.out}: give a file that ends in .json, with one folder or .npz of images"
-        )
+        raise UserError(f"--out {args.out}: give a file that ends in .json, and one folder or .npz of images")
     for path in images if ranks.main else ():
         found = measure_images(path, eval_settings(args.changes), device)
         print(f"{path}: {format_metrics(found['metrics'])}")
@@ -137,15 +136,19 @@ def curve(args: argparse.Namespace) -> None:
 
 
 def final(args: argparse.Namespace) -> None:
-    """Measure final numbers by the plan's protocol, and metrics over guidance scales.
+    """Measure final numbers, and metrics over guidance scales.
 
-    250 steps, guidance 7.5 up to noise level 0.7, as the plan asks. So strong a guidance saturates IS and precision and costs
+    Of Stable Diffusion 1.5 by the plan's protocol: 250 steps, guidance 7.5 up to noise level 0.7; of other families by the
+    run's own settings. So strong a guidance saturates IS and precision and costs
     recall, so a sweep of guidance scales by the runs' own sampling settings follows (--sweep without scales leaves it out).
     eval.cfg is that of the final numbers alone; every other setting is of both. Results go to RUN/eval/points.jsonl.
     """
     device, ranks = open_device(args)
     targets = [*chain(*targets_of(args, alike=True))]
-    final_targets = [target.with_changes(FINAL | args.changes) for target in targets]
+    final_targets = [
+        target.with_changes(dict(family_for(target.config).final_settings) | args.changes)
+        for target in targets
+    ]
     # A sweep is about the scale alone: the other settings are the curve's, unless the command line says otherwise.
     sweep = [target.with_changes({"eval.cfg": scale}) for target in targets for scale in args.sweep]
     evaluate_all(final_targets, device, ranks, kind="final")
@@ -182,7 +185,7 @@ def pictures(args: argparse.Namespace) -> None:
     device, _ = open_device(args)
     groups = targets_of(args, alike=True)
     labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])
-    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.classes))
+    print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.prompts))
 
 
 def report(args: argparse.Namespace) -> None:

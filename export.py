@@ -91,12 +91,8 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
         note = also / MADE_FROM
         if note.exists() and (of := read_made_from(note)["checkpoint"]) != checkpoint.name:
             print(f"{also} is still that of {of}: --{also.name} makes it anew")
-    part = family_for(run.config).part
-    how = (
-        f'pipe.load_lora_weights("{folder}/ema")'
-        if run.config.model.train == "lora"
-        else f"{part} folder {folder}/ema/{part}"
-    )
+    part, lora = family_for(run.config).part, f'pipe.load_lora_weights("{folder}/ema")'
+    how = lora if run.config.model.train == "lora" else f"{part} folder {folder}/ema/{part}"
     print(f"EMA weights for diffusers: {how}")
 
 
@@ -144,9 +140,8 @@ def write_once(
             raise UserError(f"{folder} is no folder: move it away")
         begun = before.get("checkpoint") == UNFINISHED  # by a process that was killed
         if place.exists() and any(place.iterdir()) and not (replace or ours or begun):
-            raise UserError(
-                f"{folder} is there already and holds something else: remove it, or choose another --out"
-            )
+            what = f"{folder} is there already and holds something else"
+            raise UserError(f"{what}: remove it, or choose another --out")
         shutil.rmtree(new, ignore_errors=True)  # a killed process may have left it
         with written_whole(new) as aside:
             write(aside)
@@ -194,18 +189,23 @@ def size_of(path: Path) -> int | None:
 
 def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     """`ema.safetensors` and `raw.safetensors` under the names of kohya's sd-scripts, fp16 as is usual there."""
-    from diffusers.utils import convert_state_dict_to_kohya
-
     model, kohya_base = run_model(run), family_for(run.config).kohya_base
     for kind, file in WEIGHTS.items():
         load_weights(checkpoint / file, model.trained_parameters())
-        alpha = run.config.model.lora_alpha  # diffusers takes it to be the rank
-        weights = {
-            name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().half().contiguous()
-            for name, value in convert_state_dict_to_kohya(model.lora_state_dict()).items()
-        }
         metadata = {"ss_base_model_version": kohya_base, "modelspec.title": run.name}
-        save_file(weights, folder / f"{kind}.safetensors", metadata)
+        save_file(kohya_weights(model, run.config.model.lora_alpha), folder / f"{kind}.safetensors", metadata)
+
+
+def kohya_weights(
+    model: AlignedModel, alpha: float, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
+    """The LoRA of a model under the names of kohya's sd-scripts."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    return {  # of alpha, diffusers takes it to be the rank
+        name: torch.tensor(alpha) if name.endswith(".alpha") else value.detach().to(dtype).contiguous()
+        for name, value in convert_state_dict_to_kohya(model.kohya_state_dict()).items()
+    }
 
 
 def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
@@ -213,14 +213,8 @@ def export_pipeline(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     settings, model = run.config.model, run_model(run)
     load_weights(checkpoint / EMA, model.trained_parameters())
     family = model.family
-    options = {family.part: model.merged_network()} | dict(family.load_options)
-    pipeline = load_pretrained(
-        family.pipeline_class,
-        settings.base,
-        f"pipeline {settings.base}",
-        revision=settings.revision,
-        **options,
-    )
+    options = {family.part: model.merged_network(), "revision": settings.revision, **family.load_options}
+    pipeline = load_pretrained(family.pipeline_class, settings.base, f"pipeline {settings.base}", **options)
     if (output := run.config.diffusion.parameterization) != "auto":
         pipeline.scheduler.register_to_config(prediction_type=SCHEDULER_TYPES[output])
     pipeline.save_pretrained(folder)
@@ -244,17 +238,12 @@ def model_card(run: RunFolder, step: int) -> str:
     )
     commands = "\n".join(f"    {printable(command)}" for command in run.commands())
     reached = [line for line in run.metrics() if line["step"] <= step]
-    rows = "".join(
-        f"| {markdown(name)} | {value:.6g} |\n"
-        for name, value in (reached or [{}])[-1].items()
-        if name not in RATES
-    )
-    measured = "".join(
-        f"- {code(name)}: {found['value']:.4g} ({markdown(point['kind'])})\n"
-        for point in points_file(run.path / POINTS).read()
-        if point["step"] == step
-        for name, found in point["metrics"].items()
-    )
+    last = {name: value for name, value in (reached or [{}])[-1].items() if name not in RATES}
+    rows = "".join(f"| {markdown(name)} | {value:.6g} |\n" for name, value in last.items())
+    measured = ""
+    for point in (point for point in points_file(run.path / POINTS).read() if point["step"] == step):
+        for name, found in point["metrics"].items():
+            measured += f"- {code(name)}: {found['value']:.4g} ({markdown(point['kind'])})\n"
     names = {"lora": "LoRA", "partial": "Some blocks of the network", "full": "The network"}
     how = f"λ = {config.align.coeff:g}" if config.align.coeff > 0 else "λ = 0: a baseline, not aligned"
     tags = "\n".join(f"- {tag}" for tag in (*family.tags, "representation-alignment", *["lora"] * lora))

@@ -30,6 +30,7 @@ from export import export_run
 from method.objective import PER_IMAGE
 from method.paths import QUARTERS
 from training.guard import Guard
+from training.kernels import keep_compiled, searched_convolutions
 from training.meter import Meter
 from training.metric_log import MetricLog
 from training.parts import Parts, build_parts
@@ -120,6 +121,7 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
         ) as bar,
         closing(iter(stream)) as batches,
         StopSignal() as stop,
+        searched_convolutions(),  # every step has the same shapes
     ):
         if evaluation is not None and evaluation.due(state.step):
             evaluation(run, state, log)  # a run that was stopped before it was measured
@@ -219,6 +221,7 @@ def compile_backbone(parts: Parts) -> None:
     if mode == "auto":
         mode = "default" if parts.device.type == "cuda" else "none"
     if mode != "none":
+        keep_compiled()
         parts.model.compile_backbone(mode)
 
 
@@ -271,7 +274,7 @@ def explained() -> Iterator[None]:
             raise
         raise UserError(
             "out of memory: lower data.batch_size and raise optim.accumulate, or set model.gradient_checkpointing=true; "
-            "--plan says what fits"
+            "--plan says what fits. PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True wastes less of a GPU"
         ) from None
 
 

@@ -49,9 +49,7 @@ def samples_of(values: Values) -> Iterator[dict[str, np.ndarray]]:
 
 def shaped(parts: dict[str, bytes]) -> Values:
     """The bytes of one sample as values, without a copy."""
-    return {
-        name: torch.frombuffer(part, dtype=torch.float16).view(FIELDS[name]) for name, part in parts.items()
-    }
+    return {name: torch.frombuffer(p, dtype=torch.float16).view(FIELDS[name]) for name, p in parts.items()}
 
 
 class Format(Dataset):
@@ -89,12 +87,10 @@ class Ours(Format):
     name = "ours"
 
     def write(self, values: Values) -> None:
-        def values_of(field: str, indices: list[int]) -> Tensor:
-            return values[field][indices]
-
         count = len(values["latents"])
         # Few classes: the text table is read when a training starts, not when a batch is.
-        write_cache(self.folder, SHAPES, count, values_of, classes=10, shard_size=count // 2)
+        how = {"classes": 10, "shard_size": count // 2}
+        write_cache(self.folder, SHAPES, count, lambda field, indices: values[field][indices], **how)
 
     def open(self) -> AlignedDataset:
         return AlignedDataset(*(self.folder / name for name in ("list.csv", "latents", "tokens", "text")))

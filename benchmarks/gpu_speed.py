@@ -2,16 +2,17 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
-import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train as train_script
 from benchmarks import write
 from benchmarks.gpu_bench import Bench, broke_off, free_memory
 from benchmarks.report import target
@@ -23,7 +24,18 @@ from evaluation.sample import ImageSampler
 from evaluation.targets import Target
 from method.sampler import initial_noise
 from models.latents import decode_images
-from training.plan import GB, forward_of, model_of_shapes, planned_bytes, saved_bytes, shape_of_latents
+from training.kernels import searched_convolutions
+from training.meter import PEAKS
+from training.plan import (
+    GB,
+    forward_of,
+    model_of_shapes,
+    planned_bytes,
+    saved_bytes,
+    shape_of_latents,
+    work_of,
+)
+from training.plan_time import BANDWIDTHS, card_of, seconds_by_kind
 from training.run_folder import RunFolder
 
 # Of the arms of a step, the value that matters most comes first.
@@ -48,7 +60,8 @@ def measure_speed(bench: Bench) -> tuple[list[dict], list[dict]]:
         return [*rows, *steps], []
     whole = [row for row in rows if "ours / bare" in row and row["what"] != "sampling"]
     targets = [target(f"{row['what']}: ours / bare", row["ours / bare"], at_least=0.9) for row in whole]
-    return [*rows, *steps], [*targets, *targets_of(steps, bench.device), *memory_targets(steps)]
+    targets += [*targets_of(steps, bench.device), *memory_targets(steps), *time_targets(steps)]
+    return [*rows, *steps], targets
 
 
 def kept(measured: Callable[..., list[dict]], *args: object) -> list[dict]:
@@ -90,17 +103,35 @@ def step_rows(bench: Bench, ends: float) -> list[dict]:
 
 def step_row(settings: list[str], matmul: float, run: Path, bare: bool) -> list[dict]:
     """One arm, and the memory that `--plan` names for it."""
-    found = measure(settings, STEPS, matmul, run, bare=bare, windows=WINDOWS)
-    return [found | {"planned GB": planned_gb(load_config([CONFIG], settings))}]
+    with searched_convolutions():  # for the bare loop, too
+        found = measure(settings, STEPS, matmul, run, bare=bare, windows=WINDOWS)
+    return [found | planned(load_config([CONFIG], settings))]
 
 
-def planned_gb(config: Config) -> float:
-    """The memory that `--plan` names."""
-    dtype = compute_dtype(pick_device(config.train.device), config.train.precision)
+def planned(config: Config) -> dict[str, float]:
+    """The memory and, for a card that it knows, the time of a step that `--plan` names; nothing is checkpointed here."""
+    device = pick_device(config.train.device)
+    dtype = compute_dtype(device, config.train.precision)
     model, _ = model_of_shapes(config, dtype)
     forward = forward_of(model, shape_of_latents(config), (config.teacher.grid,) * 2)
     saved = saved_bytes(lambda: forward(1), list(model.parameters()))
-    return sum(planned_bytes(config, model, dtype, saved).values()) / GB
+    found = {"planned GB": sum(planned_bytes(config, model, dtype, saved).values()) / GB}
+    if (card := card_of(device)) is not None:
+        trained = sum(p.numel() for p in model.trained_parameters().values())
+        rates = PEAKS[card], BANDWIDTHS[card]
+        compiled = config.train.compile != "none"
+        parts = seconds_by_kind(work_of(forward), config.data.batch_size, trained, *rates, compiled=compiled)
+        found["planned ms"] = 1e3 * sum(parts.values())
+    return found
+
+
+def time_targets(rows: list[dict]) -> list[dict]:
+    """The compiled step against the plan's, which is to be right within 15 %."""
+    return [
+        target(f"step / plan: {row['train']}, batch {row['batch']}, λ {row['λ']:g}, off by",
+               abs(row["ms/step"] / row["planned ms"] - 1), at_most=0.15)
+        for row in rows if row.get("planned ms") and row["compile"] != "none"
+    ]  # fmt: skip
 
 
 def memory_targets(rows: list[dict]) -> list[dict]:
@@ -167,9 +198,9 @@ def encoder_rows(bench: Bench) -> list[dict]:
 
 
 def compare_attention(bench: Bench) -> tuple[list[dict], list[dict]]:
-    """A LoRA step, eager, under each kernel of attention, with cuDNN's search, and in the other memory layout.
+    """A LoRA step, eager, under each kernel of attention, without cuDNN's search, and in the other memory layout.
 
-    The default lets PyTorch choose, does not search, and has channels last on a GPU in bf16.
+    The default lets PyTorch choose, searches, and has channels last on a GPU in bf16.
     """
     ends = time.perf_counter() + bench.seconds
     full = bench.size == "full"
@@ -180,7 +211,10 @@ def compare_attention(bench: Bench) -> tuple[list[dict], list[dict]]:
             f"attention by {name}": (partial(sdpa_kernel, order, set_priority=True), [])
             for name, order in kernels.items()
         },
-        "cudnn.benchmark": (cudnn_search, []),
+        "no search for convolutions": (
+            partial(patch.object, train_script, "searched_convolutions", nullcontext),
+            [],
+        ),
         "channels first": (nullcontext, ["train.channels_last=false"]),
     }
     matmul, rows = matmul_rate(bench.device), []
@@ -204,13 +238,3 @@ def row_under(choose: Choose, settings: list[str], matmul: float, run: Path) -> 
         if "No available kernel" not in str(error):
             raise
         return [{"note": "no such kernel on this device, for one of the shapes at least"}]
-
-
-@contextmanager
-def cudnn_search() -> Iterator[None]:
-    """cuDNN tries its convolutions and takes the fastest."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before

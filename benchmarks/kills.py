@@ -30,12 +30,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     args = parser.parse_args()
     with temporary_folder(args.dir) as folder:
-        settings = [
-            *make_synthetic(folder, "small", images=64), "model.train=full", "data.batch_size=8", f"train.steps={args.steps}",
-            "train.log_every=7", "train.checkpoint_every=20", "train.preview_every=0", "align.warmup_steps=30",
-            "align.similarity_threshold=0.9", "optim.accumulate=2",
+        train = [
+            "--config", "configs/A.yaml", *make_synthetic(folder, "small", images=64), f"train.steps={args.steps}",
+            "model.train=full", "data.batch_size=8", "optim.accumulate=2", "train.log_every=7", "train.checkpoint_every=20",
+            "train.preview_every=0", "align.warmup_steps=30", "align.similarity_threshold=0.9",
         ]  # fmt: skip
-        train = ["--config", "configs/A.yaml", *settings]
         whole, killed = (folder / name for name in ("whole", "killed"))
         # Each process imports anew, and may be killed while it does.
         spawn = multiprocessing.get_context("spawn")
@@ -102,8 +101,7 @@ def differences(a: RunFolder, b: RunFolder) -> list[dict]:
     for file in ("trained.safetensors", "ema.safetensors", "optimizer.safetensors"):
         ours, theirs = (load_file(run.newest_checkpoint() / file) for run in (a, b))
         names = ours.keys() | theirs.keys()
-        both = ours.keys() & theirs.keys()
-        equal = sum(torch.equal(ours[name], theirs[name]) for name in both)
+        equal = sum(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
         rows.append({"what": f"tensors of {file}", "entries": len(names), "differing": len(names) - equal})
     lines = [[{k: v for k, v in line.items() if k not in RATES} for line in run.metrics()] for run in (a, b)]
     most, equal = max(map(len, lines)), sum(x == y for x, y in zip(*lines, strict=False))

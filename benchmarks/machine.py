@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 PACKAGES = ["torch", "numpy", "lmdb", "diffusers", "transformers", "mosaicml-streaming", "webdataset", "h5py"]
@@ -23,7 +24,7 @@ def machine() -> dict:
     return {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
@@ -33,35 +34,27 @@ def machine() -> dict:
     }
 
 
-def family() -> list[int]:
+def family() -> list[psutil.Process]:
     """This process and its living children, such as a DataLoader's workers."""
-    return [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    children = multiprocessing.active_children()
+    return [psutil.Process(), *(psutil.Process(child.pid) for child in children)]
 
 
 def cpu_seconds() -> float:
     """CPU time of the family so far, all threads, to a hundredth of a second."""
-    ticks = 0
-    for pid in family():
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime, stime
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(sum(process.cpu_times()[:2]) for process in family())  # user, system
 
 
 def memory_mb() -> dict[str, float]:
     """Resident memory of the family, and the same with shared pages divided among those who share them."""
-    total = {"Rss": 0.0, "Pss": 0.0, "processes": len(family())}
-    for pid in family():
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            key, _, rest = line.partition(":")
-            if key in ("Rss", "Pss"):
-                total[key] += int(rest.split()[0]) / 1000
-    return total
+    found = [process.memory_full_info() for process in family()]
+    rss, pss = sum(used.rss for used in found), sum(used.pss for used in found)
+    return {"Rss": rss / 1e6, "Pss": pss / 1e6, "processes": len(found)}
 
 
 def disk_bytes() -> int:
     """What this process and its children had to fetch from a disk so far."""
-    lines = [line for pid in family() for line in Path(f"/proc/{pid}/io").read_text().splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+    return sum(process.io_counters().read_bytes for process in family())
 
 
 def disk_of(folder: Path) -> dict:
@@ -84,9 +77,7 @@ def drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     resident, size = sum(map(resident_bytes, files)), sum(path.stat().st_size for path in files)
     if resident > size / 100:
-        raise RuntimeError(
-            f"{resident:,} of {size:,} bytes of {folder} are still in memory: is it on a tmpfs?"
-        )
+        raise RuntimeError(f"{resident:,} of {size:,} bytes of {folder} are still in memory: a tmpfs?")
 
 
 def resident_bytes(path: Path) -> int:

@@ -23,7 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -104,17 +104,11 @@ def main() -> None:
 
 def warm(args: argparse.Namespace) -> None:
     measured, skipped = compare(args, WARM, args.samples, args.passes)
-    rows = [
-        {
-            "arm": arm,
-            "samples/s median": speed.median,
-            "samples/s best": speed.best,
-            "GB/s median": speed.median * SAMPLE_BYTES / 1e9,
-            "CPU µs/sample": speed.cpu * 1e6,
-            "ours / this": measured[OURS].median / speed.median,
-        }
-        for arm, speed in measured.items()
-    ]
+    rows = []
+    for arm, speed in measured.items():
+        row = {"arm": arm, "samples/s median": speed.median, "samples/s best": speed.best}
+        row |= {"GB/s median": speed.median * SAMPLE_BYTES / 1e9, "CPU µs/sample": speed.cpu * 1e6}
+        rows.append(row | {"ours / this": measured[OURS].median / speed.median})
     ratio = {row["arm"]: row["ours / this"] for row in rows}
     targets = [
         target("ours / naive LMDB", ratio[NAIVE], at_least=4),
@@ -128,16 +122,12 @@ def warm(args: argparse.Namespace) -> None:
 
 def cold(args: argparse.Namespace) -> None:
     measured, skipped = compare(args, COLD, args.read, 1)
-    rows = [
-        {
-            "arm": arm,
-            "MB/s median": speed.median * SAMPLE_BYTES / 1e6,
-            "MB/s best": speed.best * SAMPLE_BYTES / 1e6,
-            "read from disk / wanted": speed.disk / SAMPLE_BYTES,
-            "CPU µs/sample": speed.cpu * 1e6,
-        }
-        for arm, speed in measured.items()
-    ]
+    rows = []
+    for arm, speed in measured.items():
+        median, best = (rate * SAMPLE_BYTES / 1e6 for rate in (speed.median, speed.best))
+        row = {"arm": arm, "MB/s median": median, "MB/s best": best}
+        row |= {"read from disk / wanted": speed.disk / SAMPLE_BYTES}
+        rows.append(row | {"CPU µs/sample": speed.cpu * 1e6})
     rate = {row["arm"]: row["MB/s median"] for row in rows}
     targets = [
         target("ours / LMDB txn.get, readahead=False", rate[OURS] / rate[WORST], at_least=15),
@@ -180,9 +170,7 @@ def compare(args: argparse.Namespace, arms: dict, read: int, passes: int) -> tup
                 print(f"{arm}: {found[0]:,.0f} samples/s", flush=True)
     for name, reason in skipped.items():
         print(f"skipped: {name} ({reason})")
-    speeds = [
-        (arm, Speed(*np.median(found, axis=0).tolist(), max(found)[0])) for arm, found in rounds.items()
-    ]
+    speeds = [(arm, Speed(*np.median(found, axis=0), max(found)[0])) for arm, found in rounds.items()]
     return dict(sorted(speeds, key=lambda entry: -entry[1].median)), skipped
 
 
@@ -191,7 +179,6 @@ def measure(arm: Format, batches: Batches, readers: int, warm_up: int) -> tuple[
 
     Without a warm-up, opening the files and reading their index is part of it.
     """
-
     cpu, disk, started = cpu_seconds(), disk_bytes(), time.perf_counter()
     for number, _ in enumerate(delivered := arm.read(batches, readers), 1):
         if number == warm_up:
@@ -216,20 +203,24 @@ def check_exact(delivered: Iterator[formats.Delivered], values: formats.Values, 
 
 
 def full_size(args: argparse.Namespace) -> None:
-    count, steps = args.samples, min(args.steps, args.samples // BATCH)
+    count, steps, bank = args.samples, min(args.steps, args.samples // BATCH), formats.random_values(1024)
+
+    def values_of(field: str, indices: list[int]) -> Tensor:
+        """Other values for each sample, without drawing billions of numbers."""
+        return torch.stack([bank[field][i % 1024].roll(i // 1024, -1) for i in indices])
+
     with temporary_folder(args.dir) as folder:
         started = time.perf_counter()
-        write_cache(folder, SHAPES, count, rolled_values(), classes=1000, shard_size=args.shard_size)
+        write_cache(folder, SHAPES, count, values_of, classes=1000, shard_size=args.shard_size)
         seconds = time.perf_counter() - started
         ours = formats.OursStreamed(folder)
         dataset = ours.opened
-        taken = {field: on_disk(folder / field) for field in VALUE_BYTES}
-        written = {
-            "samples": count,
-            "shards": len(dataset.latents.manifest["shards"]),
-            "GB": sum(taken.values()) / 1e9,
-            "samples/s written": count / seconds,
+        taken = {
+            field: sum(path.stat().st_blocks * 512 for path in files_of(folder / field))
+            for field in VALUE_BYTES
         }
+        written = {"samples": count, "shards": len(dataset.latents.manifest["shards"])}
+        written |= {"GB": sum(taken.values()) / 1e9, "samples/s written": count / seconds}
         for field, size in VALUE_BYTES.items():
             written[f"{field}: disk over values"] = taken[field] / (count * size) - 1
         print(", ".join(f"{key} {value:,.4g}" for key, value in written.items()))
@@ -241,10 +232,8 @@ def full_size(args: argparse.Namespace) -> None:
 
         def in_loader(method: str) -> Iterator[dict[str, Tensor]]:
             """The batches of one epoch after another."""
-            loader = DataLoader(
-                dataset, batch_sampler=order(last_step=steps), num_workers=args.readers, persistent_workers=True,
-                multiprocessing_context=method,
-            )  # fmt: skip
+            how = {"num_workers": args.readers, "persistent_workers": True, "multiprocessing_context": method}
+            loader = DataLoader(dataset, batch_sampler=order(last_step=steps), **how)
             while True:
                 yield from loader
 
@@ -264,21 +253,6 @@ def full_size(args: argparse.Namespace) -> None:
     publish(args, rows, targets, written=written)
 
 
-def on_disk(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in files_of(folder))
-
-
-def rolled_values() -> Callable[[str, list[int]], Tensor]:
-    """Other values for each sample, without drawing billions of numbers."""
-    bank = formats.random_values(1024)
-
-    def values_of(field: str, indices: list[int]) -> Tensor:
-        stored = bank[field]
-        return torch.stack([stored[i % len(stored)].roll(i // len(stored), -1) for i in indices])
-
-    return values_of
-
-
 def read_epochs(name: str, batches: Iterator, epochs: int, steps: int) -> dict:
     """Read so many epochs of so many steps, and note the memory after each."""
     rates, memory = [], []
@@ -290,17 +264,11 @@ def read_epochs(name: str, batches: Iterator, epochs: int, steps: int) -> dict:
         memory.append(memory_mb())
     batches.close()  # ends workers and threads
     print(f"{name}: {statistics.median(rates):,.0f} samples/s", flush=True)
-    pss = [entry["Pss"] for entry in memory]
-    return {
-        "reader": name,
-        "samples/s median": statistics.median(rates),
-        "samples/s first epoch": rates[0],
-        "processes": memory[-1]["processes"],
-        "RSS MB": memory[-1]["Rss"],
-        "PSS MB": pss[-1],
-        "PSS after each epoch": " ".join(f"{value:.0f}" for value in pss),
-        "growth MB": max(pss[-2:]) - pss[1],
-    }
+    last, pss = memory[-1], [entry["Pss"] for entry in memory]
+    speed = {"samples/s median": statistics.median(rates), "samples/s first epoch": rates[0]}
+    used = {"processes": last["processes"], "RSS MB": last["Rss"], "PSS MB": last["Pss"]}
+    used["PSS after each epoch"] = " ".join(f"{value:.0f}" for value in pss)
+    return {"reader": name, **speed, **used, "growth MB": max(pss[-2:]) - pss[1]}
 
 
 if __name__ == "__main__":

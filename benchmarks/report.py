@@ -60,21 +60,14 @@ def publish(args: argparse.Namespace, rows: list[dict], targets: list[dict], **a
     script = Path(sys.argv[0]).stem
     file = args.results / (f"{script}_{args.part}.json" if "part" in args else f"{script}.json")
     print("", table(rows), *map(format_target, targets), sep="\n")
-    options = {
-        key: value
-        for key, value in vars(args).items()
-        if not isinstance(value, Path) and key not in ("part", "run")
-    }
+    options = vars(args).items()
     content = {
         "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "options": options,
-        **also,
-        "rows": rows,
-        "targets": targets,
+        "options": {k: v for k, v in options if not isinstance(v, Path) and k not in ("part", "run")},
     }
-    write_json(file, content)
+    write_json(file, content | also | {"rows": rows, "targets": targets})
     print(f"\n{file}")
     if args.results == RESULTS:
         for page in PAGES:
@@ -112,11 +105,9 @@ def table(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells)
+    head, *body = (f"| {' | '.join(line)} |" for line in padded)
+    return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *body])
 
 
 def _shown(value) -> str:

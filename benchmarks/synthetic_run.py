@@ -63,14 +63,10 @@ def make_synthetic(
 
     classes = min(shapes["classes"], images)
     write_cache(folder, shapes, images, values_of, classes=classes, pictures=pictures or ["unused"])
-    return [
-        f"model.base={folder}/sd15",
-        f"data.csv={folder}/list.csv",
-        *(f"data.{name}={folder}/{name}" for name in ("latents", "tokens", "text")),
-        f"teacher.dim={shapes['tokens'][1]}",
-        f"teacher.grid={int(shapes['tokens'][0] ** 0.5)}",
-        f"run={folder}/run",
-    ]
+    tokens, dim = shapes["tokens"]
+    caches = (f"data.{name}={folder}/{name}" for name in ("latents", "tokens", "text"))
+    settings = [f"model.base={folder}/sd15", f"data.csv={folder}/list.csv", *caches, f"run={folder}/run"]
+    return [*settings, f"teacher.dim={dim}", f"teacher.grid={int(tokens**0.5)}"]
 
 
 def write_cache(
@@ -82,11 +78,8 @@ def write_cache(
     The ids are like ImageNet's, so that those of one folder are neighbours.
     """
     index_of = {f"n{i // 200:08d}/n{i // 200:08d}_{i}": i for i in range(count)}
-    samples = [
-        Sample(key, pictures[i % len(pictures)], i % classes, f"n{i % classes}")
-        for key, i in index_of.items()
-    ]
-    write_samples(folder / "list.csv", samples)
+    shown = ((key, pictures[i % len(pictures)], i % classes) for key, i in index_of.items())
+    write_samples(folder / "list.csv", [Sample(*sample, f"n{sample[-1]}") for sample in shown])
     for field, about in ABOUT.items():
         view = {"kind": "aligned", "size": shapes["image"]} if field == "latents" else {}
         spec = FieldSpec(field, shapes[field], "float16", "random numbers", view=view, **about)
@@ -115,10 +108,8 @@ def make_base(folder: Path, unet_config: dict) -> None:
             torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
     unet.save_pretrained(folder / "unet")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    schedule = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-    )
-    schedule.save_pretrained(folder / "scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    DDPMScheduler(**betas, steps_offset=1, clip_sample=False).save_pretrained(folder / "scheduler")
 
 
 def complete_pipeline(folder: Path, shapes: dict) -> None:

@@ -24,8 +24,6 @@ from benchmarks.report import benchmark_parser, publish, target
 from cache.encodings import ENCODINGS
 
 SHAPE = (196, 1024)
-
-
 Encode = Callable[[Tensor], tuple[Tensor, ...]]  # values (n, N, D) to what would be stored
 Decode = Callable[..., Tensor]  # and back
 
@@ -55,11 +53,8 @@ CODECS = {name: ours(name) for name in ("float16", "bfloat16", "int8")} | {
 
 
 def main() -> None:
-    parser = benchmark_parser(
-        __doc__, images=(64, "of 196 tokens each"), repeats=(7, "of each timing, the median counts")
-    )
-    args = parser.parse_args()
-
+    counts = {"images": (64, "of 196 tokens each"), "repeats": (7, "of each timing, the median counts")}
+    args = benchmark_parser(__doc__, **counts).parse_args()
     generator = torch.Generator().manual_seed(0)
     kinds = {
         "heavy": heavy_tailed_tokens(args.images, generator),

@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=positive, default=[48], help="(default 48)")
     parser.add_argument("--compile", nargs="+", default=["none", "default"], help="(default none default)")
     parser.add_argument("--coeff", nargs="+", type=float, default=[0.0, 0.8], help="λ (default 0 0.8)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every arm"
-    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of every arm")
     args = parser.parse_args()
     device = device_of(parser, args)
     with temporary_folder(args.dir) as folder:
@@ -59,8 +57,8 @@ def main() -> None:
         rows = []
         for train, batch, compiled, coeff in product(args.train, args.batch, args.compile, args.coeff):
             arm = {"train": train, "batch": batch, "compile": compiled, "λ": coeff}
-            settings = [*base, f"model.train={train}", f"data.batch_size={batch}", f"train.compile={compiled}",
-                        f"align.coeff={coeff}", "train.precision=auto", *args.set]  # fmt: skip
+            ours = [f"model.train={train}", f"data.batch_size={batch}", f"train.compile={compiled}"]
+            settings = [*base, *ours, f"align.coeff={coeff}", "train.precision=auto", *args.set]
             rows.append(arm | measure(settings, args.steps, matmul, folder / f"run{len(rows)}"))
             print(rows[-1], flush=True)
     publish(args, rows, targets_of(rows, device), matmul_tflop_per_s=matmul / 1e12)
@@ -85,11 +83,9 @@ def measure(
 ) -> dict:
     """One arm: windows of our loop and of the bare one in turn, so that both see the same machine; medians."""
     windows = WINDOWS if windows is None else windows
-    config = load_config(
-        [CONFIG],
-        [*settings, f"run={run}", f"train.steps={(windows + 1) * steps}", f"train.log_every={steps}",
-         "train.checkpoint_every=100000000", "optim.warmup_fraction=0"],
-    )  # fmt: skip
+    own = [f"run={run}", f"train.steps={(windows + 1) * steps}", f"train.log_every={steps}"]
+    own += ["train.checkpoint_every=100000000", "optim.warmup_fraction=0"]
+    config = load_config([CONFIG], [*settings, *own])
     theirs: list[float] = []
     try:
         parts = build_parts(config)
@@ -110,9 +106,8 @@ def measure(
                 return line
 
         with RunFolder.claimed(config) as folder, patch.object(train_script, "Meter", Interrupted):
-            state = TrainingState(
-                config, parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
-            )
+            ours = parts.masters, parts.coefficient, parts.ranks, parts.dataset.identity
+            state = TrainingState(config, *ours)
             state.save = lambda run: None  # a checkpoint is no part of a step
             train_script.take_steps(parts, folder, state, train_script.open_stream(parts, first_step=0))
             warming_up, *lines = folder.metrics()  # the first window compiles
@@ -146,10 +141,8 @@ def bare_step(parts: Parts) -> Callable[[], None]:
     latents = torch.randn(batch, *dataset.latent_shape, device=device).to(dtype)
     noise = torch.randn_like(latents)
     timesteps = torch.randint(1000, (batch,), device=device)
-    text = {
-        name: torch.randn(batch, *row.shape, device=device).to(dtype)
-        for name, row in dataset.text.null.items()
-    }
+    rows = dataset.text.null.items()
+    text = {name: torch.randn(batch, *row.shape, device=device).to(dtype) for name, row in rows}
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-12, weight_decay=0.0, fused=True)
     ema = EMAModel(trained, decay=0.9995, foreach=True)

@@ -29,12 +29,8 @@ from models.sd15_unet_aligned import lora_config
 
 
 def main() -> None:
-    parser = benchmark_parser(
-        __doc__,
-        batch=(48, "images of a step"),
-        steps=(60, "of each of their runs"),
-        runs=(3, "of each loop, in turn"),
-    )
+    counts = {"steps": (60, "of each of their runs"), "runs": (3, "of each loop, in turn")}
+    parser = benchmark_parser(__doc__, batch=(48, "images of a step"), **counts)
     parser.add_argument("--example", type=Path, required=True, help="diffusers' train_text_to_image_lora.py")
     parser.add_argument("--size", choices=("full", "small"), default="full", help="(default full)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of ours")
@@ -46,7 +42,7 @@ def main() -> None:
         for how, compiler in compilers.items()
         for coeff in ("0", "0.8")
     }
-    found: dict[str, list[dict]] = {"diffusers": [], **{name: [] for name in ways}}
+    found: dict[str, list[dict]] = {name: [] for name in ("diffusers", *ways)}
     with temporary_folder(args.dir) as folder:
         base = make_synthetic(folder, args.size, images=4 * args.batch)
         matmul = matmul_rate(device)
@@ -59,16 +55,14 @@ def main() -> None:
                 found[name].append(measure(settings, max(args.steps // 6, 1), matmul, run, bare=False))
             print({name: round(runs[-1]["ms/step"], 1) for name, runs in found.items()}, flush=True)
     best = {name: min(run["ms/step"] for run in runs) for name, runs in found.items()}
-    rows = [
-        {
-            "loop": name,
-            "ms/step": statistics.median(run["ms/step"] for run in runs),
-            "ms/step best": best[name],
-            "memory GB": max(run["memory GB"] for run in runs),
-            "diffusers / this": best["diffusers"] / best[name],
-        }
-        for name, runs in found.items()
-    ]
+    rows = []
+    for name, runs in found.items():
+        median, memory = (
+            statistics.median(run["ms/step"] for run in runs),
+            max(run["memory GB"] for run in runs),
+        )
+        row = {"loop": name, "ms/step": median, "ms/step best": best[name], "memory GB": memory}
+        rows.append(row | {"diffusers / this": best["diffusers"] / best[name]})
     targets = []
     if device.type == "cuda":
         ours = next(row for row in rows if row["loop"] == "ours, λ = 0, compiled")

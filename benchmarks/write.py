@@ -29,17 +29,13 @@ from cache.views import read_view
 from common.arguments import Parser, between, positive
 from common.device import pick_device
 from preprocessing.encoders import latent_job, token_job
-from preprocessing.options import (
-    add_device_option,
-    add_latent_options,
-    add_teacher_options,
-)
+from preprocessing.options import add_device_option, add_latent_options, add_teacher_options
 from preprocessing.pipeline import FieldJob, encode_fields
 
-DINOV2 = {
-    "dinov2-small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
-    "dinov2-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "dinov2-large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+DINOV2 = {  # width, layers and heads of each
+    "dinov2-small": (384, 12, 6),
+    "dinov2-base": (768, 12, 12),
+    "dinov2-large": (1024, 24, 16),
 }
 ENCODERS = ["vae", *DINOV2]
 WIDTH, HEIGHT = 500, 375
@@ -47,26 +43,22 @@ FILES = 512  # are in the page cache anyway; a longer run goes over them again
 
 
 def main() -> None:
-    parser = benchmark_parser(
-        __doc__, seconds=(20, "of a bare run"), batch_size=(4, "images of a forward"), rounds=(2, "of all")
-    )
-    parser.add_argument("--encoders", default=",".join(ENCODERS), help="(default %(default)s)")
+    counts = {"seconds": (20, "of a bare run"), "batch_size": (4, "images of a forward")}
+    parser = benchmark_parser(__doc__, rounds=(2, "of all"), **counts)
+    parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=ENCODERS, help="(default all)")
     parser.add_argument("--images", type=positive, help="in one run (default: as many as fill --seconds)")
     parser.add_argument("--workers", type=between(0, 1024), default=1, help="that decode images (default 1)")
     precisions = ("auto", "bf16", "fp32")
     parser.add_argument("--precision", choices=precisions, default="auto", help="(default auto)")
     add_device_option(parser)
     args = parser.parse_args()
-    wanted = args.encoders.split(",")
-    if unknown := set(wanted) - set(ENCODERS):
-        parser.error(f"--encoders knows {', '.join(ENCODERS)}, not {', '.join(sorted(unknown))}")
     if args.batch_size > FILES or (args.images or 0) % args.batch_size:
         parser.error(f"--batch-size must not exceed {FILES} and must divide --images")
 
     rows = []
     with temporary_folder(args.dir) as folder:
         paths = write_images(folder / "images", FILES)
-        for name in wanted:
+        for name in args.encoders:
             save_encoder(name, folder / name)
             size = ["--image-size", "512"] if name == "vae" else []
             job = job_of(name, folder / name, folder / f"{name}-cache", args, *size)
@@ -93,7 +85,9 @@ def save_encoder(name: str, folder: Path) -> None:
         make_vae(folder, SIZES["full"]["vae"])
         (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     else:
-        Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **DINOV2[name])).save_pretrained(folder)
+        width, layers, heads = DINOV2[name]
+        config = Dinov2Config(width, layers, heads, image_size=518, patch_size=14)
+        Dinov2Model(config).save_pretrained(folder)
 
 
 def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace, *more: str) -> FieldJob:
@@ -114,23 +108,17 @@ def measure(name: str, job: FieldJob, paths: list[str], args: argparse.Namespace
     count = args.images or images_in(args.seconds, job, pixels, args.batch_size)
     batches = whole_batches(pixels, count, args.batch_size)  # (n, 3, S, S) each
     samples = [Sample(f"n/{n}", paths[n % len(paths)], 0, "n") for n in range(count)]
-    bare_rates, whole_rates = [], []
+    rates = []
     for number in range(args.rounds):
-        bare_rates.append(count / encoding_seconds(job, batches))
-        whole = replace(job, folder=Path(f"{job.folder}-{number}"))
+        bare = encoding_seconds(job, batches)
+        of_round = replace(job, folder=Path(f"{job.folder}-{number}"))
         started = time.perf_counter()
-        encode_fields(samples, [whole], batch_size=args.batch_size, workers=args.workers)
-        whole_rates.append(count / (time.perf_counter() - started))
-    bare, whole = statistics.median(bare_rates), statistics.median(whole_rates)
-    return {
-        "encoder": name,
-        "images": count,
-        "batch": args.batch_size,
-        "bare images/s": bare,
-        "whole images/s": whole,
-        "whole / bare": whole / bare,
-        "MB/s of pixels to shards": whole * job.spec.value_bytes / 1e6,
-    }
+        encode_fields(samples, [of_round], batch_size=args.batch_size, workers=args.workers)
+        rates.append((count / bare, count / (time.perf_counter() - started)))
+    bare, whole = map(statistics.median, zip(*rates, strict=True))
+    row = {"encoder": name, "images": count, "batch": args.batch_size, "bare images/s": bare}
+    row |= {"whole images/s": whole, "whole / bare": whole / bare}
+    return row | {"MB/s of pixels to shards": whole * job.spec.value_bytes / 1e6}
 
 
 def encoding_seconds(job: FieldJob, batches: list[torch.Tensor]) -> float:

@@ -1,30 +1,55 @@
-"""The door for every CSV that is read: UTF-8 with or without a byte order mark, any line ends, the columns as they must be."""
+"""The door for every CSV: UTF-8 with or without a byte order mark, any line ends, the columns as they must be."""
 
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import write_atomically
 from common.reading import read_text
 
 
-def read_csv(path: str | Path, columns: Sequence[str], remedy: str) -> Iterator[tuple[int, list[str]]]:
+def read_csv(
+    path: str | Path, columns: Sequence[str] | Sequence[Sequence[str]], remedy: str
+) -> Iterator[tuple[int, list[str]]]:
     """Yield the number of the line and the fields of every row below the header; empty lines are skipped.
 
-    Raises `UserError` with line and `remedy` where the header differs from `columns` or a row has more or fewer fields.
+    Raises `UserError` with line and `remedy` where the header differs from `columns`, or from all of several headers, or where
+    a row has more or fewer fields.
+    """
+    headers = [list(columns)] if isinstance(columns[0], str) else list(map(list, columns))
+    rows = csv_rows(path, remedy)
+    if next(rows, (1, None))[1] not in headers:
+        raise UserError(f"{path}: the columns must be {' or '.join(map(', '.join, headers))}: {remedy}")
+    yield from rows
+
+
+def csv_rows(path: str | Path, remedy: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the line and the fields of every row, of the header first; empty lines below it are skipped.
+
+    Raises `UserError` with line and `remedy` where a row has more or fewer fields than the header.
     """
     if not os.path.lexists(path):
         raise UserError(f"cannot read {path}, which does not exist: {remedy}")
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        if next(rows, None) != list(columns):
-            raise UserError(f"{path}: the columns must be {', '.join(columns)}: {remedy}")
+        header = next(rows, None)
+        if header is None:
+            return
+        yield rows.line_num, header
         for row in filter(None, rows):
-            if len(row) != len(columns):
-                counts = f"{len(row)} fields instead of {len(columns)}"
+            if len(row) != len(header):
+                counts = f"{len(row)} fields instead of {len(header)}"
                 raise UserError(f"line {rows.line_num} of {path} has {counts}: {remedy}")
             yield rows.line_num, row
     except csv.Error as error:  # an open quote, or a field of more than 131,072 characters
         raise UserError(f"line {rows.line_num} of {path} is damaged ({error}): {remedy}") from None
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write header and rows atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    write_atomically(path, text.getvalue().encode())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache.image_list import Sample, read_samples
+from cache.image_list import Sample, is_captioned, read_samples
 from cache.reader import FieldReader
 from cache.text import TextReader
 from common.errors import UserError
@@ -48,7 +48,7 @@ class AlignedDataset(Dataset):
             where = " and ".join(str(folder) for folder in (latents, tokens) if folder is not None)
             raise UserError(f"none of the images of {csv_path} is in {where}: check the paths")
         self.ids = [sample.id for sample in samples]
-        self.captioned = getattr(samples[0], "prompt", None) is not None
+        self.captioned = is_captioned(samples)
         self.labels = torch.tensor(self._find_labels(samples, csv_path))  # (n,)
         self.readers = {"latent": self.latents}
         if need_tokens and self.tokens is not None:

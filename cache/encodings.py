@@ -37,8 +37,7 @@ def _plain(dtype: torch.dtype) -> Encoding:
 
 def _int8_bytes(shape: Sequence[int]) -> int:
     if shape[-1] % GROUP:
-        shared = f"int8 shares a scale among {GROUP} channels"
-        raise ValueError(f"{shared}, and {shape[-1]} is no multiple of that")
+        raise ValueError(f"int8 has a scale for {GROUP} channels each, and {shape[-1]} is no multiple")
     return math.prod(shape) * (GROUP + 2) // GROUP
 
 

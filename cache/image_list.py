@@ -1,45 +1,60 @@
-"""The list of images that a cache or a training uses: a CSV with the columns `id, img_path, class_id, synset`."""
+"""The list of images that a cache or a training uses: a CSV `id, img_path, class_id, synset`, or `id, img_path, prompt`.
 
-import csv
-import io
+The first kind has the class of each image, the second, a captioned list, its caption. A list is of one kind.
+"""
+
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from cache.csv_file import read_csv
+from cache.csv_file import read_csv, write_csv
 from common.errors import UserError
-from common.files import write_atomically
 
 CLASS_ID, MAX_CLASSES = re.compile("[0-9]{1,10}"), 2**31
 COLUMNS = ["id", "img_path", "class_id", "synset"]
+CAPTIONED = ["id", "img_path", "prompt"]
+BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # line breaks and control characters too
+LONGEST_PROMPT = 10_000  # characters; text encoders read some hundreds
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One item, that is one row of the list. Every cached field uses `id` as its key; `class_id` counts from 0."""
+    """One item, that is one row of the list. Every cached field uses `id` as its key; `class_id` counts from 0.
+
+    In a captioned list `prompt` is the caption, `class_id` is None and `synset` empty; in a list of classes `prompt` is None.
+    """
 
     id: str
     img_path: str
-    class_id: int
-    synset: str
+    class_id: int | None = None
+    synset: str = ""
+    prompt: str | None = None
 
 
 def read_samples(path: str | Path) -> list[Sample]:
     """Read the CSV of script 1; raises `UserError` when it is missing, empty or malformed, or contains an id twice."""
     samples = []
-    for line, (key, img_path, class_id, synset) in read_csv(path, COLUMNS, "make it again with script 1"):
-        if not CLASS_ID.fullmatch(class_id) or int(class_id) >= MAX_CLASSES:
-            raise UserError(
-                f"line {line} of {path} has the class_id {class_id!r:.60}; classes count 0, 1, 2 …"
-            )
+    for line, (key, img_path, *rest) in read_csv(path, (COLUMNS, CAPTIONED), "make it again with script 1"):
+        where = f"line {line} of {path} has"
+        if len(rest) == 1:
+            (prompt,) = rest
+            if not prompt or prompt != one_line_prompt(prompt) or len(prompt) > LONGEST_PROMPT:
+                raise UserError(
+                    f"{where} the prompt {prompt!r:.60}; a prompt is one line of text, of {LONGEST_PROMPT:,} characters at most"
+                )
+            about = {"prompt": prompt}
+        else:
+            class_id, synset = rest
+            if not CLASS_ID.fullmatch(class_id) or int(class_id) >= MAX_CLASSES:
+                raise UserError(f"{where} the class_id {class_id!r:.60}; classes are 0, 1, 2 …")
+            about = {"class_id": int(class_id), "synset": synset}
         if not key or not key.isprintable():
-            raise UserError(
-                f"line {line} of {path} has the id {key!r:.60}; ids are names without control characters"
-            )
-        samples.append(Sample(key, img_path, int(class_id), synset))
+            raise UserError(f"{where} the id {key!r:.60}, which is empty or has control characters")
+        samples.append(Sample(key, img_path, **about))
     if not samples:
         raise UserError(f"{path} lists no images; make it again with script 1")
     if twice := [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]:
@@ -47,11 +62,31 @@ def read_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
-def write_samples(path: str | Path, samples: list[Sample]) -> None:
-    """Write the CSV atomically."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(attrgetter(*COLUMNS), samples)])
-    for name in (sample.img_path for sample in samples):
-        if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
+def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
+    """Write the CSV atomically; raises `UserError` for names of files that a CSV cannot hold."""
+    columns = CAPTIONED if is_captioned(samples) else COLUMNS
+    for sample in samples:
+        shown = os.fsencode(sample.img_path).decode(errors="backslashreplace")
+        if shown != sample.img_path:
             raise UserError(f"the file name {shown} is no UTF-8: rename that file")
-    write_atomically(path, text.getvalue().encode())
+        if not sample.id.isprintable():
+            raise UserError(f"the file name {shown!r} has control characters: rename that file")
+    write_csv(path, columns, map(attrgetter(*columns), samples))
+
+
+def is_captioned(samples: Sequence[Sample]) -> bool:
+    """Return whether a list has captions, and not classes; raises `UserError` where it mixes both."""
+    kinds = {sample.prompt is not None for sample in samples}
+    if len(kinds) > 1:
+        raise UserError("a list has either captions or classes, not both: make two lists")
+    return True in kinds
+
+
+def one_line_prompt(text: str) -> str:
+    """Return a caption as one line: white space and control characters become single blanks, none at either end."""
+    return BLANKS.sub(" ", text).strip()
+
+
+def different_prompts(samples: Sequence[Sample]) -> list[str]:
+    """Return the prompts of a captioned list, each once, in the order of the list."""
+    return list(dict.fromkeys(sample.prompt for sample in samples))

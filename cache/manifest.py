@@ -311,8 +311,6 @@ def ids_digest(ids: Iterable[str]) -> str:
 def check_same(folder: Path, known: dict, wanted: dict) -> None:
     """Raise `UserError` where the `known` settings of a folder differ from the `wanted` ones."""
     for key, value in wanted.items():
-        if known.get(key) != value:
-            raise UserError(
-                f"{folder} was written with another {key} ({known.get(key)!r} there, {value!r} here): choose another folder "
-                "or delete that one"
-            )
+        if (there := known.get(key)) != value:
+            what = f"another {key} ({there!r} there, {value!r} here)"
+            raise UserError(f"{folder} was written with {what}: choose another folder or delete that one")

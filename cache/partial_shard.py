@@ -65,14 +65,11 @@ class PartialShard:
             raise UserError(f"{self.path} is damaged ({error}): {self._anew}") from None
         ids = {key.decode(errors="replace") for key, _, _ in found}
         ours = ids <= set(planned) and {size for _, _, size in found} <= {value_bytes}
-        if not ours or self._begun_with() != self._settings_sha256:
+        begun = os.path.lexists(self._notes) and read_record(self._notes, Begun, self._anew)
+        if not ours or not begun or begun["settings_sha256"] != self._settings_sha256:
             raise UserError(f"{self.path} was begun for another cache: {self._anew}")
         return ids
 
     def forget(self) -> None:
         """Remove the notes, once the shard is sealed."""
         self._notes.unlink(missing_ok=True)
-
-    def _begun_with(self) -> str | None:
-        exists = os.path.lexists(self._notes)
-        return read_record(self._notes, Begun, self._anew)["settings_sha256"] if exists else None

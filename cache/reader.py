@@ -21,6 +21,8 @@ from cache.lmdb_pages import DamagedFile, value_ranges, will_need
 from cache.manifest import MANIFEST, UNREADABLE, UNREADABLE_COLUMNS, FieldSpec, ids_digest, read_manifest
 from common.errors import UserError
 
+ANEW = "run the script that wrote it again; only this shard is made anew"
+
 
 class FieldReader:
     """Reads the values of one finished field, by id or by row. A row is the position of an id in `ids`.
@@ -42,8 +44,7 @@ class FieldReader:
         self._paths = [self.folder / shard["file"] for shard in self.manifest["shards"]]
         for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
             if not path.is_file():
-                anew = "run the script that wrote it again; only this shard is made anew"
-                raise UserError(f"{path} is missing or no file: {anew}")
+                raise UserError(f"{path} is missing or no file: {ANEW}")
             if (size := path.stat().st_size) != shard["bytes"]:
                 raise _damaged(path, f"has {size} bytes, its manifest says {shard['bytes']}")
         self._open: dict[int, object] = {}
@@ -73,8 +74,7 @@ class FieldReader:
         """Return the rows `(len(ids),)` of these ids; raises `UserError` for an id that the field lacks."""
         row_of = self._row_of
         if lacking := next((key for key in ids if key not in row_of), None):
-            todo = "run the script that wrote it for the CSV you train on"
-            raise UserError(f"{self.folder} holds no {lacking}; {todo}")
+            raise UserError(f"{self.folder} holds no {lacking}; make it anew for the CSV you train on")
         return np.fromiter((row_of[key] for key in ids), np.int64, len(ids))
 
     def read(self, ids: Sequence[str]) -> Tensor:
@@ -178,6 +178,4 @@ def row_checksum(key: bytes, value) -> int:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} {what}: delete that file and run the script that wrote it again; only this shard is made anew"
-    )
+    return UserError(f"{path} {what}: delete that file and {ANEW}")

@@ -102,8 +102,7 @@ class NumberedLocks:
                 return False
             if error.errno not in NO_LOCKS:
                 raise
-            warning = "no file locks here, so start no second writer for a shard"
-            print(f"{self._folder}: {warning}", file=sys.stderr)
+            print(f"{self._folder}: no file locks here: start no second writer", file=sys.stderr)
         return True
 
     @contextmanager

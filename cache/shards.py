@@ -17,8 +17,6 @@ without `manifest.json` is not a cache yet. Several processes may write one fiel
 that seals the last shard writes the manifest. `cache/reader.py` reads the shards without LMDB.
 """
 
-import csv
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ import lmdb
 from pydantic import with_config
 from torch import Tensor
 
+from cache.csv_file import write_csv
 from cache.manifest import (
     MANIFEST,
     UNREADABLE,
@@ -43,7 +42,7 @@ from cache.partial_shard import PAGE, PARTIAL, PartialShard
 from cache.reader import row_checksum
 from cache.shard_plan import NumberedLocks, check_settings, extend_plan, read_plan, shard_path
 from common.errors import UserError
-from common.files import sync_folder, write_atomically, write_json
+from common.files import sync_folder, write_json
 from common.reading import RECORD, read_record
 
 MAX_KEY_BYTES = 511
@@ -74,21 +73,14 @@ class FieldWriter:
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        spec: FieldSpec,
-        ids: Sequence[str],
-        *,
-        shard_size: int | None = None,
-        part: tuple[int, int] = (0, 1),
-        also: Mapping[str, object] | None = None,
-    ):
+        self, folder: str | Path, spec: FieldSpec, ids: Sequence[str], *,
+        shard_size: int | None = None, part: tuple[int, int] = (0, 1), also: Mapping[str, object] | None = None,
+    ):  # fmt: skip
         self.folder, self.spec, self._also = Path(folder), spec, also or {}
         self._open: tuple[int, lmdb.Environment] | None = None
         self._checksum: int | None = None  # of the open shard; None if it had rows when it was opened
         if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
-            limit = f"{MAX_KEY_BYTES} bytes, LMDB's limit"
-            raise UserError(f"the id {long:.60} … is longer than {limit}: rename that file")
+            raise UserError(f"the id {long:.60} … is longer than {MAX_KEY_BYTES} bytes: rename that file")
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = NumberedLocks(self.folder)
@@ -190,10 +182,9 @@ class FieldWriter:
             shard = read_record(self._path(number, ".json"), Sealed, anew)
             unreadable = shard.pop("unreadable")
             if (size := path.stat().st_size) != shard["bytes"]:
-                raise UserError(
-                    f"{path} has {size} bytes, {shard['bytes']} were written: delete that file and run the same command; only "
-                    "this shard is made anew"
-                )
+                written = f"has {size} bytes, {shard['bytes']} were written"
+                anew = "delete that file and run the same command; only this shard is made anew"
+                raise UserError(f"{path} {written}: {anew}")
             shards.append((shard, unreadable))
         return shards
 
@@ -244,15 +235,13 @@ class FieldWriter:
     def _seal(self, shard: int, *, only_if_complete: bool = False) -> None:
         planned = set(self.plan[shard])
         with self._environment(shard).begin() as transaction:
-            stored = _keys(transaction)
+            stored = {key.decode() for key in transaction.cursor().iternext(values=False)}
             # An image noted as unreadable may have been repaired before a later run; a stored value takes precedence.
-            unreadable = {
-                key: why for key, why in self._partial(shard).unreadable.items() if key not in stored
-            }
+            noted = self._partial(shard).unreadable.items()
+            unreadable = {key: why for key, why in noted if key not in stored}
             if stored | unreadable.keys() != planned:
                 if not only_if_complete:
-                    what = f"shard {shard} has {len(stored)} of {len(planned)} values"
-                    raise ValueError(f"{what}: sealed too early")
+                    raise ValueError(f"sealed too early: {len(stored)} of {len(planned)} values of {shard}")
                 transaction.abort()
                 return self._close_shard()
             checksum = self._checksum
@@ -273,10 +262,8 @@ class FieldWriter:
         unreadable = {key: (shard["file"], why) for shard, bad in sealed for key, why in bad.items()}
         stored = sorted({key for shard in self.plan for key in shard} - unreadable.keys())
         if unreadable:  # written before the manifest, so that a finished field always lists what it lacks
-            text = io.StringIO()
-            rows = [UNREADABLE_COLUMNS, *((key, *where) for key, where in unreadable.items())]
-            csv.writer(text, lineterminator="\n").writerows(rows)
-            write_atomically(self.folder / UNREADABLE, text.getvalue().encode())
+            rows = ((key, *where) for key, where in unreadable.items())
+            write_csv(self.folder / UNREADABLE, UNREADABLE_COLUMNS, rows)
         else:
             (self.folder / UNREADABLE).unlink(missing_ok=True)
         counts = {"num_samples": len(stored), "num_unreadable": len(unreadable)}
@@ -294,7 +281,3 @@ class FieldWriter:
                 f"cannot write to {self.folder}: {reason}; nothing finished is lost: mend that (free some disk, allow writing) "
                 "and run the same command"
             ) from None
-
-
-def _keys(transaction: lmdb.Transaction) -> set[str]:
-    return {key.decode() for key in transaction.cursor().iternext(values=False)}

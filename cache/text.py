@@ -14,6 +14,7 @@ added behind those that are there, and the manifest counts those whose rows are 
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ PROMPTS, OLD_TABLE = "prompts.json", "text.safetensors"
 NULL = "null"  # the key of the null prompt
 SHARD_BYTES = 4 * 2**30  # of a new folder's shards, at most: large text gets shards of fewer rows
 TABLE_BYTES = 2 * 10**9  # data.text_on_device=auto: the largest table that is kept on the device
-WIDTH = 32  # letters of a caption that are shown above a column of images
+WIDTH = 32  # letters of a caption above a picture
 
 
 @with_config(RECORD)
@@ -229,11 +230,33 @@ def write_text(
     writer.finish()
 
 
+def prompts_of_text(folder: str | Path) -> list[str]:
+    """Return the prompts of a folder of text by label."""
+    return read_listed(folder, read_text_manifest(folder))["prompts"]
+
+
 def shown_prompts(folder: str | Path) -> list[str]:
     """Return what a picture shows of each prompt: the name of a class, or the beginning of a caption."""
     names = class_names(folder)
-    others = read_listed(folder, read_text_manifest(folder))["prompts"][len(names) :]
-    return names + [p if len(p) <= WIDTH else f"{p[: WIDTH - 1]}…" for p in others]
+    captions = prompts_of_text(folder)[len(names) :]
+    return names + [p if len(p) <= WIDTH else f"{p[: WIDTH - 2].rstrip()} …" for p in captions]
+
+
+def find_prompts(folder: str | Path, wanted: Sequence[str], option: str) -> list[int]:
+    """Return the labels of prompts, each given by its number or its text; raises `UserError`, which names the `option`."""
+    prompts, labels = prompts_of_text(folder), []
+    for word in wanted:
+        if word in prompts:
+            labels.append(prompts.index(word))
+        elif re.fullmatch("-?[0-9]{1,9}", word):
+            if not 0 <= int(word) < len(prompts):
+                raise UserError(f"{option} {word}: prompts and classes are 0 to {len(prompts) - 1}")
+            labels.append(int(word))
+        else:
+            raise UserError(
+                f"{option} {word!r:.80}: {folder} has no such prompt; add it by script 4 with --prompts FILE, one a line"
+            )
+    return labels
 
 
 def class_names(folder: str | Path) -> list[str]:

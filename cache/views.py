@@ -53,9 +53,8 @@ def read_view(path: str | Path, size: int, view: str = "aligned") -> np.ndarray:
 def read_image(path: str | Path) -> Image.Image:
     """Decode an image file to upright RGB with 8 bits per channel; transparency is dropped, as in torchvision's loader.
 
-    Raises `UnreadableImage` when the file is empty, truncated or no image, and when it is no regular file, which is not opened,
-    because a FIFO would wait for its writer. Raises `UserError` when the file system cannot read it: otherwise an unmounted
-    disk would look like a thousand damaged images.
+    Raises `UnreadableImage` when the file is empty, truncated, no image or no regular file. Raises `UserError` when the file
+    system cannot read it: otherwise an unmounted disk would look like a thousand damaged images.
     """
     with opened_image(path, read_image_file(path)) as image:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -67,7 +66,7 @@ def read_image_file(path: str | Path) -> bytes:
     """Return the bytes of an image file; raises what `read_image` raises for a file that cannot be read."""
     try:
         about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
+        if not stat.S_ISREG(about.st_mode):  # to open a FIFO would wait for its writer
             raise UnreadableImage(f"{path}: not a regular file")
         if about.st_size > MAX_BYTES:
             raise UnreadableImage(f"{path}: {about.st_size:,} bytes, more than {MAX_BYTES:,}")
@@ -120,9 +119,7 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
 def _check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:
-        raise ValueError(
-            f"{width} × {height} pixels need {needed:,} bytes of memory, more than {MAX_BYTES:,}"
-        )
+        raise ValueError(f"{width} × {height} pixels need {needed:,} bytes, more than {MAX_BYTES:,}")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -44,11 +44,11 @@ def run_script(main: Callable[[], None]) -> None:
     except Exception as error:
         if not is_mendable(error):
             raise
-        _say(f"error: {complaint(error)}")
+        print(f"error: {complaint(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        name = signal.Signals(stop.number).name if isinstance(stop, Stopped) else None
-        _say(f"interrupted{f' by {name}' if name else ''}; the same command goes on where it stopped")
+        by = f" by {signal.Signals(stop.number).name}" if isinstance(stop, Stopped) else ""
+        print(f"interrupted{by}; the same command goes on where it stopped", file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "number", signal.SIGINT)) from None
 
 
@@ -60,13 +60,9 @@ def complaint(error: BaseException) -> str:
         return "memory does not suffice: lower the batch size or the sizes that the command names"
     if is_lack_of_space(error):
         where = getattr(error, "filename", None)
-        return one_line(
-            f"the disk{f' of {where}' if where else ''} is full: free some, and the same command goes on"
-        )
-    if (
-        isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError)
-        and error.filename is not None
-    ):
+        whose = f" of {where}" if where else ""
+        return one_line(f"the disk{whose} is full: free some, and the same command goes on")
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) and error.filename:
         place = error.filename if error.filename2 is None else error.filename2
         return one_line(f"{place} is in the way ({error.strerror}): move it away")
     return one_line(error)
@@ -92,10 +88,6 @@ def is_lack_of_memory(error: BaseException) -> bool:
 def is_mendable(error: BaseException) -> bool:
     """Return whether the user can mend what an error says: a `UserError`, one of the file system, a lack of memory or disk."""
     return isinstance(error, UserError | OSError) or is_lack_of_memory(error) or is_lack_of_space(error)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _say_of_thread(failed: threading.ExceptHookArgs) -> None:

@@ -29,6 +29,7 @@ FILES = (*PICKLES, ".safetensors")
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_SECONDS = 5  # within which a hub must answer the first question
 REASON = 200  # characters of a library's reason in an error line
+SAVED = "give a whole folder that save_pretrained wrote"
 
 
 def load_pretrained(
@@ -36,15 +37,9 @@ def load_pretrained(
 ):
     """Return what `kind.from_pretrained` makes of a local folder, or of a hub id whose files may be in the local cache.
 
-    Args:
-        kind: a class of diffusers or transformers: a network, a scheduler, a tokenizer, a pipeline or an `AutoModel`.
-        name: the folder or the hub id.
-        what: names the part in errors: "vae of data/models/sd15".
-        part: the folder below `name`, as diffusers lays out a pipeline.
-        revision: of a hub id.
-        options: more arguments of `from_pretrained`.
-
-    Raises `UserError`, one line, for anything but a whole model of this kind in safetensors.
+    `kind` is a class of diffusers or transformers: a network, a scheduler, a tokenizer, a pipeline or an `AutoModel`. `what`
+    names it in errors: "vae of data/models/sd15". `part` is the folder below `name`, as diffusers lays out a pipeline. Raises
+    `UserError`, one line, for anything but a whole model of this kind in safetensors.
     """
     library = kind.__module__.partition(".")[0]
     network = issubclass(kind, torch.nn.Module) or kind.__name__.startswith("AutoModel")
@@ -57,6 +52,7 @@ def load_pretrained(
         config = read_config(name, config_file, what, part=part, revision=revision)
         if network:
             _check_kind(config, kind, what)
+    options |= {"revision": revision} | ({} if part is None else {"subfolder": part})
     if pipeline or network:
         options["use_safetensors"] = True
     if pipeline or library == "transformers":
@@ -64,20 +60,14 @@ def load_pretrained(
     if network and library == "transformers":
         # Its own error is a table on the terminal; ours names the weights.
         options["ignore_mismatched_sizes"] = True
-    if part is not None:
-        options["subfolder"] = part
 
     def load(**where):
         with _quiet(library):
             if not network:
-                return kind.from_pretrained(name, revision=revision, **where, **options)
-            loaded, report = kind.from_pretrained(
-                name, revision=revision, output_loading_info=True, **where, **options
-            )
-        for key, says in (
-            ("missing_keys", "lacks weights"),
-            ("mismatched_keys", "has weights of other shapes"),
-        ):
+                return kind.from_pretrained(name, **where, **options)
+            loaded, report = kind.from_pretrained(name, output_loading_info=True, **where, **options)
+        faults = {"missing_keys": "lacks weights", "mismatched_keys": "has weights of other shapes"}
+        for key, says in faults.items():
             if report[key]:
                 first = f"{min(map(str, report[key])):.{REASON}}"
                 raise UserError(f"{what} {says} ({first}, …), which would be random: give a whole model")
@@ -87,30 +77,21 @@ def load_pretrained(
 
 
 def read_config(
-    name: str,
-    file: str,
-    what: str,
-    *,
-    part: str | None = None,
-    revision: str | None = None,
-    local: bool = False,
-) -> dict[str, Any]:
+    name: str, file: str, what: str, *,
+    part: str | None = None, revision: str | None = None, local: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Return a JSON file of a folder or hub id; raises `UserError` where it is none (`local`: without asking a hub)."""
     if (folder := local_folder(name)) is not None:
         path = folder / (part or "") / file
         if not path.exists():
-            raise UserError(
-                f"{path} cannot be read, it is not there: give a whole folder that save_pretrained wrote"
-            )
+            raise UserError(f"{path} cannot be read, it is not there: {SAVED}")
     else:
-        path = _found(
-            lambda **where: hf_hub_download(name, file, subfolder=part, revision=revision, **where),
-            name,
-            what,
-            revision,
-            local=local,
-        )
-    return read_record(path, dict[str, Any], "give a folder that save_pretrained wrote")
+
+        def download(**where) -> str:
+            return hf_hub_download(name, file, subfolder=part, revision=revision, **where)
+
+        path = _found(download, name, what, revision, local=local)
+    return read_record(path, dict[str, Any], SAVED)
 
 
 def local_folder(name: str) -> Path | None:
@@ -130,9 +111,7 @@ def local_folder(name: str) -> Path | None:
 def check_files(folder: Path, *, network: bool) -> None:
     """Raise `UserError` unless a folder holds regular files alone, and safetensors where it holds weights of a network."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder.parent} has no {folder.name}/ folder: it must be a pipeline folder in diffusers layout"
-        )
+        raise UserError(f"{folder.parent} has no {folder.name}/ folder: give a folder in diffusers' layout")
     files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     for path in files:
         if not path.is_file():  # to open a FIFO would wait for its writer
@@ -154,9 +133,7 @@ def foreign_files(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         # A config of nonsense raises anything: TypeError, SafetensorError, RecursionError, …
-        raise UserError(
-            f"cannot load {what}: {reason_of(error)}: give a whole folder that save_pretrained wrote"
-        ) from None
+        raise UserError(f"cannot load {what}: {reason_of(error)}: {SAVED}") from None
 
 
 def reason_of(error: Exception) -> str:
@@ -195,8 +172,9 @@ def _found(get: Callable, name: str, what: str, revision: str | None, *, local: 
 def _check_kind(config: dict, kind: type, what: str) -> None:
     """Raise `UserError` where a config names another class than `kind`; the callers of an `AutoModel` look themselves."""
     if issubclass(kind, torch.nn.Module):
-        wanted = kind.config_class.model_type if hasattr(kind, "config_class") else kind.__name__
-        found = config.get("model_type" if hasattr(kind, "config_class") else "_class_name", wanted)
+        of_transformers = hasattr(kind, "config_class")
+        wanted = kind.config_class.model_type if of_transformers else kind.__name__
+        found = config.get("model_type" if of_transformers else "_class_name", wanted)
         if found != wanted:
             raise UserError(f"{what} is of the kind {found!r:.60}; {wanted} was expected")
 

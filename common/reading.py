@@ -53,9 +53,7 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
     except OSError as error:
         raise UnreadableFile(f"cannot read {path}: {error.strerror}") from None
     if len(data) > limit:
-        raise UserError(
-            f"{path} is too large to be what is read here (more than {limit:,} bytes): check the path"
-        )
+        raise UserError(f"{path} is too large for what is read here (over {limit:,} bytes): check the path")
     return data
 
 
@@ -84,11 +82,8 @@ def parse_record(data: bytes | str, schema: type[T], where: str, remedy: str) ->
 class JsonLines(Generic[T]):
     """A log of one JSON object a line, which processes append to and read at the same time.
 
-    Args:
-        path: the file, absent until the first line.
-        schema: of each line.
-        remedy: what to do where a line is damaged, for its error. None: such a line is left out, and a warning says so.
-        allow_nan: whether to write numbers that are not finite, which other readers of JSON refuse.
+    `remedy` says in errors what to do where a line is damaged. None: such a line is left out, and a warning says so.
+    `allow_nan` lets numbers be written that are not finite, which other readers of JSON refuse.
     """
 
     def __init__(
@@ -111,8 +106,8 @@ class JsonLines(Generic[T]):
             print(f"warning: {self.path}: its last line is incomplete and is left out", file=sys.stderr)
         found = []
         for number, line in enumerate(lines, start=1):
-            where = f"line {number} of {self.path}"
             try:
+                where = f"line {number} of {self.path}"
                 found.append(parse_record(line, self._schema, where, self._remedy or "it is left out"))
             except UserError as error:
                 if self._remedy is not None:
@@ -123,17 +118,15 @@ class JsonLines(Generic[T]):
     def append(self, line: T, *, unless: Callable[[T], bool] | None = None) -> None:
         """Add a line, after what a crash left of one is gone; add nothing where `unless` holds for a line that is there."""
         with self._locked() as file:
-            if unless is None or not any(map(unless, self.read())):
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                if end and file.read() != b"\n":
-                    file.seek(0)
-                    rest = (data := file.read())[(start := data.rfind(b"\n") + 1) :]
-                    if self._is_whole(rest):
-                        file.write(b"\n")
-                    else:  # a crash left half a line
-                        file.truncate(start)
-                file.write(self._encoded([line]))
+            if unless is not None and any(map(unless, self.read())):
+                return
+            file.seek(0)
+            *_, rest = (data := file.read()).split(b"\n")
+            if rest and self._is_whole(rest):
+                file.write(b"\n")
+            else:  # a crash left half a line, or nothing
+                file.truncate(len(data) - len(rest))
+            file.write(self._encoded([line]))
 
     def _is_whole(self, line: bytes) -> bool:
         try:

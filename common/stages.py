@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired
@@ -16,7 +16,7 @@ from typing import Annotated, NotRequired
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from common.errors import UserError
+from common.errors import ENDING, UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 
@@ -66,6 +66,15 @@ class Record:
         write_json(self.file, list(self.entries.values()))
 
 
+def wall_seconds(entries: Iterable[StageEntry]) -> float:
+    """Return how long stages took in all; of a group, which ran side by side, only the longest counts."""
+    longest: dict = {}
+    for number, entry in enumerate(entries):
+        group = entry.get("group", f"stage {number}")
+        longest[group] = max(longest.get(group, 0), entry["seconds"])
+    return sum(longest.values())
+
+
 def run_chains(
     chains: Sequence[Sequence[Stage]], *, jobs: int, logs: Path, ended: Callable[[Stage, float], None]
 ) -> None:
@@ -83,8 +92,7 @@ def run_chains(
     waiting = deque(deque(chain) for chain in chains if chain)
     running: dict[Stage, tuple[subprocess.Popen, float, deque[Stage]]] = {}
     # Let both signals raise KeyboardInterrupt.
-    interrupts = (signal.SIGTERM, signal.SIGHUP)
-    before = {name: signal.signal(name, signal.default_int_handler) for name in interrupts}
+    before = {name: signal.signal(name, signal.default_int_handler) for name in ENDING}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -137,9 +145,8 @@ def die_with_parent() -> None:
 def fail(stage: Stage, log: Path | None) -> None:
     if log is not None:
         print("\n" + log.read_text()[-3000:], flush=True)
-    raise UserError(
-        f"stage '{stage.name}' did not come to its end ({stage.pasted}); once that is mended, the same command goes on"
-    )
+    what = f"stage '{stage.name}' did not come to its end ({stage.pasted})"
+    raise UserError(f"{what}; once that is mended, the same command goes on")
 
 
 def log_of(stage: Stage, logs: Path) -> Path:

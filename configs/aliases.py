@@ -1,31 +1,60 @@
-"""Option names of papers and of other trainers, and what they are called here (docs/method.md has the table of `urepa_*`)."""
+"""Option names of papers and of other trainers, and what they are called here (docs/method.md has the table of them)."""
 
+import os
+import re
 from typing import Any
 
 from common.errors import UserError
 
-# Names that mean the same may stand at the top level of a YAML file or in `key=value`.
-RENAMED = {
-    "urepa_lambda": "align.coeff",
-    "urepa_manifold_weight": "align.manifold_coeff",
-    "urepa_scheduler": "align.schedule",
-    "urepa_warmup_steps": "align.warmup_steps",
-    "urepa_decay_steps": "align.decay_steps",
-    "urepa_lambda_end": "align.coeff_end",
-    "urepa_power": "align.power",
-    "urepa_cutoff_step": "align.cutoff_step",
-    "urepa_similarity_threshold": "align.similarity_threshold",
-    "urepa_similarity_ema_decay": "align.similarity_ema_decay",
-    "urepa_threshold_mode": "align.threshold_mode",
+PATCH = 14  # px of DINOv2
+SHARED = {
+    "lambda": "align.coeff",
+    "scheduler": "align.schedule",
+    "warmup_steps": "align.warmup_steps",
+    "decay_steps": "align.decay_steps",
+    "lambda_end": "align.coeff_end",
+    "power": "align.power",
+    "cutoff_step": "align.cutoff_step",
+    "similarity_threshold": "align.similarity_threshold",
+    "similarity_ema_decay": "align.similarity_ema_decay",
+    "threshold_mode": "align.threshold_mode",
+    "model": "teacher.model",
+    "encoder": "teacher.model",
+    "encoder_image_size": "teacher.grid",
 }
-_TEACHER = "the cache decides: run script 3 with --teacher {hub_id}, and set teacher.model, teacher.dim and teacher.grid"
-# Names without a direct equal, and what to use, in which {hub_id} and {grid} are made of the value.
+# Names that mean the same may stand at the top level of a file or in `key=value`.
+RENAMED = {f"{method}_{name}": key for method in ("urepa", "crepa") for name, key in SHARED.items()} | {
+    "urepa_manifold_weight": "align.manifold_coeff",
+    "crepa_block_index": "align.taps",
+}
+# Switches with the value that says what is so here anyway.
+AS_IT_IS = {
+    "urepa_enabled": True,
+    "crepa_enabled": True,
+    "crepa_spatial_align": True,
+    "urepa_use_tae": False,
+    "crepa_use_tae": False,
+    "crepa_use_backbone_features": False,
+}
+_OFF = "use align.coeff=0 to switch the alignment off"
+_TAE = "use teacher.source=online with teacher.decoder=madebyollin/taesd"
+_NEIGHBOURS = "an image has no neighbouring frames, so align.coeff weighs its own tokens alone: leave it out"
+_BACKBONE = "the teacher is a vision encoder: make its tokens by script 3, and set teacher.model"
+# Names without a direct equal, and what to use.
 REFUSED = {
-    "urepa_model": _TEACHER,
-    "urepa_encoder": _TEACHER,
-    "urepa_enabled": "use align.coeff=0 to switch the alignment off",
-    "urepa_encoder_image_size": "use teacher.grid{grid}, tokens per side (image size / patch 14), as script 3's --grid",
-    "urepa_use_tae": "use teacher.source=online with teacher.decoder=madebyollin/taesd",
+    "urepa_enabled": _OFF,
+    "crepa_enabled": _OFF,
+    "urepa_use_tae": _TAE,
+    "crepa_use_tae": _TAE,
+    "crepa_spatial_align": "tokens are always aligned place by place: leave it out, or set a smaller teacher.grid",
+    "crepa_adjacent_distance": _NEIGHBOURS,
+    "crepa_adjacent_tau": _NEIGHBOURS,
+    "crepa_cumulative_neighbors": _NEIGHBOURS,
+    "crepa_normalize_by_frames": _NEIGHBOURS,
+    "crepa_normalize_neighbour_sum": _NEIGHBOURS,
+    "crepa_use_backbone_features": _BACKBONE,
+    "crepa_teacher_block_index": _BACKBONE,
+    "crepa_drop_vae_encoder": "a training with teacher.source=cached loads no VAE: leave it out",
 }
 # Unknown keys whose error names ours.
 SUGGESTED = {
@@ -38,38 +67,101 @@ SUGGESTED = {
     "encoder_depth": "align.taps",
     "enc_type": "teacher.model",
     "projector_dim": "align.head_hidden",
+    "pretrained_model_name_or_path": "model.base",
+    "model_type": "model.train",
+    "data_backend_config": "data.csv",
+    "train_batch_size": "data.batch_size",
+    "caption_dropout_probability": "data.caption_dropout",
+    "learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "lr_warmup_steps": "optim.warmup_fraction",
+    "max_grad_norm": "optim.grad_clip",
+    "gradient_accumulation_steps": "optim.accumulate",
+    "max_train_steps": "train.steps",
+    "num_train_epochs": "train.steps",
+    "mixed_precision": "train.precision",
+    "checkpointing_steps": "train.checkpoint_every",
+    "checkpoint_step_interval": "train.checkpoint_every",
+    "checkpoints_total_limit": "train.keep_checkpoints",
+    "validation_steps": "train.preview_every",
+    "validation_step_interval": "train.preview_every",
+    "validation_prompt": "train.preview_prompts",
+    "validation_guidance": "eval.cfg",
+    "validation_num_inference_steps": "eval.sampling_steps",
+    "tracker_project_name": "train.wandb",
+    "output_dir": "run",
 }
-SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+# As facebookresearch names DINOv2, and its files; the names on the hub, and the widths of the tokens.
+DINOV2 = re.compile(r"dinov2_vit([sblg])14(_reg4?)?(_pretrain\.pth)?")
+SIZES = {"s": ("small", 384), "b": ("base", 768), "l": ("large", 1024), "g": ("giant", 1536)}
 
 
-def own_name(key: str, value: Any) -> str:
-    """Returns the key under which a setting is known here; raises `UserError` for one without an equal."""
-    if key in REFUSED:
-        grid = f"={value // 14}" if type(value) is int else ""
-        raise UserError(f"{key} has no direct equal: {REFUSED[key].format(hub_id=hub_id(value), grid=grid)}")
-    return RENAMED.get(key, key)
+def own_settings(key: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings {dotted key: value} that a setting is here, and those that it implies where they are not given.
+
+    Raises `UserError` for one without an equal.
+    """
+    alias = key.removeprefix("--")  # as in other trainers' JSON
+    if alias in AS_IT_IS and value is AS_IT_IS[alias]:
+        return {}, {
+            "align.manifold_coeff": 0.0
+        } if alias == "crepa_enabled" else {}  # REPA has no manifold loss
+    if alias in REFUSED:
+        raise UserError(f"{key} has no direct equal: {REFUSED[alias]}")
+    if alias not in RENAMED:
+        return {key: value}, {}
+    name, implied = RENAMED[alias], {}
+    if name == "teacher.model" and isinstance(value, str):
+        if known := _dinov2(value):
+            implied["teacher.dim"] = SIZES[known[1]][1]
+        value = hub_id(value)
+    elif name == "teacher.grid" and type(value) is int:
+        if value % PATCH:
+            raise UserError(f"{key} = {value}: DINOv2 has patches of {PATCH} px, so give a multiple of that")
+        value //= PATCH
+    elif name == "align.taps" and type(value) is int:
+        value = [f"block_{value}"]
+    return {name: value}, implied
 
 
-def hub_id(name: Any) -> str:
-    """`dinov2_vitl14_reg` and the like as a Hugging Face id; other names as they are."""
-    word = f"{name!s:.80}"
-    if not word.startswith("dinov2_vit") or word[10:11] not in SIZES:
-        return word
-    return f"facebook/dinov2-{'with-registers-' if '_reg' in word else ''}{SIZES[word[10]]}"
+def hub_id(name: str) -> str:
+    """Return the Hugging Face id of `dinov2_vitl14_reg` and the like, and of the published files; other names as they are."""
+    if not (known := _dinov2(name)):
+        return name
+    return f"facebook/dinov2-{'with-registers-' if known[2] else ''}{SIZES[known[1]][0]}"
+
+
+def _dinov2(name: str) -> re.Match | None:
+    return DINOV2.fullmatch(os.path.basename(name))
 
 
 def rename_aliases(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a file with its aliases renamed; raises `UserError` where both names are given."""
-    aliases = [key for key in data if key in RENAMED or key in REFUSED]
-    renamed = {key: value for key, value in data.items() if key not in aliases}
-    for alias in aliases:
-        if alias == "urepa_enabled" and data[alias] is True:  # as it always is here, unless λ is 0
+    """The settings of a file with its aliases renamed; raises `UserError` where two names of one setting are given."""
+    renamed, given, implied = {}, {}, {}
+    for key, value in data.items():
+        own, also = own_settings(key, value)
+        implied |= also
+        if key in own:
+            renamed[key] = value
             continue
-        key = own_name(alias, data[alias])
-        section, name = key.split(".")
+        for name, value_here in own.items():
+            if name in given:
+                raise UserError(_same_setting(where, key, given[name][0]))
+            given[name] = key, value_here
+    for name, (key, value) in given.items():
+        section, last = name.split(".")
         settings = renamed.get(section) or {}
         if isinstance(settings, dict):  # the schema says what is wrong with another section
-            if name in settings:
-                raise UserError(f"{where}: {alias} and {key} are the same setting: give one of them")
-            renamed[section] = settings | {name: data[alias]}
+            if last in settings:
+                raise UserError(_same_setting(where, key, name))
+            renamed[section] = settings | {last: value}
+    for name, value in implied.items():
+        section, last = name.split(".")
+        settings = renamed.get(section) or {}
+        if isinstance(settings, dict):
+            renamed[section] = {last: value} | settings
     return renamed
+
+
+def _same_setting(where: str, one: str, other: str) -> str:
+    return f"{where}: {one} and {other} are the same setting: give one of them"

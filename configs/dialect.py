@@ -5,6 +5,7 @@ There are no merge keys (<<) and no tags but those of the core schema. Any text 
 a config, raises `UserError`. Nothing else of this program knows PyYAML.
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,14 +20,19 @@ DEPTH = 20  # levels
 NODES = 10_000  # values of a text, with those that aliases repeat
 DIGITS = 100  # characters of a number
 CORE = "tag:yaml.org,2002:"
-# Plain scalars by the core schema (YAML 1.2.2, chapter 10.3.2), and the characters that each may begin with.
+# Plain scalars by the core schema (YAML 1.2.2, chapter 10.3.2): form, characters that each may begin with, and value.
 SCALARS = {
-    "null": (r"null|Null|NULL|~|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "null": (r"null|Null|NULL|~|", ["~", "n", "N", ""], lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF"), lambda text: text.lower() == "true"),
+    "int": (
+        r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+        list("-+0123456789"),
+        lambda text: int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    ),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
+        lambda text: float(text.replace(".", "") if text[-1] in "fFnN" else text),
     ),
 }
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # can be in no name, and in no file
@@ -52,19 +58,20 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either version of YAML would take for something else than text."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        key: list(found) for key, found in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers: ClassVar = copy.deepcopy(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
-for _name, (_pattern, _first) in SCALARS.items():
+for _name, (_pattern, _first, _) in SCALARS.items():
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"{CORE}{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def read_yaml_file(path: str | Path) -> Any:
-    """Return the value of a file; raises `UserError` with the file."""
-    return parse_yaml(read_text(path, LIMIT), str(path))
+    """Return the value of a file, JSON too; raises `UserError` with the file."""
+    text = read_text(path, LIMIT)
+    if Path(path).suffix == ".json":  # a tab is a blank there, and cannot be in a string
+        text = text.replace("\t", " ")
+    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -129,9 +136,7 @@ class _Values:
                 raise _NotRead(f"a key must be a name{what}", key)
             name = _scalar("str", key)
             if name == "<<":
-                raise _NotRead(
-                    "merge keys (<<) are not read here: write the settings out, or use extends", key
-                )
+                raise _NotRead("merge keys (<<) are not read here: write them out, or use extends", key)
             if name in found:
                 raise _NotRead(f"{name} is given twice", key)
             found[name] = self.of(value, depth + 1)
@@ -146,13 +151,4 @@ def _scalar(name: str, node: yaml.ScalarNode) -> bool | int | float | str | None
         raise _NotRead(f"{text[:20]}… is too long a number", node)
     if not re.fullmatch(SCALARS[name][0], text):  # after a tag, such as !!int x
         raise _NotRead(f"{text} is no {name}", node)
-    match name:
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int":
-            return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-    if text[-3:].lower() in ("inf", "nan"):
-        return float(text.replace(".", ""))
-    return float(text)
+    return SCALARS[name][2](text)

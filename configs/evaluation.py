@@ -29,8 +29,12 @@ class Eval(Section):
         "'eval.reference=[A.npz,B.npz]'); empty = made of the training images, once, and kept beside data.csv",
     )
     num_samples: int = knob(10_000, "images that are drawn and measured", ge=2, le=1_000_000)
-    sampler: Literal["ddim", "ddpm", "dpm++"] = knob("ddim", "diffusers' scheduler")
-    sampling_steps: int = knob(50, "denoising steps", ge=1, le=1000)
+    sampler: Literal["auto", "ddim", "ddpm", "dpm++", "euler", "heun", "unipc"] = knob(
+        "auto",
+        "diffusers' scheduler: ddim (auto), ddpm or dpm++ of a DDPM; euler, heun, dpm++ or unipc of flow matching, where auto "
+        "is the base model's own",
+    )
+    sampling_steps: int = knob(50, "denoising steps", ge=1, le=10_000)
     eta: Share = knob(0.0, "noise that DDIM adds at each step, as a share of DDPM's")
     cfg: float = knob(1.0, "guidance scale; 1 = unguided, one forward a step", ge=1, le=1000)
     guidance_low: Share = knob(
@@ -61,13 +65,8 @@ class Eval(Section):
 
     @model_validator(mode="after")
     def _nothing_ignored(self):
-        if self.eta and self.sampler != "ddim":
+        if self.eta and self.sampler not in ("auto", "ddim"):
             raise ValueError("eval.eta is DDIM's: set eval.sampler=ddim, or eval.eta=0")
-        if self.sampler == "ddim" and self.sampling_steps > 100 and 1000 % self.sampling_steps:
-            raise ValueError(
-                f"with {self.sampling_steps} steps diffusers' DDIM, which goes 1000 // steps indices at a time, drifts off its "
-                "noise levels: choose 125, 200, 250, 500 or 1000, or eval.sampler=dpm++"
-            )
         if self.bootstrap == 1:
             raise ValueError("eval.bootstrap = 1 gives no spread: choose 2 or more, or 0 for none")
         if self.guidance_low > self.guidance_high:

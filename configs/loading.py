@@ -1,4 +1,4 @@
-"""Read a config: YAML is the truth, `key=value` overrides it, and an unknown key is an error that names the nearest known one.
+"""Read a config: YAML is the truth (JSON too), `key=value` overrides it, and an unknown key is an error that names the nearest.
 
 config = load_config("configs/A.yaml", ["align.coeff=0", "run=runs/A_baseline"])
 config = load_config(["configs/A.yaml", "configs/ablations/token_only.yaml"], ["run=runs/A_token_only"])
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from common.errors import UserError
 from common.files import expand_home
 from common.reading import UnreadableFile
-from configs.aliases import SUGGESTED, own_name, rename_aliases
+from configs.aliases import SUGGESTED, own_settings, rename_aliases
 from configs.dialect import check_writable, parse_yaml, read_yaml_file, write_yaml
 from configs.evaluation import Eval
 from configs.schema import Config
@@ -44,7 +44,7 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; `extends: other.yaml` lays it over another file, given from where this one is."""
+    """Read a mapping in YAML or JSON; `extends: other.yaml` lays it over another file, given from where this one is."""
     layers, read, above = [], set(), ""
     while path is not None:
         if os.path.realpath(path) in read:
@@ -76,9 +76,14 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
-    given = set()
+    given, wanted, implied = set(), [], {}
     for override in overrides:
-        key, value = _parse_override(override)
+        settings, also = _parse_override(override)
+        wanted += ((override, *setting) for setting in settings.items())
+        implied |= also
+    said = {key for _, key, _ in wanted}
+    wanted += ((key, key, value) for key, value in implied.items() if key not in said)
+    for override, key, value in wanted:
         node = data
         *sections, name = key.split(".")
         for section in sections:
@@ -92,8 +97,8 @@ def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: 
     return _checked(data, given, where)
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    """The dotted key, under the name that it has here, and the value of a `key=value`."""
+def _parse_override(override: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings {dotted key: value} of a `key=value`, under the names that they have here, and those that they imply."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"'{override:.80}' is not of the form key=value, for instance align.coeff=0")
@@ -101,12 +106,14 @@ def _parse_override(override: str) -> tuple[str, Any]:
         value = check_writable(text) if " #" in text else parse_yaml(text, "it")  # a path, not a comment
     except (UserError, ValueError) as error:
         raise UserError(f"cannot read the value of '{override:.80}': {error}") from None
-    return own_name(key, value), value
+    return own_settings(key, value)
 
 
 def eval_changes(overrides: Sequence[str]) -> dict[str, Any]:
     """`key=value` overrides of `eval` as {dotted key: value}; raises `UserError` for unknown keys and for other sections."""
-    changes = dict(map(_parse_override, overrides))
+    changes = {}
+    for override in overrides:
+        changes |= _parse_override(override)[0]
     for key in changes:
         check_key(key)
         if not key.startswith("eval."):
@@ -203,7 +210,7 @@ def _unknown_key(key: str) -> str:
     known = list(knobs()) + [name for name in Config.model_fields if name not in knobs()]
     if key in known:
         return f"'{key}' in a file is written nested, as configs/A.yaml does, not with a dot"
-    last = key.rsplit(".", 1)[-1]
+    last = key.rsplit(".", 1)[-1].removeprefix("--")
     near = [SUGGESTED[last]] if last in SUGGESTED else difflib.get_close_matches(key, known, n=1)
     if not near:  # the right name in the wrong section
         near = [name for name in known if name.rsplit(".", 1)[-1] == last]

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import expand_home
 from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
 from method.coefficient import DECAYS
+from method.paths import DRAWS
 
 # Upper limits are far above what anyone needs: they catch slips before memory or time are spent on them.
 Count = Annotated[int, Field(ge=0, le=10**9)]
@@ -77,9 +78,9 @@ class Model(Section):
     lora_rank: int = knob(32, "rank of the LoRA matrices", ge=1, le=4096)
     lora_alpha: Above0 = knob(32, "LoRA scale is lora_alpha / lora_rank")
     lora_targets: str = knob(
-        "attention+conv",
-        "what LoRA wraps, by the names of the family. Stable Diffusion 1.5: attention+conv or attention, in the blocks of "
-        "`partial`, of which only the mid-block holds attention",
+        "auto",
+        "what LoRA wraps, by the names of the family; auto = its first. Stable Diffusion 1.5: attention+conv or attention, in "
+        "the blocks of `partial`, of which only the mid-block holds attention",
     )
     gradient_checkpointing: bool = knob(False, "recompute activations in backward to save memory")
 
@@ -129,9 +130,10 @@ class Data(Section):
 
 class Align(Section):
     taps: Annotated[tuple[str, ...], AsTuple, OneNeedsNoList] = knob(
-        ("mid",),
-        "where the network is read, by the names of its family (Stable Diffusion 1.5: enc_last, mid, dec_first); "
-        "the loss is the mean over taps (in a shell: 'align.taps=[enc_last,mid]')",
+        ("auto",),
+        "where the network is read, by the names of its family: enc_last, mid, dec_first of a U-Net, block0, block1, … of a "
+        "transformer; auto = mid, or the block at a third of the depth. The loss is the mean over taps (in a shell: "
+        "'align.taps=[enc_last,mid]')",
         min_length=1,
     )
     coeff: AtLeast0 = knob(0.8, "λ, weight of the alignment loss; 0 = no alignment work at all")
@@ -198,7 +200,10 @@ class Align(Section):
 
 
 class Diffusion(Section):
-    prediction: Literal["v", "epsilon"] = knob("v", "space in which the diffusion loss is taken")
+    prediction: Literal["auto", "v", "epsilon"] = knob(
+        "auto",
+        "space in which the diffusion loss is taken: v (the default) or epsilon; of flow matching its own, ε − x_0",
+    )
     parameterization: Literal["auto", "epsilon", "v"] = knob(
         "auto", "what the network outputs; auto = the base model's own prediction_type"
     )
@@ -209,6 +214,29 @@ class Diffusion(Section):
         None,
         "γ of min-SNR: the loss is min(SNR, γ) |x_0 − x̂_0|², whatever prediction says; null = unweighted",
     )
+    shift: Annotated[float, Field(gt=0, le=1000)] | Literal["resolution"] | None = knob(
+        None,
+        "flow matching: s of t = s u / (1 + (s − 1) u), more noise where it is larger; null = that of the base model's "
+        "scheduler, resolution = what its pipeline takes for images of this size",
+    )
+    draw: Literal[DRAWS] | None = knob(None, "flow matching: how u is drawn; null = uniform")
+    logit_mean: float | None = knob(
+        None, "flow matching, draw=logit_normal: mean of the normal number; null = 0"
+    )
+    logit_std: Above0 | None = knob(
+        None, "flow matching, draw=logit_normal: its standard deviation; null = 1"
+    )
+    guidance: AtLeast0 | None = knob(
+        None,
+        "what a network that is told a guidance scale (Flux) is told, in training and sampling alike; null = its family's",
+    )
+
+    @model_validator(mode="after")
+    def _normal_is_drawn(self):
+        given = [name for name in ("logit_mean", "logit_std") if getattr(self, name) is not None]
+        if given and self.draw != "logit_normal":
+            raise ValueError(f"diffusion.{given[0]} has no effect without diffusion.draw=logit_normal")
+        return self
 
 
 class Optim(Section):
@@ -256,9 +284,27 @@ class Train(Section):
     )
     preview_every: Count = knob(0, "steps between sample grids of the moving average; 0 = none")
     preview_images: int = knob(16, "images of a preview", ge=1, le=1024)
+    preview_prompts: Annotated[tuple[str, ...], AsTuple, OneNeedsNoList] = knob(
+        (),
+        "prompts of the previews, each its text or its number in data.text; empty = eight of all prompts or classes, evenly "
+        "spread",
+    )
     eval_every: Count = knob(
         0,
         "steps between evaluations of the moving average by the settings of eval, as `evaluate.py curve` "
         "makes them; 0 = none (plan: 5000; one of 10k images costs about an A100-hour)",
     )
     wandb: str | None = knob(None, "Weights & Biases project to log to as well (pip install wandb)")
+
+    @model_validator(mode="after")
+    def _previews_show_their_prompts(self):
+        if self.preview_prompts and not self.preview_every:
+            raise ValueError(
+                "train.preview_prompts has no effect while train.preview_every = 0: set that too"
+            )
+        if len(self.preview_prompts) > self.preview_images:
+            raise ValueError(
+                f"train.preview_images = {self.preview_images} are fewer than the {len(self.preview_prompts)} "
+                "train.preview_prompts: raise it"
+            )
+        return self

@@ -36,6 +36,7 @@ from report.plot_alignment import plot_embedding, plot_timesteps
 from training.parts import build_path, family_for, load_run_model
 from training.run_folder import this_command
 
+NO_CLASS = -1  # stands for the class of captioned images, which are drawn in one colour
 EMBEDDINGS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 # By model, and "head" for the head's tokens where the run has one, or "tap" for a model's ridge map.
@@ -81,18 +82,13 @@ def measure_alignment(
 ) -> tuple[dict, Sources]:
     """Return the contents of align.json (without step and command), and the inputs of the main tap's embedding.
 
-    Args:
-        config: the run's, which names held-out images, teacher, noise schedule, batch size and seed. Image i of the list has
-            the noise of seed + i at every timestep. The halves and all nulls depend on the seed too.
-        models: {"run": …, "base": …}, in eval mode on `device`; either may be absent. Only the run's heads are measured.
-        timesteps: noise levels, 0 (clean) to `num_timesteps` − 1 (noise).
-        num_images: how many held-out images from the beginning of the list; None takes 1000, or all where there are fewer.
-
-    Raises `UserError` for settings and caches that do not fit.
+    The run's `config` names held-out images, teacher, noise schedule, batch size and seed, on which noise, halves and all nulls
+    depend. `models` {"run": …, "base": …} are in eval mode on `device`; either may be absent. `num_images` are taken from the
+    beginning of the list; None takes 1000, or all where there are fewer. Raises `UserError` for what does not fit.
     """
-    family = family_for(config)
-    num_timesteps, main_tap = build_path(config.diffusion, family).num_steps, family.main_tap
-    timesteps, held = check_timesteps(timesteps, num_timesteps), heldout_images(config, num_images)
+    held = heldout_images(config, num_images)
+    num_timesteps = build_path(config.diffusion, family_for(config), held.latents.shape[1:]).num_steps
+    timesteps, main_tap = check_timesteps(timesteps, num_timesteps), main_tap_of(models)
     n, seed = len(held.latents), config.eval.seed
     # A base model may have heads, but they were never trained.
     heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
@@ -115,8 +111,8 @@ def measure_alignment(
                     if tap in tokens:
                         bar.update()
                         head = tokens.pop(tap)
-                        cosines = head.cosine, head.null_cosine
-                        found["head"] = head_metrics(head.pooled, *cosines, side), head.pooled
+                        measured = head_metrics(head.pooled, head.cosine, head.null_cosine, side)
+                        found["head"] = measured, head.pooled
                     bar.update()
                     for kind, (metrics, projected) in found.items():
                         where = {"model": name, "tap": tap, "timestep": timestep, "features": kind}
@@ -125,35 +121,23 @@ def measure_alignment(
                             sources[name, kind] = _source(bench, side, kind, projected)
     fit, test = split_by_image(n, seed)
     result = {
-        "num_images": n,
-        "num_available": held.available,
-        "images_sha256": held.images_sha256,
-        "teacher_sha256": held.teacher_sha256,
-        "n_fit": len(fit),
-        "n_test": len(test),
-        "seed": seed,
-        "noise": "image i of the list has the noise of seed + i, at every timestep",
-        "timesteps": list(timesteps),
-        "num_timesteps": num_timesteps,
-        "taps": list(grids),
-        "main_tap": main_tap,
+        "num_images": n, "num_available": held.available, "n_fit": len(fit), "n_test": len(test), "seed": seed,
+        "images_sha256": held.images_sha256, "teacher_sha256": held.teacher_sha256,
+        "noise": "image i of the list has the noise of seed + i, at every timestep", "prompt": "null",
+        "timesteps": list(timesteps), "num_timesteps": num_timesteps, "taps": list(grids), "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
-        "teacher_grid": [config.teacher.grid] * 2,
-        "prompt": "null",
-        "cca_k": k,
-        "cknna_k": CKNNA_K,
+        "teacher_grid": [config.teacher.grid] * 2, "cca_k": k, "cknna_k": CKNNA_K,
         "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
-        "heldout_loss_diff": losses.get("run"),
-        "heldout_loss_diff_base": losses.get("base"),
-        "rows": rows,
+        "heldout_loss_diff": losses.get("run"), "heldout_loss_diff_base": losses.get("base"), "rows": rows,
         "teacher": {tap: side.metrics() for tap, side in sides.items()},
-    }
+    }  # fmt: skip
     return result, sources
 
 
 def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
-    name, names = target.run.name, class_names(target.config.data.text) or ["all images"]
+    name, names = target.run.name, dict(enumerate(class_names(target.config.data.text)))
+    names |= {NO_CLASS: "all images"}
     weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
@@ -183,20 +167,26 @@ def summary(result: Mapping) -> str:
         line = f"  {model:4} at timestep {shown}: {result['main_tap']}"
         for metric in ("cca", "cknna"):
             found = row_of(result, model=model, timestep=shown)[metric]
-            undefined = found["value"] is None
-            numbers = "undefined" if undefined else f"{found['value']:.3f} (null {found['null']:.3f})"
+            value, null = found["value"], found["null"]
+            numbers = "undefined" if value is None else f"{value:.3f} (null {null:.3f})"
             line += f" {metric.upper()} {numbers},"
         lines.append(f"{line} held-out loss {loss:.4f}")
     return "\n".join(lines)
+
+
+def main_tap_of(models: Mapping[str, AlignedModel]) -> str:
+    """The tap that a table of one tap shows: the family's, or the run's own first where it aligns others."""
+    model = models.get("run") or models["base"]
+    main, own = model.family.main_tap(model.backbone), list(model.heads)
+    return own[0] if own and main not in own else main
 
 
 def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, ...]:
     """Sort timesteps and drop repeats; raises `UserError` for none, or for one outside the noise schedule."""
     wrong = [str(t) for t in timesteps if not 0 <= t < num_timesteps]
     if wrong or not timesteps:
-        raise UserError(
-            f"--timesteps are noise levels from 0 (clean) to {num_timesteps - 1} (noise), got {', '.join(wrong) or 'none'}"
-        )
+        levels = f"noise levels from 0 (clean) to {num_timesteps - 1} (noise)"
+        raise UserError(f"--timesteps are {levels}, got {', '.join(wrong) or 'none'}")
     return tuple(sorted(set(timesteps)))
 
 
@@ -205,10 +195,8 @@ def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide
     held, grid = bench.held, (bench.config.teacher.grid,) * 2
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
     k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
-    made = {
-        found: TeacherSide.on(found, held.teacher, grid, held.classes, k=k, seed=bench.seed)
-        for found in set(grids.values())
-    }
+    known = {"k": k, "seed": bench.seed}
+    made = {g: TeacherSide.on(g, held.teacher, grid, held.classes, **known) for g in set(grids.values())}
     return {tap: made[found] for tap, found in grids.items()}, k
 
 
@@ -218,8 +206,9 @@ def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -
     `projected` is a ridge map's output (n_test, T, D), or a head's tokens (n, T, D).
     """
     test = split_by_image(len(side.tokens), side.seed)[1]
+    classes = np.full(len(test), NO_CLASS) if side.classes is None else side.classes[test]  # (n_test,)
     if kind == "tap":
-        return Source(projected, side.tokens[test], side.classes[test])
+        return Source(projected, side.tokens[test], classes)
     target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
     target = pool_tokens(target, (bench.config.teacher.grid,) * 2, side.grid)  # (n_test, T, D)
-    return Source(projected[test], target, side.classes[test])
+    return Source(projected[test], target, classes)

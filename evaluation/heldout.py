@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from cache.dataset import latents_of
-from cache.image_list import read_samples
+from cache.image_list import is_captioned, read_samples
 from cache.manifest import ids_digest
 from cache.reader import FieldReader
 from cache.text import TextReader, convert
@@ -19,12 +19,11 @@ from common.errors import UserError
 from configs.schema import Config
 from method.alignment import spatial_norm
 from method.objective import squared_error
-from method.paths import DiffusionPath
+from method.paths import Path
 from method.sampler import initial_noise
 from metrics.similarity import mispair, pool_tokens
 from metrics.similarity_rows import NUM_IMAGES
 from models.aligned import AlignedModel
-from models.taps import Taps
 from training.parts import build_path, family_for
 
 MIN_IMAGES = 16
@@ -35,12 +34,13 @@ LOSS_TIMESTEPS = 8  # noise levels, evenly spread, over which the held-out loss 
 class HeldOut:
     """Images that nothing was trained on, and how many there were to choose from (`available`).
 
-    Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,); the fields of the null prompt are (…).
+    Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,), or None of captioned images; the fields of the null
+    prompt are (…).
     """
 
     latents: np.ndarray
     teacher: np.ndarray
-    classes: np.ndarray
+    classes: np.ndarray | None
     null_text: dict[str, Tensor]
     available: int
     images_sha256: str
@@ -55,9 +55,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     """
     where = config.eval
     if None in (where.csv, where.latents, where.tokens):
-        raise UserError(
-            "`align` needs held-out images: set eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
-        )
+        needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
+        raise UserError(f"`align` needs held-out images: set {needed}")
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
     online = config.teacher.source == "online"
     if online and (made_by := tokens.spec.source.get("model")) != config.teacher.model:
@@ -65,45 +64,40 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             f"{where.tokens} was made by {made_by}, the run's teacher is {config.teacher.model}: run script 3 on the held-out "
             "images with that --teacher"
         )
-    for held_out, trained in ((latents, config.data.latents), (tokens, config.data.tokens)):
-        if online and held_out is tokens:
-            continue
+    pairs = [(latents, config.data.latents), (tokens, config.data.tokens)]
+    for held_out, trained in pairs[:1] if online else pairs:
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
                 "held-out images with the options of the training images"
             )
     wanted = (config.teacher.grid**2, config.teacher.dim)
-    if tokens.spec.shape != wanted:
-        raise UserError(
-            f"{where.tokens} holds tokens {tokens.spec.shape}, the run's teacher makes {wanted}: run script 3 with that teacher"
-        )
+    if (found := tokens.spec.shape) != wanted:
+        makes = f"tokens {found}, the run's teacher makes {wanted}"
+        raise UserError(f"{where.tokens} holds {makes}: run script 3 with that teacher")
     cached = set(latents.ids) & set(tokens.ids)
     items = [item for item in read_samples(where.csv) if item.id in cached]
     if num_images is not None and num_images > len(items):
-        raise UserError(
-            f"--num-images {num_images} are more than the {len(items)} held-out images of {where.csv} that are cached"
-        )
+        cached = f"the {len(items)} held-out images of {where.csv} that are cached"
+        raise UserError(f"--num-images {num_images} are more than {cached}")
     used = items[: NUM_IMAGES if num_images is None else max(num_images, 0)]
     if len(used) < MIN_IMAGES:
-        raise UserError(
-            f"{len(used)} held-out images are too few: {MIN_IMAGES} or more are needed, some hundreds are better"
-        )
+        least = f"{MIN_IMAGES} or more are needed, some hundreds are better"
+        raise UserError(f"{len(used)} held-out images are too few: {least}")
     ids = [item.id for item in used]
     if trained_on := set(ids) & {item.id for item in read_samples(config.data.csv)}:
         raise UserError(
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
-    return HeldOut(
-        latents_of(latents.read(ids), latents.spec.details).numpy(),
-        tokens.read(ids).float().numpy(),
-        # Captioned images have no classes: all are of one.
-        np.array([0 if item.class_id is None else item.class_id for item in used]),
-        convert(TextReader(config.data.text).null, torch.device("cpu"), torch.float32),
-        len(items),
-        ids_digest(ids),
-        str(tokens.spec.source.get("weights_sha256")),
-    )
+    x_0, teacher = latents_of(latents.read(ids), latents.spec.details), tokens.read(ids).float()
+    classes = None
+    if is_captioned(used):
+        print(f"{where.csv} has captions and no classes: the linear probe by class is left out")
+    else:
+        classes = np.array([item.class_id for item in used])
+    null = convert(TextReader(config.data.text).null, torch.device("cpu"), torch.float32)
+    digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
+    return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)
 
 
 @dataclass(frozen=True)
@@ -120,8 +114,8 @@ class Bench:
     progress: Callable[[], object]
 
     @cached_property
-    def path(self) -> DiffusionPath:
-        return build_path(self.config.diffusion, family_for(self.config))
+    def path(self) -> Path:
+        return build_path(self.config.diffusion, family_for(self.config), self.held.latents.shape[1:])
 
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
         """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""
@@ -129,10 +123,8 @@ class Bench:
         for start in range(0, len(self.held.latents), size):
             x_0 = torch.from_numpy(self.held.latents[start : start + size]).to(self.device)
             noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
-            text = {
-                name: value.to(self.device).expand(len(x_0), *value.shape)
-                for name, value in self.held.null_text.items()
-            }
+            null = ((name, value.to(self.device)) for name, value in self.held.null_text.items())
+            text = {name: value.expand(len(x_0), *value.shape) for name, value in null}
             yield start, x_0, noise.to(self.device), text
             self.progress()
 
@@ -171,17 +163,13 @@ def read_taps(
     teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
-    family, network = model.family, model.backbone
-    taps = Taps(
-        network, {name: family.tap(network, name) for name in family.taps}
-    )  # also where the run taps fewer
-    try:
+    names = dict.fromkeys([*model.family.measured_taps(model.backbone), *heads])
+    with model.reading(names):
         for start, x_0, noise, text in bench.batches():
             rows = slice(start, start + len(x_0))
-            with taps.recording():
-                t = torch.full((len(x_0),), timestep, device=x_0.device)  # (b,)
-                model.predict(bench.path(x_0, noise, t)[0], t, text)
-            for tap, feature in taps.captured.items():  # (b, C, h, w)
+            t = bench.path.times(torch.full((len(x_0),), timestep, device=x_0.device))  # (b,)
+            model.predict(bench.path(x_0, noise, t)[0], t, text, capture=True)
+            for tap, feature in model.taps.captured.items():  # (b, C, h, w)
                 own = tuple(feature.shape[-2:])
                 grids[tap] = tuple(map(min, own, grid))
                 cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, h*w, C)
@@ -192,14 +180,12 @@ def read_taps(
                     )
                 _put(features, tap, rows, pool_tokens(cells, own, grids[tap]), n)
             for tap, head in heads.items():
-                tokens = head(taps.captured[tap], grid)  # (b, N, D)
+                tokens = head(model.taps.captured[tap], grid)  # (b, N, D)
                 for place, images in enumerate((np.arange(n)[rows], other[rows])):
                     target = torch.from_numpy(teacher[images]).to(x_0.device)  # (b, N, D)
                     cosine = cosine_similarity(tokens, target_of(bench.config, target), dim=-1)  # (b, N)
                     cosines[tap][place, rows] = cosine.mean(1).cpu().numpy()
                 _put(pooled, tap, rows, pool_tokens(tokens.cpu().numpy(), grid, grids[tap]), n)
-    finally:
-        taps.remove()
     means = {tap: [found.mean().item() for found in cosines[tap]] for tap in heads}
     return features, grids, {tap: HeadTokens(pooled[tap], *means[tap]) for tap in heads}
 

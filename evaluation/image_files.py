@@ -5,8 +5,10 @@ Beside samples stands a log of the checksum of each, so that a picture that some
 
 import io
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from common.reading import RECORD, JsonLines, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
 LOG = "images.jsonl"
+# A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
+WRITERS, WAITING = 4, 64
 PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -73,17 +77,56 @@ def _read_sample(path: Path, drawn: Mapping[str, set[int]]) -> bytes | None:
     raise UserError(f"{path} is not the picture that was drawn there: move it away, and it is drawn again")
 
 
+class ImageWriter(AbstractContextManager):
+    """Writes samples in threads while the next are drawn: each file whole, then its line of the log, in the order of `save`.
+
+    At most `WAITING` images wait: `save` returns when there is room. What a thread raised, the next `save` or the end of the
+    `with` raises; the end waits for all that were handed over, also where the block was interrupted, so that none is lost.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder, self._log = folder, _log(folder)
+        self._writers, self._noting = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(1)
+        self._waiting: deque[Future] = deque()
+
+    def save(self, images: np.ndarray, indices: Sequence[int]) -> None:
+        """Write (N, H, W, 3) uint8 images under their indices."""
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        for index, image in zip(indices, images, strict=True):
+            self._settle(WAITING - 1)
+            written = self._writers.submit(_write_png, image_path(self._folder, int(index)), image)
+            self._waiting.append(self._noting.submit(self._note, written))
+
+    def _note(self, written: Future[DrawnImage]) -> None:
+        self._log.append(written.result())
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most so many images wait; raise what a thread raised."""
+        while self._waiting and (len(self._waiting) > most or self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            if kind is None:
+                self._settle(0)
+        finally:
+            self._writers.shutdown()
+            self._noting.shutdown()
+
+
+def _write_png(path: Path, image: np.ndarray) -> DrawnImage:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    data = buffer.getvalue()
+    write_atomically(path, data)
+    return {"name": path.name, "crc32": zlib.crc32(data)}
+
+
 def save_images(images: np.ndarray, folder: str | Path, indices: Sequence[int]) -> None:
-    """Write (N, H, W, 3) uint8 images under their indices, each atomically, and then its line of the log."""
-    log = _log(folder)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-    for index, image in zip(indices, images, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        path, data = image_path(folder, int(index)), buffer.getvalue()
-        write_atomically(path, data)
-        log.append({"name": path.name, "crc32": zlib.crc32(data)})
+    """Write (N, H, W, 3) uint8 images under their indices, and wait for them."""
+    with ImageWriter(folder) as writer:
+        writer.save(images, indices)
 
 
 def load_images(folder: str | Path, indices: Sequence[int]) -> np.ndarray:

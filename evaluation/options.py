@@ -9,9 +9,7 @@ from common.arguments import SIDE, between
 from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
 
-FINAL = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # the plan's final numbers
 SWEEP = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 7.5)  # guidance scales
-
 
 Option = tuple[tuple[str, ...], dict]
 
@@ -23,14 +21,11 @@ def option(*names: str, **details) -> Option:
 
 def runs(which: str = "newest", more: str = "") -> list[Option]:
     """RUN…, the checkpoint (`which` is its default) and the device; `more` ends RUN's help."""
-    what = (
-        "run folder of train.py, a checkpoint's folder in it, or a config (.yaml) for the base model it names"
-    )
+    what = "run folder of train.py, a checkpoint's folder in it, or a config (.yaml): the base model it names"
+    steps = f"a step, newest or all (default: {which})"
     return [
         option("runs", type=Path, nargs="+", metavar="RUN", help=what + more),
-        option(
-            "--checkpoint", default=which, metavar="STEP", help=f"a step, newest or all (default: {which})"
-        ),
+        option("--checkpoint", default=which, metavar="STEP", help=steps),
         option("--raw", action="store_true", help="the raw weights instead of their moving average"),
         DEVICE,
     ]
@@ -63,16 +58,11 @@ OPTIONS = {
         settings("those of a config that sets none"),
     ],
     "curve": [
-        *runs("all"),
-        settings(),
-        option("--out", type=Path, help="folder of the figures (runs/curve)"),
-        BASELINE,
+        *runs("all"), settings(), option("--out", type=Path, help="folder of the figures (runs/curve)"), BASELINE,
     ],
     "final": [
         *runs(),
-        settings(
-            f"{' '.join(f'{key}={value}' for key, value in FINAL.items())}; the rest, and all of the sweep, the run's own"
-        ),
+        settings("what the family has for final numbers, and the run's own; those of the sweep: the run's own"),
         option(
             "--sweep", type=float, nargs="*", default=SWEEP, metavar="SCALE",
             help=f"guidance scales (default: {' '.join(f'{s:g}' for s in SWEEP)})",
@@ -96,7 +86,10 @@ OPTIONS = {
         *runs(),
         settings(),
         option("-o", "--out", type=Path, required=True, help="PNG file"),
-        option("--classes", type=int, nargs="+", help="classes to show (default: eight, evenly spread)"),
+        option(
+            "--prompts", "--classes", nargs="+", metavar="PROMPT",
+            help="classes or prompts to show, each by its number or as the prompt's text (default: eight, evenly spread)",
+        ),
     ],
     "report": [
         runs()[0],

@@ -13,6 +13,7 @@ from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.targets import Target
+from metrics.quality import METRICS
 from report.records import Point, format_value, points_file
 from training.metric_log import MetricLog
 from training.parts import Parts
@@ -56,7 +57,8 @@ def evaluate_point(
         started = time.monotonic()
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
-        metrics = measure(folder, indices, labels_of(recipe, indices), scorers, settings, device, ranks)
+        labels = labels_of(recipe, indices) if _has_classes(recipe) else None
+        metrics = measure(folder, indices, labels, scorers, settings, device, ranks)
         measured = time.monotonic()
         known = {
             "target": target.run.name,
@@ -98,6 +100,9 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
         if alike[0] is first:
             check_comparable(alike, device, ranks)
     scorers = load_scorers(targets[0].config, device, ranks)
+    judged = any("accuracy" in METRICS[scorer.extractor.protocol] for scorer in scorers)
+    if ranks.main and judged and not _has_classes(image_settings(targets[0], device)):
+        print("the prompts are captions and no classes: the accuracy by class is left out")
     points = []
     for target in targets:
         point = evaluate_point(target, scorers, device, ranks, kind=kind)
@@ -105,6 +110,11 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
             print(f"{target.name}: {format_metrics(point['metrics'])}", flush=True)
         points.append(point)
     return points
+
+
+def _has_classes(recipe: Mapping) -> bool:
+    """Return whether the prompts of these settings of images are those of classes, made by a template."""
+    return recipe["prompts"] is not None
 
 
 def format_metrics(metrics: Mapping[str, Mapping]) -> str:

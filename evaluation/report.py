@@ -14,11 +14,21 @@ from evaluation.sample import evenly_spread, labels_of
 from evaluation.targets import find_baseline, labels_for
 from report.assemble import write_report
 from report.curves import draw_curves
-from report.material import MADE_BY, Material, Pictures, RunFacts, describe_protocol, last_points, points_at
+from report.material import (
+    MADE_BY,
+    Material,
+    Pictures,
+    RunFacts,
+    Runs,
+    last_points,
+    points_at,
+    protocol_words,
+)
 from report.records import points_under, protocols, read_alignment
 from report.section_alignment import alignment_figures
 from training.run_folder import RunFolder
 
+Names = Sequence[str]
 GRID_ROWS, GRID_COLUMNS = 6, 10
 CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at every checkpoint
 
@@ -34,8 +44,7 @@ def make_report(
             f"nothing was measured of {', '.join(str(run.path) for run in runs)}: run `curve`, `final` or `align` first"
         )
     folder = page.with_name(f"{page.stem}_figures")
-    compared = find_baseline(labelled, baseline)
-    protocol = shared_protocol(facts)
+    compared, protocol = find_baseline(labelled, baseline), shared_protocol(facts)
     curve, figures = None, []
     if protocol is not None:
         curves = {label: points_under(run.points, protocol, MADE_BY) for label, run in facts.items()}
@@ -44,36 +53,26 @@ def make_report(
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = shown_prompts(runs[0].config.data.text)
     material = Material(
-        runs=facts,
-        baseline=compared,
-        curve=curve,
+        runs=facts, baseline=compared, curve=curve, times=times, command=command, folder=folder,
         curve_figures=[path for path in figures if path.exists()],
         grids=sample_grids(facts, protocol, names),
         grid_columns=[names[i] for i in range(min(GRID_COLUMNS, len(names)))],
         pictures=[*pictures_by_step(facts, protocol, names), *pictures_by_class(facts, names)],
-        times=times,
-        command=command,
-        folder=folder,
-    )
+    )  # fmt: skip
     return write_report(page, material)
 
 
 def facts_of(run: RunFolder) -> RunFacts:
     """Read the records of a run folder."""
     folder = run.path / "eval"
+    alignment = read_alignment(folder) if (folder / "align.json").exists() else None
     return RunFacts(
-        folder=run.path,
-        is_base=run.is_base_model,
-        settings=run.settings(),
-        commands=run.commands(),
-        log=run.metrics(),
-        points=points_of(run),
-        alignment=read_alignment(folder) if (folder / "align.json").exists() else None,
-        figures=alignment_figures(folder),
-    )
+        folder=run.path, is_base=run.is_base_model, settings=run.settings(), commands=run.commands(),
+        log=run.metrics(), points=points_of(run), alignment=alignment, figures=alignment_figures(folder),
+    )  # fmt: skip
 
 
-def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
+def shared_protocol(facts: Runs) -> Mapping | None:
     """The protocol of curves that most runs share; of equals the one with most points, then the one with most images."""
     points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
 
@@ -84,9 +83,7 @@ def shared_protocol(facts: Mapping[str, RunFacts]) -> Mapping | None:
     return max(protocols(points), key=rank, default=None)
 
 
-def sample_grids(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Sequence[str]
-) -> dict[str, np.ndarray]:
+def sample_grids(runs: Runs, protocol: Mapping | None, names: Names) -> dict[str, np.ndarray]:
     """The first images of each run at its last step under a protocol; none where classes are random."""
     if protocol is None or protocol["labels"] != "balanced":
         return {}
@@ -99,9 +96,7 @@ def sample_grids(
     return {label: images for label, images in found.items() if images is not None}
 
 
-def pictures_by_step(
-    runs: Mapping[str, RunFacts], protocol: Mapping | None, names: Sequence[str]
-) -> Iterator[Pictures]:
+def pictures_by_step(runs: Runs, protocol: Mapping | None, names: Names) -> Iterator[Pictures]:
     """A few images at every checkpoint."""
     trained = {label: run for label, run in runs.items() if not run.is_base}
     points = {} if protocol is None else points_at(trained, protocol)
@@ -120,21 +115,18 @@ def pictures_by_step(
         yield Pictures(rows, [f"step {step:,}" for step in steps], caption)
 
 
-def pictures_by_class(runs: Mapping[str, RunFacts], names: Sequence[str]) -> Iterator[Pictures]:
+def pictures_by_class(runs: Runs, names: Names) -> Iterator[Pictures]:
     """An image of each of a few classes, under each protocol of final numbers."""
     few = evenly_spread(len(names), CLASSES)
     for protocol in protocols([p for run in runs.values() for p in run.points if p["kind"] == "final"]):
         drawn = labels_of(protocol, range(protocol["num_samples"]))
         shown = [label for label in few if label in drawn]
-        rows = {}
-        for label, point in last_points(runs, protocol, ("final",)).items():
-            images = images_of(runs[label], point, [drawn.index(label) for label in shown])
-            if images is not None:
-                rows[label] = list(images)
-        if rows:
+        indices, points = [drawn.index(label) for label in shown], last_points(runs, protocol, ("final",))
+        found = {label: images_of(runs[label], point, indices) for label, point in points.items()}
+        if rows := {label: list(images) for label, images in found.items() if images is not None}:
             caption = f"The first image of {len(few)} classes, by the protocol of the final numbers: "
             columns = [names[label] for label in shown]
-            yield Pictures(rows, columns, caption + describe_protocol(protocol))
+            yield Pictures(rows, columns, caption + protocol_words(protocol))
 
 
 def images_of(run: RunFacts, point: Mapping, indices: Sequence[int]) -> np.ndarray | None:

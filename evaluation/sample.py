@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 from configs.schema import Config
-from evaluation.image_files import missing_images, save_images, watched
+from evaluation.image_files import ImageWriter, missing_images, watched
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
@@ -32,10 +32,13 @@ from method.sampler import (
     random_labels,
     rows_of,
     sample_latents,
+    set_steps,
 )
 from models.aligned import AlignedModel
+from models.backbone import Backbone
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
+from training.kernels import keep_compiled, searched_convolutions
 from training.parts import family_for, load_run_model, output_of
 from training.ranks import Ranks
 from training.run_folder import this_command
@@ -48,7 +51,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
     config, given = target.config, target.settings
     text = read_text_manifest(config.data.text)
     family = family_for(config)
-    guided = given.cfg > 1
+    guided, sampler = given.cfg > 1, family.sampler_of(given.sampler)
     return {
         "model": {
             "base": config.model.base,
@@ -59,9 +62,9 @@ def image_settings(target: Target, device: torch.device) -> dict:
             "weights_sha256": target.weights_sha256,
             "parameterization": output_of(config),
         },
-        "sampler": given.sampler,
+        "sampler": sampler,
         "steps": given.sampling_steps,
-        "eta": given.eta if given.sampler == "ddim" else None,
+        "eta": given.eta if sampler == "ddim" else None,
         "timestep_spacing": SPACING,
         "cfg": given.cfg,
         "guidance_interval": [given.guidance_low, given.guidance_high] if guided else None,
@@ -80,7 +83,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "labels": given.labels,
         "classes": text["num_prompts"],
         "text_sha256": text_digest(text),
-        "prompts": text["details"].get("template"),
+        "prompts": text["details"].get("template"),  # None of captions
         "seed": given.seed,
         "latent_shape": stored_latent_shape(config),
     }
@@ -138,9 +141,10 @@ def draw_samples(
         own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
         parts = [own_indices[start : start + size] for start in range(0, len(own_indices), size)]
         done = len(indices) - len(missing)
-        for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
-            seeds = [settings["seed"] + i for i in part]
-            save_images(image_sampler.draw(labels_of(settings, part), seeds), folder, part)
+        with ImageWriter(folder) as writer:
+            for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
+                seeds = [settings["seed"] + i for i in part]
+                writer.save(image_sampler.draw(labels_of(settings, part), seeds), part)
         ranks.on_main(lambda: None)  # all have written theirs
     return folder, settings
 
@@ -154,13 +158,14 @@ def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[i
 def print_cost(target: Target, count: int) -> None:
     """Print how many forwards of the network it takes to draw `count` images."""
     given, config = target.settings, target.config
-    scheduler = family_for(config).sampling_scheduler(output_of(config), given.sampler)
-    scheduler.set_timesteps(given.sampling_steps)
+    scheduler, spacing = solver_of(config, family_for(config))
+    set_steps(scheduler, given.sampling_steps, spacing)
     interval = given.guidance_low, given.guidance_high
     each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
+    sampler = family_for(config).sampler_of(given.sampler)
     tqdm.write(
-        f"{target.name}: {count:,} images to draw, {given.sampler} {given.sampling_steps} steps, guidance "
-        f"{given.cfg:g}: {each} forwards of the network each, {each * count:,} in all"
+        f"{target.name}: {count:,} images to draw, {sampler} {given.sampling_steps} steps, guidance {given.cfg:g}: {each} "
+        f"forwards of the network each, {each * count:,} in all"
     )
 
 
@@ -214,7 +219,7 @@ class ImageSampler:
         self.model, self.config = model, config
         self.device = next(model.backbone.parameters()).device
         self.codec = model.family.load_codec().to(self.device)
-        self.scheduler = model.family.sampling_scheduler(output_of(config), config.eval.sampler)
+        self.scheduler, self.spacing = solver_of(config, model.family)
         self.text, self.null = text, convert(text.null, self.device, torch.float32)
 
     @classmethod
@@ -227,6 +232,7 @@ class ImageSampler:
         if device.type == "cuda" and dtype == torch.bfloat16:
             model.backbone.to(memory_format=torch.channels_last)
         if given.compile:
+            keep_compiled()
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
         return cls(model, config, TextReader(config.data.text))
 
@@ -237,15 +243,31 @@ class ImageSampler:
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
         prompts = convert(self.text.rows(labels), self.device, torch.float32)  # {field: (n, …)}
         shape = stored_latent_shape(self.config)
-        latents = sample_latents(
-            self.model.predict, self.scheduler, prompts, self.null, seeds, shape=shape, **how
-        )
-        return decode_images(self.codec, latents)
+        with searched_convolutions():  # every forward has the same rows
+            latents = sample_latents(
+                self.model.predict,
+                self.scheduler,
+                prompts,
+                self.null,
+                seeds,
+                shape=shape,
+                spacing=self.spacing,
+                **how,
+            )
+            return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
         """Digests of the weights in memory, in the dtype in which they compute."""
         network, vae = weights_digest(self.model.backbone), weights_digest(self.codec.vae)
         return {"network_sha256": network, "vae_sha256": vae}
+
+
+def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
+    """The scheduler by which a run's settings draw, and the further arguments of `set_steps`."""
+    shape, steps = stored_latent_shape(config), config.eval.sampling_steps
+    sampler = family.sampler_of(config.eval.sampler)
+    scheduler = family.sampling_scheduler(output_of(config), sampler, steps, shape)
+    return scheduler, family.spacing(shape, steps, sampler)
 
 
 def stored_latent_shape(config: Config) -> list[int]:

@@ -51,10 +51,8 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
         size = read_manifest(config.data.latents, "latents")["view"]["size"]
         return match_references(extractors, config.eval.reference, size)
     paths, facts = training_images(config)
-    files = {}
-    for e in extractors:
-        weights = e.identity["weights_sha256"][:8]
-        files[e.protocol] = config.data.csv.with_suffix(f".{e.protocol}-{weights}.npz")
+    suffixes = {e.protocol: f".{e.protocol}-{e.identity['weights_sha256'][:8]}.npz" for e in extractors}
+    files = {protocol: config.data.csv.with_suffix(suffix) for protocol, suffix in suffixes.items()}
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
         build_references(missing, paths, facts, files, ranks)
     return [Scorer(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
@@ -72,31 +70,31 @@ def match_references(extractors: Sequence[Extractor], files: Sequence[Path], siz
         if protocol in known:
             raise UserError(f"{known[protocol]} and {file} are both references for {protocol}: give one")
         known[protocol] = file
-    scorers = [
-        Scorer(e, load_reference(known[e.protocol], e, {"size": size}))
-        for e in extractors
-        if e.protocol in known
-    ]
-    if not scorers:
-        raise UserError(
-            f"none of the references is for {' or '.join(e.protocol for e in extractors)}: {', '.join(map(str, files))}"
-        )
+    scorers = []
     for extractor in extractors:
-        if extractor.protocol not in known:
+        if extractor.protocol in known:
+            reference = load_reference(known[extractor.protocol], extractor, {"size": size})
+            scorers.append(Scorer(extractor, reference))
+        else:
             print(f"no reference for {extractor.protocol}: its columns are left out")
+    if not scorers:
+        wanted = " or ".join(e.protocol for e in extractors)
+        raise UserError(f"none of the references is for {wanted}: {', '.join(map(str, files))}")
     return scorers
 
 
 def measure(
     folder: Path,
     indices: Sequence[int],
-    labels: Sequence[int],
+    labels: Sequence[int] | None,
     scorers: Sequence[Scorer],
     settings: Eval,
     device: torch.device,
     ranks: Ranks,
 ) -> dict[str, dict]:
-    """{metric: {value, error, …}} of the images `indices` of a folder, in that order; `labels` are the classes they show.
+    """{metric: {value, error, …}} of the images `indices` of a folder, in that order.
+
+    `labels` are the classes that they show; None where they show captions, which have no accuracy by class.
 
     Several processes share the pass over the images, and the result equals that of one process.
     """
@@ -130,17 +128,11 @@ def score_all(
     labels: Sequence[int] | None = None,
 ) -> dict[str, dict]:
     """The metrics of all scorers; `labels` are the classes that the images were to show, None where they are unknown."""
+    intended = None if labels is None else np.asarray(labels)
+    how = {"bootstrap": settings.bootstrap, "seed": settings.seed, "intended": intended, "device": device}
     metrics: dict[str, dict] = {}
     for scorer, features in zip(scorers, found, strict=True):
-        metrics |= score(
-            features,
-            scorer.reference,
-            n=len(features),
-            bootstrap=settings.bootstrap,
-            seed=settings.seed,
-            intended=None if labels is None else np.asarray(labels),
-            device=device,
-        )
+        metrics |= score(features, scorer.reference, n=len(features), **how)
     return metrics
 
 

@@ -1,7 +1,6 @@
 """What is evaluated, and by which settings: a run, one of its checkpoints, or the bare base model that a config names."""
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from common.errors import UserError
 from configs.evaluation import Eval
 from configs.loading import load_config, with_settings
 from configs.schema import Config
+from metrics.features import sha256_of
 from training.checkpoint import WEIGHTS, state_of
 from training.run_folder import RunFolder
 
@@ -39,11 +39,7 @@ class Target:
         """sha256 of the checkpoint's file; None for the base model, whose weights are known once they are loaded."""
         if self.weights == "base":
             return None
-        try:
-            with open(self.run.checkpoint(self.step) / WEIGHTS[self.weights], "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        return sha256_of(self.run.checkpoint(self.step) / WEIGHTS[self.weights])
 
     @cached_property
     def images_seen(self) -> int:
@@ -84,13 +80,10 @@ def find_targets(
     changes: Mapping[str, object] | None = None,
     alike: bool = False,
 ) -> list[list[Target]]:
-    """The targets of each RUN, in the order given.
+    """The targets of each RUN, in the order given; raises `UserError` for an absent checkpoint, or a target given twice.
 
     `which` is a step, "newest" or "all"; `raw` takes the raw weights instead of their moving average. `changes` {dotted key:
-    value} of `eval` are laid over the run's own settings, or over those of the first run for all of them, where they are to be
-    `alike`, so that they can be compared.
-
-    Raises `UserError` where a run has no such checkpoint, or where a target is given twice.
+    value} of `eval` are laid over the run's own settings, or, to be `alike`, over those of the first run for all of them.
     """
     found, settings = [], None
     for path in paths:
@@ -119,9 +112,7 @@ def labels_for(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str
     if steps:
         names = [f"{n} {s}" if names.count(n) > 1 else n for n, s in zip(names, steps, strict=True)]
     if len(set(names)) < len(names):
-        raise UserError(
-            "two of these run folders have the same name: rename one, so that figures can tell them apart"
-        )
+        raise UserError("two of these run folders have the same name: rename one, to tell them apart")
     return names
 
 
@@ -141,9 +132,7 @@ def _targets_of(run: RunFolder, which: str, weights: str, settings: Eval) -> lis
         return [Target(run, 0, "base", settings, asked=weights)]
     steps = run.checkpoint_steps()
     if not steps:
-        raise UserError(
-            f"{run.path} has no checkpoint yet: train.py writes one every train.checkpoint_every steps"
-        )
+        raise UserError(f"{run.path} has no checkpoint yet: wait for the next (train.checkpoint_every)")
     named = {"all": steps, "newest": steps[-1:]} | {str(step): [step] for step in steps}
     if which not in named:
         raise UserError(f"{run.path} has no checkpoint of step {which}; it has {', '.join(map(str, steps))}")

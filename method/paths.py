@@ -1,6 +1,10 @@
-"""The path from data to noise, x_t = α_t x_0 + σ_t ε, and conversions between the predictions ε, v and x_0.
+"""The paths from data to noise, x_t = α_t x_0 + σ_t ε: of a DDPM, and of flow matching.
 
-With α² + σ² = 1 and v = α ε − σ x_0 (Salimans & Ho, arXiv 2202.00512):
+A path draws times t, and a call with x_0, noise and t returns what a training step needs: x_t, the target of the network's
+output, and the weight of its squared error. Its noise level runs from 0 (data) to 1 (noise).
+
+Conversions between the predictions ε, v and x_0 of a DDPM: with α² + σ² = 1 and v = α ε − σ x_0 (Salimans & Ho, arXiv
+2202.00512),
 
     ε   = α v + σ x_t         v = (ε − σ x_t) / α
     x_0 = α x_t − σ v
@@ -134,3 +138,64 @@ class DiffusionPath:
     def spread(self, count: int) -> Tensor:
         """Return `count` timesteps, spread evenly between the two ends of the path but without these."""
         return torch.linspace(0, self.schedule.num_steps - 1, count + 2)[1:-1].long()
+
+    def times(self, steps: Tensor) -> Tensor:
+        """Return the times at whole `steps` of the path, from 0 to `num_steps` − 1: of a DDPM the timesteps themselves."""
+        return steps
+
+
+DRAWS = ("uniform", "logit_normal")
+
+
+class FlowPath:
+    """The straight path of flow matching: x_t = (1 − t) x_0 + t ε at times t in (0, 1), with the target ε − x_0.
+
+    Times are drawn as SD3 has it (Esser et al., arXiv 2403.03206): u uniform in (0, 1), or the sigmoid of a normal number, then
+    t = s u / (1 + (s − 1) u), which a shift s > 1 moves towards noise, as images of more pixels need.
+
+    Args:
+        shift: s.
+        draw: how u is drawn, one of `DRAWS`.
+        logit_mean, logit_std: of the normal number.
+    """
+
+    output = prediction = "flow"
+    snr_gamma = None
+    num_steps = 1000  # of the noise levels that diffusers' schedulers count
+
+    def __init__(
+        self, *, shift: float = 1.0, draw: str = "uniform", logit_mean: float = 0.0, logit_std: float = 1.0
+    ):
+        if draw not in DRAWS:
+            raise ValueError(f"draw must be one of {', '.join(DRAWS)}, not {draw!r}")
+        self.shift, self.how = shift, draw
+        self.logit_mean, self.logit_std = logit_mean, logit_std
+
+    def draw(self, count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw times `(count,)`, fp32."""
+        if self.how == "logit_normal":
+            normal = torch.randn(count, device=device, generator=generator)
+            u = (self.logit_mean + self.logit_std * normal).sigmoid()
+        else:
+            u = torch.rand(count, device=device, generator=generator)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def __call__(self, x_0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x_t and the target, shaped like `x_0 (B, C, …)`, and the weight 1 `(B, 1, …)` of the error at t `(B,)`."""
+        t = t.to(x_0.dtype).view(-1, *[1] * (x_0.ndim - 1))  # (B, 1, …)
+        return (1 - t) * x_0 + t * noise, noise - x_0, torch.ones_like(t)
+
+    def quarter(self, t: Tensor) -> Tensor:
+        """Return the quarter of the path in which each time of t `(B,)` lies, from 0 (little noise) to 3."""
+        return (t * QUARTERS).long().clamp(max=QUARTERS - 1)
+
+    def spread(self, count: int) -> Tensor:
+        """Return `count` times, spread evenly between the two ends of the path but without these."""
+        return torch.linspace(0, 1, count + 2)[1:-1]
+
+    def times(self, steps: Tensor) -> Tensor:
+        """Return the times at whole `steps` of the path, from 0 to `num_steps` − 1."""
+        return steps / self.num_steps
+
+
+Path = DiffusionPath | FlowPath

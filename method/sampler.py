@@ -64,6 +64,19 @@ def guided_steps(
     return ((low <= levels) & (levels <= high)).tolist()
 
 
+def is_flow(scheduler) -> bool:
+    """Return whether one of diffusers' schedulers is for flow matching; those made for nothing else do not say so."""
+    return scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+
+
+def set_steps(
+    scheduler, steps: int, spacing: Mapping[str, object], device: torch.device | str = "cpu"
+) -> None:
+    """Set the timesteps of a scheduler; `spacing` are the further arguments that a family's pipeline hands to it."""
+    count = {} if "sigmas" in spacing else {"num_inference_steps": steps}
+    scheduler.set_timesteps(**count, device=device, **spacing)
+
+
 def forwards_per_image(guided: Sequence[bool]) -> int:
     """Return how many forwards of the network a sample costs: two at each step where guidance acts, else one."""
     return len(guided) + sum(guided)
@@ -85,13 +98,14 @@ def sample_latents(
     guidance_space: str = "snr",
     eta: float = 0.0,
     rows: int | None = None,
+    spacing: Mapping[str, object] | None = None,
 ) -> Tensor:
     """Draw latents in fp32, the same as the family's diffusers pipeline draws from the same generators.
 
-    `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++); `predict(x_t, t, text)` is
-    `AlignedModel.predict`. `text` holds the fields (B, …) of the prompts, `null_text` those (…) of the null prompt;
-    latents are on the device of these fields. The generator of seed b draws the first noise of sample b, then the noise
-    that the scheduler adds at each step (DDPM; DDIM with `eta` > 0), and nothing else.
+    `scheduler` is one of diffusers' that takes DDPM indices (DDIM, DDPM, DPM-Solver++) or is for flow matching; `spacing` goes
+    to `set_steps`. `predict(x_t, t, text)` is `AlignedModel.predict`. `text` holds the fields (B, …) of the prompts,
+    `null_text` those (…) of the null prompt; latents are on the device of these fields. The generator of seed b draws the
+    first noise of sample b, then the noise that the scheduler adds at each step (DDPM; DDIM with `eta` > 0), and nothing else.
 
     Every forward has `rows` samples, and the last one is filled up with copies that are discarded. A sample thus does
     not depend on how many others are drawn, although kernels sum in another order for another number. None means
@@ -106,8 +120,8 @@ def sample_latents(
         raise ValueError("each field of text must be (B, …), and (…) in null_text")
     if len(seeds) != len(first):
         raise ValueError(f"{len(seeds)} seeds for {len(first)} captions")
-    if len(shape) != 3:
-        raise ValueError(f"shape must be (C, h, w), got {tuple(shape)}")
+    if len(shape) not in (3, 4):
+        raise ValueError(f"shape must be (C, h, w) or (C, f, h, w), got {tuple(shape)}")
     if steps < 1 or cfg < 1 or (rows is not None and rows < 1):
         raise ValueError(f"steps, cfg and rows must be at least 1, got {steps}, {cfg} and {rows}")
     device = first.device
@@ -120,14 +134,18 @@ def sample_latents(
         cond = {name: filled(x[part], rows) for name, x in text.items()}  # (R, …)
         streams = generators(own + own[-1:] * (rows - len(own)))
         solver = copy.deepcopy(scheduler)
-        solver.set_timesteps(steps, device=device)
+        set_steps(solver, steps, spacing or {}, device)
         guided = guidance_plan(solver, cfg, guidance_low, guidance_high, guidance_space)
         both = {name: torch.cat([null[name], cond[name]]) for name in cond}  # (2R, …)
         extra = _step_options(solver, streams, eta)
-        x = initial_noise(streams, shape, device) * solver.init_noise_sigma  # (R, C, h, w)
+        x = initial_noise(streams, shape, device) * getattr(solver, "init_noise_sigma", 1.0)  # (R, C, h, w)
         for t, guide in zip(solver.timesteps, guided, strict=True):
-            x_in = solver.scale_model_input(torch.cat([x, x]) if guide else x, t)  # (R or 2R, C, h, w)
-            out = predict(x_in, t.expand(len(x_in)), both if guide else cond).float()  # (R or 2R, C, h, w)
+            x_in = torch.cat([x, x]) if guide else x  # (R or 2R, C, h, w)
+            if hasattr(solver, "scale_model_input"):
+                x_in = solver.scale_model_input(x_in, t)
+            # In fp64, from which a network that is told 1000 t gets the scheduler's own number back.
+            time = t.double() / solver.config.num_train_timesteps if is_flow(solver) else t
+            out = predict(x_in, time.expand(len(x_in)), both if guide else cond).float()  # (R or 2R, C, h, w)
             if guide:
                 uncond, cond_out = out.chunk(2)  # (R, C, h, w) each
                 out = uncond + cfg * (cond_out - uncond)
@@ -140,6 +158,9 @@ def guidance_plan(scheduler, cfg: float, low: float, high: float, space: str) ->
     """Return for each timestep that was set in a scheduler whether guidance acts."""
     if cfg == 1:
         return [False] * len(scheduler.timesteps)
+    if is_flow(scheduler):  # whose time is REPA's noise level
+        levels = scheduler.timesteps.double().cpu() / scheduler.config.num_train_timesteps
+        return ((low <= levels) & (levels <= high)).tolist()
     return guided_steps(scheduler.alphas_cumprod, scheduler.timesteps, low=low, high=high, space=space)
 
 

@@ -39,9 +39,9 @@ def embed_sources(
     sources: Mapping[str, Source], *, seed: int, method: str = "tsne"
 ) -> dict[str, dict[str, Panel]]:
     """{source: {"raw": Panel, "centred": Panel}}; both panels show the same tokens, of ten classes at most."""
+    kinds = ("raw", "centred")
     return {
-        name: {kind: _panel(source, kind == "centred", seed, method) for kind in ("raw", "centred")}
-        for name, source in sources.items()
+        n: {kind: _panel(s, kind == "centred", seed, method) for kind in kinds} for n, s in sources.items()
     }
 
 
@@ -56,16 +56,11 @@ def _panel(source: Source, centre: bool, seed: int, method: str) -> Panel:
     means = (_prepared(side.mean(axis=1), centre) for side in (source.projected, source.teacher))  # (n, D)
     shared = cknna(*means, k=min(10, len(source.classes) - 4), seed=seed)
     plane = joint_embedding(x, y, seed, method=method)  # (2, M, 2)
-    numbers = {
-        "paired_cosine": paired_cosine(x, y),
-        "null_paired_cosine": paired_cosine(x, y[mispair(np.arange(len(y)), rng)]),
-        "cknna": shared["cknna"],
-        "null_cknna": shared["null_cknna"],
-        "cknna_images": shared["n"],
-        "cknna_k": shared["k"],
-        "tokens": len(x),
-        "images": len(np.unique(images)),
-    }
+    mispaired = y[mispair(np.arange(len(y)), rng)]
+    numbers = {"paired_cosine": paired_cosine(x, y), "null_paired_cosine": paired_cosine(x, mispaired)}
+    numbers |= {name: shared[name] for name in ("cknna", "null_cknna")}
+    numbers |= {"cknna_images": shared["n"], "cknna_k": shared["k"]}
+    numbers |= {"tokens": len(x), "images": len(np.unique(images))}
     return Panel(*plane, source.classes[images], numbers)
 
 
@@ -74,8 +69,6 @@ def joint_embedding(x: ndarray, y: ndarray, seed: int, *, method: str = "tsne") 
 
     Both sides are L2-normalised, then reduced to 50 principal components or fewer.
     """
-    if x.ndim != 2 or x.shape != y.shape or len(x) < 4:
-        raise ValueError(f"x and y must share one shape (M, D) with M >= 4, got {x.shape} and {y.shape}")
     points = np.concatenate([unit(x), unit(y)])  # (2M, D)
     points = points - points.mean(axis=0)
     _, _, directions = np.linalg.svd(points, full_matrices=False)

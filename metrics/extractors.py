@@ -1,17 +1,20 @@
 """The feature extractors that the settings name: Inception, or an image classifier of a transformers folder, and DINOv2."""
 
-import math
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.pretrained import load_pretrained, local_folder, read_config
+from common.pretrained import SAVED, load_pretrained, read_config
+from common.reading import read_record
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
 
@@ -19,6 +22,19 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 DINOV2_SIDE = 224  # pixels, as edm2's FD_DINOv2
 PREPARATION = "preprocessor_config.json"
+Side = Annotated[int, Field(gt=0)]
+Size = Side | dict[str, Side | None]
+THREE = Field(min_length=3, max_length=3)
+
+
+@with_config(strict=True)
+class Preparation(TypedDict):
+    """What is read of preprocessor_config.json: for RGB pixels in [0, 1], and in pixels."""
+
+    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], THREE]
+    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], THREE]
+    size: NotRequired[Size]
+    crop_size: NotRequired[Size]
 
 
 def load_extractors(
@@ -118,10 +134,10 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
             f"{path} holds {kind!r}; a feature extractor is 'inception', a .pth of Inception's weights, or a transformers "
             "folder of an image classifier (config.json, model.safetensors, preprocessor_config.json)"
         )
-    preprocessing = _read(path, PREPARATION)
-    mean, std = _normalisation(path, preprocessing)
-    size = _network_size(path, preprocessing)
+    preparation = read_record(path / PREPARATION, Preparation, SAVED)
+    size = _network_size(path, preparation)
     model, sha256 = _load(transformers.AutoModelForImageClassification, path)
+    mean, std = preparation["image_mean"], preparation["image_std"]
     return ClassifierExtractor(model.to(device), sha256, mean=mean, std=std, size=size)
 
 
@@ -135,10 +151,10 @@ def load_dinov2(path: Path, device: torch.device) -> Extractor:
         raise UserError(f"{path / 'config.json'} gives no usable image_size: {native!r}")
     mean, std, size = IMAGENET_MEAN, IMAGENET_STD, (min(DINOV2_SIDE, native),) * 2
     if (path / PREPARATION).exists():
-        preprocessing = _read(path, PREPARATION)
-        mean, std = _normalisation(path, preprocessing)
+        preparation = read_record(path / PREPARATION, Preparation, SAVED)
+        mean, std = preparation["image_mean"], preparation["image_std"]
         if native < DINOV2_SIDE:  # a small model: what it was trained on
-            size = _network_size(path, preprocessing)
+            size = _network_size(path, preparation)
     model, sha256 = _load(transformers.AutoModel, path)
     return Dinov2Extractor(model.to(device), sha256, mean=mean, std=std, size=size)
 
@@ -151,13 +167,9 @@ def _load(loader: type, path: Path) -> tuple[torch.nn.Module, str]:
 
 def _folder(setting: str | Path) -> Path:
     """The folder of a setting; a hub is never asked."""
-    try:
-        folder = local_folder(str(setting))
-    except UserError:
-        folder = None
-    if folder is None:
+    if not os.path.isdir(setting):
         raise UserError(f"no feature extractor at {setting}: no such folder (of hub ids give the folder)")
-    return folder
+    return Path(setting)
 
 
 def _architecture(path: Path) -> str:
@@ -171,31 +183,15 @@ def _architecture(path: Path) -> str:
             return "no architecture"
 
 
-def _normalisation(path: Path, preprocessing: dict) -> tuple[list[float], list[float]]:
-    mean, std = found = preprocessing.get("image_mean"), preprocessing.get("image_std")
-    numbers = all(isinstance(v, list) and len(v) == 3 and all(map(_is_finite, v)) for v in found)
-    if not numbers or min(std) <= 0:
-        raise UserError(
-            f"{path / PREPARATION} must give image_mean and image_std for 3 channels, not {mean!r:.60} and {std!r:.60}"
-        )
-    return found
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _network_size(path: Path, preprocessing: dict) -> tuple[int, int]:
+def _network_size(path: Path, preparation: Preparation) -> tuple[int, int]:
     """(height, width) of the images that the network was trained on: the crop if there is one, else the resize."""
-    size = preprocessing.get("crop_size", preprocessing.get("size"))
-    if isinstance(size, dict):
-        side = size.get("shortest_edge")
-        size = (size.get("height", side), size.get("width", side))
-    elif isinstance(size, int):
-        size = (size, size)
-    if not (isinstance(size, tuple) and all(isinstance(side, int) and side > 0 for side in size)):
+    size = preparation.get("crop_size", preparation.get("size", {}))
+    if isinstance(size, int):
+        return size, size
+    height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+    if height is None or width is None:
         raise UserError(f"{path / PREPARATION} gives no usable size: {size!r}")
-    return size
+    return height, width
 
 
 def _read(path: Path, file: str) -> dict[str, Any]:

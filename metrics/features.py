@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.reading import open_regular
 from metrics.moments import Moments
 
 
@@ -87,17 +87,9 @@ class FeatureSet:
     def __len__(self) -> int:
         return sum(map(len, self._chunks))
 
-    @property
-    def pool(self) -> np.ndarray:  # (N, D)
-        return _joined(self._chunks, "pool")
-
-    @property
-    def logits(self) -> np.ndarray | None:  # (N, K)
-        return _joined(self._chunks, "logits")
-
-    @property
-    def labels(self) -> np.ndarray | None:  # (N,)
-        return _joined(self._chunks, "labels")
+    pool = property(lambda self: _joined(self._chunks, "pool"))  # (N, D)
+    logits = property(lambda self: _joined(self._chunks, "logits"))  # (N, K), or None
+    labels = property(lambda self: _joined(self._chunks, "labels"))  # (N,), or None
 
 
 def _joined(parts: Sequence[Features | FeatureSet], name: str) -> np.ndarray | None:
@@ -114,14 +106,11 @@ def batches(images: np.ndarray, batch_size: int, device: torch.device) -> Iterat
 
 
 def sha256_of(*paths: Path) -> str:
-    """The checksum of files, read one after the other."""
+    """The checksum of files, read one after the other; raises `UserError` for one that cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                hashlib.file_digest(file, lambda: digest)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+        with open_regular(path) as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

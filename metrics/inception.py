@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
+from common.pretrained import reason_of
 from metrics.features import Extractor, sha256_of
 
 SIDE = 299  # pixels
@@ -91,9 +92,8 @@ def find_weights(setting: str | Path) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(
-        f"Inception's weights are missing: put {URL_INCEPTION_V3} at {places[0]}; nothing is downloaded here"
-    )
+    missing = f"Inception's weights are missing: put {URL_INCEPTION_V3} at {places[0]}"
+    raise UserError(f"{missing}; nothing is downloaded here")
 
 
 def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> list[Extractor]:
@@ -105,9 +105,8 @@ def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> l
 
     found = sha256_of(path)
     if not found.startswith(sha256):
-        raise UserError(
-            f"{path} is not Inception's weights (its sha256 begins {found[:8]}, not {sha256}): replace it by {URL_INCEPTION_V3}"
-        )
+        why = f"its sha256 begins {found[:8]}, not {sha256}"
+        raise UserError(f"{path} is not Inception's weights ({why}): replace it by {URL_INCEPTION_V3}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         copy = io.BytesIO()
@@ -115,7 +114,6 @@ def load_inception(path: Path, device: torch.device, *, sha256: str = HASH) -> l
         copy.seek(0)
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=copy)
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be loaded as Inception's weights: {reason}") from None
+        raise UserError(f"{path} cannot be loaded as Inception's weights: {reason_of(error)}") from None
     network = network.to(device)
     return [AdmExtractor(network, found), CleanExtractor(network, found)]

@@ -1,38 +1,37 @@
 """Means and covariances of features, and the Fréchet distance between two of them. All in float64."""
 
+from functools import cached_property
+
 import numpy as np
 
 
 class Moments:
     """Mean and covariance of feature vectors that arrive in batches.
 
-    Holds D + D² numbers whatever the count. Batches are merged by Chan et al. (1979), which stays exact
-    where the features' mean is large beside their spread; a plain sum of squares would not.
+    Batches are merged by Chan et al. (1979), which stays exact where the features' mean is large beside their spread; a plain
+    sum of squares would not.
     """
 
-    def __init__(self, dim: int | None = None):
-        """`dim` is checked on every batch; None lets the first batch set it."""
-        self.dim = dim
-        self.count: int | None = 0
-        self._mean: np.ndarray | None = None  # (D,)
+    def __init__(self):
+        self.count: int | None = 0  # None where a source does not say it (ADM's reference files)
+        self.mean: np.ndarray | None = None  # (D,), of one vector or more
         self._scatter: np.ndarray | None = None  # (D, D), sum of outer products about the mean
         self._cov: np.ndarray | None = None  # (D, D), where it was given
-        self._root: np.ndarray | None = None  # (D, D), computed when first asked for
 
     @classmethod
     def of(cls, mean: np.ndarray, cov: np.ndarray, count: int | None) -> "Moments":
-        """Moments that were computed before: mean (D,), covariance (D, D). They can be compared, not continued.
-
-        `count` is None where the source does not say it (ADM's reference files).
-        """
+        """Moments that were computed before: mean (D,), covariance (D, D). They can be compared, not continued."""
         mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"moments must be (D,) and (D, D), got {mean.shape} and {cov.shape}")
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError("moments are not finite")
-        moments = cls(len(mean))
-        moments.count, moments._mean, moments._cov = count, mean, cov
+        moments = cls()
+        moments.count, moments.mean, moments._cov = count, mean, cov
         return moments
+
+    @property
+    def dim(self) -> int | None:
+        """D; None before the first vector."""
+        return None if self.mean is None else len(self.mean)
 
     def update(self, features: np.ndarray) -> "Moments":
         """Add a batch (N, D), N >= 1, of finite values; returns itself."""
@@ -47,34 +46,23 @@ class Moments:
 
     def merge(self, other: "Moments") -> "Moments":
         """Add what another process saw: the result is that of one process over both. Returns itself."""
-        if other._cov is not None:
-            raise ValueError("given moments cannot be continued")
-        if other.count == 0:
-            return self
-        if self.dim not in (None, other.dim):
-            raise ValueError(f"moments of different features: {self.dim} and {other.dim} dimensions")
-        return self._join(other.count, other._mean, other._scatter)
+        return self if other.count == 0 else self._join(other.count, other.mean, other._scatter)
 
-    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> "Moments":
-        if self._cov is not None:
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray | None) -> "Moments":
+        if self._cov is not None or scatter is None:
             raise ValueError("given moments cannot be continued")
-        self._root = None
+        if self.dim not in (None, len(mean)):
+            raise ValueError(f"moments of different features: {self.dim} and {len(mean)} dimensions")
+        vars(self).pop("root", None)
         if self.count == 0:
-            self.dim, self.count, self._mean, self._scatter = len(mean), count, mean.copy(), scatter.copy()
+            self.count, self.mean, self._scatter = count, mean.copy(), scatter.copy()
             return self
         total = self.count + count
-        shift = mean - self._mean  # (D,)
+        shift = mean - self.mean  # (D,)
         self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
-        self._mean = self._mean + shift * (count / total)
+        self.mean = self.mean + shift * (count / total)
         self.count = total
         return self
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(D,) mean of one vector or more."""
-        if self.count == 0:
-            raise ValueError("no features yet")
-        return self._mean
 
     @property
     def cov(self) -> np.ndarray:
@@ -85,20 +73,18 @@ class Moments:
             raise ValueError(f"a covariance needs 2 vectors, there are {self.count}")
         return self._scatter / (self.count - 1)
 
-    @property
+    @cached_property
     def root(self) -> np.ndarray:
         """(D, D) with root @ root.T == cov, computed once: what every distance to these moments shares.
 
         Any such factor serves a Fréchet distance. Cholesky's is found six times faster than the symmetric one, but a singular
         covariance (fewer vectors than dimensions) has none; there it comes from the eigenvectors.
         """
-        if self._root is None:
-            try:
-                self._root = np.linalg.cholesky(self.cov)
-            except np.linalg.LinAlgError:
-                values, vectors = np.linalg.eigh(self.cov)  # (D,), (D, D)
-                self._root = vectors * np.sqrt(values.clip(min=0.0))
-        return self._root
+        try:
+            return np.linalg.cholesky(self.cov)
+        except np.linalg.LinAlgError:
+            values, vectors = np.linalg.eigh(self.cov)  # (D,), (D, D)
+            return vectors * np.sqrt(values.clip(min=0.0))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -109,8 +95,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     images than dimensions). Put the reference second: its root R is kept. In float32 the distance would shift by 0.01. Biased
     upwards by about 1/N: compare only numbers taken with equal N.
     """
-    if a.dim != b.dim:
-        raise ValueError(f"moments of different features: {a.dim} and {b.dim} dimensions")
     cov = a.cov
     offset = ((a.mean - b.mean) ** 2).sum()
     distance = offset + np.trace(cov) + np.trace(b.cov) - 2.0 * trace_of_root(b.root.T @ cov @ b.root)

@@ -20,16 +20,8 @@ from common.reading import open_regular
 
 MEMBER = "arr_0.npy"
 # What zipfile and numpy raise for a damaged, an encrypted or an unusually compressed file, or for a header that is a bomb.
-DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
+DAMAGE = (OSError, EOFError, ValueError, RuntimeError, MemoryError)
+DAMAGE += (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def npz_image_shape(path: str | Path) -> tuple[int, int, int, int]:
@@ -73,9 +65,7 @@ def write_npz_images(
         np.lib.format.write_array_header_1_0(file, header)
         for images in chunks:
             if images.dtype != np.uint8 or images.shape[1:] != (height, width, 3):
-                raise ValueError(
-                    f"images must be (n, {height}, {width}, 3) uint8, got {images.shape} {images.dtype}"
-                )
+                raise ValueError(f"images must be (n, {height}, {width}, 3) uint8, got {images.shape}")
             file.write(np.ascontiguousarray(images).data)
             written += len(images)
         if written != count:
@@ -92,9 +82,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, int, int, int]]]:
             with archive.open(MEMBER) as file:
                 shape = _read_header(file, path)
                 if math.prod(shape) > archive.getinfo(MEMBER).file_size:
-                    raise UserError(
-                        f"{path} announces {shape[0]} images and is too small for them: it is damaged"
-                    )
+                    raise UserError(f"{path} is damaged: too small for the {shape[0]} images it announces")
                 yield file, shape
     except DAMAGE as error:
         raise UserError(f"{path} cannot be read as an .npz of images: {one_line(error)}") from None

@@ -22,10 +22,8 @@ def ridge_alignment(
     Returns numbers on the other half, and its projection (n_test, T, Dy), of the images `split_by_image` names for this
     seed. So a run without a head, or the base model, can be shown in the teacher's space.
 
-    - cosine: `paired_cosine` of the projection with y, in [-1, 1]; a map that only knows y's mean has the cosine of
-      the tokens with their mean, so look at `null_cosine` too.
-    - r2: the share of y's variance about the fit images' mean that the map explains, over all tokens and channels; at
-      most 1, and below 0 where the mean alone does better.
+    - cosine: `paired_cosine` of the projection with y; a map that only knows y's mean has more than 0, as `null_cosine` shows.
+    - r2: the share of y's variance about the fit images' mean that the map explains; below 0 where the mean does better.
     - null_cosine, null_r2: the same of a map fitted on images paired at random, and reported alike.
 
     `ridge` is the penalty relative to the mean variance of x; 0 is plain least squares. None chooses one of `RIDGE_PENALTIES`
@@ -33,8 +31,6 @@ def ridge_alignment(
     there are at full size, a fixed small penalty overfits so that the map does worse than the mean.
     """
     x, y = token_pair(x, y)
-    if ridge is not None and ridge < 0:
-        raise ValueError(f"ridge must not be negative, got {ridge}")
     fit, test = split_by_image(len(x), seed)
     means = [side[fit].mean(axis=(0, 1), dtype=np.float64) for side in (x, y)]  # (Dx,), (Dy,)
     rng = np.random.default_rng([seed, 4])
@@ -72,8 +68,6 @@ def probe_accuracy(features: ndarray, classes: ndarray, *, seed: int) -> dict[st
     Returns accuracy; null_accuracy, the mean over shuffles of the fit images' labels; chance, the accuracy of always naming
     the fit images' most frequent class; and num_classes, n_fit, n_test of what took part.
     """
-    if features.ndim != 2 or len(features) != len(classes):
-        raise ValueError(f"features must be (N, D) and classes (N,), got {features.shape}, {classes.shape}")
     fit, test = split_by_image(len(features), seed)
     names, counts = np.unique(classes, return_counts=True)
     names = names[counts >= MIN_PROBED]
@@ -93,14 +87,10 @@ def probe_accuracy(features: ndarray, classes: ndarray, *, seed: int) -> dict[st
         return float((probe.predict(scaled[test]) == truth).mean())
 
     found, counts = np.unique(labels, return_counts=True)
-    return {
-        "accuracy": score(labels),
-        "null_accuracy": float(np.mean([score(rng.permutation(labels)) for _ in range(NULLS)])),
-        "chance": float((truth == found[counts.argmax()]).mean()),
-        "num_classes": len(names),
-        "n_fit": len(fit),
-        "n_test": len(test),
-    }
+    null = float(np.mean([score(rng.permutation(labels)) for _ in range(NULLS)]))
+    chance = float((truth == found[counts.argmax()]).mean())
+    numbers = {"accuracy": score(labels), "null_accuracy": null, "chance": chance}
+    return numbers | {"num_classes": len(names), "n_fit": len(fit), "n_test": len(test)}
 
 
 def _best(gram, cross: ndarray, own_back: ndarray, cross_back: ndarray) -> float:

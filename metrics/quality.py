@@ -42,14 +42,11 @@ def score(
     if len(drawn) != n:
         raise ValueError(f"{n} images were asked for, there are features of {len(drawn)}")
     pool, protocol, kept = drawn.pool, reference.protocol, reference.features
-    for ours, theirs in (
-        (pool.shape[1], reference.pool),
-        (drawn.spatial and drawn.spatial.dim, reference.spatial),
-    ):
-        if ours is not None and theirs is not None and theirs.dim != ours:
-            raise UserError(
-                f"{reference.name} has {theirs.dim} features of an image, the extractor gives {ours}: make it anew"
-            )
+    whole = Moments().update(pool)
+    for ours, theirs in ((whole, reference.pool), (drawn.spatial, reference.spatial)):
+        if ours is not None and theirs is not None and theirs.dim != ours.dim:
+            given = f"features of an image, the extractor gives {ours.dim}"
+            raise UserError(f"{reference.name} has {theirs.dim} {given}: make it anew")
     results: dict[str, dict] = {}
 
     def put(metric: str, value: float, error: float | None = None, kind: str | None = None, note: str = ""):
@@ -59,7 +56,7 @@ def score(
     for metric in METRICS[protocol]:
         if metric in ("fid", "fd"):
             error = bootstrap_fd(pool, reference.pool, bootstrap, seed) if bootstrap else None
-            put(metric, frechet_distance(Moments().update(pool), reference.pool), error, "bootstrap")
+            put(metric, frechet_distance(whole, reference.pool), error, "bootstrap")
         elif metric == "sfid" and reference.spatial is not None and drawn.spatial is not None:
             dim = reference.spatial.dim
             few = f"{n} images for {dim} dimensions: a covariance needs more images than that"
@@ -95,9 +92,7 @@ def bootstrap_fd(pool: np.ndarray, reference: Moments, resamples: int = BOOTSTRA
         raise ValueError(f"a spread needs 2 resamples, got {resamples}")
     rng = np.random.default_rng(seed)
     centred = pool - reference.mean  # (N, D) float64
-    turned = (
-        centred @ reference.root
-    )  # (N, D); its covariance Rᵀ S R has the eigenvalues that a distance needs
+    turned = centred @ reference.root  # (N, D), of the covariance Rᵀ S R, whose eigenvalues a distance needs
     squares = (centred**2).sum(axis=1)  # (N,)
     n, trace = len(pool), np.trace(reference.cov)
     distances = []
@@ -120,8 +115,6 @@ def inception_score(logits: np.ndarray, split_size: int = 5000) -> tuple[float, 
     shorter: in files sorted by class a split holds few classes and the score collapses.
     """
     logits = torch.from_numpy(np.asarray(logits, np.float64))  # (N, K)
-    if logits.ndim != 2 or len(logits) == 0:
-        raise ValueError(f"logits must be (N, K) with N >= 1, got {tuple(logits.shape)}")
     scores = []
     for part in logits.log_softmax(dim=1).split(split_size):  # (n, K)
         marginal = part.logsumexp(dim=0) - np.log(len(part))  # (K,): a class that is never seen stays finite
@@ -138,8 +131,6 @@ def kid(
     of fewer than `subset_size` are taken whole; where that leaves nothing to chance the deviation is None. A value a
     little below 0 is right for equal distributions. Arithmetic in the features' own precision, like torch-fidelity's.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"x and y must be (N, D) and (M, D) with N, M >= 2, got {x.shape} and {y.shape}")
     size = min(subset_size, len(x), len(y))
     rng = np.random.RandomState(seed)  # legacy, since torch-fidelity's subsets come from it
     values = []
@@ -197,9 +188,6 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor):
 
 def class_accuracy(predicted: np.ndarray, intended: np.ndarray) -> float:
     """Share, in [0, 1], of images whose predicted class is the intended one; both labels are (N,)."""
-    predicted, intended = np.asarray(predicted), np.asarray(intended)
     if predicted.shape != intended.shape or predicted.ndim != 1 or len(predicted) == 0:
-        raise ValueError(
-            f"labels must be two equal (N,) with N >= 1, got {predicted.shape} and {intended.shape}"
-        )
+        raise ValueError(f"labels must be two equal (N,), got {predicted.shape} and {intended.shape}")
     return float((predicted == intended).mean())

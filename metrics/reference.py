@@ -163,24 +163,23 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
         raise UserError(
             f"{path} is a file of ADM's suite: it serves the protocol adm, not {extractor.protocol}; make a reference of images"
         )
-    metadata, drawn = {"source": "ADM's suite"}, FeatureSet()
+    metadata, features = {"source": "ADM's suite"}, None
+    pool, spatial, *_ = _statistics(path, arrays, None)
     if "arr_0" in arrays:
         count, height, *_ = npz_image_shape(path)
         if count < FEWEST:
-            raise UserError(
-                f"{path} holds {count} images, a reference needs at least {FEWEST}: choose another file"
-            )
-        size = wanted.get("size", height)
-        if size != height:
+            few = f"{count} images, a reference needs at least {FEWEST}"
+            raise UserError(f"{path} holds {few}: choose another file")
+        if (size := wanted.get("size", height)) != height:
             raise UserError(f"{path} holds images of size = {height}, wanted is {size}: choose another file")
         metadata |= {"num_arr_0": count, "size": height}
+        drawn = FeatureSet()
         for chunk in iterate_npz_images(path, CHUNK):
             drawn.add(extractor.features(chunk))
-    pool, spatial, *_ = _statistics(path, arrays, None)
+        features = drawn.pool
     metadata["moments"] = "of its images" if pool is None else "of the file"
     if pool is None:
-        pool, spatial = Moments().update(drawn.pool), drawn.spatial
-    features = drawn.pool if "arr_0" in arrays else None
+        pool, spatial = Moments().update(features), drawn.spatial
     return Reference(path.name, extractor.protocol, pool, spatial, features, None, metadata)
 
 
@@ -222,9 +221,7 @@ def _moments(arrays: dict, mean: str, cov: str, count: int | None) -> Moments | 
 
 def _check_real(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.dtype.kind != "f" or array.shape != shape or 0 in shape or not np.isfinite(array).all():
-        raise ValueError(
-            f"'{name}' must be finite floats of shape {shape}, it is {array.shape} {array.dtype}"
-        )
+        raise ValueError(f"'{name}' must be finite floats of shape {shape}, it is {array.shape}")
 
 
 def _read_arrays(path: Path) -> dict:

@@ -96,8 +96,6 @@ def unbiased_cka(x: ndarray, y: ndarray, *, seed: int = 0) -> dict[str, float | 
     dimensions. NaN where a side's own HSIC is not positive (constant features). `null_cka` pairs the images at random.
     """
     x, y = _vector_pair(x, y)
-    if len(x) < 4:
-        raise ValueError(f"unbiased CKA needs 4 images or more, got {len(x)}")
     # Unbiased HSIC ignores a common offset of the features; without it, it is not lost in rounding.
     kernel_x, kernel_y = (side @ side.T for side in (x - x.mean(axis=0), y - y.mean(axis=0)))  # (N, N) each
     value, null = _beside_null(_normalised_hsic, kernel_x, kernel_y, [seed, 3])

@@ -14,7 +14,7 @@ teacher's, over whose cells the finer side is averaged, except `cosine`, which i
 | probe | both | accuracy of a linear probe on one mean vector an image | shuffled labels |
 
 A value is None where it is not defined: a grid too small for it, fewer directions than CCA is to use, too few images of a
-class. rmsc does not look at positions, so it has no null.
+class. Images without classes have no row `probe`. rmsc does not look at positions, so it has no null.
 """
 
 import math
@@ -42,13 +42,20 @@ class TeacherSide:
 
     tokens: ndarray  # (n, T, D)
     components: ndarray  # (n, T, k), their principal components for CCA
-    classes: ndarray  # (n,), those of the images
+    classes: ndarray | None  # (n,), those of the images; None where they have none
     grid: Grid  # (h, w) of the T tokens
     seed: int  # decides the split and all nulls
 
     @classmethod
     def on(
-        cls, grid: Grid, teacher: ndarray, teacher_grid: Grid, classes: ndarray, *, k: int, seed: int
+        cls,
+        grid: Grid,
+        teacher: ndarray,
+        teacher_grid: Grid,
+        classes: ndarray | None,
+        *,
+        k: int,
+        seed: int,
     ) -> "TeacherSide":
         """Average the teacher's tokens (n, N, D) over the cells of `grid`."""
         tokens = pool_tokens(teacher, teacher_grid, grid)  # (n, T, D)
@@ -67,11 +74,9 @@ def cca_components(n: int, cells: int, *widths: int) -> int:
 def tap_metrics(features: ndarray, teacher: TeacherSide) -> tuple[Metrics, ndarray]:
     """All metrics of a tap's features (n, T, C), and their ridge map to the teacher's space (n_test, T, D)."""
     ridge, projected = ridge_alignment(features, teacher.tokens, seed=teacher.seed)
-    return {
-        "ridge_cosine": entry(ridge["cosine"], ridge["null_cosine"]),
-        "ridge_r2": entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"]),
-        **_both_sides(features, teacher),
-    }, projected
+    cosine = entry(ridge["cosine"], ridge["null_cosine"])
+    r2 = entry(ridge["r2"], ridge["null_r2"], penalty=ridge["ridge"])
+    return {"ridge_cosine": cosine, "ridge_r2": r2, **_both_sides(features, teacher)}, projected
 
 
 def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: TeacherSide) -> Metrics:
@@ -82,20 +87,13 @@ def head_metrics(tokens: ndarray, cosine: float, null_cosine: float, teacher: Te
 def entry(value: float | None, null: float | None, **more) -> dict[str, float | None]:
     """{value, null, …} with None for what is not finite."""
     found = {"value": value, "null": null} | more
-    absent = [
-        name for name, number in found.items() if isinstance(number, float) and not math.isfinite(number)
-    ]
-    return found | dict.fromkeys(absent)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 def row_of(
-    result: Mapping,
-    *,
-    model: str = "run",
-    tap: str | None = None,
-    timestep: int = SHOWN_TIMESTEP,
-    features: str = "tap",
-) -> Metrics | None:
+    result: Mapping, *,
+    model: str = "run", tap: str | None = None, timestep: int = SHOWN_TIMESTEP, features: str = "tap",
+) -> Metrics | None:  # fmt: skip
     """The metrics of one row of `align.json`; None where it was not measured (no head at that tap, another timestep).
 
     `tap` None is the family's main tap.
@@ -125,17 +123,16 @@ def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
         cca = entry(found["mean_rho"], found["null_mean_rho"], top=found["top_rho"])
     except RankError as error:  # features that collapsed
         cca = entry(None, None, reason=str(error))
-    return {
-        "cknna": entry(neighbours["cknna"], neighbours["null_cknna"]),
-        "cka": entry(kernels["cka"], kernels["null_cka"]),
-        "cca": cca,
-        **_one_side(tokens, teacher),
-    }
+    found = {"cknna": entry(neighbours["cknna"], neighbours["null_cknna"]), "cca": cca}
+    return found | {"cka": entry(kernels["cka"], kernels["null_cka"])} | _one_side(tokens, teacher)
 
 
 def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
     found = spatial_metrics(tokens, teacher.grid, seed=teacher.seed)
-    metrics = {name: entry(**numbers) for name, numbers in found.items()} | {"probe": entry(None, None)}
+    metrics = {name: entry(**numbers) for name, numbers in found.items()}
+    if teacher.classes is None:
+        return metrics
+    metrics["probe"] = entry(None, None)
     probe = probe_accuracy(tokens.mean(axis=1), teacher.classes, seed=teacher.seed)
     if probe is not None:
         more = {name: probe[name] for name in ("chance", "num_classes")}

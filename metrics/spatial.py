@@ -41,11 +41,9 @@ def spatial_metrics(tokens: ndarray, grid: tuple[int, int], *, seed: int) -> Met
     """LDS, CDS and RMSC of tokens (N, h·w, D), row by row on `grid` (h, w): {name: {value, null}}, means over images.
 
     With cosines of tokens, and d their Manhattan distance on the grid:
-    - lds: mean cosine of neighbours (d = 1) minus mean cosine of distant pairs (d ≥ far), in [-2, 2]; above 0 where
-      neighbours are more alike.
+    - lds: mean cosine of neighbours (d = 1) minus that of distant pairs (d ≥ far), in [-2, 2].
     - cds: minus the slope of the mean cosine against d = 1 … reach, per cell.
-    - rmsc: root mean square distance of an image's L2-normalised tokens from their mean, in [0, 1]; 0 where all tokens are
-      equal.
+    - rmsc: root mean square distance of an image's L2-normalised tokens from their mean, in [0, 1].
 
     The null shuffles the positions within each image. RMSC does not depend on positions, so it has no null.
     """

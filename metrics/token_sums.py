@@ -41,8 +41,7 @@ def mapped(
 def token_pair(x: ndarray, y: ndarray) -> tuple[ndarray, ndarray]:
     """x and y, after checking that they are finite tokens of the same cells of the same images."""
     if x.ndim != 3 or y.ndim != 3 or x.shape[:2] != y.shape[:2]:
-        shapes = f"{x.shape} and {y.shape}"
-        raise ValueError(f"x and y must be (N, T, Dx) and (N, T, Dy) on one grid, got {shapes}")
+        raise ValueError(f"x and y must be (N, T, …) on one grid, got {x.shape} and {y.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("tokens are not finite")
     return x, y

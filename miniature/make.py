@@ -166,8 +166,23 @@ MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
 OPTIONAL = ("dinov2-selfdistilled",)  # made on request only
 
 
-def wanted(out: Path, self_distilled: bool) -> list[str]:
+def make_family(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the tiny pipeline of random weights of the family that `folder` names."""
+    from miniature.families import make_pipeline
+
+    make_pipeline(family_in(folder.name), folder)
+    return {}
+
+
+def family_in(name: str) -> str:
+    """The family of a model's name, such as sdxl of sdxl-mini; a folder in the making may have a suffix."""
+    return name.strip(".").partition("-")[0]
+
+
+def wanted(out: Path, self_distilled: bool, family: str | None = None) -> list[str]:
     """Return the names of the MODELS for `out`; an optional one is included if it is requested or already there."""
+    if family is not None:
+        return ["dinov2-mini", "classifier", f"{family}-mini"]
     return [n for n in MODELS if n not in OPTIONAL or self_distilled or (out / "models" / n).is_dir()]
 
 
@@ -182,6 +197,7 @@ class Settings(TypedDict):
 
     seed: int
     quick: bool
+    family: NotRequired[str]
 
 
 @with_config(RECORD)
@@ -203,9 +219,10 @@ def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]
 
     started = time.perf_counter()
     # Each model has its own seed, because the teacher and the classifier that judges must be independent.
-    random = reproducible(100 * seed + list(MODELS).index(name))
+    places = list(MODELS)
+    random = reproducible(100 * seed + (places.index(name) if name in MODELS else len(places)))
     with _quiet(), random, written_whole(out / "models" / name) as folder:
-        measures = MODELS[name](out, folder, STEPS[quick])
+        measures = MODELS.get(name, make_family)(out, folder, STEPS[quick])
         floors = floors_of(name)
         missed = {key: value for key, value in measures.items() if value < floors.get(key, value)}
         if missed and not quick:

@@ -11,6 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
@@ -123,11 +126,7 @@ def koleo(features: Tensor) -> Tensor:
 
 
 def augment(gray: Tensor) -> Tensor:
-    """Return random views (N, 3, 32, 32) of digits (N, 1, 32, 32).
-
-    The digits are moved, rotated, stretched and dimmed, and noise is added. They are not mirrored, because a mirrored
-    digit is no longer that digit.
-    """
+    """Return random views (N, 3, 32, 32) of digits (N, 1, 32, 32), never mirrored: that would be no longer the digit."""
 
     def draw(size: float, *more: int) -> Tensor:
         return size * (2 * torch.rand(len(gray), *more) - 1)
@@ -187,9 +186,6 @@ def _patches(images: Tensor) -> Tensor:
 
 def _ridge(x: Tensor, y: Tensor, inputs: tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]:
     """Fit a ridge regression of y (N, E) on x (N, D) in double precision; return its predictions for each of `inputs`."""
-    mean, std = x.mean(0), x.std(0)
-    z = ((x - mean) / std).double()
-    offset = y.double().mean(0)
-    gram = z.mT @ z + RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
-    weights = torch.linalg.solve(gram, z.mT @ (y - offset))  # (D, E)
-    return [(((other - mean) / std).double() @ weights + offset).float() for other in inputs]
+    ridge = make_pipeline(StandardScaler(), Ridge(RIDGE * len(x)))
+    ridge.fit(x.double().numpy(), y.double().numpy())
+    return [torch.from_numpy(ridge.predict(other.double().numpy())).float() for other in inputs]

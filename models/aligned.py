@@ -1,7 +1,7 @@
 """Any backbone with taps, alignment heads beside it, and the part of it that is trained."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -53,8 +53,11 @@ class AlignedModel(nn.Module):
     ):
         super().__init__()
         family.check(network)
-        if unknown := [name for name in align_layers if name not in family.taps]:
-            raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {', '.join(family.taps)}")
+        main, known = family.main_tap(network), family.tap_names(network)
+        align_layers = list(dict.fromkeys(main if name == "auto" else name for name in align_layers))
+        if unknown := [name for name in align_layers if name not in known]:
+            listed = ", ".join(known) if len(known) < 9 else f"{known[0]} to {known[-1]}"
+            raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {listed}")
         self.family, self.backbone, self.trained = family, network, train
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -73,8 +76,22 @@ class AlignedModel(nn.Module):
         """
         dtype = self.dtype
         text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
-        with self.taps.recording() if self.heads and capture else nullcontext():
-            return self.family.forward(self.backbone, x_t.to(dtype), t, text)
+        with self.taps.recording() if self.taps.paths and capture else nullcontext():
+            prediction = self.family.forward(self.backbone, x_t.to(dtype), t, text)
+        for name, hidden in self.taps.captured.items():
+            self.taps.captured[name] = self.family.features(hidden, x_t.shape, text, name)
+        return prediction
+
+    @contextmanager
+    def reading(self, names: Sequence[str]) -> Iterator[None]:
+        """Let other taps than the heads' be captured inside this block."""
+        own = self.taps
+        self.taps = Taps(self.backbone, {name: self.family.tap(self.backbone, name) for name in names})
+        try:
+            yield
+        finally:
+            self.taps.remove()
+            self.taps = own
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,8 +121,8 @@ class AlignedModel(nn.Module):
             mode = "max-autotune-no-cudagraphs"
         modules = [self.backbone]
         if self.backbone.is_gradient_checkpointing:
-            blocks = self.family.checkpointed
-            modules = [module for module in self.backbone.modules() if type(module).__name__ in blocks]
+            blocks = self.family.checkpointed(self.backbone)
+            modules = [module for module in self.backbone.modules() if type(module) in blocks]
         # Blocks of a class share their code, and each has shapes of its own: Dynamo would stop compiling after the eighth.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(modules))
         for module in modules:
@@ -156,10 +173,13 @@ class AlignedModel(nn.Module):
         self.family.pipeline_class.save_lora_weights(folder, **lora)
         return folder / "pytorch_lora_weights.safetensors"
 
-    def lora_state_dict(self) -> dict[str, Tensor]:
-        """LoRA weights under PEFT's names, with the prefix that a pipeline gives them, such as `unet.`."""
-        found = get_peft_model_state_dict(self.backbone)
-        return {f"{self.family.part}.{name}": value for name, value in found.items()}
+    def kohya_state_dict(self) -> dict[str, Tensor]:
+        """LoRA weights under PEFT's names, of the modules as kohya's tools name them, after the part, such as `unet.`."""
+        found = {}
+        for name, value in get_peft_model_state_dict(self.backbone).items():
+            path, matrix = name.split(".lora_")
+            found[f"{self.family.part}.{self.family.kohya_name(path)}.lora_{matrix}"] = value
+        return found
 
     def merged_network(self) -> nn.Module:
         """The network as an ordinary one, its LoRA merged into the weights for good."""
@@ -172,6 +192,8 @@ class AlignedModel(nn.Module):
 def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> LoraConfig:
     """The LoRA of a family under one of its `lora_targets`; raises `UserError` for a name that is none of them."""
     known = family.lora_targets
+    if targets == "auto":
+        targets = next(iter(known))
     if targets not in known:
         raise UserError(f"model.lora_targets = {targets!r}: {family.name} has {', '.join(known)}")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=known[targets], init_lora_weights="gaussian")
@@ -188,7 +210,7 @@ def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: Lora
         except ValueError as error:  # peft's, when the targets match nothing
             raise UserError(f"LoRA finds no module to wrap: {str(error).splitlines()[0]}") from None
     elif train == "partial":
-        for path in family.partial_blocks:
+        for path in family.partial_blocks(network):
             network.get_submodule(path).requires_grad_(True)
     elif train == "full":
         network.requires_grad_(True)

@@ -11,7 +11,6 @@ A family is one file in `models/families/`: a subclass that fills in the facts b
 predictions. Text is a dict of named tensors, one row a prompt, under the names that the pipeline's own call uses.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -20,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath
+from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath, Path
 from models.latents import LatentCodec
 from models.pipeline_parts import SAMPLERS, SPACING, load_part, shapes_of_part
 from models.prompts import PromptEncoder
 from models.taps import Tap
+
+# Settings of `diffusion` that only a flow has; null elsewhere.
+FLOW_SETTINGS = ("shift", "draw", "logit_mean", "logit_std", "guidance")
 
 
 class Backbone:
@@ -49,20 +51,21 @@ class Backbone:
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
-    taps: tuple[str, ...]  # names of the places that can be aligned
-    main_tap: str  # the one of them that tables and pictures of a single tap show
-    lora_targets: Mapping[str, str]  # {name: regex over module paths}
-    partial_blocks: tuple[str, ...]  # what model.train=partial trains
-    checkpointed: tuple[str, ...] = ()  # classes of the blocks that gradient checkpointing recomputes
+    lora_targets: Mapping[str, str]  # {name: regex over module paths}, the default first
     # {part of the pipeline: what gives its class}; a class is imported, which takes seconds, when its part is loaded.
     parts: Mapping[str, Callable[[], type]]
     # Further arguments of the pipeline's from_pretrained, where a whole pipeline is exported.
     load_options: Mapping[str, object] = {}
     # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
     kohya_base: str | None = None
+    # What `evaluate.py final` sets beside a run's own settings of sampling.
+    final_settings: Mapping[str, object] = {}
+    # Fields beside the text that a batch may have for its own images, such as the crop that the cache recorded.
+    image_conditions: tuple[str, ...] = ()
 
     def __init__(self, base: str | None = None, revision: str | None = None):
         self.base, self.revision = base, revision
+        self._prompt_encoder: PromptEncoder | None = None
 
     # what a family fills in -------------------------------------------------------------------------------------------
 
@@ -77,9 +80,37 @@ class Backbone:
         """The network's output `(B, C, h, w)` for x_t `(B, C, h, w)` at timesteps t `(B,)` and text fields `(B, …)`."""
         raise NotImplementedError
 
+    def tap_names(self, network: nn.Module) -> tuple[str, ...]:
+        """The names of all places that can be aligned."""
+        raise NotImplementedError
+
+    def main_tap(self, network: nn.Module) -> str:
+        """The place that `align.taps=auto` aligns, and that tables and pictures of a single tap show."""
+        raise NotImplementedError
+
+    def measured_taps(self, network: nn.Module) -> tuple[str, ...]:
+        """The places that `evaluate.py align` reads beside the run's own."""
+        return self.tap_names(network)
+
     def tap(self, network: nn.Module, name: str) -> Tap:
         """Where the tap of this name is read."""
         raise NotImplementedError
+
+    def features(self, hidden: Tensor, shape: Sequence[int], text: Mapping[str, Tensor], tap: str) -> Tensor:
+        """The features `(B, C, h, w)` in what a tap read, of latents of `shape (B, …)` and text fields `(B, …)`."""
+        return hidden
+
+    def partial_blocks(self, network: nn.Module) -> tuple[str, ...]:
+        """The paths of the blocks that model.train=partial trains."""
+        raise NotImplementedError
+
+    def checkpointed(self, network: nn.Module) -> set[type[nn.Module]]:
+        """The classes of the blocks that gradient checkpointing recomputes."""
+        raise NotImplementedError
+
+    def checkpoint(self, network: nn.Module) -> None:
+        """Recompute the activations of blocks in backward."""
+        network.enable_gradient_checkpointing()
 
     def tap_channels(self, network: nn.Module, name: str) -> int:
         """Channels C of the features `(B, C, h, w)` of a tap."""
@@ -92,6 +123,10 @@ class Backbone:
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
         """{field: shape of one prompt's row}."""
         raise NotImplementedError
+
+    def kohya_name(self, path: str) -> str:
+        """What kohya's tools call the module that the network has at `path`."""
+        return path
 
     def check_text(self, parts: Mapping[str, object]) -> None:
         """Raise `UserError` unless the tokenizers and text encoders `{part: loaded}` fit each other."""
@@ -124,14 +159,11 @@ class Backbone:
         """The fields `(…)` of the null prompt of guidance; some pipelines make it otherwise than of the prompt ""."""
         return self.prompt_encoder(device)([""])[1]
 
-    @functools.cache  # noqa: B019 (a family lives as long as its encoders are needed)
     def prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """The base model's text encoders; raises `UserError` where they cannot be had."""
-        return PromptEncoder(self, device)
-
-    def free_text_encoders(self) -> None:
-        """Let go of the text encoders that `prompt_encoder` keeps."""
-        Backbone.prompt_encoder.cache_clear()
+        """The base model's text encoders, which are kept; raises `UserError` where they cannot be had."""
+        if self._prompt_encoder is None or self._prompt_encoder.device != device:
+            self._prompt_encoder = PromptEncoder(self, device)
+        return self._prompt_encoder
 
     @property
     def network_class(self) -> type[nn.Module]:
@@ -172,13 +204,51 @@ class Backbone:
         """What the network outputs under the setting diffusion.parameterization: "auto" is the base model's own."""
         return self.own_output if parameterization == "auto" else parameterization
 
-    def path(self, *, parameterization: str = "auto", **options) -> DiffusionPath:
-        """The path from data to noise of the base model's own noise schedule; `options` of `DiffusionPath`."""
-        output = self.output_of(parameterization)
-        return DiffusionPath(self.scheduler.alphas_cumprod, output=output, **options)
+    def path(self, shape: Sequence[int] | None = None, settings: Mapping[str, object] | None = None) -> Path:
+        """The path from data to noise of the base model's own noise schedule, for latents of `shape (C, …)`.
 
-    def sampling_scheduler(self, output: str, sampler: str = "ddim"):
-        """One of diffusers' samplers on the base model's noise schedule, for a network that outputs `output`."""
+        `settings` are those of the config's section `diffusion`. Raises `UserError` for one that has no meaning on this path.
+        """
+        given = dict(settings or {})
+        if idle := [name for name in FLOW_SETTINGS if given.pop(name, None) is not None]:
+            raise UserError(
+                f"diffusion.{idle[0]} is for flow matching, and {self.name} is a DDPM: leave it out"
+            )
+        output = self.output_of(given.pop("parameterization", "auto"))
+        if given.get("prediction", "auto") == "auto":
+            given["prediction"] = "v"  # the plan's
+        return DiffusionPath(self.scheduler.alphas_cumprod, output=output, **given)
+
+    def sampler_of(self, wanted: str) -> str:
+        """The name of the sampler under the setting eval.sampler; raises `UserError` for one that is of no use here."""
+        if wanted == "auto":
+            return "ddim"
+        if wanted not in SAMPLERS:
+            raise UserError(
+                f"eval.sampler = {wanted} is for flow matching; {self.name} has {', '.join(SAMPLERS)}"
+            )
+        return wanted
+
+    def spacing(self, shape: Sequence[int], steps: int, sampler: str) -> dict[str, object]:
+        """The further arguments of `set_steps`, of latents of `shape (C, …)`."""
+        return {}
+
+    def sampling_scheduler(self, output: str, sampler: str, steps: int, shape: Sequence[int]):
+        """One of diffusers' samplers on the base model's noise schedule, for a network that outputs `output`.
+
+        Raises `UserError` where it cannot go this number of steps. `shape (C, …)` is that of the latents.
+        """
+        levels = len(self.scheduler.alphas_cumprod)
+        if steps > levels:
+            raise UserError(
+                f"eval.sampling_steps = {steps} are more than the {levels} noise levels of {self.base}"
+            )
+        if sampler == "ddim" and steps > 100 and levels % steps:
+            fit = ", ".join(str(n) for n in range(101, levels + 1) if levels % n == 0)
+            raise UserError(
+                f"with {steps} steps diffusers' DDIM, which goes {levels} // steps indices at a time, drifts off its noise "
+                f"levels: choose eval.sampling_steps = 100 or fewer, or {fit}, or eval.sampler=dpm++"
+            )
         return SAMPLERS[sampler].from_config(
             self.scheduler.config,
             clip_sample=False,  # latents are no pixels in [-1, 1]; some bases leave this to a default of True

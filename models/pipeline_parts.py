@@ -17,6 +17,13 @@ SAMPLERS = {
     "ddpm": diffusers.DDPMScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
 }
+# Those of flow matching.
+FLOW_SAMPLERS = {
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+    "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
 SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
 
 

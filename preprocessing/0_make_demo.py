@@ -8,6 +8,7 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/dinov2-mini/                  the teacher
     OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
+    OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
     OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
 
 After an interruption, run the same command again: it makes only what is missing. On one machine the same seed gives
@@ -42,12 +43,26 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
     add("--seed", type=between(0, 2**62), default=0, help="of split, weights and training (default: 0)")
     add("--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only")
+    add(
+        "--family",
+        metavar="NAME",
+        help="with --quick: a tiny pipeline of this family instead of Stable Diffusion 1.5's",
+    )
     add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
     args = parser.parse_args(argv)
 
+    if args.family is not None:
+        from models.families.table import check_family
+
+        check_family(args.family)
+        if not args.quick or args.self_distilled:
+            parser.error("--family makes a pipeline of random weights: give --quick, and no --self-distilled")
     settings = {"seed": args.seed, "quick": args.quick}
-    claim(args.out, settings)
-    names, quality = miniature.wanted(args.out, args.self_distilled), args.out / miniature.QUALITY
+    claim(args.out, settings | ({"family": args.family} if args.family else {}))
+    names, quality = (
+        miniature.wanted(args.out, args.self_distilled, args.family),
+        args.out / miniature.QUALITY,
+    )
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
     whole = not missing and quality.exists() and (args.out / miniature.IMAGES).is_dir()
     if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:

@@ -1,11 +1,24 @@
-"""Script 1: choose the same number of images of each class and list them in a CSV `id, img_path, class_id, synset`.
+"""Script 1: list the images of a training in a CSV, with their classes or with their captions.
 
     python preprocessing/1_sample_imagenet_subset.py --imagenet ILSVRC --split train --per-class 200 \\
         --out data/imagenet/train_200k.csv
+    python preprocessing/1_sample_imagenet_subset.py --images photos --hold-out 500 --hold-out-csv data/photos/val.csv \\
+        --out data/photos/train.csv
 
-It reads ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. The val folder of Kaggle's
-download has no class folders; its images are assigned to classes by LOC_val_solution.csv, which is searched for in --imagenet
-and in the folder above.
+With --images it reads a folder of one's own, and finds by itself which of these it is:
+
+    metadata.csv or metadata.jsonl       file_name, text: the caption of each image, as the datasets library has them
+    a .txt of the same name by an image  the whole text is the caption
+    {class}/ of images                   no captions; classes as below
+
+and writes `id, img_path, prompt` for captioned images. --count takes that many of them (default: all), and --hold-out keeps
+others apart, for evaluation, in a second CSV: with the same --seed and the same images they are always the same, whatever
+--count says.
+
+With --imagenet it chooses the same number of images of each class, and writes `id, img_path, class_id, synset`. It reads
+ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. The val folder of Kaggle's download
+has no class folders; its images are assigned to classes by LOC_val_solution.csv, which is searched for in --imagenet and in the
+folder above.
 
 class_id is the position of the synset in sorted order, as in torchvision's ImageFolder. If LOC_synset_mapping.txt is in one of
 the same two places, it defines the synsets, and a missing or an additional class folder is an error. Without such a file the
@@ -15,6 +28,7 @@ The same --seed chooses the same images. Each round of rows has one image of eve
 per class is the beginning of the list of 500.
 """
 
+import argparse
 import os
 import random
 import sys
@@ -26,24 +40,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 from tqdm import tqdm
 
 from cache.csv_file import read_csv
-from cache.image_list import Sample, write_samples
+from cache.image_list import Sample, different_prompts, write_samples
 from common.arguments import Parser, between, positive
 from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
+from preprocessing.image_folder import few, file_names, find_captions
 
-# The same extensions as in torchvision's ImageFolder.
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 VAL_LABELS, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
     root = "root: holds [ILSVRC/]Data/CLS-LOC/{split}/ or {split}/"
-    add("--imagenet", type=Path, required=True, help=root)
-    add("--split", default="train", help="train (default) or val")
-    add("--per-class", type=positive, default=200, help="images of each class (default 200)")
+    source.add_argument("--imagenet", type=Path, help=root)
+    source.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="images with captions or in class folders"
+    )
+    add("--split", help="of --imagenet: train (default) or val")
+    add("--per-class", type=positive, help="images of each class (default 200)")
+    add("--count", type=positive, help="captioned images (default: all that are not held out)")
     add("--out", type=Path, required=True, help="the CSV to write")
+    held = "so many others, of each class or of the captioned images, go to --hold-out-csv"
+    add("--hold-out", type=positive, metavar="N", help=held)
+    add("--hold-out-csv", type=Path, metavar="FILE", help="a second CSV, for evaluation")
     add("--seed", type=between(0, 2**62), default=0, help="which images are chosen (default 0)")
     listed = (
         f"file of all synsets: {SYNSETS} or imagenet_class_index.json (default: {SYNSETS} beside the images, else the class "
@@ -53,45 +74,106 @@ def main(argv: list[str] | None = None) -> None:
     labels = f"labels of a val folder without class folders (default: {VAL_LABELS})"
     add("--val-labels", type=Path, help=labels)
     args = parser.parse_args(argv)
+    if (args.hold_out is None) != (args.hold_out_csv is None):
+        raise UserError("--hold-out N and --hold-out-csv FILE belong together: give both, or neither")
+    if args.hold_out_csv and os.path.abspath(args.hold_out_csv) == os.path.abspath(args.out):
+        raise UserError(f"--out and --hold-out-csv are both {args.out}: give two files")
+    if args.images:
+        refuse_options(args, "is for --imagenet", "split", "val_labels")
+    captions = find_captions(args.images) if args.images else None
+    if captions is None:
+        refuse_options(args, "is for captioned images: give --per-class", "count")
+        samples, held_out, what = choose_of_classes(args)
+    else:
+        refuse_options(args, "is for classes, and these images have captions", "per_class", "classes")
+        samples, held_out, what = choose_captioned(args, captions)
+    if len({sample.id for sample in samples + held_out}) != len(samples + held_out):
+        source = args.imagenet or args.images
+        raise UserError(f"{source} holds files that differ only in their extension: ids would not be unique")
+    write_samples(args.out, samples)
+    also = ""
+    if held_out:
+        write_samples(args.hold_out_csv, held_out)
+        also = f"; {len(held_out)} others in {args.hold_out_csv}"
+    print(f"{args.out}: {len(samples)} {what}{also}")
 
-    folder = find_split(args.imagenet, args.split)
-    classes = args.classes or find_beside(args.imagenet, SYNSETS)
+
+def refuse_options(args: argparse.Namespace, why: str, *names: str) -> None:
+    """Raise `UserError` for the first of these options that was given."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {why}: leave it out")
+
+
+def choose_captioned(
+    args: argparse.Namespace, captions: dict[str, str]
+) -> tuple[list[Sample], list[Sample], str]:
+    """Return the chosen images, those held out, and what they are."""
+    names = sorted(captions)
+    random.Random(f"{args.seed}/captioned").shuffle(names)
+    found = [
+        Sample(os.path.splitext(name)[0], os.path.join(args.images, name), prompt=captions[name])
+        for name in names
+    ]
+    held = args.hold_out or 0
+    if (args.count or 1) + held > len(found):
+        asked = f"--count {args.count}" if args.count else "an image to train on"
+        raise UserError(
+            f"{args.images} has {len(found)} captioned images, fewer than {asked}{f' and --hold-out {held}' * bool(held)}: "
+            "ask for fewer"
+        )
+    # Those held out are the last, so that a longer list still begins with the shorter one.
+    samples = found[: len(found) - held][: args.count]
+    what = f"captioned images, {len(different_prompts(samples))} different prompts"
+    return samples, found[len(found) - held :], what
+
+
+def choose_of_classes(args: argparse.Namespace) -> tuple[list[Sample], list[Sample], str]:
+    """Return the chosen images of every class that has enough, those held out, and what they are."""
+    root = args.imagenet or args.images
+    folder = find_split(root, args.split or "train") if args.imagenet else root
+    classes = args.classes or find_beside(root, SYNSETS)
     # The file is read before the long scan, so that damage is reported at once.
     synsets = read_synsets(classes) if classes else None
-    found = images_by_synset(folder, args.val_labels, args.imagenet)
+    found = images_by_synset(folder, args.val_labels, root)
     if synsets is None:
         synsets = sorted(found)
     else:
         check_synsets(folder, found, synsets, classes)
-
-    chosen = {}
+    count, held = args.per_class or 200, args.hold_out or 0
+    chosen, others = {}, []
     for class_id, synset in enumerate(synsets):
         names = found[synset]
-        if len(names) < args.per_class:
-            few_images = f"class {class_id} ({synset}) has {len(names)} images, fewer than {args.per_class}"
-            print(f"{few_images}: skipped", file=sys.stderr)
+        if len(names) < count + held:
+            fewer = f"fewer than {count}{f' and {held} to hold out' * bool(held)}"
+            print(f"class {class_id} ({synset}) has {len(names)} images, {fewer}: skipped", file=sys.stderr)
             continue
         # All names are shuffled, not only those chosen, so that a longer list begins with the shorter one.
         random.Random(f"{args.seed}/{synset}").shuffle(names)
-        chosen[class_id] = [
-            Sample(f"{synset}/{Path(name).stem}", os.path.join(folder, name), class_id, synset)
-            for name in names[: args.per_class]
-        ]
+        chosen[class_id], last = (
+            [
+                Sample(f"{synset}/{Path(name).stem}", os.path.join(folder, name), class_id, synset)
+                for name in part
+            ]
+            for part in (names[:count], names[len(names) - held :])
+        )
+        others.append(last)
     if not chosen:
-        most = max(map(len, found.values()))
+        most = max(map(len, found.values())) - held
         todo = (
             f"lower --per-class, to {most} at most"
-            if most
-            else "there are none, so check the folder and --split"
+            if most > 0
+            else f"there are {'too few' if most + held else 'none'}, so check the folder{' and --split' * bool(args.imagenet)}"
         )
-        raise UserError(f"no class of {folder} has {args.per_class} images: {todo}")
-    samples = [images[rank] for rank in range(args.per_class) for images in chosen.values()]
-    if len({sample.id for sample in samples}) != len(samples):
-        raise UserError(f"{folder} holds files that differ only in their extension: ids would not be unique")
-    write_samples(args.out, samples)
-    print(
-        f"{args.out}: {len(samples)} images, {args.per_class} of each of {len(chosen)} classes "
-        f"({len(synsets) - len(chosen)} skipped), numbered by {classes or f'the classes found in {folder}'}"
+        raise UserError(f"no class of {folder} has {count}{f' + {held}' * bool(held)} images: {todo}")
+    # Each round has one image of every class.
+    samples = [images[rank] for rank in range(count) for images in chosen.values()]
+    held_out = [images[rank] for rank in range(held) for images in others]
+    skipped, by = len(synsets) - len(chosen), classes or f"the classes found in {folder}"
+    return (
+        samples,
+        held_out,
+        f"images, {count} of each of {len(chosen)} classes ({skipped} skipped), numbered by {by}",
     )
 
 
@@ -114,7 +196,7 @@ def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str,
     """Return the sorted image files of every class, relative to `folder`; class folders decide, or else the file of labels."""
     with os.scandir(folder) as scan:
         synsets = sorted(entry.name for entry in scan if entry.name[0] != "." and entry.is_dir())
-    loose = image_names(folder)
+    loose = file_names(folder)
     if not synsets:
         return sort_by_labels(folder, loose, labels, root)
     if labels:
@@ -124,7 +206,7 @@ def images_by_synset(folder: Path, labels: Path | None, root: Path) -> dict[str,
     found = {}
     for synset in tqdm(synsets, desc="classes", unit="class", disable=None):  # None: a bar only on a terminal
         # Only folders are read: opening or checking each of 1.3 million files would take minutes on a network disk.
-        found[synset] = [f"{synset}/{name}" for name in image_names(folder / synset)]
+        found[synset] = [f"{synset}/{name}" for name in file_names(folder / synset)]
     return found
 
 
@@ -171,33 +253,6 @@ def check_synsets(folder: Path, found: Iterable[str], synsets: list[str], classe
             f"{folder} lacks class {few(missing)}, which {classes} lists: complete the download, or list the classes that "
             "there are in a file for --classes"
         )
-
-
-def image_names(folder: Path) -> list[str]:
-    """Return the image files of a folder, sorted, without hidden files (macOS writes ._*.JPEG).
-
-    What has the name of an image and is no regular file, such as a FIFO, is reported on stderr and left out; none is opened.
-    """
-    with os.scandir(folder) as scan:
-        shown = [entry for entry in scan if entry.name[0] != "."]
-    named = [entry for entry in shown if os.path.splitext(entry.name)[1].lower() in EXTENSIONS]
-    files = sorted(entry.name for entry in named if _is_file(entry))
-    if odd := sorted({entry.name for entry in named} - set(files)):
-        print(f"{folder}: {few(odd)} left out, no regular file", file=sys.stderr)
-    return files
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    """Return whether an entry, or what it links to, is a regular file; the folder says that of all but links."""
-    try:
-        return entry.is_file()
-    except OSError:  # a loop of links
-        return False
-
-
-def few(names: list[str]) -> str:
-    """Format up to three names, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 if __name__ == "__main__":

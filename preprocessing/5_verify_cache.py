@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.sheet is not None and args.sheet.suffix != ".png":
         parser.error(f"--sheet {args.sheet}: give a file that ends in .png")
 
-    from cache.image_list import read_samples
+    from cache.image_list import is_captioned, read_samples
     from cache.reader import FieldReader
     from cache.text import TextReader
 
@@ -61,12 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
     text = TextReader(args.text)
     present = check_images(checks, samples, (latents, tokens))
-    check_prompts(checks, samples, text)
+    if is_captioned(samples):
+        check_prompts(checks, samples, text.prompts)
+    else:
+        check_classes(checks, samples, text)
     labels = random.Random(0).sample(range(len(text)), min(args.samples, len(text)))
     for name, values in text.rows(labels).items():
-        checks(
-            values.isfinite().all().item(), f"text {name} {tuple(values.shape)} of random prompts is finite"
-        )
+        what = f"text {name} {tuple(values.shape)} of random prompts is finite"
+        checks(values.isfinite().all().item(), what)
     check_views(checks, latents.spec, tokens.spec)
     if present:
         chosen = random.Random(0).sample(present, min(args.samples, len(present)))
@@ -179,13 +181,19 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     print(f"     {args.sheet}")
 
 
-def check_prompts(checks: Checks, samples, text) -> None:
-    """Check that the text has all captions of the image list, or all its classes under the same numbers."""
-    if getattr(samples[0], "prompt", None) is not None:
-        lacking = {sample.prompt for sample in samples} - set(text.prompts)
-        what = f"text has {len(text)} prompts and the null prompt, {len(lacking)} captions of the CSV are missing"
-        checks(not lacking, what, "run script 4 with this CSV")
-        return
+def check_prompts(checks: Checks, samples, known: list[str]) -> None:
+    """Check that the text has every prompt of a captioned list."""
+    from cache.image_list import different_prompts
+
+    prompts = different_prompts(samples)
+    lacking = sorted(set(prompts) - set(known))
+    shown = f", {len(lacking)} are missing, such as {lacking[0]!r:.60}" if lacking else ""
+    what = f"the text has {len(prompts) - len(lacking)} of the {len(prompts)} different prompts of the CSV{shown}"
+    checks(not lacking, what, "run script 4 with --csv and this CSV")
+
+
+def check_classes(checks: Checks, samples, text) -> None:
+    """Check that the text table has all classes of the image list, under the same numbers."""
     synset_of = {sample.class_id: sample.synset for sample in samples}
     prompts, synsets = text.prompts[: text.n_classes], text.synsets
     most, count = max(synset_of), len(synset_of)

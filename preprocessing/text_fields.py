@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.image_list import read_samples
+from cache.image_list import different_prompts, is_captioned, one_line_prompt, read_samples
 from cache.manifest import SETTINGS, TextSpec, read_settings
 from cache.text import NULL, Prompts, join_prompts, key_of, open_writer
 from common.device import pick_device
@@ -39,11 +39,8 @@ def make_text(args: Namespace) -> None:
     listed = join_prompts(args.out, list_prompts(args))
     classes, others = listed["n_classes"], len(listed["prompts"]) - listed["n_classes"]
     print(f"{args.out}: prompts of {classes:,} classes, {others:,} others, and the null prompt")
-    family = family_of(args.base, args.revision)
-    try:
-        encode_text(args, family, listed, pick_device(args.device))
-    finally:
-        family.free_text_encoders()
+    # The text encoders are kept by the family, and so let go of at the end.
+    encode_text(args, family_of(args.base, args.revision), listed, pick_device(args.device))
 
 
 def list_prompts(args: Namespace) -> Prompts:
@@ -53,7 +50,7 @@ def list_prompts(args: Namespace) -> Prompts:
     synsets = [synset for synset, _ in classes if synset is not None]
     others = [prompt for path in args.csv or () for prompt in captions_of(path)]
     if args.prompts is not None:
-        others += [line for line in read_text(args.prompts).split("\n") if line.strip()]
+        others += filter(None, map(one_line_prompt, read_text(args.prompts).split("\n")))
     known = set(prompts)
     prompts += [prompt for prompt in dict.fromkeys(others) if prompt not in known]
     return {"n_classes": len(classes), "synsets": synsets, "prompts": prompts}
@@ -61,12 +58,12 @@ def list_prompts(args: Namespace) -> Prompts:
 
 def captions_of(path: Path) -> list[str]:
     """Return the prompts of a list of images; raises `UserError` where it has none."""
-    prompts = [getattr(sample, "prompt", None) for sample in read_samples(path)]
-    if None in prompts:
+    samples = read_samples(path)
+    if not is_captioned(samples):
         raise UserError(
             f"{path} has no prompts: give a list with the columns id, img_path, prompt, or --class-names for one of classes"
         )
-    return prompts
+    return different_prompts(samples)
 
 
 def encode_text(args: Namespace, family: Backbone, listed: Prompts, device: torch.device) -> None:

@@ -91,14 +91,14 @@ def plot_arms(
 
     Measures of an arm that cannot be compared with the reference's (`incomparable`, as in `summarise`) are left out.
     """
-    arms = list(results)
+    arms, skipped = list(results), incomparable or {}
     size = (2.0 + 2.9 * len(measures), 1.3 + 0.34 * len(arms))
     shape = {"figsize": size, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = pyplot().subplots(1, len(measures), **shape)
     for panel, (measure, label) in zip(axes[0], measures.items(), strict=True):
         for row, arm in enumerate(arms):
             values = list(_by_seed(results[arm], measure).values())
-            if not values or measure in (incomparable or {}).get(arm, ()):
+            if not values or measure in skipped.get(arm, ()):
                 continue
             mean, error = mean_and_error(values)
             bar = None if np.isnan(error) else error
@@ -113,8 +113,7 @@ def plot_arms(
     axes[0, 0].set_yticks(range(len(arms)), map(drawable, arms))
     axes[0, 0].set_ylim(len(arms) - 0.5, -0.5)
     figure.suptitle(title)
-    data = {
-        measure: {arm: [seed.get(measure) for seed in seeds.values()] for arm, seeds in results.items()}
-        for measure in measures
+    found = {
+        name: {arm: [seed.get(name) for seed in results[arm].values()] for arm in arms} for name in measures
     }
-    save_figure(figure, path, {"title": title, "reference": reference, "measures": data})
+    save_figure(figure, path, {"title": title, "reference": reference, "measures": found})

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.plain_text import code
+from common.stages import wall_seconds
 from report.material import Material, fold_commands, last_points
 from report.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
@@ -24,23 +25,18 @@ LOSSES = {  # of metrics.jsonl: what a figure of it is called, and its axis
 def write_report(page: Path, material: Material) -> Path:
     """Write the page; its figures go to `material.folder`. Returns the page's file path."""
     material.folder.mkdir(parents=True, exist_ok=True)
-    names = [
-        f"{code(name)} (bare base model)"
-        if run.is_base
-        else f"{code(name)} (λ = {run.settings['align.coeff']:g})"
-        for name, run in material.runs.items()
-    ]
+    names = []
+    for name, run in material.runs.items():
+        kind = "bare base model" if run.is_base else f"λ = {run.settings['align.coeff']:g}"
+        names.append(f"{code(name)} ({kind})")
     lead = (
         f"{', '.join(names)}: what was measured on these very runs. Every number stands with its protocol; those of different "
         "protocols do not compare."
     )
-    blocks: list[Block] = []
-    for heading, section in SECTIONS.items():
-        if found := list(section(material)):
-            blocks += [Heading(heading), *found]
-    return write_page(
-        page, title=f"Representation alignment: {', '.join(material.runs)}", lead=lead, sections=blocks
-    )
+    found = {Heading(heading): list(section(material)) for heading, section in SECTIONS.items()}
+    blocks = [block for heading, section in found.items() if section for block in (heading, *section)]
+    title = f"Representation alignment: {', '.join(material.runs)}"
+    return write_page(page, title=title, lead=lead, sections=blocks)
 
 
 def samples_section(material: Material) -> Iterator[Block]:
@@ -81,9 +77,8 @@ def findings_section(material: Material) -> Iterator[Block]:
         metric, points = material.curve["metric"], last_points(runs, material.curve["protocol"])
         last = {name: point["metrics"][metric] for name, point in points.items()}
         trained = sorted((found["value"], name) for name, found in last.items())
-        shows.append(
-            f"{metric} in order: {', '.join(f'{code(name)} {value:.3g}' for value, name in trained)}."
-        )
+        ranked = ", ".join(f"{code(name)} {value:.3g}" for value, name in trained)
+        shows.append(f"{metric} in order: {ranked}.")
         if len(trained) == 2:
             (low, best), (high, other) = trained
             spread = sum((found["error"] or 0.0) ** 2 for found in (last[best], last[other])) ** 0.5
@@ -92,10 +87,8 @@ def findings_section(material: Material) -> Iterator[Block]:
                 f"{code(best)} is {1 - low / high:.0%} below {code(other)}{times}, on this one seed of training. Both were "
                 "sampled from the same noise, which makes the true error smaller."
             )
-    aligned = {name: run.alignment for name, run in runs.items() if run.alignment is not None}
-    losses = {name: found["heldout_loss_diff"] for name, found in aligned.items()}
-    losses = {name: loss for name, loss in losses.items() if loss is not None}
-    if losses:
+    losses = {name: run.alignment["heldout_loss_diff"] for name, run in runs.items() if run.alignment}
+    if losses := {name: loss for name, loss in losses.items() if loss is not None}:
         lowest = min(losses, key=losses.get)
         shows.append(f"The lowest held-out diffusion loss is {code(lowest)}'s, {losses[lowest]:.4f}.")
     yield Paragraph(" ".join(shows))
@@ -116,15 +109,10 @@ def making_section(material: Material) -> Iterator[Block]:
     times = material.times
     commands = [stage["command"] for stage in times] or [c for run in runs.values() for c in run.commands]
     if times:
-        longest: dict = {}
-        for number, stage in enumerate(times):
-            group = stage.get("group", f"stage {number}")
-            longest[group] = max(stage["seconds"], longest.get(group, 0))
-        yield Table(
-            ["stage", "time"],
-            [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times],
-            f"{sum(longest.values()):.0f} s in all; of stages that ran side by side only the longest counts.",
-        )
+        rows = [[stage["stage"], f"{stage['seconds']:.1f} s"] for stage in times]
+        all_in_all = f"{wall_seconds(times):.0f} s in all"
+        caption = f"{all_in_all}; of stages that ran side by side only the longest counts."
+        yield Table(["stage", "time"], rows, caption)
     yield Command(fold_commands([*commands, material.command]))
 
 

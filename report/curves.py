@@ -55,10 +55,7 @@ def speedup(series: Mapping[str, Mapping], baseline: str) -> dict[str, dict[str,
 
 
 def draw_curves(
-    out: Path,
-    points: Mapping[str, Sequence[Mapping]],
-    baseline: str | None,
-    base_models: Collection[str],
+    out: Path, points: Mapping[str, Sequence[Mapping]], baseline: str | None, base_models: Collection[str]
 ) -> dict:
     """Write OUT/curve.png (the Fréchet distance against steps and images seen), curve_all.png (every metric) and curve.json.
 
@@ -90,11 +87,10 @@ def format_speedup(result: Mapping) -> str:
     if "steps_to_baseline" not in result:
         return ""
     metric, baseline = result["metric"], result["baseline"]
-    found = result["steps_to_baseline"][metric]
-    parts = []
+    found = dict(result["steps_to_baseline"][metric])
+    goal, parts = found.pop(baseline)["goal"], []
     for run, row in found.items():
-        if run != baseline and row["reached"] is None:
-            parts.append(f"{run} never reached it")
-        elif run != baseline:
-            parts.append(f"{run} after {row['reached']:.0f} steps ({row['factor']:.2f}×)")
-    return f"{baseline}'s final {metric}, {found[baseline]['goal']:.4g}: {', '.join(parts)}"
+        steps, factor = row["reached"], row["factor"]
+        said = "never reached it" if steps is None else f"after {steps:.0f} steps ({factor:.2f}×)"
+        parts.append(f"{run} {said}")
+    return f"{baseline}'s final {metric}, {goal:.4g}: {', '.join(parts)}"

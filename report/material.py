@@ -38,11 +38,14 @@ class RunFacts:
     figures: Sequence[Path]  # beside that file
 
 
+Runs = Mapping[str, RunFacts]  # by label
+
+
 @dataclass(frozen=True)
 class Material:
     """Everything that the page shows."""
 
-    runs: Mapping[str, RunFacts]  # by label
+    runs: Runs
     baseline: str | None  # label of the run that the others are compared with
     curve: Mapping | None  # contents of curve.json
     curve_figures: Sequence[Path]
@@ -54,22 +57,18 @@ class Material:
     folder: Path  # of its figures
 
 
-def points_at(
-    runs: Mapping[str, RunFacts], protocol: Mapping, kinds: Sequence[str] = MADE_BY
-) -> dict[str, list[Mapping]]:
+def points_at(runs: Runs, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:
     """The points of each run under a protocol, by step and only the last of each step; runs without any are left out."""
     found = {name: points_under(run.points, protocol, kinds) for name, run in runs.items()}
     return {name: points for name, points in found.items() if points}
 
 
-def last_points(
-    runs: Mapping[str, RunFacts], protocol: Mapping, kinds: Sequence[str] = MADE_BY
-) -> dict[str, Mapping]:
+def last_points(runs: Runs, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, Mapping]:
     """The point of each run's last step under a protocol; runs without any are left out."""
     return {name: points[-1] for name, points in points_at(runs, protocol, kinds).items()}
 
 
-def describe_protocol(protocol: Mapping, scale: str | None = None) -> str:
+def protocol_words(protocol: Mapping, scale: str | None = None) -> str:
     """Describe in words how images were drawn and measured; `scale`, if given, is written in place of the guidance scale."""
     p = protocol
     guided = "unguided"

@@ -19,34 +19,25 @@ from common.plain_text import printable
 CODE = re.compile(r"(?<!`)(`+)(?!`)( ?)(.+?)\2(?<!`)\1(?!`)")
 
 
-@dataclass
-class Heading:
+class Heading(str):
     """A section starts here."""
 
-    text: str
-
     def html(self) -> str:
-        return f"<h2>{_literal(self.text)}</h2>"
+        return f"<h2>{_literal(self)}</h2>"
 
 
-@dataclass
-class Paragraph:
+class Paragraph(str):
     """Running text; `words between backticks` are set as code, everything else is literal, as in a lead and in captions."""
 
-    text: str
-
     def html(self) -> str:
-        return f"<p>{_text(self.text)}</p>"
+        return f"<p>{_text(self)}</p>"
 
 
-@dataclass
-class Command:
+class Command(str):
     """Preformatted text, such as the command that made the page."""
 
-    text: str
-
     def html(self) -> str:
-        return f"<pre><code>{_literal(self.text)}</code></pre>"
+        return f"<pre><code>{_literal(self)}</code></pre>"
 
 
 @dataclass
@@ -147,18 +138,15 @@ p code, figcaption code { background: var(--code); border-radius: 4px; padding: 
 
 
 def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Block]) -> Path:
-    """Write the page: title, lead paragraph, then the blocks in order; returns the path.
+    """Write title, lead paragraph and the blocks in order; returns the path. All text is escaped.
 
-    All text is escaped, characters that would turn or hide what follows included. Wide tables, commands and (on a phone) wide
-    pictures scroll in their own box.
-    Written under a temporary name and renamed. A missing or foreign picture is a `UserError`, a ragged
-    table a `ValueError`.
+    A missing or foreign picture is a `UserError`, a ragged table a `ValueError`.
     """
     body, headings = [], []
     for block in sections:
         if isinstance(block, Heading):
             body.append(f'<a id="s{len(headings)}"></a>')
-            headings.append(block.text)
+            headings.append(block)
         body.append(block.html())
     links = "".join(f'<a href="#s{i}">{_literal(heading)}</a>' for i, heading in enumerate(headings))
     nav = f"<nav>{links}</nav>" if len(headings) > 2 else ""

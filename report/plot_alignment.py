@@ -9,15 +9,7 @@ import numpy as np
 
 from metrics.embedding import Panel
 from metrics.similarity_rows import value_of
-from report.plot_style import (
-    CLASS_COLOURS,
-    legend_below,
-    plain,
-    pyplot,
-    run_style,
-    save_figure,
-    timestep_axis,
-)
+from report.plot_style import CLASS_COLOURS, LEGEND, plain, pyplot, run_style, save_figure, timestep_axis
 
 KINDS = {"raw": "as they are", "centred": "each side centred by itself"}
 METRICS = {"cknna": "CKNNA", "cca": "held-out CCA"}
@@ -36,32 +28,28 @@ def plot_embedding(
     Marker shape = side (teacher or projected), colour = class (ten at most). The numbers stand below each panel.
     """
     plt = pyplot()
-    classes = sorted(
-        {int(c) for panels in sources.values() for panel in panels.values() for c in panel.classes}
-    )
+    every = [panel for panels in sources.values() for panel in panels.values()]
+    classes = sorted({int(c) for panel in every for c in panel.classes})
     if not sources or not 1 <= len(classes) <= len(CLASS_COLOURS):
-        raise ValueError(
-            f"{len(sources)} sources with {len(classes)} classes: 1 or more with 1 to 10 are wanted"
-        )
+        raise ValueError(f"{len(sources)} sources with {len(classes)} classes: 1 or more, 1 to 10 are wanted")
     colour = dict(zip(classes, CLASS_COLOURS, strict=False))
     shape, size = (len(KINDS), len(sources)), (max(3.7 * len(sources), 6.4), 8.9)
     figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
-    content = {}
-    for column, (name, panels) in enumerate(sources.items()):
-        content[name] = {}
-        for row, (kind, subtitle) in enumerate(KINDS.items()):
-            axes, panel = grid[row, column], panels[kind]
-            numbers = caption(panel.numbers)
-            _scatter(axes, name, panel, [colour[int(c)] for c in panel.classes])
-            axes.set_title(f"{fill(name, 44)}\n{subtitle}" if row == 0 else subtitle, fontsize=10)
-            axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
-            content[name][kind] = {
-                "projected": plain(panel.projected),
-                "teacher": plain(panel.teacher),
-                "classes": [int(c) for c in panel.classes],
-                "numbers": dict(panel.numbers),
-                "caption": numbers.replace("\n", "; "),
-            }
+    content = {name: {} for name in sources}
+    for axes, (kind, name) in zip(grid.flat, itertools.product(KINDS, sources), strict=True):
+        panel = sources[name][kind]
+        numbers = caption(panel.numbers)
+        _scatter(axes, panel, [colour[int(c)] for c in panel.classes])
+        above = f"{fill(name, 44)}\n" if axes in grid[0] else ""
+        axes.set_title(above + KINDS[kind], fontsize=10)
+        axes.set_xlabel(numbers, fontsize=8.5, linespacing=1.35)
+        content[name][kind] = {
+            "projected": plain(panel.projected),
+            "teacher": plain(panel.teacher),
+            "classes": [int(c) for c in panel.classes],
+            "numbers": dict(panel.numbers),
+            "caption": numbers.replace("\n", "; "),
+        }
     looks = [
         {"marker": "o", "markerfacecolor": "none", "color": INK, "label": "teacher"},
         {"marker": "x", "color": INK, "label": "network, projected"},
@@ -70,7 +58,7 @@ def plot_embedding(
         name = shorten(class_names.get(c, str(c)), 20, placeholder=" …")
         looks.append({"marker": "s", "color": colour[c], "label": name})
     handles = [plt.Line2D([], [], linestyle="", markersize=6, **look) for look in looks]
-    legend_below(figure, handles, max(3, 2 * len(sources)), handletextpad=0.2)
+    figure.legend(handles=handles, ncols=max(3, 2 * len(sources)), handletextpad=0.2, **LEGEND)
     figure.suptitle("\n".join(fill(line, 42 * max(len(sources), 2)) for line in title.splitlines()))
     save_figure(figure, path, {"title": title, "sources": content})
 
@@ -121,18 +109,14 @@ def plot_timesteps(path: str | Path, result: Mapping, title: str = "") -> None:
     looks += [{"color": INK, "linestyle": MODELS[model], "label": labels[model]} for model in models]
     null = {"color": INK, "linestyle": ":", "linewidth": 1.1, "alpha": 0.5, "label": "random pairs"}
     handles = [plt.Line2D([], [], **{"linewidth": 1.9, **look}) for look in [*looks, null]]
-    legend_below(figure, handles, len(handles))
+    figure.legend(handles=handles, ncols=len(handles), **LEGEND)
     figure.suptitle(title)
     save_figure(figure, path, {"title": title, "timesteps": list(result["timesteps"]), "metrics": drawn})
 
 
-def _scatter(axes, name: str, panel: Panel, tones: Sequence[str]) -> None:
-    shape = (len(panel.classes), 2)
-    if not np.shape(panel.projected) == np.shape(panel.teacher) == shape:
-        raise ValueError(f"{name!r} needs projected and teacher of shape {shape}")
-    axes.scatter(
-        *np.transpose(panel.teacher), s=16, facecolors="none", edgecolors=tones, marker="o", linewidths=0.8
-    )
+def _scatter(axes, panel: Panel, tones: Sequence[str]) -> None:
+    circles = {"facecolors": "none", "edgecolors": tones, "marker": "o", "linewidths": 0.8}
+    axes.scatter(*np.transpose(panel.teacher), s=16, **circles)
     axes.scatter(*np.transpose(panel.projected), s=16, c=tones, marker="x", linewidths=1.0)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, color="#bbbbbb")

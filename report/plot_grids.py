@@ -15,27 +15,21 @@ CELL_GAP = 8  # px between cells
 COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
-def plot_sample_grids(
-    path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]
-) -> Path:
+def plot_sample_grids(path: str | Path, grids: Mapping[str, np.ndarray], column_labels: Sequence[str]):
     """Draw {run label: images (N, H, W, 3) uint8} as titled grids side by side, same order of images in each.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that a pixel stays a pixel; images
     beyond 256 px are reduced. `column_labels`, one for each column, stand above the columns of every grid.
     """
     columns = len(column_labels)
-    if not grids or not columns:
-        raise ValueError("at least one grid and one column are needed")
     shapes = {label: images.shape for label, images in grids.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"grids differ in shape: {shapes}")
     # Two grids stand side by side at least, so their cells shrink (but not below 64 px) to make room.
-    canvases = {
-        label: _canvas(images, columns, WIDEST // min(len(grids), 2)) for label, images in grids.items()
-    }
+    widest = WIDEST // min(len(grids), 2)
+    canvases = {label: _canvas(images, columns, widest) for label, images in grids.items()}
     height, width = next(iter(canvases.values())).shape[:2]
-    cell = width / columns
-    gap, top = 48, 110
+    cell, gap, top = width / columns, 48, 110
     per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
     sheet = _Sheet(per_row * (width + gap) + gap, rows * (height + top) + gap)
@@ -45,9 +39,7 @@ def plot_sample_grids(
         sheet.text(left, y - top + 28, label, fontsize=11, fontweight="bold", va="top")
         for column, name in enumerate(column_labels):
             sheet.text(left + (column + 0.5) * cell, y - 8, name, **COLUMN_LABEL)
-    facts = {
-        label: {"shape": list(images.shape), "sha256": _digest(images)} for label, images in grids.items()
-    }
+    facts = {name: {"shape": list(x.shape), "sha256": _digest(x)} for name, x in grids.items()}
     data = {"runs": facts, "columns": columns, "column_labels": list(column_labels)}
     return save_figure(sheet.figure, path, data)
 
@@ -58,9 +50,7 @@ def plot_rows(
     """Draw {row label: images (H, W, 3) uint8} under column labels; a cell that is None stays white."""
     shapes = {image.shape for images in rows.values() for image in images if image is not None}
     if len(shapes) != 1 or any(len(images) != len(columns) for images in rows.values()):
-        raise ValueError(
-            f"rows need images of one size, one for each of {len(columns)} columns; sizes: {shapes}"
-        )
+        raise ValueError(f"rows need images of one size, one for each of {len(columns)} columns: {shapes}")
     blank = np.full(*shapes, 255, np.uint8)
     canvases = [
         _canvas(np.stack([blank if image is None else image for image in images]), len(columns), WIDEST)
@@ -97,7 +87,8 @@ class _Sheet:
         axes.set_axis_off()
 
     def text(self, x: float, y: float, text: str, **look) -> None:
-        self.figure.text(x / self.width, 1 - y / self.height, text, **look)
+        """Write a text as it is: a caption may hold a dollar sign."""
+        self.figure.text(x / self.width, 1 - y / self.height, text, parse_math=False, **look)
 
 
 def _digest(images: np.ndarray) -> str:
@@ -118,9 +109,8 @@ def _canvas(images: np.ndarray, columns: int, widest: int) -> np.ndarray:
         images = images.repeat(factor, axis=1).repeat(factor, axis=2)  # (N, fH, fW, 3)
     else:
         size = tuple(round(side * 256 / longest) for side in (images.shape[2], images.shape[1]))
-        images = np.stack(
-            [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.LANCZOS)) for i in images]
-        )
+        resized = (Image.fromarray(i).resize(size, Image.Resampling.LANCZOS) for i in images)
+        images = np.stack(list(map(np.asarray, resized)))
     n, h, w, _ = images.shape
     canvas = np.full((math.ceil(n / columns) * (h + CELL_GAP), columns * (w + CELL_GAP), 3), 255, np.uint8)
     for i, image in enumerate(images):

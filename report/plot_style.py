@@ -22,22 +22,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLASS_COLOURS = (*COLOURS[:4], "#E69F00", "#56B4E9", "#332288", "#882255", "#999933", "#666666")
 
 STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.dpi": DPI,
-    "figure.titlesize": 11,
-    "savefig.facecolor": "white",
+    "font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9, "figure.titlesize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "figure.dpi": DPI, "savefig.facecolor": "white",
     "text.parse_math": False,  # a run may be called $\\frac{1}{0}$
-}
+}  # fmt: skip
+
+
+LEGEND = {"loc": "outside lower center"}  # one for all panels
 
 
 def timestep_axis(last: int) -> str:
@@ -54,11 +47,7 @@ def run_style(index: int) -> dict:
 def run_styles(runs: Iterable[str], run_order: Sequence[str] | None) -> dict[str, dict]:
     """The style of each run. `run_order` lists all runs, so that a figure of some of them keeps their colours."""
     runs = list(runs)
-    if not runs:
-        raise ValueError("no runs to draw")
     order = runs if run_order is None else run_order
-    if set(runs) - set(order):
-        raise ValueError(f"run_order {order} lacks {sorted(set(runs) - set(order))}")
     return {run: run_style(i) for i, run in enumerate(order) if run in runs}
 
 
@@ -70,11 +59,6 @@ def pyplot():
 
     plt.rcParams.update(STYLE)
     return plt
-
-
-def legend_below(figure, handles: list, columns: int, **look) -> None:
-    """One legend for all panels, below them."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **look)
 
 
 def drawable(text: str) -> str:
@@ -103,10 +87,7 @@ def save_figure(figure, path: str | Path, data: dict) -> Path:
     """Write the PNG, and beside it the JSON of its data, in which a NaN is an error; returns the PNG's path."""
     import matplotlib.pyplot as plt
 
-    path = Path(path)
-    if path.suffix != ".png":
-        raise ValueError(f"figures are PNG files, got {path}")
-    buffer = io.BytesIO()
+    path, buffer = Path(path), io.BytesIO()
     draw_texts(figure)
     figure.savefig(buffer, format="png", dpi=DPI)
     plt.close(figure)

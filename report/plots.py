@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from report.plot_style import draw_texts, legend_below, plain, pyplot, run_styles, save_figure
+from report.plot_style import LEGEND, draw_texts, plain, pyplot, run_styles, save_figure
 
 SMOOTH = 9  # points of the running mean of a loss
 LABEL_LINE = 0.058  # height of a line of labels in units of the axes
@@ -133,10 +133,9 @@ def _with_errors(axes, xs: Sequence[float], found: Series, style: dict) -> None:
 
 def _legend_of_runs(figure, styles: Mapping[str, dict]) -> None:
     line = pyplot().Line2D
-    handles = [
-        line([], [], label=label, linewidth=1.8, markersize=5, **style) for label, style in styles.items()
-    ]
-    legend_below(figure, handles, min(4, len(handles)))
+    look = {"linewidth": 1.8, "markersize": 5}
+    handles = [line([], [], label=label, **look, **style) for label, style in styles.items()]
+    figure.legend(handles=handles, ncols=min(4, len(handles)), **LEGEND)
 
 
 def _log_y(axes) -> None:
@@ -170,21 +169,10 @@ def _label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
     lines = LABEL_LINE * np.arange(len(ends))
     apart = isotonic_regression(np.take(heights, order) - lines).x + lines
     apart = np.clip(apart, lines, 1.0 - lines[::-1])
-    for place, height in zip(order, apart, strict=True):
-        label, x, y, colour = ends[place]
+    for index, height in zip(order, apart, strict=True):
+        label, x, y, colour = ends[index]
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6}
-        text = {
-            "color": colour,
-            "fontweight": "bold",
-            "fontsize": 9,
-            "va": "center",
-            "annotation_clip": False,
-        }
-        axes.annotate(
-            label,
-            xy=(x, y),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            arrowprops=line | {"shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)},
-            **text,
-        )
+        line |= {"shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
+        text = {"color": colour, "fontweight": "bold", "fontsize": 9, "va": "center"}
+        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(label, (x, y), arrowprops=line, **place, **text)

@@ -27,10 +27,8 @@ ALIKE = (
     *("num_images", "images_sha256", "teacher_sha256", "seed"),
     *("timesteps", "tap_grids", "teacher_grid", "prompt"),
 )
-LOSS = {
-    "run": "heldout_loss_diff",
-    "base": "heldout_loss_diff_base",
-}  # None where that model was not measured
+# None where that model was not measured.
+LOSS = {"run": "heldout_loss_diff", "base": "heldout_loss_diff_base"}
 PICTURES = {
     "align_timesteps.png": "{name}: the same by timestep and tap; dashed: the bare base model; faint: pairs at random.",
     "align_tsne.png": "{name}: joint embedding of tokens of network and teacher, as they are and with each source centred. "
@@ -52,21 +50,22 @@ def alignment_section(material: Material) -> Iterator[Block]:
     reference, first = next(iter(measured.items()))
     alike = {name: found for name, found in measured.items() if _conditions(found) == _conditions(first)}
     if differing := [name for name in measured if name not in alike]:
-        yield Paragraph(
-            f"Measured under other conditions than {reference}, so not shown: {', '.join(differing)}."
-        )
+        other = f"Measured under other conditions than {reference}, so not shown"
+        yield Paragraph(f"{other}: {', '.join(differing)}.")
     timestep = nearest_timestep(first["timesteps"])
     columns = _columns(alike)
     tap = first["main_tap"]
     h, w = first["tap_grids"][tap]
     yield _table(columns, first["teacher"][tap], timestep)
+    probed = "probe" in first["teacher"][tap]  # captioned images have no classes
     yield Paragraph(
         f"Features of the tap {tap} at timestep {timestep} on {h} × {w} cells, fixed noise, null prompt, "
-        f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens, the linear "
-        f"probe for the class) is fitted on {first['n_fit']} of them and reported on the other {first['n_test']}. In "
-        "brackets the null: images paired at random; for the probe shuffled labels; for LDS (local less distant "
-        f"similarity) and CDS (its fall with distance) shuffled positions. CCA: {first['cca_k']} principal components a "
-        f"side, each position's mean removed. CKNNA: one vector an image, {first['cknna_k']} neighbours among "
+        f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens"
+        f"{', the linear probe for the class' * probed}) is fitted on {first['n_fit']} of them and reported on the other "
+        f"{first['n_test']}. In brackets the null: images paired at random; {'for the probe shuffled labels; ' * probed}for "
+        "LDS (local less distant similarity) and CDS (its fall with distance) shuffled positions. CCA: "
+        f"{first['cca_k']} principal components a side, each position's mean removed. CKNNA: one vector an image, "
+        f"{first['cknna_k']} neighbours among "
         f"{first['num_images']}; it depends on both numbers. RMSC is the contrast within an image. A dash: not defined on "
         "so small a grid, or the run has no head. The pictures of tokens below carry numbers of what they show, of the "
         "test half and of mapped tokens."
@@ -87,26 +86,21 @@ def _conditions(found: Mapping) -> list[str]:
 
 def _columns(measured: Mapping[str, Mapping]) -> list[Column]:
     """The runs that were measured, and the bare base model as the first result has it that has it."""
-    runs = [(name, found, "run") for name, found in measured.items() if found[LOSS["run"]] is not None]
-    bases = [
-        ("bare base model", found, "base") for found in measured.values() if found[LOSS["base"]] is not None
-    ]
-    return runs + bases[:1]
+    columns = [(name, found, "run") for name, found in measured.items() if found[LOSS["run"]] is not None]
+    base = next((found for found in measured.values() if found[LOSS["base"]] is not None), None)
+    return columns if base is None else [*columns, ("bare base model", base, "base")]
 
 
 def _across(file: Path, columns: Sequence[Column], timesteps: Sequence[int]) -> Path:
     """Draw the main tap's metrics of all columns against the timestep."""
+    first = columns[0][1]
     panels = {}
     for metric in ACROSS:
-        panels[f"{columns[0][1]['main_tap']} {BEFORE_HEAD[metric]}"] = {
-            label: {
-                "steps": timesteps,
-                "values": [value_of(found, metric, model=model, timestep=t) for t in timesteps],
-                "errors": [None] * len(timesteps),
-            }
-            for label, found, model in columns
-        }
-    return plot_panels(file, panels, xlabel=timestep_axis(columns[0][1]["num_timesteps"] - 1))
+        panel = panels[f"{first['main_tap']} {BEFORE_HEAD[metric]}"] = {}
+        for label, found, model in columns:
+            values = [value_of(found, metric, model=model, timestep=t) for t in timesteps]
+            panel[label] = {"steps": timesteps, "values": values, "errors": [None] * len(values)}
+    return plot_panels(file, panels, xlabel=timestep_axis(first["num_timesteps"] - 1))
 
 
 def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
@@ -114,16 +108,13 @@ def _table(columns: Sequence[Column], teacher: Mapping, timestep: int) -> Table:
     rows = []
     for features, metrics in (("tap", BEFORE_HEAD), ("head", AFTER_HEAD)):
         for metric, title in metrics.items():
-            cells = [
-                _cell(found, metric, model=model, timestep=timestep, features=features)
-                for _, found, model in columns
-            ]
+            row = {"timestep": timestep, "features": features}
+            cells = [_cell(found, metric, model=model, **row) for _, found, model in columns]
             cells.append(teacher[metric]["value"] if features == "tap" and metric in teacher else None)
             if any(cell is not None for cell in cells):
                 rows.append([title, *cells])
-    rows.append(
-        ["held-out diffusion loss ↓", *(f"{found[LOSS[model]]:.4f}" for _, found, model in columns), None]
-    )
+    losses = [f"{found[LOSS[model]]:.4f}" for _, found, model in columns]
+    rows.append(["held-out diffusion loss ↓", *losses, None])
     steps = [f"{found['step']:,}" if model == "run" else "0" for _, found, model in columns]
     kinds = [WEIGHT_WORDS[found["weights"]] if model == "run" else "base" for _, found, model in columns]
     rows += [["optimiser steps", *steps, None], ["weights", *kinds, None]]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from common.plain_text import code
-from report.material import MADE_BY, Material, RunFacts, describe_protocol, fold_commands, last_points
+from report.material import MADE_BY, Material, Runs, fold_commands, last_points, protocol_words
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_sweep
 from report.records import format_value, headline, kind_of, lower_is_better, protocols
@@ -33,18 +33,15 @@ def results_section(material: Material) -> Iterator[Block]:
 def _table(points: Mapping[str, Mapping]) -> Table:
     """A table of one point of each run: a row is a metric, a column is a run, and the caption describes the protocol."""
     names = dict.fromkeys(name for point in points.values() for name in point["metrics"])
-    rows = [
-        [
-            f"{name} {'↓' if lower_is_better(name) else '↑'}",
-            *(_value(point["metrics"].get(name)) for point in points.values()),
-        ]
-        for name in names
-    ]
+    rows = []
+    for name in names:
+        values = [_value(point["metrics"].get(name)) for point in points.values()]
+        rows.append([f"{name} {'↓' if lower_is_better(name) else '↑'}", *values])
     for title, key in (("optimiser steps", "step"), ("images seen", "images_seen")):
         rows.append([title, *(f"{point[key]:,}" for point in points.values())])
     first = next(iter(points.values()))
     metrics = first["metrics"]
-    caption = describe_protocol(first["protocol"])
+    caption = protocol_words(first["protocol"])
     if kinds := sorted({found["error_kind"] for found in metrics.values() if found["error_kind"]}):
         caption += f" ± is the deviation {', '.join(ERRORS[kind] for kind in kinds)}."
     if notes := dict.fromkeys(f"{name}: {note}" for name in metrics for note in metrics[name]["notes"]):
@@ -92,10 +89,9 @@ def curve_section(material: Material) -> Iterator[Block]:
         yield Figure(path, "All metrics of the same samples, without the bare base model.")
     if reached := curve.get("steps_to_baseline"):
         runs = [run for run in reached[metric] if run != baseline]
-        rows = [
-            [name, found[baseline]["goal"], *(_reached(found[run]) for run in runs)]
-            for name, found in reached.items()
-        ]
+        rows = []
+        for name, found in reached.items():
+            rows.append([name, found[baseline]["goal"], *(_reached(found[run]) for run in runs)])
         yield Table(
             ["metric", f"final value of {baseline}", *(f"steps of {run} to it" for run in runs)],
             rows,
@@ -119,7 +115,7 @@ def final_section(material: Material) -> Iterator[Block]:
         yield Figure(
             plot_sweep(file, sweep["series"], *axes, run_order=list(runs)),
             f"{y} against {x} over guidance scales (the numbers at the points). Strong guidance buys {kind_of(x).upper()} with "
-            f"diversity: compare curves, not points. {describe_protocol(sweep['protocol'], scale='these scales')}",
+            f"diversity: compare curves, not points. {protocol_words(sweep['protocol'], scale='these scales')}",
         )
         yield _commands(sweep["points"])
 
@@ -131,7 +127,7 @@ def other_section(material: Material) -> Iterator[Block]:
     yield from _tables(material.runs, others, MADE_BY)
 
 
-def _tables(runs: Mapping[str, RunFacts], found: Sequence[Mapping], kinds: Sequence[str]) -> Iterator[Block]:
+def _tables(runs: Runs, found: Sequence[Mapping], kinds: Sequence[str]) -> Iterator[Block]:
     """For each of these protocols the table of the runs' last points, and the commands that made them."""
     for protocol in found:
         last = last_points(runs, protocol, kinds)
@@ -139,11 +135,11 @@ def _tables(runs: Mapping[str, RunFacts], found: Sequence[Mapping], kinds: Seque
         yield _commands(last.values())
 
 
-def _protocols_of(runs: Mapping[str, RunFacts], kinds: Sequence[str]) -> list[Mapping]:
+def _protocols_of(runs: Runs, kinds: Sequence[str]) -> list[Mapping]:
     return protocols([p for run in runs.values() for p in run.points if p["kind"] in kinds])
 
 
-def sweeps(runs: Mapping[str, RunFacts]) -> Iterator[dict]:
+def sweeps(runs: Runs) -> Iterator[dict]:
     """The sweeps of guidance scales of these runs, each run at its last step.
 
     Points of one sweep have protocols that differ in their guidance alone. A sweep has `protocol` (of one of its points),
@@ -167,12 +163,8 @@ def sweeps(runs: Mapping[str, RunFacts]) -> Iterator[dict]:
         x, y = next((name for name in names if kind_of(name) == "is"), None), headline(names)
         if x is None:
             continue
-        series = {
-            name: {
-                "scales": list(scales),
-                "x": [point["metrics"][x]["value"] for point in scales.values()],
-                "y": [point["metrics"][y]["value"] for point in scales.values()],
-            }
-            for name, scales in last.items()
-        }
+        series = {}
+        for name, scales in last.items():
+            both = [[point["metrics"][m]["value"] for point in scales.values()] for m in (x, y)]
+            series[name] = {"scales": list(scales), "x": both[0], "y": both[1]}
         yield {"protocol": points[-1]["protocol"], "points": points, "metrics": (x, y), "series": series}

@@ -1,21 +1,31 @@
-"""Small models of the real classes, shared by the tests."""
+"""Small models of the real classes, shared by the tests.
 
+Libraries are imported inside the functions: pytest's own process, which only hands out the tests, needs none of them.
+"""
+
+import gc
 import importlib
 
-import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
-from PIL import Image
-
-from cache.image_list import Sample, read_samples
-from models.sd15_unet_aligned import SD15UNetAligned, lora_config
 
 TEXT_WIDTH, TEACHER_DIM, TEACHER_GRID = 32, 64, 4
 
 
-def small_unet(seed: int = 0) -> UNet2DConditionModel:
+def pytest_collection_finish():
+    """What is imported lives as long as the process: the garbage collector need not walk through it again and again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Libraries count what is left at the end and would report a leak."""
+    gc.unfreeze()
+
+
+def small_unet(seed: int = 0):
     """SD-1.5's U-Net in its block types, small in its widths; 16×16 latents give a 2×2 mid-block."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return UNet2DConditionModel(
@@ -28,7 +38,9 @@ def small_unet(seed: int = 0) -> UNet2DConditionModel:
         )
 
 
-def small_model(align_layers=("mid",), train="full", seed: int = 0, grid=TEACHER_GRID) -> SD15UNetAligned:
+def small_model(align_layers=("mid",), train="full", seed: int = 0, grid=TEACHER_GRID):
+    from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+
     return SD15UNetAligned(
         small_unet(),
         align_layers,
@@ -45,6 +57,9 @@ ALL_TAPS = ("enc_last", "mid", "dec_first")
 
 def thin_unet():
     """One layer per block, to compile in seconds."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16, block_out_channels=(8, 8, 16, 16), layers_per_block=1, attention_head_dim=2,
@@ -53,6 +68,8 @@ def thin_unet():
 
 
 def thin_model(train):
+    from models.sd15_unet_aligned import SD15UNetAligned, lora_config
+
     lora = lora_config(4, 4)
     return SD15UNetAligned(thin_unet(), ALL_TAPS, TEACHER_DIM, grid=4, train=train, lora_config=lora).train()
 
@@ -60,6 +77,8 @@ def thin_model(train):
 @pytest.fixture
 def batch():
     """Latents (3, 4, 16, 16), timesteps (3,), text (3, 5, width), teacher tokens (3, 16, D)."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(3, 4, 16, 16, generator=generator)
     timesteps = torch.tensor([3, 500, 999])
@@ -75,6 +94,9 @@ def run_numbered(name: str, *argv: object) -> None:
 
 def image_tree(root, counts, size=(20, 16), split="train"):
     """Folder root/{split}/{class}/ with the given numbers of images."""
+    import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     for synset, count in counts.items():
         folder = root / split / synset
@@ -84,8 +106,10 @@ def image_tree(root, counts, size=(20, 16), split="train"):
             Image.fromarray(pixels).save(folder / f"{synset}_{i}.JPEG")
 
 
-def sample(root, out, per_class, seed=0, *more) -> list[Sample]:
-    """The list that script 1 makes of the tree."""
+def sample(root, out, per_class, seed=0, *more):
+    """The list that script 1 makes of the tree, as `Sample`s."""
+    from cache.image_list import read_samples
+
     arguments = ["--imagenet", root, "--per-class", per_class, "--out", out, "--seed", seed, *more]
     run_numbered("1_sample_imagenet_subset", *arguments)
     return read_samples(out)

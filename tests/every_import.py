@@ -1,5 +1,6 @@
 """What forked processes have imported before they fork: every command, and what commands import when they need it."""
 
+import gc
 import importlib
 
 from fork_server import COMMANDS, SCRIPTS
@@ -13,3 +14,4 @@ for name in (
     "transformers.models.dinov2.modeling_dinov2",
 ):
     importlib.import_module(name)
+gc.freeze()  # a forked process need not walk through what is imported

@@ -1,7 +1,12 @@
 """Processes that start with every command imported: the imports of torch, diffusers and transformers take six seconds."""
 
+import importlib
 import multiprocessing
 import os
+import shlex
+import socket
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +25,77 @@ def fork_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["every_import"])
     return context
+
+
+def start(command: str, folder: Path, name: str = "", environment: dict[str, str] | None = None):
+    """Start a command, as one would type it, with its working folder, in a session of its own.
+
+    What it prints is in the files NAME.out and NAME.err of the folder (`said`).
+    """
+    process = fork_server().Process(
+        target=_run, args=(shlex.split(command), str(folder), name, environment or {})
+    )
+    process.start()
+    return process
+
+
+def said(folder: Path, name: str = "") -> tuple[str, str]:
+    """What a command of `start` has printed: to stdout, and to stderr."""
+    out, err = ((folder / f"{name}.{stream}").read_text(errors="replace") for stream in ("out", "err"))
+    return out, err
+
+
+def run_both(command: str, folder: Path) -> list[int | None]:
+    """Run a command in two ranks of one group, which print to 0.out, 0.err, 1.out and 1.err; returns their exit codes.
+
+    They start again where they did not find each other, as those of `two_ranks`.
+    """
+    for last in (False, False, True):
+        port = free_port()
+        both = [start(command, folder, str(rank), rank_environment(rank, port)) for rank in (0, 1)]
+        for process in both:
+            process.join(120)
+        if last or not any("connectFullMesh" in said(folder, str(rank))[1] for rank in (0, 1)):
+            return [process.exitcode for process in both]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, port: int) -> dict[str, str]:
+    """What a launcher tells one of two ranks on this machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def _run(words: list[str], folder: str, log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ |= environment
+    for stream, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    name, *arguments = words
+    sys.argv = [str(TESTS.parent / f"{name}.py"), *arguments]
+    code = 0
+    try:
+        from common.errors import run_script
+
+        module = importlib.import_module(SCRIPTS.get(name, name))
+        getattr(module, "run_ranks", run_script)(module.main)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def two_ranks(work: Callable, *args: object, clean: Callable[[], object] = lambda: None) -> None:

@@ -1,6 +1,6 @@
 """fp32 master weights for a network that computes in bf16; a network that computes in fp32 is its own master."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ class Masters:
 
     For bf16 the whole network is converted, frozen weights included, so that no step has to cast weights. An fp32 copy of the
     trained weights is kept, because bf16 has eight bits of precision and would lose an update of one part in a thousand. Where
-    the network computes in fp32, `parameters` are the network's own.
+    the network computes in fp32, `parameters` are the network's own. `masters` and `working` list both in one order.
 
     Args:
         model: a module with `trained_parameters()`, already on its device; it is converted to `dtype` in place.
@@ -26,16 +26,20 @@ class Masters:
         if self._separate:
             self.parameters = {name: nn.Parameter(p.detach().float().clone()) for name, p in own.items()}
             model.to(dtype)
-        self._working = list(own.values())
-        self._masters = list(self.parameters.values())
+        self.working = list(own.values())
+        self.masters = list(self.parameters.values())
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Add the network's gradients to those of the masters, in fp32, and remove them from the network."""
+    def collect(self, members: Iterable[int] | None = None) -> None:
+        """Add the network's gradients to those of the masters, in fp32, and remove them from the network.
+
+        `members` are the numbers of those to collect; None takes all.
+        """
         if not self._separate:
             return
         fresh, added, onto = [], [], []
-        for master, working in zip(self._masters, self._working, strict=True):
+        for member in range(len(self.masters)) if members is None else members:
+            master, working = self.masters[member], self.working[member]
             if working.grad is None:
                 continue
             if master.grad is None:
@@ -54,15 +58,15 @@ class Masters:
     def publish(self) -> None:
         """Copy the masters' values into the network."""
         if self._separate:
-            torch._foreach_copy_(self._working, self._masters)
+            torch._foreach_copy_(self.working, self.masters)
 
     @contextmanager
     def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
         """Put `values` into the network, in the order of `parameters`; at the end of the block restore the values it had."""
         with torch.no_grad():
-            before = [p.detach().clone() for p in self._working]
-            torch._foreach_copy_(self._working, list(values))
+            before = [p.detach().clone() for p in self.working]
+            torch._foreach_copy_(self.working, list(values))
             try:
                 yield
             finally:
-                torch._foreach_copy_(self._working, before)
+                torch._foreach_copy_(self.working, before)

@@ -15,7 +15,7 @@ RATES = ("it_per_s", "images_per_s", "tflop_per_s", "data_wait", "mfu", "hfu", "
 # sheets, which give some of them twice as high, with sparsity.
 PEAKS = {
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12,
+    "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12, "RTX 4090": 165e12,
 }  # fmt: skip
 
 

@@ -13,11 +13,12 @@ from cache.dataset import AlignedDataset
 from cache.text import keeps_table, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
+from configs.aliases import hub_id
 from configs.schema import Config
 from configs.sections import Align, Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
 from method.objective import Objective
-from method.paths import DiffusionPath
+from method.paths import Path
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import family_of
@@ -27,6 +28,7 @@ from models.prompts import PromptEncoder
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
+from training.frozen import keep_no_inputs
 from training.masters import Masters
 from training.ranks import Ranks
 from training.run_folder import RunFolder
@@ -68,7 +70,10 @@ def build_parts(config: Config) -> Parts:
     dtype = compute_dtype(device, config.train.precision)
     family = family_for(config)
     aligned = config.align.coeff > 0
-    dataset = open_cache(config.data, config.teacher, dtype, need_tokens=aligned)
+    dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
+    size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
+    if not keeps_table(config.data.text_on_device, size):
+        dataset.read_text_with_batches()
     model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None and not checkpoints(config.run / "checkpoints"):
@@ -96,7 +101,7 @@ def build_parts(config: Config) -> Parts:
         family=family,
         model=model,
         masters=masters,
-        loss=build_objective(config.align, build_path(config.diffusion, family)),
+        loss=build_objective(config.align, build_path(config.diffusion, family, dataset.latent_shape)),
         dataset=dataset,
         batches=batches,
         coefficient=build_coefficient(config.align, config.train.steps),
@@ -124,29 +129,23 @@ def start_from(settings: Model, model: AlignedModel) -> None:
     print(f"starts from {file}")
 
 
-def open_cache(data: Data, teacher: Teacher, dtype: torch.dtype, *, need_tokens: bool) -> AlignedDataset:
-    """Open the cached training data, and check that its tokens were made by the teacher that the config names.
-
-    Batches bring the text where the table of all prompts, in `dtype`, is not to stay on the device.
-    """
+def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDataset:
+    """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
-    size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
-    if not keeps_table(data.text_on_device, size):
-        dataset.read_text_with_batches()
     if dataset.tokens is None:
         return dataset
     spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    made_by = spec.source.get("model") or "an unnamed teacher"
+    if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
+        raise UserError(
+            f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
+            f"teacher.model={made_by}, else run script 3 with --teacher {teacher.model}"
+        )
     if spec.shape != wanted:
         raise UserError(
             f"{data.tokens} holds tokens {spec.shape}, the config's teacher makes {wanted}: set teacher.dim and teacher.grid, "
             "or run script 3 with that teacher"
-        )
-    made_by = spec.source.get("model")
-    if teacher.model not in (None, made_by):
-        raise UserError(
-            f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
-            f"teacher.model={made_by}"
         )
     return dataset
 
@@ -200,8 +199,9 @@ def build_model(
         else None,
         seed=seed,
     )
+    keep_no_inputs(model.backbone)
     if settings.gradient_checkpointing:
-        model.backbone.enable_gradient_checkpointing()
+        family.checkpoint(model.backbone)
     return model
 
 
@@ -244,12 +244,12 @@ def refuse(reason: str, script: int, base: str) -> NoReturn:
     raise UserError(f"{reason}: run script {script} with --base {base}")
 
 
-def build_path(diffusion: Diffusion, family: Backbone) -> DiffusionPath:
-    """Build the path from data to noise, with the base model's noise schedule and with what its network outputs."""
-    return family.path(**diffusion.model_dump())
+def build_path(diffusion: Diffusion, family: Backbone, shape: Sequence[int]) -> Path:
+    """Build the path of latents of `shape (C, …)`, with the base model's noise schedule and what its network outputs."""
+    return family.path(shape, diffusion.model_dump())
 
 
-def build_objective(align: Align, path: DiffusionPath) -> Objective:
+def build_objective(align: Align, path: Path) -> Objective:
     """Build the training objective on a path from data to noise."""
     names = {"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
     return Objective(path, align_coeff=align.coeff, **align.model_dump(include=names))

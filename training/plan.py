@@ -23,12 +23,11 @@ from common.errors import UserError
 from configs.schema import Config
 from models.aligned import AlignedModel
 from models.backbone import Backbone
-from training.meter import PEAKS, peak_of
 from training.optimizers import OPTIMIZERS
 from training.parts import build_model, build_online_teacher, family_for
+from training.plan_time import count_work, plan_measured, plan_time
 from training.self_test import name_of, say
 
-SHARES = (0.3, 0.5)  # shares of a device's peak: 0.3 is usual, 0.5 very good
 PROMPTS = 1000  # of the classes of ImageNet, where there is no text yet
 # Memory of cards in GB, and the share of it that a training should fill at most.
 CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85
@@ -49,7 +48,7 @@ def print_plan(config: Config) -> None:
     cost = count_step(forward)
     print(f"plan of {config.run}")
     if not known:
-        say("base", f"{config.model.base} is not at hand: {model.family.name}'s sizes are assumed")
+        say("base", f"{config.model.base} is not at hand: the sizes of {model.family.name} are assumed")
     plan_parameters(config, model)
     each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
@@ -62,7 +61,13 @@ def print_plan(config: Config) -> None:
     text, each = text_bytes(config, model, dtype)
     where = f"read with each batch, {each / 1e3:.0f} kB an image" if each else "of all prompts"
     say("text", f"{text / GB:.3g} GB on each device, {where} (data.text_on_device)")
-    plan_time(config, cost.flops + teacher, device, images, read + each)
+    results, done = flops_of(config, model, forward)
+    work = work_of(forward, (done - results) / cost.forward)
+    work["linear layers"] = work.get("linear layers", 0.0) + teacher
+    flops = results + teacher, done + teacher
+    trained = sum(p.numel() for p in model.trained_parameters().values())
+    plan_time(config, work, flops, trained, device, read + each)
+    plan_measured(config)
 
 
 def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, bool]:
@@ -136,6 +141,12 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
 
 
+def work_of(forward: Callable[[int], Tensor], again: float = 0.0) -> dict[str, float]:
+    """Return what `count_work` counts with a GPU's attention."""
+    with _FlashAttention():
+        return count_work(forward, again)
+
+
 class _FlashAttention(TorchFunctionMode):
     """Use attention that keeps no N×N matrix; on the device "meta" PyTorch would choose the kernel that does."""
 
@@ -164,14 +175,19 @@ def step_flops(config: Config) -> tuple[float, float]:
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
         forward = forward_of(model, shape, (config.teacher.grid,) * 2)
-        flops = done = count_step(forward).flops
-        if config.model.gradient_checkpointing:
-            model.backbone.disable_gradient_checkpointing()
-            flops = count_step(forward).flops
-        _COUNTED[key] = flops, done
+        _COUNTED[key] = flops_of(config, model, forward)
     flops, done = _COUNTED[key]
     images = config.data.batch_size * config.optim.accumulate
     return flops * images, done * images
+
+
+def flops_of(config: Config, model: AlignedModel, forward: Callable[[int], Tensor]) -> tuple[float, float]:
+    """Return operations of an image: of its results, and with what checkpointing computes again; it is off afterwards."""
+    flops = done = count_step(forward).flops
+    if config.model.gradient_checkpointing:
+        model.backbone.disable_gradient_checkpointing()
+        flops = count_step(forward).flops
+    return flops, done
 
 
 def shape_of_latents(config: Config) -> tuple[int, ...] | None:
@@ -298,20 +314,3 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
             read_in_all += read
             say(name, f"{size / GB:.2f} GB, {manifest['num_samples']:,} images of {read / 1e3:.0f} kB")
     return read_in_all
-
-
-def plan_time(config: Config, flops: float, device: torch.device, images: int, read: float) -> None:
-    if flops * images < 1e12:
-        reason = "a step this small is bound by launching its kernels, not by their operations"
-        say("time", f"no estimate: {reason}")
-        return
-    peaks = {"A100": PEAKS["A100"], "H100, H200": PEAKS["H200"]}
-    if (here := peak_of(device)) is not None:
-        peaks = {torch.cuda.get_device_name(device): here}
-    for name, peak in peaks.items():
-        for share in SHARES:
-            rate = share * peak / (flops * images)
-            speed = f"{rate:.2f} it/s, {rate * images:,.0f} images/s"
-            hours = f"{config.train.steps / rate / 3600:.1f} h for {config.train.steps:,} steps"
-            reading = f", reading {rate * images * read / 1e6:.0f} MB/s" if read else ""
-            say(name, f"at {share:.0%} of {peak / 1e12:.0f} TFLOP/s: {speed}, {hours}{reading}")

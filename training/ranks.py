@@ -1,14 +1,14 @@
 """Communication among the processes of one training, which `accelerate launch` or torchrun started.
 
-With a single process nothing here communicates. Gradients are averaged after backward, and not by DistributedDataParallel: at a
-step whose λ is 0 the heads have no gradients, and heads run outside the network's forward, both of which DDP treats as errors.
-All ranks use the same λ, and therefore have the same set of gradients.
+With a single process nothing here communicates. Gradients are averaged by `gradient_mean.py`, and not by
+DistributedDataParallel: at a step whose λ is 0 the heads have no gradients, and heads run outside the network's forward, both
+of which DDP treats as errors. All ranks use the same λ.
 """
 
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor
 from common.errors import UserError, run_script
 
 PATIENCE = timedelta(hours=2)  # how long ranks wait for one that works alone: it may be writing 40 GB
-BUCKET = 2**25  # entries of gradients that are sent together: 128 MiB
 
 
 class Ranks:
@@ -89,17 +88,10 @@ class Ranks:
         """Replace each tensor by its sum over the ranks, which must have the same tensors in the same order."""
         if self.world == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                tensor.copy_(part.view(tensor.shape))
-
-    def mean(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks."""
-        if self.world > 1:
-            self.sum(tensors)
-            torch._foreach_div_(list(tensors), float(self.world))
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def run_ranks(main: Callable[[], None]) -> None:
@@ -112,14 +104,3 @@ def run_ranks(main: Callable[[], None]) -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket

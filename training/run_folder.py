@@ -48,6 +48,7 @@ OPERATIONAL = (
     "train.max_skipped",
     "train.preview_every",
     "train.preview_images",
+    "train.preview_prompts",
     "train.eval_every",
     "train.wandb",
 )

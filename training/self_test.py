@@ -74,9 +74,11 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     dataset = parts.dataset
     of_each = Counter(dataset.labels.tolist()).values()
     each = " to ".join(map(str, sorted({min(of_each), max(of_each)})))
-    what = "prompts" if dataset.captioned else "classes"
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
-    say("data", f"{len(dataset):,} images, {each} of each of {len(of_each)} {what}{left_out}")
+    what = f"images, {each} of each of {len(of_each)} classes"
+    if dataset.captioned:
+        what = f"captioned images, {len(of_each):,} different prompts"
+    say("data", f"{len(dataset):,} {what}{left_out}")
 
     std = values["latent"].std().item()
     say("latents", f"{shape_of(values['latent'][0])}, standard deviation {std:.2f}")

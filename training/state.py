@@ -13,6 +13,7 @@ from common.errors import UserError
 from configs.schema import Config
 from models.aligned import BACKBONE, HEADS
 from training.checkpoint import newest_whole, restore_checkpoint, save_checkpoint
+from training.gradient_mean import GradientMean
 from training.guard import Guard
 from training.masters import Masters
 from training.meter import Means, Measured
@@ -46,6 +47,7 @@ class TrainingState:
         )
         self.lr_schedule = self._lr_schedule_from(0)
         self.ema = EMAModel(self.parameters.values(), decay=optim.ema_decay, foreach=True)
+        self.gradient_mean = GradientMean(ranks, masters)
         self.means = Means()
         self.guard = Guard(config.train.max_skipped)
         self._measured: list[Measured] = []  # measured in this step
@@ -59,7 +61,10 @@ class TrainingState:
         They are those of `terms["loss"]`, divided by the number of batches in a step. All `terms` are logged. `errors (B,)` are
         the diffusion losses of the batch, and `images` are the indices of its images in the dataset.
         """
-        (terms["loss"] / self.config.optim.accumulate).backward()
+        batches = self.config.optim.accumulate
+        if len(self._losses) + 1 == batches:
+            self.gradient_mean.start()
+        (terms["loss"] / batches).backward()
         self.masters.collect()
         self._measured += [(name, value, 1.0) for name, value in terms.items()]
         self._losses.append(terms["loss"].detach())
@@ -76,7 +81,7 @@ class TrainingState:
         Nothing here waits for the device, except for some optimisers outside the table (see `step_unless`).
         """
         parameters = list(self.parameters.values())
-        self.ranks.mean([p.grad for p in parameters if p.grad is not None])
+        self.gradient_mean.finish()
         grad_norm = clip_grad_norm_(parameters, self.config.optim.grad_clip)
         loss = torch.stack(self._losses).mean()
         skip = self.guard.judge(self.step + 1, grad_norm, loss, self._images, torch.cat(self._errors))
@@ -84,7 +89,7 @@ class TrainingState:
         self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
-        self.ema.step(parameters)
+        average_step(self.ema, parameters)
         self.means.add([*self._measured, ("grad_norm", grad_norm, 1.0)], skip)
         self._measured, self._losses, self._images, self._errors = [], [], [], []
         self.step += 1
@@ -145,3 +150,19 @@ class TrainingState:
     @property
     def images_per_step(self) -> int:
         return self.config.data.batch_size * self.config.optim.accumulate * self.ranks.world
+
+
+@torch.no_grad()
+def average_step(ema: EMAModel, parameters: list[Tensor]) -> None:
+    """`EMAModel.step` without its copy of all weights, and with the same bits.
+
+    It computes s − w (s − p); lerp computes s + w (p − s), which rounds alike, but from w = 0.5 on p − (1 − w) (p − s), which
+    does not. So the first eight steps, in which the average hardly remembers, are left to `EMAModel`.
+    """
+    decay = ema.get_decay(ema.optimization_step + 1)
+    if decay <= 0.5:
+        ema.step(parameters)
+        return
+    ema.optimization_step += 1
+    ema.cur_decay_value = decay
+    torch._foreach_lerp_(ema.shadow_params, parameters, 1 - decay)

@@ -12,8 +12,6 @@ from models.taps import Tap
 
 # The blocks around the bottleneck: what LoRA and partial fine-tuning touch.
 ALIGNED_BLOCKS = r"(mid_block|down_blocks\.3|up_blocks\.0)"
-DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 TOKENS = 77  # of a prompt, in CLIP's text encoder
 
 
@@ -29,20 +27,21 @@ class SD15(Backbone):
     text_fields = ("prompt_embeds", "negative_prompt_embeds")
     default_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assumed_config = {"sample_size": 64, "cross_attention_dim": 768}  # noqa: RUF012 (never written to)
+    down_blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_blocks = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
     blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
-    taps, main_tap = tuple(blocks), "mid"
     # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
     # attention.
     lora_targets = {  # noqa: RUF012
         "attention+conv": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2)$",
         "attention": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0)$",
     }
-    partial_blocks = ("down_blocks.3", "mid_block", "up_blocks.0")
-    checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
     load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
     kohya_base = "sd_v1"
+    # The plan's final numbers.
+    final_settings = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # noqa: RUF012
     parts = {  # noqa: RUF012
         "unet": lambda: diffusers.UNet2DConditionModel,
         "vae": lambda: diffusers.AutoencoderKL,
@@ -53,10 +52,10 @@ class SD15(Backbone):
 
     def check(self, network: nn.Module) -> None:
         found = tuple(network.config.down_block_types), tuple(network.config.up_block_types)
-        if found != (DOWN_BLOCKS, UP_BLOCKS):
+        if found != (self.down_blocks, self.up_blocks):
             raise UserError(
-                f"the base model's U-Net has {len(found[0])} levels ({', '.join(found[0])}), not those of Stable Diffusion "
-                "1.5: check model.base"
+                f"the base model's U-Net has {len(found[0])} levels ({', '.join(found[0])}), not those of {self.name}: check "
+                "model.base"
             )
 
     def check_trained(self, taps: Sequence[str], train: str, lora_targets: str) -> None:
@@ -68,9 +67,30 @@ class SD15(Backbone):
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         return network(x_t, t, text["prompt_embeds"], return_dict=False)[0]
 
+    def tap_names(self, network: nn.Module) -> tuple[str, ...]:
+        return tuple(self.blocks)
+
+    def main_tap(self, network: nn.Module) -> str:
+        return "mid"
+
+    def partial_blocks(self, network: nn.Module) -> tuple[str, ...]:
+        return tuple(self.blocks.values())
+
+    def checkpointed(self, network: nn.Module) -> set[type[nn.Module]]:
+        from diffusers.models.attention import BasicTransformerBlock
+        from diffusers.models.resnet import ResnetBlock2D
+
+        return {ResnetBlock2D, BasicTransformerBlock}
+
     def tap(self, network: nn.Module, name: str) -> Tap:
+        """Of the last ResNet or transformer of the block, before any upsampler."""
         path = self.blocks[name]
-        return Tap(f"{path}.resnets.{len(network.get_submodule(path).resnets) - 1}")
+        block = network.get_submodule(path)
+        if name == "mid" or not getattr(block, "attentions", None):
+            return Tap(f"{path}.resnets.{len(block.resnets) - 1}")
+        return Tap(
+            f"{path}.attentions.{len(block.attentions) - 1}", read=lambda output, _args, _kwargs: output[0]
+        )
 
     def tap_channels(self, network: nn.Module, name: str) -> int:
         return network.config.block_out_channels[-1]

@@ -2,12 +2,22 @@
 
 from common.errors import UserError
 from models.backbone import Backbone
+from models.families.kolors import Kolors
 from models.families.sd15 import SD15
+from models.families.sdxl import SDXL
 from models.pipeline_parts import load_pipeline_class
 
 FAMILIES: dict[str, type[Backbone]] = {
     "sd15": SD15,
+    "sdxl": SDXL,
+    "kolors": Kolors,
 }
+
+
+def check_family(name: str) -> None:
+    """Raise `UserError` for a name that is none of the table's."""
+    if name not in FAMILIES:
+        raise UserError(f"--family {name:.60}: one of {', '.join(FAMILIES)} was expected")
 
 
 def family_of(base: str, revision: str | None = None) -> Backbone:

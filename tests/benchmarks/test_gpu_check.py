@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import ROOT
 
 from benchmarks import gpu_check, gpu_proofs, gpu_speed
 from common.errors import UserError
+from configs.loading import load_config
 from training.state import TrainingState
 
 
@@ -54,6 +56,27 @@ def test_what_is_measured_has_rows_and_nothing_breaks_off(tmp_path, monkeypatch)
     assert all(row["ms/step"] > 0 for row in attention)
 
 
+def test_a_step_is_held_against_the_time_of_the_plan():
+    row = {"train": "lora", "batch": 48, "compile": "default", "λ": 0.8, "ms/step": 240.0}
+    others = [
+        row | {"compile": "none", "planned ms": 10.0},
+        row,
+    ]  # eager, or on a card that the plan does not know
+    found = [
+        t["pass"]
+        for ms in (210.0, 200.0, 290.0)
+        for t in gpu_speed.time_targets([row | {"planned ms": ms}, *others])
+    ]
+    assert found == [True, False, False]
+
+
+def test_the_plan_of_an_arm_has_its_time_where_the_card_is_known(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "card_of", lambda device: "H100")
+    monkeypatch.setattr(gpu_speed, "shape_of_latents", lambda config: (4, 64, 64))
+    config = load_config(ROOT / "configs" / "A.yaml", ["train.device=cpu"])
+    assert 150 < gpu_speed.planned(config)["planned ms"] < 300
+
+
 def test_a_proof_that_fails_or_breaks_off_ends_with_exit_code_1(tmp_path, monkeypatch):
     def breaks_off(bench):
         raise RuntimeError("no such thing")
@@ -68,7 +91,8 @@ def test_a_proof_that_fails_or_breaks_off_ends_with_exit_code_1(tmp_path, monkey
     assert "RuntimeError: no such thing" in targets[0]["what"]
 
 
-def test_a_proof_without_time_has_failed():
+def test_a_proof_without_time_has_failed(monkeypatch):
+    monkeypatch.setattr(gpu_proofs, "free_memory", lambda: None)  # nothing was allocated
     bench = SimpleNamespace(seconds=0, device=torch.device("cpu"))
     _, targets = gpu_proofs.prove(bench)
     assert len(targets) == 7
@@ -100,7 +124,8 @@ def test_waiting_is_an_error_between_two_lines_of_the_log_only(monkeypatch):
     assert modes[-1] == "default"
 
 
-def test_arms_come_in_order_of_importance_and_those_without_time_are_named():
+def test_arms_come_in_order_of_importance_and_those_without_time_are_named(monkeypatch):
+    monkeypatch.setattr(gpu_speed, "matmul_rate", lambda device: 1.0)
     bench = SimpleNamespace(size="full", device=torch.device("cpu"), counts={"batch": 48})
     rows = gpu_speed.step_rows(bench, ends=0.0)
     assert len(rows) == 3 * 4 * 2 * 2

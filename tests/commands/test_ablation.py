@@ -241,7 +241,13 @@ def test_what_cannot_be_compared_is_marked_and_has_no_difference(ablation):
     assert "†" in found["note"]
 
 
-@pytest.mark.parametrize("options", [["--timesteps", "900"], ["--timesteps", "250", "--num-images", "16"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--timesteps", "900"],
+        pytest.param(["--timesteps", "250", "--num-images", "16"], marks=pytest.mark.thorough),
+    ],
+)
 def test_results_that_another_command_replaced_are_not_read(ablation, tmp_path, options):
     ablation({"baseline": {"align": {"coeff": 0}}})
     run = str(tmp_path / "out/baseline/seed0")

@@ -4,19 +4,18 @@ import builtins
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from fork_server import said, start
 from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_runs import ROOT, assert_same_run, equal, stopped_at, tensors, timeless, train
+from small_runs import assert_same_run, equal, stopped_at, tensors, timeless, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import export
@@ -180,11 +179,11 @@ def test_an_edited_note_removes_nothing_outside_the_export(exported, tmp_path, n
 
 
 def test_of_two_exports_at_once_one_waits_and_the_result_is_whole(exported):
-    command = [sys.executable, str(ROOT / "export.py"), str(exported), "--out", str(exported / "new")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("is there already" in text for text in said) == 1
+    both = [start("export . --out new", exported, name) for name in "ab"]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert sum("is there already" in said(exported, name)[0] for name in "ab") == 1
     note = json.loads((exported / "new" / "made_from.json").read_text())
     assert {name: (exported / "new" / name).stat().st_size for name in note["written"]} == note["written"]
 
@@ -238,7 +237,7 @@ def test_a_model_card_survives_any_name(lora_run, tmp_path):
 PREVIEWS = ["train.preview_every=2", "train.preview_images=5", "eval.cfg=2"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.thorough), "bf16"])
 def test_previews_change_nothing_and_resume_exactly(miniature, tmp_path, monkeypatch, precision):
     knobs = [f"train.precision={precision}"]
     without = train(miniature, tmp_path / "without", *knobs)

@@ -1,13 +1,15 @@
 """The option names of other trainers: renamed where they mean the same, refused with the name to use where not."""
 
+import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
 from common.errors import UserError
-from configs.aliases import REFUSED, RENAMED, SUGGESTED
+from configs.aliases import AS_IT_IS, REFUSED, RENAMED, SUGGESTED, hub_id
 from configs.loading import knobs, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -79,11 +81,19 @@ def test_both_names_of_one_setting_are_refused(tmp_path):
     ("settings", "said"),
     [
         ({"urepa_enabled": False}, "align.coeff=0"),
-        ({"urepa_model": "dinov2_vitg14"}, "--teacher facebook/dinov2-giant"),
-        ({"urepa_model": "dinov2_vitb14_reg"}, "--teacher facebook/dinov2-with-registers-base"),
-        ({"urepa_encoder_image_size": 518}, "teacher.grid=37"),
+        ({"crepa_enabled": False}, "align.coeff=0"),
+        ({"urepa_encoder_image_size": 500}, "a multiple of that"),
         ({"urepa_use_tae": True}, "teacher.source=online"),
+        ({"crepa_spatial_align": False}, "teacher.grid"),
+        ({"crepa_adjacent_distance": 1}, "neighbouring frames"),
+        ({"crepa_use_backbone_features": True}, "script 3"),
+        ({"crepa_drop_vae_encoder": False}, "loads no VAE"),
         ({"urepa_nonsense": 1}, "unknown key 'urepa_nonsense'"),
+        ({"urepa_lambda": 0.5, "crepa_lambda": 0.5}, "urepa_lambda and crepa_lambda are the same setting"),
+        ({"urepa_model": "dinov2_vitg14", "teacher": {"model": "x"}}, "urepa_model and teacher.model"),
+        ({"urepa_model": 3}, "teacher.model = 3"),
+        ({"pretrained_model_name_or_path": "x"}, "did you mean 'model.base'?"),
+        ({"--learning_rate": 1e-4}, "did you mean 'optim.lr'?"),
     ],
 )
 def test_what_has_no_equal_is_refused_with_the_name_to_use(tmp_path, settings, said):
@@ -91,8 +101,56 @@ def test_what_has_no_equal_is_refused_with_the_name_to_use(tmp_path, settings, s
         over(tmp_path, settings)
 
 
+class TestJson:
+    THEIRS: ClassVar = {
+        "--urepa_enabled": True,
+        "urepa_lambda": 0.5,
+        "urepa_manifold_weight": 3.0,
+        "urepa_model": "dinov2_vitg14",
+        "urepa_encoder_image_size": 518,
+        "urepa_use_tae": False,
+    }
+
+    @pytest.mark.parametrize("indent", [None, 2, "\t"])
+    def test_the_documented_example_is_laid_over_a_config_of_ours(self, tmp_path, indent):
+        file = tmp_path / "their.json"
+        file.write_text(json.dumps(self.THEIRS, indent=indent))
+        config = load_config([ROOT / "configs/families/sd15.yaml", file])
+        assert (config.align.coeff, config.align.manifold_coeff) == (0.5, 3.0)
+        teacher = config.teacher
+        assert (teacher.model, teacher.dim, teacher.grid) == ("facebook/dinov2-giant", 1536, 37)
+
+    def test_half_of_it_is_one_line(self, tmp_path):
+        file = tmp_path / "their.json"
+        file.write_text(json.dumps(self.THEIRS)[:40])
+        with pytest.raises(UserError, match=r"their\.json is not valid") as error:
+            load_config([BASE, file])
+        assert "\n" not in str(error.value)
+
+
+def test_crepa_of_an_image_is_repa_on_a_block_without_a_manifold_loss(tmp_path):
+    known = {"crepa_enabled": True, "crepa_block_index": 8, "crepa_lambda": 0.5, "crepa_spatial_align": True}
+    config = over(tmp_path, known | {"crepa_encoder": "dinov2_vitb14_reg", "crepa_encoder_image_size": 224})
+    assert (config.align.taps, config.align.coeff, config.align.manifold_coeff) == (("block_8",), 0.5, 0.0)
+    assert config.teacher.model == "facebook/dinov2-with-registers-base"
+    assert (config.teacher.dim, config.teacher.grid) == (768, 16)
+    assert over(tmp_path, known | {"align": {"manifold_coeff": 2.0}}).align.manifold_coeff == 2.0
+    by_hand = load_config(
+        BASE, ["align.manifold_coeff=2.0", "crepa_enabled=true", "urepa_model=dinov2_vits14"]
+    )
+    assert (by_hand.align.manifold_coeff, by_hand.teacher.dim) == (2.0, 384)
+
+
+def test_the_published_files_are_the_models_on_the_hub_and_other_names_are_themselves():
+    assert hub_id("/x/dinov2_vitl14_reg4_pretrain.pth") == hub_id("dinov2_vitl14_reg")
+    assert hub_id("facebook/dinov2-large") == hub_id("dinov2_vitl14") == "facebook/dinov2-large"
+    assert hub_id("dinov2_vitl14_mine.pth") == "dinov2_vitl14_mine.pth"
+
+
 def test_every_alias_points_at_a_knob_and_stands_in_the_docs():
     assert {*RENAMED.values(), *SUGGESTED.values()} <= set(knobs())
+    assert not set(RENAMED) & set(REFUSED)
+    assert set(AS_IT_IS) <= set(REFUSED)
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for alias in (*RENAMED, *REFUSED):
         assert f"`{alias}`" in page, alias
@@ -101,9 +159,16 @@ def test_every_alias_points_at_a_knob_and_stands_in_the_docs():
 
 
 def test_every_option_name_of_the_option_documents_is_known():
-    """As listed there for U-REPA, and for the coefficient's schedule under either prefix."""
-    known = (
-        "enabled lambda manifold_weight model encoder_image_size use_tae scheduler warmup_steps decay_steps lambda_end power "
-        "cutoff_step similarity_threshold similarity_ema_decay threshold_mode"
+    """As listed there for U-REPA, for REPA and CREPA, and for the coefficient's schedule under either prefix."""
+    schedule = (
+        "enabled lambda encoder encoder_image_size use_tae scheduler warmup_steps decay_steps lambda_end power cutoff_step "
+        "similarity_threshold similarity_ema_decay threshold_mode"
     )
-    assert {f"urepa_{name}" for name in known.split()} <= set(RENAMED) | set(REFUSED)
+    urepa = "manifold_weight model"
+    crepa = (
+        "block_index spatial_align adjacent_distance adjacent_tau cumulative_neighbors normalize_by_frames "
+        "normalize_neighbour_sum use_backbone_features teacher_block_index drop_vae_encoder"
+    )
+    names = {f"urepa_{name}" for name in f"{schedule} {urepa}".split()}
+    names |= {f"crepa_{name}" for name in f"{schedule} {crepa}".split()}
+    assert names <= set(RENAMED) | set(REFUSED)

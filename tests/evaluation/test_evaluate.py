@@ -2,12 +2,8 @@
 
 import html
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fork_server import run_both, said, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, ROOT, assert_same_run, demo_overrides, stopped_at, train
+from small_runs import CONFIG, assert_same_run, demo_overrides, stopped_at, train
 
 import evaluate as evaluate_script
 from cache.manifest import write_manifest
@@ -29,6 +26,7 @@ from evaluation.image_files import LOG, load_images
 from evaluation.sample import MANIFEST
 from evaluation.targets import find_targets
 from metrics.reference import load_reference
+from models.families.sd15 import SD15
 from models.pipeline_parts import files_digest
 from report.records import points_file
 
@@ -190,21 +188,12 @@ class TestSampling:
         (folder,) = (runs / "urepa" / "samples").iterdir()
         log = (folder / LOG).read_text()
         shutil.rmtree(folder)
-        command = [
-            sys.executable,
-            ROOT / "evaluate_sd15.py",
-            "sample",
-            runs / "urepa",
-            "eval.num_samples=150",
-        ]
-        process = subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-        )
+        process = start("evaluate_sd15 sample urepa eval.num_samples=150", runs)
         while len(list(folder.glob("0*.png"))) < 20:
-            assert process.poll() is None
+            assert process.is_alive(), said(runs)
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert 20 <= len(drawn(runs / "urepa")) < 150
         evaluate("sample", runs / "urepa", "eval.num_samples=150")
         after = drawn(runs / "urepa")
@@ -214,11 +203,7 @@ class TestSampling:
     def test_two_processes_draw_and_measure_what_one_does(self, runs):
         shutil.copytree(runs / "urepa", runs / "together")
         evaluate("metrics", runs / "urepa")
-        launched = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [sys.executable, *launched, ROOT / "evaluate_sd15.py", "metrics", runs / "together"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert run_both("evaluate_sd15 metrics together", runs) == [0, 0], said(runs, "0")
         assert drawn(runs / "together") == drawn(runs / "urepa")
         logs = [next((runs / run).rglob(f"samples/*/{LOG}")).read_text() for run in ("together", "urepa")]
         assert sorted(logs[0].splitlines()) == logs[1].splitlines()
@@ -429,7 +414,7 @@ class TestCurves:
         assert points(runs / "urepa")[0]["protocol"] == points(runs / "baseline")[0]["protocol"]
 
     def test_final_numbers_are_the_plans_and_the_sweep_is_over_guidance_alone(self, runs, monkeypatch):
-        monkeypatch.setitem(evaluate_script.FINAL, "eval.sampling_steps", 4)
+        monkeypatch.setitem(SD15.final_settings, "eval.sampling_steps", 4)
         evaluate("final", runs / "urepa", "--sweep", 1, 2)
         final, one, two = points(runs / "urepa")
         assert [p["kind"] for p in (final, one, two)] == ["final", "sweep", "sweep"]
@@ -441,7 +426,7 @@ class TestCurves:
         }  # fmt: skip
 
     def test_the_plans_protocol_is_250_steps_of_guidance_7_5_up_to_0_7(self):
-        assert evaluate_script.FINAL == {
+        assert SD15.final_settings == {
             "eval.sampling_steps": 250,
             "eval.cfg": 7.5,
             "eval.guidance_high": 0.7,
@@ -530,8 +515,8 @@ class TestReport:
                 if point["kind"] != "sweep":
                     assert name in text
                     assert f"{found['value']:.4g}" in text
-        for said in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
-            assert said in text
+        for phrase in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
+            assert phrase in text
         aligned = json.loads((runs / "urepa" / "eval" / "align.json").read_text())
         row = next(r for r in aligned["rows"] if (r["model"], r["tap"], r["timestep"]) == ("run", "mid", 100))
         assert f"{row['metrics']['cknna']['value']:.3f} ({row['metrics']['cknna']['null']:.3f})" in text

@@ -5,20 +5,15 @@ every file that was there still there with the same bytes.
 """
 
 import hashlib
-import importlib
 import os
-import shlex
 import shutil
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fork_server import SCRIPTS, fork_server
+from fork_server import said, start
 
 PATIENCE = 5.0  # seconds on an idle machine, within which a command must have said what is wrong
-ROOT = Path(__file__).resolve().parents[2]
 # What a refused command may write: locks, and nothing else.
 LOCKS = (".lock",)
 LARGE = 2**18  # bytes
@@ -57,38 +52,13 @@ class Outcome:
 def run(command: str, folder: Path, patience: float = PATIENCE) -> Outcome:
     """Run a command in `folder`, in a process forked after the imports; `patience` grows with the load of the machine."""
     patience *= max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    process = fork_server().Process(target=_child, args=(shlex.split(command), str(folder)))
-    process.start()
+    process = start(command, folder)
     process.join(patience)
     hung = process.is_alive()
     if hung:
         process.kill()
         process.join()
-    out, err = ((folder / f".{name}").read_text(errors="replace") for name in ("out", "err"))
-    return Outcome(None if hung else process.exitcode, out, err)
-
-
-def _child(words: list[str], folder: str) -> None:
-    os.chdir(folder)
-    for name, number in ((".out", 1), (".err", 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    name, *arguments = words
-    sys.argv = [str(ROOT / f"{name}.py"), *arguments]
-    code = 0
-    try:
-        from common.errors import run_script
-
-        module = importlib.import_module(SCRIPTS.get(name, name))
-        run_script(module.main)
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return Outcome(None if hung else process.exitcode, *said(folder))
 
 
 def copy_house(source: Path, target: Path) -> Path:

@@ -96,6 +96,25 @@ def rows():
     for what, (data, says) in FILES.items():
         words = ("bad.yaml", says) if says not in ("1", "optim", "optim.lr") else (says,)
         yield Case(f"a config with {what}", write("bad.yaml", data), TRAIN, words)
+    for what, data, says in (
+        ("half of it", '{"urepa_lambda": 0.5, "urepa_mod', "their.json"),
+        ("a list", '["urepa_lambda"]', "no settings"),
+        ("a key twice", '{"urepa_lambda": 0.5, "urepa_lambda": 1}', "twice"),
+        ("both methods", '{"urepa_lambda": 0.5, "crepa_lambda": 1}', "same setting"),
+        ("an image size of no patches", '{"urepa_encoder_image_size": 500}', "multiple"),
+        ("an endless image size", '{"urepa_encoder_image_size": 1e999}', "teacher.grid"),
+        ("a negative image size", '{"crepa_encoder_image_size": -518}', "teacher.grid"),
+        ("another teacher", '{"urepa_model": "dinov2_vitg14"}', "--teacher facebook/dinov2-giant"),
+        ("a tap of no such network", '{"crepa_block_index": 8}', "block_8"),
+        ("a video's neighbours", '{"crepa_adjacent_tau": 1.0}', "crepa_adjacent_tau"),
+        ("another trainer's settings", '{"train_batch_size": 4}', "data.batch_size"),
+        ("a name for a number", '{"urepa_lambda": "half"}', "align.coeff"),
+    ):
+        command = "train --config a.yaml --config their.json run=runs/b"
+        yield Case(f"JSON with {what}", write("their.json", data), command, (says,))
+    tabs = '{\n\t"--urepa_enabled": true,\n\t"urepa_lambda":0.5\n}'
+    command = "train --config a.yaml --config their.json --self-test"
+    yield Case("JSON with tabs", write("their.json", tabs), command, ("passed",), goes_on=True)
     yield Case("a config of 300 MB", _sparse("bad.yaml"), TRAIN, ("bad.yaml", "too large"))
     yield Case("a config that is a FIFO", fifo("bad.yaml"), TRAIN, ("bad.yaml",))
     yield Case(

@@ -1,5 +1,12 @@
 """Properties of sampling: an image depends on its own seed alone, and equals diffusers' own, on small random networks."""
 
+import errno
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +21,8 @@ from diffusers import (
 from diffusers.image_processor import VaeImageProcessor
 
 from common.errors import UserError
-from evaluation.image_files import LOG, load_images, missing_images, save_images
+from evaluation import image_files
+from evaluation.image_files import LOG, ImageWriter, load_images, missing_images, save_images
 from method import sampler as sampling
 from models.latents import LatentCodec, decode_images
 
@@ -317,3 +325,67 @@ def test_images_survive_the_disk_and_fewer_than_asked_for_are_refused(tmp_path):
     save_images(images[:1, :4], tmp_path, [5])
     with pytest.raises(UserError, match="mixes image sizes"):
         load_images(tmp_path, range(6))
+
+
+def random_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+
+
+def names_of(folder):
+    return [json.loads(line)["name"] for line in (folder / LOG).read_text().splitlines()]
+
+
+def test_the_next_images_are_drawn_while_these_are_written(tmp_path, monkeypatch):
+    drawn, write, most = threading.Event(), image_files.write_atomically, []
+
+    def write_late(path, data):
+        assert drawn.wait(20), "save waits for its images"
+        time.sleep(0.001 * (int(path.stem) % 3))  # the first are not the first to be there
+        most.append(len(writer._waiting))
+        write(path, data)
+
+    monkeypatch.setattr(image_files, "write_atomically", write_late)
+    monkeypatch.setattr(image_files, "WAITING", 4)
+    with ImageWriter(tmp_path) as writer:
+        writer.save(random_images(4), range(4))
+        drawn.set()
+        writer.save(random_images(20), range(4, 24))
+    assert names_of(tmp_path) == [f"{i:06d}.png" for i in range(24)]
+    assert max(most) <= 4
+    np.testing.assert_array_equal(load_images(tmp_path, range(4)), random_images(4))
+
+
+def save_batches(folder, batches, end=lambda: None):
+    """Save batches of three images each, then do `end`; returns how many were handed over."""
+    saved = []
+    with suppress(OSError, KeyboardInterrupt), ImageWriter(folder) as writer:
+        for batch in range(batches):
+            writer.save(random_images(3), range(3 * batch, 3 * batch + 3))
+            saved.append(batch)
+        end()
+        return "no error"
+    return len(saved)
+
+
+@pytest.mark.parametrize("batches", [1, 30])
+def test_an_error_of_a_writing_thread_is_raised_and_the_other_images_stay(tmp_path, monkeypatch, batches):
+    write = image_files.write_atomically
+
+    def write_to_full_disk(path, data):
+        if path.stem == "000001":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    monkeypatch.setattr(image_files, "write_atomically", write_to_full_disk)
+    monkeypatch.setattr(image_files, "WAITING", 4)
+    assert save_batches(tmp_path, batches) in (1, 2, 3)  # it does not go on to the end
+    assert names_of(tmp_path)[:2] == ["000000.png", "000002.png"]
+    assert missing_images(tmp_path, range(3)) == [1]
+
+
+def test_an_interrupt_loses_no_image_that_was_drawn(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert save_batches(tmp_path, 3, interrupt) == 3
+    assert not missing_images(tmp_path, range(9))

@@ -23,7 +23,7 @@ N = 60
 
 
 def moments(x, parts=1):
-    total = Moments(x.shape[1])
+    total = Moments()
     for part in np.array_split(x, parts):
         total.update(part)
     return total
@@ -124,13 +124,13 @@ def test_moments_split_over_processes_equal_those_of_one():
 
 def test_moments_refuse_foreign_and_infinite_features():
     with pytest.raises(ValueError, match=r"\(N, 3\)"):
-        Moments(3).update(np.zeros((2, 4)))
+        moments(np.eye(3)).update(np.zeros((2, 4)))
     with pytest.raises(ValueError, match="not finite"):
         Moments().update(np.array([[np.inf, 0.0]]))
     with pytest.raises(ValueError, match="needs 2"):
         _ = Moments().update(np.zeros((1, 4))).cov
     with pytest.raises(ValueError, match="3 and 4"):
-        Moments(3).merge(moments(np.eye(4)))
+        moments(np.eye(3)).merge(moments(np.eye(4)))
     given = Moments.of(np.zeros(4), np.eye(4), None)
     for continued in (lambda: given.update(np.eye(4)), lambda: Moments().merge(given)):
         with pytest.raises(ValueError, match="given"):

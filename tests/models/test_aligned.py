@@ -44,7 +44,7 @@ def test_lora_of_the_plan_is_22_modules_and_7462912_parameters(full_size):
 
 
 def test_taps_are_the_last_resnets_at_the_lowest_resolution(full_size):
-    taps = {name: SD15().tap(full_size, name) for name in SD15.taps}
+    taps = {name: SD15().tap(full_size, name) for name in SD15.blocks}
     assert {name: tap.path for name, tap in taps.items()} == {
         "enc_last": "down_blocks.3.resnets.1",
         "mid": "mid_block.resnets.1",

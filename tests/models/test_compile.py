@@ -35,8 +35,15 @@ def fresh_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("train", "checkpointing"),
+    [
+        ("lora", False),
+        ("full", True),
+        pytest.param("lora", True, marks=pytest.mark.thorough),
+        pytest.param("full", False, marks=pytest.mark.thorough),
+    ],
+)
 def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, train, checkpointing):
     found = []
     for compiled in (False, True):
@@ -59,16 +66,20 @@ def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, tra
 def test_alignment_that_comes_and_goes_compiles_twice_and_no_more(batch, monkeypatch):
     monkeypatch.setattr("test_compile.BACKEND", "eager")  # graphs are counted, in half the time
     latents, timesteps, text, _ = batch
-    model = thin_model("lora")
+    model = thin_model("full")
     model.compile_backbone()
-    for capture in (True, False) * 3:
-        model(latents, timesteps, text, capture=capture)
-        assert bool(model.taps.captured) == capture
+    for _ in range(2):
+        model(latents, timesteps, text)
+        assert set(model.taps.captured) == set(ALL_TAPS)
+        model(latents, timesteps, text, capture=False)
         model.clear_hooks()
+        model(latents, timesteps, text, capture=False)
+        assert not model.taps.captured
     assert counters["stats"]["unique_graphs"] <= 2
     assert set(ALL_TAPS) == set(model.heads)
 
 
+@pytest.mark.thorough  # `every_block_compiles_with_checkpointing` of benchmarks/gpu_proofs.py is run by test_gpu_check.py
 def test_with_checkpointing_every_block_of_a_deep_network_is_compiled(batch, monkeypatch):
     """SD-1.5 has two layers a block: more shapes than Dynamo takes by default."""
     monkeypatch.setattr("test_compile.BACKEND", "eager")

@@ -30,6 +30,7 @@ def test_a_tap_on_a_unet_that_was_already_compiled_and_called_is_an_error(batch)
         unet(latents, timesteps, text)
 
 
+@pytest.mark.thorough  # test_alignment_that_comes_and_goes_compiles_twice_and_no_more looks at the same
 def test_a_compiled_forward_that_captures_nothing_stays_silent(batch):
     latents, timesteps, text, _ = batch
     model = thin_model("full")

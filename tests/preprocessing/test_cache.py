@@ -24,7 +24,7 @@ from models.families.table import family_of
 from models.teachers.dinov2 import DINOv2Encoder
 from preprocessing import pipeline
 
-KILLS = int(os.environ.get("KILLS", "4"))  # of each scenario
+KILLS = int(os.environ.get("KILLS", "2"))  # of each scenario
 
 
 def latents(miniature, csv, out, *more):

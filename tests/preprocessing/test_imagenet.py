@@ -564,7 +564,7 @@ class TestFileSystem:
     def test_an_image_beyond_the_stated_memory_is_left_out(self, tmp_path, monkeypatch):
         narrow = Image.new("RGB", (60_000, 1))
         assert cut_view(narrow, 8).size == (8, 8)
-        with pytest.raises(UnreadableImage, match=r"60000 × 1 pixels, resized: .* bytes of memory"):
+        with pytest.raises(UnreadableImage, match=r"60000 × 1 pixels, resized: .* bytes"):
             cut_view(narrow, 196, "official")
         Image.new("RGB", (30, 30)).save(tmp_path / "image.png")
         monkeypatch.setattr(views, "MAX_BYTES", 3000)

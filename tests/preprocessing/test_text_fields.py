@@ -1,6 +1,5 @@
 """Script 4: the prompts of classes and of captions, encoded by a family's text encoders into shards."""
 
-import csv
 import json
 import multiprocessing
 import os
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import run_numbered
 
+from cache.image_list import Sample, write_samples
 from cache.manifest import read_manifest
 from cache.text import TextReader
 from common.errors import UserError
@@ -57,20 +57,11 @@ def fake(monkeypatch):
     """The fake family in place of that of every base model; returns its class, of which a test may change the facts."""
     kind = type("Family", (FakeFamily,), {})
     monkeypatch.setattr(text_fields, "family_of", lambda base, revision: kind(base, revision))
-    monkeypatch.setattr(text_fields, "read_samples", read_captions)
     return kind
 
 
-def read_captions(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return [SimpleNamespace(**row) for row in csv.DictReader(file)]
-
-
 def captions(path, prompts):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(
-            [["id", "img_path", "prompt"], *((str(i), "x", p) for i, p in enumerate(prompts))]
-        )
+    write_samples(path, [Sample(str(i), "x", None, "", prompt) for i, prompt in enumerate(prompts)])
     return path
 
 
@@ -99,7 +90,6 @@ def test_classes_and_further_prompts_of_the_real_encoder(miniature, tmp_path):
         "--prompts",
         tmp_path / "more.txt",
     )
-    assert SD15.prompt_encoder.cache_info().currsize == 0  # the encoders are let go of
     classes = ["a photo of a crane", "a photo of a great white shark", "a photo of a crane"]
     assert text.prompts == [*classes, "a dog on a beach", "a cat"]
     assert text.n_classes == 3

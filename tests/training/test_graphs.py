@@ -1,5 +1,6 @@
 """A compiled training has one graph, whatever happens between its steps: a second one is minutes on a GPU."""
 
+import pytest
 import torch
 from small_runs import train
 from torch._dynamo.utils import counters
@@ -16,6 +17,7 @@ BETWEEN_STEPS = [
 ]
 
 
+@pytest.mark.thorough  # `one_graph_is_compiled` of benchmarks/gpu_proofs.py shows the same, in test_gpu_check.py
 def test_a_training_with_warm_up_cutoff_previews_and_evaluations_has_one_graph(miniature, tmp_path):
     with traced_only():
         run = train(miniature, tmp_path / "run", "train.compile=default", *BETWEEN_STEPS)

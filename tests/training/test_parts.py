@@ -1,18 +1,31 @@
 """What the config says reaches the objects that act: no knob is lost on the way."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import demo_overrides
 from safetensors.torch import save_file
 
+from cache.manifest import read_manifest, write_manifest
 from common.errors import UserError
+from common.files import write_json
 from configs.loading import load_config
 from configs.sections import Align, Model, Teacher
 from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
 from models.families.table import family_of
 from training import checkpoint
-from training.parts import build_coefficient, build_model, build_objective, build_path, family_for
+from training.parts import (
+    build_coefficient,
+    build_model,
+    build_objective,
+    build_path,
+    check_fit,
+    family_for,
+    open_cache,
+)  # fmt: skip
 
 CONFIG = "configs/demo.yaml"
 
@@ -23,7 +36,7 @@ def config(miniature, tmp_path):
 
 
 def objective(config):
-    return build_objective(config.align, build_path(config.diffusion, family_for(config)))
+    return build_objective(config.align, build_path(config.diffusion, family_for(config), (4, 16, 16)))
 
 
 def model_of(config):
@@ -155,3 +168,44 @@ def test_a_run_of_before_is_refused_in_one_line(config, tmp_path):
         UserError, match=r"^[^\n]*written by an earlier version[^\n]*train the run again[^\n]*$"
     ):
         checkpoint._copy_into(model.trained_parameters(), tmp_path / "trained.safetensors")
+
+
+def test_the_teacher_that_others_name_is_compared_with_the_tokens(miniature, config, tmp_path):
+    """`urepa_model` and the image size are checks on the cache: they agree with its manifest, or one line says how not."""
+    folder = tmp_path / "tokens"
+    shutil.copytree(miniature / "cache/tokens", folder)
+    source = {"model": "/x/dinov2_vitl14_pretrain.pth"}
+    settings = json.loads((folder / "settings.json").read_text())
+    write_json(folder / "settings.json", settings | {"source": settings["source"] | source})
+    manifest = read_manifest(miniature / "cache/tokens", "tokens")
+    write_manifest(folder, manifest | {"source": manifest["source"] | source})
+    theirs = [f"data.tokens={folder}", "teacher.dim=64", "urepa_enabled=true", "urepa_encoder_image_size=56"]
+
+    def opened(*more):
+        settings = config(*theirs, *more)
+        return open_cache(settings.data, settings.teacher, need_tokens=True)
+
+    assert opened("urepa_model=dinov2_vitl14").tokens.spec.shape == (16, 64)
+    with pytest.raises(UserError, match="run script 3 with --teacher facebook/dinov2-giant"):
+        opened("urepa_model=dinov2_vitg14")
+    with pytest.raises(UserError, match=r"set teacher\.dim and teacher\.grid"):
+        opened("urepa_model=dinov2_vitl14", "urepa_encoder_image_size=518")
+
+
+def test_text_of_which_only_the_longest_prompt_is_stored_fits_where_the_family_says_so(
+    config, tmp_path, monkeypatch
+):
+    settings = config()
+    dataset = open_cache(settings.data, settings.teacher, need_tokens=True)
+    family = family_for(settings)
+    network = family.load_network()
+    dataset.text.null["prompt_embeds"] = dataset.text.null["prompt_embeds"][:20]
+    with pytest.raises(
+        UserError, match=r"holds prompt_embeds of shape \(20, 32\), .* reads \(77, 32\): run script 4"
+    ):
+        check_fit(settings.data, family, network, dataset)
+    monkeypatch.setattr(type(family), "trimmed_text", {"prompt_embeds": "mask"})
+    check_fit(settings.data, family, network, dataset)
+    dataset.text.null["prompt_embeds"] = dataset.text.null["prompt_embeds"][:, :16]
+    with pytest.raises(UserError, match="holds prompt_embeds of shape"):
+        check_fit(settings.data, family, network, dataset)

@@ -1,9 +1,12 @@
 """What --plan says against what is measured or known."""
 
+import re
+
 import pytest
 import torch
 from conftest import demo_overrides, small_model
-from small_runs import CONFIG, ROOT
+from small_runs import CONFIG, ROOT, train
+from torch.utils.flop_counter import FlopCounterMode
 
 import train as train_script
 from common.errors import UserError
@@ -15,9 +18,11 @@ from training.plan import (
     model_of_shapes,
     plan_disk,
     plan_memory,
+    planned_bytes,
     saved_bytes,
     step_flops,
 )
+from training.plan_time import count_work, seconds_by_kind
 
 
 def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeypatch, tmp_path):
@@ -30,7 +35,12 @@ def test_the_plan_of_config_a_has_the_known_operations_and_sizes(capsys, monkeyp
     parts = {name: float(flops) for name, flops in map(str.split, line.split("GFLOP")[1].split(","))}
     assert sum(parts.values()) == pytest.approx(804.4, abs=0.3)  # each is rounded
     assert (parts["mid_block"], parts["alignment"]) == (12.39, 0.1678)
-    assert "2.26 it/s" in said  # an A100 at half of its peak
+    card = next(line for line in said.splitlines() if line.startswith("  H100"))
+    milliseconds, mfu = (float(re.search(found, card)[1]) for found in (r"about (\d+) ms", r"MFU (\d+)%"))
+    assert mfu == pytest.approx(100 * 69.01e12 / (milliseconds / 1e3) / 989e12, abs=0.6)
+    assert "HFU" not in card
+    assert "no GPU has confirmed" in said
+    assert "minutes more before the first step" in said
     assert not (tmp_path / "A").exists()
 
 
@@ -46,6 +56,90 @@ def test_the_plan_counts_the_state_of_the_optimiser_that_is_chosen(capsys):
         # fp32 gradients, masters and moving average, and gradients in bf16
         assert f" {(4 + 4 + 4 + 2 + moments) * trained / 1e9:.3g} gradients, masters, AdamW and EMA" in said
         assert f" {(4 + 4 + moments) * trained / 1e9:.2f} GB each" in said
+
+
+def test_the_recipe_for_a_small_card_fits_it():
+    """With a seventh of it to spare, also where all weights are trained, as its comment says."""
+    told = re.findall(r"([\d.]+) GB", (ROOT / "configs" / "small_gpu.yaml").read_text())[1:]
+    for more in ([], ["model.train=full", "data.batch_size=12", "optim.accumulate=4"]):
+        config = load_config(ROOT / "configs" / "small_gpu.yaml", more)
+        model, _ = model_of_shapes(config, torch.bfloat16)
+        forward = forward_of(model, (4, 64, 64), (14, 14))
+        saved = saved_bytes(lambda forward=forward: forward(1), list(model.parameters()))
+        planned = sum(planned_bytes(config, model, torch.bfloat16, saved).values()) / 1e9
+        assert planned < 0.85 * 24
+        assert f"{planned:.1f}" == told.pop(0)
+
+
+def small_forward(train, checkpointing=False):
+    """A small network that keeps attention's N×N matrix to itself, as on a GPU."""
+    model = small_model(train=train).to("meta")
+    if checkpointing:
+        model.backbone.enable_gradient_checkpointing()
+    inputs = [(4, 16, 16), (), (5, 32)]
+
+    def forward(batch):
+        latents, t, text = (torch.ones(batch, *shape, device="meta") for shape in inputs)
+        return model(latents, t.long(), text).square().mean()
+
+    return forward
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_kinds_of_work_are_all_operations_and_those_that_checkpointing_repeats(train):
+    plain = count_step(small_forward(train))
+    repeated = count_step(small_forward(train, checkpointing=True))
+    again = (repeated.flops - plain.flops) / plain.forward
+    work = count_work(small_forward(train), again)
+    operations = sum(count for kind, count in work.items() if kind != "the rest")
+    assert operations == pytest.approx(repeated.flops, rel=1e-6)
+    assert work["convolutions"] > 0
+    assert work["the rest"] > 0
+    assert again > 0.3
+
+
+def test_attention_counts_with_its_padding_and_views_move_nothing():
+    query = torch.ones(1, 2, 16, 40, device="meta", requires_grad=True)  # heads of 40 are filled up to 64
+
+    def forward(_batch):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(query, query, query)[0]
+        return found.transpose(1, 2).exp().sum()
+
+    with FlopCounterMode(display=False) as counter:
+        forward(1).backward()
+    work = count_work(forward)
+    assert work["attention"] == pytest.approx(counter.get_total_flops() * 64 / 40)
+    assert work.keys() == {"attention", "the rest"}
+    entries = query.numel()
+    # exp: one read, one written; its backward: two and one; sum, and the sum of three gradients of query.
+    assert 5 * 4 * entries <= work["the rest"] <= 16 * 4 * entries
+
+
+def test_the_time_of_a_step_is_what_its_work_takes_at_the_rates_of_a_card():
+    work = {"convolutions": 2e12, "attention": 1e12, "the rest": 4e9}
+    found = seconds_by_kind(work, 3, 10**9, peak=100e12, bandwidth=1e12, compiled=False)
+    assert found == pytest.approx(
+        {
+            "convolutions": 6e12 / 50e12,
+            "linear layers": 0.0,
+            "attention": 3e12 / 35e12,
+            "the rest": 12e9 / 0.8e12,
+            "update": 64e9 / 0.8e12,
+        }
+    )
+    fused = seconds_by_kind(work, 3, 10**9, peak=100e12, bandwidth=1e12, compiled=True)
+    assert fused["the rest"] == found["the rest"] / 2
+
+
+def test_the_measured_step_stands_beside_the_plan(miniature, tmp_path, capsys):
+    run = train(miniature, tmp_path / "run", "train.steps=4", "train.log_every=1")
+    rates = sorted(line["it_per_s"] for line in run.metrics()[1:])
+    capsys.readouterr()
+    arguments = demo_overrides(miniature, tmp_path / "run", "train.steps=4", "train.log_every=1")
+    train_script.main(["--config", str(CONFIG), *arguments, "--plan"])
+    said = capsys.readouterr().out
+    assert f"{1e3 / rates[1]:.0f} ms a step, {rates[1]:.2f} it/s" in said
+    assert "3 lines of its log" in said
 
 
 def test_frozen_early_blocks_do_no_autograd_work():
@@ -165,8 +259,20 @@ def test_a_paused_meter_counts_no_time(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-     ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("Tesla T4", None)],
+     ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12),
+     ("NVIDIA GeForce RTX 4090", 165e12), ("Tesla T4", None)],
 )  # fmt: skip
 def test_peaks_are_known_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_of(torch.device("cuda")) == peak
+
+
+def test_the_plan_counts_the_text_where_it_will_be(miniature, tmp_path, capsys):
+    overrides = demo_overrides(miniature, tmp_path / "run")
+    for setting, says in (
+        ("auto", f"{11 * 77 * 32 * 4 / 1e9:.3g} GB on each device, of all prompts"),
+        ("false", f"{5 * 77 * 32 * 4 / 1e9:.3g} GB on each device, read with each batch, 5 kB an image"),
+    ):
+        command = ["--config", str(CONFIG), *overrides, f"data.text_on_device={setting}", "--plan"]
+        train_script.main(command)
+        assert says in capsys.readouterr().out

@@ -1,16 +1,18 @@
 """Two processes on one machine (gloo), as `accelerate launch` starts them."""
 
+import json
 import os
+import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import accelerate_cli
 from conftest import demo_overrides
-from fork_server import two_ranks
+from fork_server import free_port, rank_environment, run_both, said, start, two_ranks
 from small_runs import CONFIG, ROOT, assert_same_run, equal, tensors, train
 
 import train as train_script
@@ -22,22 +24,13 @@ from training.state import TrainingState
 KNOBS = ["data.batch_size=2", "train.steps=8", "train.log_every=1"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def together(work, *args):
     """Run `work(rank, *args)` in two processes of one group."""
     two_ranks(_member, free_port(), work, args)
 
 
 def _member(rank, port, work, args):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+    os.environ |= rank_environment(rank, port)
     torch.set_num_threads(1)
     work(rank, *args)
 
@@ -130,47 +123,133 @@ def _gradients(rank, argv, note, world):
     text, timesteps = torch.zeros(4, 5, 32)[images], torch.tensor([1, 300, 600, 900])[images]
     errors = parts.model.predict(latents, timesteps, {"prompt_embeds": text}).square().flatten(1).mean(1)
     state.backward({"loss": errors.mean()}, images.tolist(), errors)
-    found = [p for p in state.parameters.values() if p.grad is not None]
-    parts.ranks.mean([p.grad for p in found])
+    state.gradient_mean.finish()
     torch.save({n: p.grad for n, p in state.parameters.items() if p.grad is not None}, f"{note}.{rank}.pt")
 
 
-WATCHED = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300, "check": False}
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_sent_during_backward_are_the_plain_mean_bit_for_bit(miniature, tmp_path, precision):
+    """Of two batches a step, heads without a gradient on one rank and weights without one on any: nothing waits for them."""
+    knobs = [f"train.precision={precision}", "optim.accumulate=2", "train.channels_last=true"]
+    together(_overlapped, arguments(miniature, tmp_path / "run", *knobs))
 
 
-def launched(*argv):
-    """The script in two processes, as `accelerate launch` starts them where it sees two GPUs."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-        "train_sd15.py", *argv,
-    ]  # fmt: skip
+def _overlapped(rank, argv):
+    from configs.loading import load_config
+    from training import gradient_mean
+    from training.parts import build_parts
+
+    gradient_mean.BUCKET = 2**15  # many buckets, as a large network has
+    parts = build_parts(load_config([argv[1]], argv[2:]))
+    state = TrainingState(parts.config, parts.masters, parts.coefficient, parts.ranks, {})
+    masters, mean = parts.masters.masters, state.gradient_mean
+    heads = [n for n, name in enumerate(state.parameters) if name.startswith("heads.")]
+    idle = heads[-1]  # without a gradient on both ranks
+    parts.masters.working[idle].requires_grad_(False)
+    sent = []  # buckets, when backward is over
+
+    def step(backward):
+        for n in range(2):
+            torch.manual_seed(10 * rank + n)
+            latents, text, t = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32), torch.tensor([1, 600])
+            output = parts.model.predict(latents, t, {"prompt_embeds": text}, capture=True).float()
+            loss = output.square().mean()
+            if rank == 0:
+                loss = loss + sum(x.square().mean() for x in parts.model.get_aligned_tokens((4, 4)).values())
+            parts.model.clear_hooks()
+            backward(loss)
+        found = [master.grad for master in masters]
+        for master in masters:
+            master.grad = None
+        return found
+
+    def plain(loss):
+        (loss / 2).backward()
+        parts.masters.collect()
+
+    expected = step(plain)
+    for n, grad in enumerate(expected):
+        own = torch.zeros_like(masters[n]) if grad is None else grad
+        parts.ranks.sum([own])
+        expected[n] = None if n == idle else own / 2
+
+    def overlapped(loss):
+        state.backward({"loss": loss}, [0, 1], loss.detach().expand(2))
+        sent.append(mean._sent if len(state._losses) == 2 else 0)
+        if len(state._losses) == 2:
+            mean.finish()
+            state._losses.clear()
+
+    for _ in range(2):
+        found = step(overlapped)
+        assert found[idle] is expected[idle] is None
+        for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+            if n != idle:
+                assert torch.equal(a, b), n
+                assert a.stride() == masters[n].stride()
+    count = len(mean._buckets)
+    assert count > 5
+    # The first step shows the order; in the second, backward itself sends all but the last bucket, which waits for the heads.
+    assert sent == [0, 0, 0, count - 1]
 
 
-def test_a_launcher_that_starts_one_process_of_two_is_found_out(miniature, tmp_path):
+def launch(monkeypatch, folder, processes: int) -> dict[str, str]:
+    """What `accelerate launch` tells a script on a CPU that it is asked to start in so many processes."""
+    (folder / "script.py").write_text(
+        "import json, os, pathlib, sys\npathlib.Path(sys.argv[1]).write_text(json.dumps(dict(os.environ)))\n"
+    )
+    words = [
+        "accelerate",
+        "launch",
+        "--cpu",
+        "--num_processes",
+        processes,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+    ]
+    words += ["--dynamo_backend", "no", folder / "script.py", folder / "told.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    accelerate_cli.main()
+    return json.loads((folder / "told.json").read_text())
+
+
+def test_a_launcher_that_starts_one_process_of_two_is_found_out(miniature, tmp_path, monkeypatch):
     """Which is what accelerate does on a CPU, without a word."""
-    command = [
-        str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "train_sd15.py", *arguments(miniature, tmp_path / "run"),
-    ]  # fmt: skip
-    found = subprocess.run(command, **WATCHED)
-    assert found.returncode != 0
-    assert "started one, as it does where it sees no second GPU: use torchrun" in found.stderr
-    alone = [*command[:3], "--num_processes", "1", *command[5:], "--self-test"]
-    assert subprocess.run(alone, **WATCHED).returncode == 0
+    command = shlex.join(["train_sd15", *arguments(miniature, tmp_path / "run"), "--self-test"])
+    alone, pair = (start(command, tmp_path, str(n), launch(monkeypatch, tmp_path, n)) for n in (1, 2))
+    for process in (alone, pair):
+        process.join(60)
+    assert (alone.exitcode, pair.exitcode) == (0, 2)
+    assert "started one, as it does where it sees no second GPU: use torchrun" in said(tmp_path, "2")[1]
 
 
 def test_the_launched_script_logs_once_and_refuses_in_one_line(miniature, tmp_path):
     run = tmp_path / "run"
-    found = subprocess.run(launched(*arguments(miniature, run)), **WATCHED)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    found = subprocess.run(
+        [*launcher, "train_sd15.py", *arguments(miniature, run)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("self-test") == found.stdout.count("is complete") == 1
     assert "4 images each, 2 processes" in found.stdout
     assert [line["step"] for line in RunFolder(run).metrics()] == list(range(1, 9))
     assert (run / "export" / "ema").is_dir()
-    found = subprocess.run(launched(*arguments(miniature, run, "optim.lr=0.5")), **WATCHED)
-    assert found.returncode != 0
-    assert found.stderr.count("error: ") == 1
-    assert "optim.lr: 0.002 -> 0.5" in found.stderr
+    codes = run_both(shlex.join(["train_sd15", *arguments(miniature, run, "optim.lr=0.5")]), tmp_path)
+    assert all(codes)
+    errors = "".join(said(tmp_path, str(rank))[1] for rank in (0, 1))
+    assert errors.count("error: ") == 1
+    assert "optim.lr: 0.002 -> 0.5" in errors
 
 
 def test_a_step_reads_the_same_images_in_whatever_shares(tmp_path):
@@ -217,7 +296,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_when_a_step_takes_as_many_im
 def test_one_process_is_a_group_of_one():
     ranks = Ranks(cpu=True)
     tensor = torch.ones(3)
-    ranks.mean([tensor])
+    ranks.sum([tensor])
     assert (ranks.rank, ranks.world, ranks.main, ranks.gather([1])) == (0, 1, True, [1])
     assert torch.equal(tensor, torch.ones(3))
     assert ranks.on_main(lambda: 5) == 5
