@@ -40,7 +40,7 @@ GROUPS = [
      "--out {data}/{cache}/tokens",
      "{data}/{cache}/tokens/manifest.json"),
     ("text",
-     "preprocessing/4_prepare_clip_embeddings.py --class-names {data}/imagenet_classes.json --base {base} "
+     "preprocessing/4_prepare_text_embeddings.py --class-names {data}/imagenet_classes.json --base {base} "
      "--out {data}/cache/text",
      "{data}/cache/text/manifest.json"),
     ("verify {split}",

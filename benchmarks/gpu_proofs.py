@@ -22,7 +22,7 @@ from benchmarks.gpu_bench import Bench, broke_off, free_memory, traced_only
 from benchmarks.kills import differences
 from benchmarks.report import target
 from benchmarks.train_step import CONFIG
-from cache.text import read_table
+from cache.text import TextReader, convert
 from cache.views import read_view
 from common.errors import UserError
 from evaluation.sample import ImageSampler
@@ -210,10 +210,10 @@ def an_export_draws_our_image(bench: Bench) -> list[dict]:
     pipe = StableDiffusionPipeline.from_pretrained(bench.base).to(bench.device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
-    text = read_table(ours.config.data.text)[0].to(bench.device, torch.float32)
+    text = TextReader(ours.config.data.text)
+    prompt, null = (convert(fields, bench.device, torch.float32) for fields in (text.rows([1]), text.null))
     shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
-    prompts = {"prompt_embeds": text.rows([1])["prompt_embeds"]}
-    prompts["negative_prompt_embeds"] = text.null["prompt_embeds"][None]
+    prompts = prompt | {f"negative_{name}": values[None] for name, values in null.items()}
 
     def draw() -> np.ndarray:
         noise = initial_noise([7], shape, bench.device)

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cache.image_list import Sample, write_samples
-from cache.manifest import FieldSpec
+from cache.manifest import FieldSpec, TextSpec
 from cache.shards import FieldWriter
-from cache.text import text_spec, write_table
+from cache.text import write_text
 from common.files import write_json
 from miniature.models import build_tokenizer
 
@@ -88,10 +88,12 @@ def write_cache(
             writer.put(shard, batch, spec.encode(values_of(field, [index_of[key] for key in batch])))
         writer.finish()
     text = torch.randn(classes + 1, *shapes["text"], generator=torch.Generator().manual_seed(1)).half()
-    fields, template = {"prompt_embeds": text}, "a photo of a {class_name}"
-    prompts = [*(template.format(class_name=f"n{i}") for i in range(classes)), ""]
-    details = {"n_classes": classes, "template": template, "prompts": prompts}
-    write_table(folder / "text", fields, text_spec(fields, "random numbers", details=details))
+    template = "a photo of a {class_name}"
+    prompts = [template.format(class_name=f"n{i}") for i in range(classes)]
+    named = {"prompt_embeds": {"shape": list(shapes["text"]), "dtype": "float16"}}
+    spec = TextSpec.of(named, "random numbers", {}, {"template": template})
+    listed = {"n_classes": classes, "synsets": [], "prompts": prompts}
+    write_text(folder / "text", spec, listed, {"prompt_embeds": text[:-1]}, {"prompt_embeds": text[-1]})
 
 
 def make_base(folder: Path, unet_config: dict) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cache.dataset import AlignedDataset
-from cache.text import drop_captions
+from cache.text import TextTable, convert, drop_captions
 
 Read = Callable[[Sequence[int], dict[str, Tensor]], None]
 
@@ -28,10 +28,10 @@ class Batch:
     indices: list[int]
     index: Tensor  # the same as a tensor (B,)
     raw: dict[str, Tensor]  # of each field, uint8 (B, value_bytes)
-    decode: dict[str, Callable[[Tensor], Tensor]]
+    decode: dict[str, Callable[[Tensor], Tensor | dict[str, Tensor]]]
 
-    def on(self, device: torch.device, name: str) -> Tensor:
-        """Return the values `(B, *shape)` of a field on `device`; on the CPU they may be a view of the reused buffer."""
+    def on(self, device: torch.device, name: str) -> Tensor | dict[str, Tensor]:
+        """Return the values `(B, *shape)` of a field on `device`; on the CPU they may be views of the reused buffer."""
         return self.decode[name](self.raw[name].to(device, non_blocking=True))
 
     def indices_on(self, device: torch.device) -> Tensor:
@@ -58,7 +58,9 @@ class BatchStream:
     batches: Iterable[Sequence[int]]  # lists of dataset indices, all of one length
     read: Read  # fills the buffers of all fields for the given indices; called in the reader threads
     value_bytes: dict[str, int]  # of each field, the bytes of one value
-    decode: dict[str, Callable[[Tensor], Tensor]]  # of each field, from stored bytes to values
+    decode: dict[
+        str, Callable[[Tensor], Tensor | dict[str, Tensor]]
+    ]  # of each field, from stored bytes to values
     _: KW_ONLY
     threads: int = 2  # batches read at the same time; with 0 each batch is read when it is requested
     ahead: int = 3  # batches that are ready or being read besides the one in use; at least `threads`
@@ -127,7 +129,10 @@ class TrainingBatch:
 
 @dataclass
 class TrainingBatches:
-    """Makes a `TrainingBatch` of each `Batch`. The text of all classes stays on the device and need not be copied each time."""
+    """Makes a `TrainingBatch` of each `Batch`.
+
+    Where the dataset's batches bring no text, the text of all prompts stays on the device. The null prompt always does.
+    """
 
     dataset: AlignedDataset
     device: torch.device
@@ -138,15 +143,29 @@ class TrainingBatches:
     grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`
 
     def __post_init__(self):
-        self.text = self.dataset.text.to(self.device, self.dtype)
-        self.class_ids = self.dataset.class_ids.to(self.device)  # (n,)
+        text = self.dataset.text
+        self.null = convert(text.null, self.device, self.dtype)  # {field: (…)}
+        in_batches = "text" in self.dataset.readers
+        self.table: TextTable | None = None if in_batches else text.on(self.device, self.dtype)
+        self.labels = self.dataset.labels.to(self.device)  # (n,)
         self.grid = self.dataset.token_grid if self.teacher is None else self.grid
+
+    def prompts(self, labels: Tensor) -> dict[str, Tensor]:
+        """Return the fields `(n, …)` of the prompts with these labels, on the device."""
+        if self.table is None:
+            return convert(self.dataset.text.rows(labels), self.device, self.dtype)
+        return self.table.rows(labels.to(self.device))
 
     def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
         """Decode the batch on the device. `generator` draws the latents (of cached moments) and then the captions to drop."""
         x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
-        text = self.text.rows(self.class_ids[batch.indices_on(self.device)])
-        text = drop_captions(text, self.text.null, self.caption_dropout, generator)
+        if self.table is None:
+            text = convert(batch.on(self.device, "text"), self.device, self.dtype)
+        else:
+            text = self.table.rows(self.labels[batch.indices_on(self.device)])
+        text = drop_captions(
+            text, self.null, self.caption_dropout, generator
+        )  # new memory, of the buffers too
         if not with_tokens:
             return TrainingBatch(x_0, text, None, None)
         tokens = batch.on(self.device, "dino_tokens") if self.teacher is None else self.teacher(x_0)

@@ -11,17 +11,17 @@ from torch.utils.data import Dataset
 
 from cache.image_list import Sample, is_captioned, read_samples
 from cache.reader import FieldReader
-from cache.text import prompts_of_text, read_table
+from cache.text import TextReader
 from common.errors import UserError
 
 
 class AlignedDataset(Dataset):
-    """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and `class_id`.
+    """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and its label.
 
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
-    such images. Row c of `text` belongs to class c; of a captioned list,
-    `class_id` is the row of the image's prompt. The dataset works with any DataLoader and any start method of processes.
-    Training calls `read_batch` instead, which reads stored bytes and is several times faster.
+    such images. `labels (n,)` are the labels of the text: the classes of a list of classes, which items call `class_id`, or the
+    numbers of the prompts of a captioned list, which items call `label`. The dataset works with any DataLoader and any start
+    method of processes. Training calls `read_batch` instead, which reads stored bytes and is several times faster.
 
     Raises `UserError` when a field is missing, is unfinished or does not fit the others.
     """
@@ -37,7 +37,7 @@ class AlignedDataset(Dataset):
     ):
         self.latents = FieldReader(latents, "latents")
         self.tokens = None if tokens is None else FieldReader(tokens, "tokens")
-        self.text, self.text_manifest = read_table(text)
+        self.text = TextReader(text)
         listed = read_samples(csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
@@ -49,23 +49,28 @@ class AlignedDataset(Dataset):
             raise UserError(f"none of the images of {csv_path} is in {where}: check the paths")
         self.ids = [sample.id for sample in samples]
         self.captioned = is_captioned(samples)
-        self.class_ids = torch.tensor(self._find_rows(samples, csv_path, text))  # (n,)
+        self.labels = torch.tensor(self._find_labels(samples, csv_path))  # (n,)
         self.readers = {"latent": self.latents}
         if need_tokens and self.tokens is not None:
             self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
 
-    def _find_rows(self, samples: Sequence[Sample], csv_path: str | Path, text: str | Path) -> list[int]:
-        """Return each image's row of the text; raises `UserError` for a class or a prompt that the text lacks."""
+    def read_text_with_batches(self) -> None:
+        """Let `read_batch` also read the text, for a training that does not hold the text of all prompts."""
+        self.readers["text"], self._rows["text"] = self.text.reader, self.text.rows_of(self.labels)
+
+    def _find_labels(self, samples: Sequence[Sample], csv_path: str | Path) -> list[int]:
+        """Return the label of each image; raises `UserError` for a class or a prompt that the text lacks."""
         if self.captioned:
-            row_of = {prompt: row for row, prompt in enumerate(prompts_of_text(text))}
-            if lacking := next((sample for sample in samples if sample.prompt not in row_of), None):
+            label_of = self.text.label_of
+            if lacking := next((s for s in samples if s.prompt not in label_of), None):
                 raise UserError(
-                    f"{text} lacks the prompt of {lacking.id} ({lacking.prompt!r:.60}): run script 4 with --csv {csv_path}"
+                    f"{self.text.folder} lacks the prompt of {lacking.id} ({lacking.prompt!r:.60}): run script 4 with --csv "
+                    f"{csv_path}"
                 )
-            return [row_of[sample.prompt] for sample in samples]
-        if (most := max(sample.class_id for sample in samples)) >= len(self.text):
-            lacks = f"{text} only {len(self.text)} classes"
+            return [label_of[sample.prompt] for sample in samples]
+        if (most := max(sample.class_id for sample in samples)) >= self.text.n_classes:
+            lacks = f"{self.text.folder} only {self.text.n_classes} classes"
             raise UserError(f"{csv_path} has class {most}, {lacks}: run script 4 again")
         return [sample.class_id for sample in samples]
 
@@ -78,15 +83,15 @@ class AlignedDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         # Each item has its own memory: a new block for the whole batch causes page faults, and the allocator keeps it.
         sizes = self.value_bytes.items()
-        raw = {name: [torch.empty(size, dtype=torch.uint8) for _ in indices] for name, size in sizes}
-        for name, reader in self.readers.items():
-            reader.read_rows(self._rows[name][indices], [item.numpy() for item in raw[name]])
+        raw = {n: [torch.empty(size, dtype=torch.uint8) for _ in indices] for n, size in sizes if n != "text"}
+        for name in raw:
+            self.readers[name].read_rows(self._rows[name][indices], [item.numpy() for item in raw[name]])
         items, decode = [], self.decode
-        for i, class_id in enumerate(self.class_ids[indices]):
+        for i, label in enumerate(self.labels[indices]):
             values = {name: decode[name](raw[name][i][None]) for name in raw}
             values["latent"] = self.x_0(values["latent"])  # (1, C, h, w)
-            item = {name: value[0] for name, value in values.items()}
-            items.append(item | self.text.rows(class_id) | {"class_id": class_id})
+            item = {name: value[0] for name, value in (values | self.text.rows([label])).items()}
+            items.append(item | {"label" if self.captioned else "class_id": label})
         return items
 
     @property
@@ -95,15 +100,19 @@ class AlignedDataset(Dataset):
         return {name: reader.spec.value_bytes for name, reader in self.readers.items()}
 
     @property
-    def decode(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """For each field the function that decodes stored bytes `(n, value_bytes)` to values `(n, *shape)`, on any device."""
+    def decode(self) -> dict[str, Callable[[Tensor], Tensor | dict[str, Tensor]]]:
+        """For each field the function that decodes stored bytes `(n, value_bytes)` to values `(n, *shape)`, on any device.
+
+        Text is decoded to a dict.
+        """
         return {name: reader.spec.decode for name, reader in self.readers.items()}
 
     @property
     def identity(self) -> dict[str, int]:
-        """The number of images and the CRC-32 of their ids and classes, on which the order of a training depends."""
-        rows = zip(self.ids, self.class_ids.tolist(), strict=True)
-        lines = "".join(f"{key},{class_id}\n" for key, class_id in rows)
+        """The number of images and the CRC-32 of their ids and classes or prompts, on which a training depends."""
+        labels = self.labels.tolist()
+        shown = [self.text.prompts[label] for label in labels] if self.captioned else labels
+        lines = "".join(f"{key},{label}\n" for key, label in zip(self.ids, shown, strict=True))
         return {"images": len(self.ids), "crc32": zlib.crc32(lines.encode())}
 
     @property

@@ -62,5 +62,6 @@ ENCODINGS = {
     "float16": _plain(torch.float16),
     "bfloat16": _plain(torch.bfloat16),
     "float32": _plain(torch.float32),
+    "uint8": _plain(torch.uint8),
     "int8": Encoding(_int8_bytes, _encode_int8, _decode_int8),
 }

@@ -7,11 +7,12 @@ it. `cache/shards.py` describes the whole format.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
+import torch
 from pydantic import Field, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -52,14 +53,22 @@ class ImageDetails(TypedDict, total=False):
 
 
 @with_config(RECORD)
+class NamedField(TypedDict):
+    """One of the named fields of the text."""
+
+    shape: list[Size]  # of one prompt
+    dtype: Literal["float16", "bfloat16", "float32", "uint8"]  # masks are uint8
+
+
+@with_config(RECORD)
 class TextDetails(TypedDict):
     """What only the text has."""
 
-    fields: dict[str, list[Size]]  # the shape of one row of each
-    template: NotRequired[Template]
-    prompts: NotRequired[list[str]]  # of each class, and the null prompt
-    n_classes: NotRequired[Size]
-    synsets: NotRequired[list[str]]  # of each class
+    fields: dict[str, NamedField]
+    trimmed: NotRequired[
+        dict[str, str]
+    ]  # fields cut behind the longest prompt, and the mask that says where that is
+    template: NotRequired[Template]  # of the prompts of classes
 
 
 @with_config(RECORD)
@@ -79,9 +88,17 @@ class Specification(TypedDict):
 
 @with_config(RECORD)
 class Settings(Specification):
-    """settings.json."""
+    """settings.json of latents and tokens."""
 
     shard_size: Size
+
+
+@with_config(RECORD)
+class TextSettings(Settings):
+    """settings.json of the text."""
+
+    field: Literal["text"]
+    details: TextDetails
 
 
 @with_config(RECORD)
@@ -106,17 +123,17 @@ class ImageManifest(Specification):
 
 
 @with_config(RECORD)
-class TextManifest(Specification):
+class TextManifest(ImageManifest):
     """manifest.json of the text."""
 
     field: Literal["text"]
     details: TextDetails
-    rows: Size
-    sha256: Sha256
-    seal: Sha256
+    num_prompts: Size  # of prompts.json, which may hold more by now
+    prompts_sha256: Sha256  # of these
 
 
 AnyManifest = Annotated[ImageManifest | TextManifest, Field(discriminator="field")]
+AnySettings = Annotated[Settings | TextSettings, Field(discriminator="field")]
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,15 @@ class FieldSpec:
         """Decode bytes `raw (n, value_bytes)` to values `(n, *shape)` on the same device, if possible as a view of `raw`."""
         return ENCODINGS[self.dtype].decode(raw, self.shape)
 
+    def is_finite(self, raw: Tensor) -> bool:
+        """Return whether bytes `raw (n, value_bytes)` hold finite numbers alone."""
+        return _is_finite(self.decode(raw))
+
+    @property
+    def form(self) -> str:
+        """Shape and stored type of a value, in words."""
+        return f"{self.shape} {self.dtype}"
+
     def agrees_with(self, other: "FieldSpec") -> bool:
         """Return whether both have the same field, shape, view and details, and come from the same weights."""
         names = ("field", "shape", "view", "details")
@@ -159,7 +185,64 @@ class FieldSpec:
     @classmethod
     def from_json(cls, data: dict) -> "FieldSpec":
         known = {entry.name: data[entry.name] for entry in fields(cls)}
-        return cls(**known | {"shape": tuple(data["shape"])})
+        kind = TextSpec if data["field"] == "text" else cls
+        return kind(**known | {"shape": tuple(data["shape"])})
+
+
+@dataclass(frozen=True)
+class TextSpec(FieldSpec):
+    """The specification of text: a value is a dict of the named fields of `details["fields"]`, stored one after the other.
+
+    Fields of wider numbers come first and a row is a multiple of four bytes, so that `decode` can give views.
+    """
+
+    @classmethod
+    def of(cls, named: Mapping[str, NamedField], meaning: str, source: dict, details: dict) -> "TextSpec":
+        """Return the specification of these named fields."""
+        size = sum(ENCODINGS[form["dtype"]].value_bytes(form["shape"]) for form in named.values())
+        return cls(
+            "text", (-(-size // 4) * 4,), "uint8", meaning, source, {}, {"fields": dict(named)} | details
+        )
+
+    @property
+    def fields(self) -> dict[str, NamedField]:
+        """The named fields in the order in which they are stored."""
+        named = self.details["fields"].items()
+        return dict(sorted(named, key=lambda item: (-ENCODINGS[item[1]["dtype"]].value_bytes([1]), item[0])))
+
+    def encode(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Encode named fields, each `(n, …)`, to the bytes that are stored, uint8 `(n, value_bytes)`."""
+        rows = []
+        for name, form in self.fields.items():
+            if list(values[name].shape[1:]) != form["shape"]:
+                raise ValueError(f"{name}: expected (n, *{form['shape']}), got {tuple(values[name].shape)}")
+            rows.append(ENCODINGS[form["dtype"]].encode(values[name]))
+        row = torch.cat(rows, dim=1)
+        return torch.nn.functional.pad(row, (0, self.value_bytes - row.shape[1]))
+
+    def decode(self, raw: Tensor) -> dict[str, Tensor]:
+        """Decode bytes `raw (n, value_bytes)` to the named fields, each `(n, …)`, as views of `raw`."""
+        values, start = {}, 0
+        for name, form in self.fields.items():
+            encoding = ENCODINGS[form["dtype"]]
+            end = start + encoding.value_bytes(form["shape"])
+            values[name] = encoding.decode(raw[:, start:end], form["shape"])
+            start = end
+        return values
+
+    def is_finite(self, raw: Tensor) -> bool:
+        return all(map(_is_finite, self.decode(raw).values()))
+
+    @property
+    def form(self) -> str:
+        return ", ".join(
+            f"{name} {tuple(form['shape'])} {form['dtype']}" for name, form in self.fields.items()
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    # Minimum and maximum are finite only if all values are, and finding them is far cheaper than isfinite() on fp16.
+    return not len(values) or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -184,7 +267,7 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         raise UserError(f"{folder} holds {manifest['field']}, not {field}: check the paths")
     if wrong := _contradiction(manifest):
         raise UserError(f"{path} contradicts itself ({wrong}): {remedy}")
-    if field != "text" and (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
+    if (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
         settings = read_settings(path.parent)
         if other := [
             entry.name for entry in fields(FieldSpec) if settings[entry.name] != manifest[entry.name]
@@ -196,22 +279,20 @@ def read_manifest(folder: str | Path, field: str) -> dict:
 def read_settings(folder: Path) -> Settings:
     """Return what a field's folder is meant for."""
     remedy = f"restore it, or delete {folder} and run the script that wrote it again"
-    return read_record(folder / SETTINGS, Settings, remedy)
+    return read_record(folder / SETTINGS, AnySettings, remedy)
 
 
 def _contradiction(manifest: dict) -> str | None:
     """Return what of a manifest cannot be true together with the rest of it."""
     shape, details, view = manifest["shape"], manifest["details"], manifest["view"]
-    if manifest["field"] == "text":
-        rows = {"prompts": len(details.get("prompts", range(manifest["rows"])))}
-        rows["n_classes"] = details.get("n_classes", manifest["rows"] - 1) + 1
-        rows["synsets"] = len(details.get("synsets", range(manifest["rows"] - 1))) + 1
-        return next((f"{name} and rows" for name, n in rows.items() if n != manifest["rows"]), None)
     shards = manifest["shards"]
     if sum(shard["count"] for shard in shards) != manifest["num_samples"]:
         return "num_samples and the counts of its shards"
     if len({shard["file"] for shard in shards}) < len(shards):
         return "two shards of one name"
+    if manifest["field"] == "text":
+        size = TextSpec.of(details["fields"], "", {}, {}).shape[0]
+        return None if shape == [size] and manifest["dtype"] == "uint8" else "shape and details.fields"
     if len(shape) != (3 if manifest["field"] == "latents" else 2):
         return f"a shape {shape} of {manifest['field']}"
     return "shape and grid" if "grid" in view and shape[0] != view["grid"] ** 2 else None

@@ -1,10 +1,11 @@
 """The on-disk format of the cache, and its writer. No other file uses the LMDB library.
 
-A *field* is one cached quantity, `latents` or `tokens`, with one value of fixed size for each image. Its folder contains
+A *field* is one cached quantity, `latents`, `tokens` or `text`, with one value of fixed size for each image or prompt. Its
+folder contains
 
     settings.json        written first: the specification of the values, so that no other settings are mixed in
     plan.json            the ids of each shard; the file grows when images are added, and never changes otherwise
-    shard-00000.lmdb     up to 10,000 values, key = image id, value = raw bytes (`cache/encodings.py`); no pickle
+    shard-00000.lmdb     up to 10,000 values, key = id, value = raw bytes (`cache/encodings.py`); no pickle
     shard-00000.json     count, bytes and checksum of that shard, and the images that could not be read
     unreadable.csv       those images, of all shards, if there are any
     manifest.json        written last: meaning, model, shape and dtype of the values, their counts, digest of ids, shards
@@ -22,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
-import torch
 from pydantic import with_config
 from torch import Tensor
 
@@ -66,16 +66,17 @@ class FieldWriter:
         writer.finish()                                      # seals the open shards and writes the manifest
 
     A list that contains all images of a finished field and more adds shards and rewrites none. `shard_size` defaults to that of
-    the folder, or 10,000 for a new one. With `part = (i, n)` this writer writes only the shards i, i + n, i + 2n, …
+    the folder, or 10,000 for a new one. With `part = (i, n)` this writer writes only the shards i, i + n, i + 2n, … `also`
+    has further entries of the manifest.
     Raises `UserError` when the folder contains a cache of other settings or images, or when another process is writing one of
     this writer's shards.
     """
 
     def __init__(
         self, folder: str | Path, spec: FieldSpec, ids: Sequence[str], *,
-        shard_size: int | None = None, part: tuple[int, int] = (0, 1),
+        shard_size: int | None = None, part: tuple[int, int] = (0, 1), also: Mapping[str, object] | None = None,
     ):  # fmt: skip
-        self.folder, self.spec = Path(folder), spec
+        self.folder, self.spec, self._also = Path(folder), spec, also or {}
         self._open: tuple[int, lmdb.Environment] | None = None
         self._checksum: int | None = None  # of the open shard; None if it had rows when it was opened
         if long := next((key for key in ids if len(key.encode()) > MAX_KEY_BYTES), None):
@@ -117,11 +118,11 @@ class FieldWriter:
         """
         if raw.shape != (expected := (len(ids), self.spec.value_bytes)):
             raise ValueError(f"{self.spec.field}: expected {expected}, got {tuple(raw.shape)}")
-        # Minimum and maximum are finite only if all values are, and finding them is far cheaper than isfinite() on fp16.
-        if len(ids) and not torch.stack(torch.aminmax(self.spec.decode(raw))).isfinite().all():
+        if not self.spec.is_finite(raw):
+            again = "" if self.spec.field == "text" else "run again with --precision fp32, or "
             raise UserError(
-                f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers in {self.spec.dtype}: run "
-                "again with --precision fp32, or store them with another --dtype in another folder"
+                f"the {self.spec.field} of one of {', '.join(ids[:4])} … are not finite numbers as {self.spec.form}: {again}"
+                "store them with another --dtype in another folder"
             )
         rows = raw.numpy()
         with self._writing():
@@ -169,7 +170,8 @@ class FieldWriter:
         if not (self._all_sealed() and (self.folder / MANIFEST).exists()):
             return False
         manifest = read_manifest(self.folder, self.spec.field)
-        return manifest["shards"] == [shard for shard, _ in self._sealed()]
+        same = all(manifest[name] == value for name, value in self._also.items())
+        return same and manifest["shards"] == [shard for shard, _ in self._sealed()]
 
     def _sealed(self) -> list[tuple[ShardEntry, dict[str, str]]]:
         """Return for every shard its manifest entry and {id: reason} of its unreadable images."""
@@ -266,7 +268,7 @@ class FieldWriter:
             (self.folder / UNREADABLE).unlink(missing_ok=True)
         counts = {"num_samples": len(stored), "num_unreadable": len(unreadable)}
         listed = {"ids_sha256": ids_digest(stored), "shards": [shard for shard, _ in sealed]}
-        write_manifest(self.folder, self.spec.as_json() | counts | listed)
+        write_manifest(self.folder, self.spec.as_json() | counts | listed | self._also)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -199,7 +199,7 @@ def yaml_value(value) -> str:
 
 def _choices(annotation) -> list[str]:
     if get_origin(annotation) is Literal:
-        return [str(option) for option in get_args(annotation)]
+        return [yaml_value(option) for option in get_args(annotation)]
     if get_origin(annotation) in (tuple, Union, types.UnionType):
         return [choice for argument in get_args(annotation) for choice in _choices(argument)]
     return []

@@ -114,6 +114,11 @@ class Data(Section):
         None, "folder of cached teacher tokens (script 3); not used by teacher.source=online"
     )
     text: FilePath = knob(..., "folder of cached text embeddings (script 4)")
+    text_on_device: Literal["auto", True, False] = knob(
+        "auto",
+        "whether the text of all prompts stays on the device; else it is read with each batch. auto = where it takes at most "
+        "2 GB; the result is the same bit for bit",
+    )
     batch_size: int = knob(
         48, "images per forward; a step takes optim.accumulate of them on each process", ge=1, le=65_536
     )

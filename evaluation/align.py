@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache.manifest import read_manifest
 from cache.text import class_names
 from common.errors import UserError
 from common.files import write_json
@@ -137,8 +136,8 @@ def measure_alignment(
 
 def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sources, embedding: str) -> None:
     """Write `align_timesteps.png`, `align_tsne.png`, and with `embedding` "umap" `align_umap.png` too."""
-    name, names = target.run.name, class_names(read_manifest(target.config.data.text, "text"))
-    names = names | {NO_CLASS: "all images"}
+    name, names = target.run.name, dict(enumerate(class_names(target.config.data.text)))
+    names |= {NO_CLASS: "all images"}
     weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
@@ -156,7 +155,7 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
-        plot_embedding(folder / f"align_{method}.png", panels, names, title)
+        plot_embedding(folder / f"align_{method}.png", panels, dict(enumerate(names)), title)
 
 
 def summary(result: Mapping) -> str:

@@ -14,7 +14,7 @@ from cache.dataset import latents_of
 from cache.image_list import is_captioned, read_samples
 from cache.manifest import ids_digest
 from cache.reader import FieldReader
-from cache.text import read_table
+from cache.text import TextReader, convert
 from common.errors import UserError
 from configs.schema import Config
 from method.alignment import spatial_norm
@@ -95,7 +95,7 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         print(f"{where.csv} has captions and no classes: the linear probe by class is left out")
     else:
         classes = np.array([item.class_id for item in used])
-    null = read_table(config.data.text)[0].to(torch.device("cpu"), torch.float32).null
+    null = convert(TextReader(config.data.text).null, torch.device("cpu"), torch.float32)
     digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
     return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)
 

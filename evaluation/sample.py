@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
-from cache.text import TextTable, read_table
+from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
@@ -49,7 +49,7 @@ MANIFEST = "manifest.json"
 def image_settings(target: Target, device: torch.device) -> dict:
     """The settings that decide what image i is: every one that changes an image, and none that does not."""
     config, given = target.config, target.settings
-    text = read_manifest(config.data.text, "text")
+    text = read_text_manifest(config.data.text)
     family = family_for(config)
     guided, sampler = given.cfg > 1, family.sampler_of(given.sampler)
     return {
@@ -81,8 +81,8 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they share out sums
         "compile": given.compile,
         "labels": given.labels,
-        "classes": text["details"]["n_classes"],
-        "text_sha256": text["sha256"],
+        "classes": text["num_prompts"],
+        "text_sha256": text_digest(text),
         "prompts": text["details"].get("template"),  # None of captions
         "seed": given.seed,
         "latent_shape": stored_latent_shape(config),
@@ -207,20 +207,20 @@ def read_samples_manifest(
 
 
 class ImageSampler:
-    """Draws images: holds the network, the decoder, the scheduler and the prompts on their device.
+    """Draws images: holds the network, the decoder, the scheduler and the null prompt on their device.
 
     Args:
         model: in eval mode, in the dtype in which it computes.
         config: the run's, whose `eval` says how images are drawn.
-        text: the prompts of all classes.
+        text: the prompts by label.
     """
 
-    def __init__(self, model: AlignedModel, config: Config, text: TextTable):
+    def __init__(self, model: AlignedModel, config: Config, text: TextReader):
         self.model, self.config = model, config
         self.device = next(model.backbone.parameters()).device
         self.codec = model.family.load_codec().to(self.device)
         self.scheduler, self.spacing = solver_of(config, model.family)
-        self.text = text.to(self.device, torch.float32)
+        self.text, self.null = text, convert(text.null, self.device, torch.float32)
 
     @classmethod
     def load(cls, target: Target, device: torch.device) -> "ImageSampler":
@@ -234,20 +234,21 @@ class ImageSampler:
         if given.compile:
             keep_compiled()
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
-        return cls(model, config, read_table(config.data.text)[0])
+        return cls(model, config, TextReader(config.data.text))
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
         """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`."""
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
-        prompts, shape = self.text.rows(labels), stored_latent_shape(self.config)
+        prompts = convert(self.text.rows(labels), self.device, torch.float32)  # {field: (n, …)}
+        shape = stored_latent_shape(self.config)
         with searched_convolutions():  # every forward has the same rows
             latents = sample_latents(
                 self.model.predict,
                 self.scheduler,
                 prompts,
-                self.text.null,
+                self.null,
                 seeds,
                 shape=shape,
                 spacing=self.spacing,

@@ -46,6 +46,8 @@ class Backbone:
     text_batch_dim: Mapping[
         str, int
     ] = {}  # of fields that have prompts along another dimension than the first
+    # {text field: its mask}, where what lies behind the mask has no influence: stored up to the longest prompt only.
+    trimmed_text: Mapping[str, str] = {}
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand

@@ -7,7 +7,7 @@ The script checks that
 
     - the manifests are valid and the shards have the recorded sizes,
     - every image of the CSV is in both fields,
-    - the text has the classes or the prompts of the CSV,
+    - the text has the classes or the captions of the CSV, and is finite,
     - the VAE and the teacher saw the same square, or the teacher its official view of it,
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
@@ -55,24 +55,26 @@ def main(argv: list[str] | None = None) -> None:
 
     from cache.image_list import is_captioned, read_samples
     from cache.reader import FieldReader
-    from cache.text import prompts_of_text, read_table
+    from cache.text import TextReader
 
     samples, checks = read_samples(args.csv), Checks()
     latents, tokens = FieldReader(args.latents, "latents"), FieldReader(args.tokens, "tokens")
-    table, text = read_table(args.text)
+    text = TextReader(args.text)
     present = check_images(checks, samples, (latents, tokens))
     if is_captioned(samples):
-        check_prompts(checks, samples, prompts_of_text(args.text))
+        check_prompts(checks, samples, text.prompts)
     else:
-        check_classes(checks, samples, text["details"])
-    for name, values in table.fields.items():
-        checks(values.isfinite().all().item(), f"text {name} {tuple(values.shape)} is finite")
+        check_classes(checks, samples, text)
+    labels = random.Random(0).sample(range(len(text)), min(args.samples, len(text)))
+    for name, values in text.rows(labels).items():
+        what = f"text {name} {tuple(values.shape)} of random prompts is finite"
+        checks(values.isfinite().all().item(), what)
     check_views(checks, latents.spec, tokens.spec)
     if present:
         chosen = random.Random(0).sample(present, min(args.samples, len(present)))
         check_values(args, checks, chosen, latents, tokens)
     if args.full:
-        check_checksums(checks, (latents, tokens))
+        check_checksums(checks, (latents, tokens, text.reader))
     checks.conclude()
 
 
@@ -190,12 +192,12 @@ def check_prompts(checks: Checks, samples, known: list[str]) -> None:
     checks(not lacking, what, "run script 4 with --csv and this CSV")
 
 
-def check_classes(checks: Checks, samples, details: dict) -> None:
+def check_classes(checks: Checks, samples, text) -> None:
     """Check that the text table has all classes of the image list, under the same numbers."""
     synset_of = {sample.class_id: sample.synset for sample in samples}
-    prompts, synsets = details["prompts"][:-1], details.get("synsets")
+    prompts, synsets = text.prompts[: text.n_classes], text.synsets
     most, count = max(synset_of), len(synset_of)
-    what = f"text table has {len(prompts)} classes and the null prompt; the CSV counts to {most}"
+    what = f"text has {len(prompts)} classes and the null prompt; the CSV counts to {most}"
     checks(most < len(prompts), what, "run script 4 with the names of all classes")
     if most < len(prompts) and synsets:
         right = sum(synsets[number] == synset for number, synset in synset_of.items())

@@ -27,17 +27,18 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=between(0, 1024), default=decoding_workers(), help=workers)
     precision = "of the encoder: auto (default) = bf16 on a GPU that has it, fp32 elsewhere"
     add("--precision", **choice("auto", "bf16", "fp32"), help=precision)
+    add_shard_options(parser, "images in one file (default 10000, or what the folder has)")
+    add_device_option(parser)
+
+
+def add_shard_options(parser: argparse.ArgumentParser, size: str) -> None:
+    """Add the options of a folder of shards; `size` explains --shard-size."""
     shard = (
         "write only every N-th shard, from the I-th on (I = 0 … N-1): one process for each GPU or machine, all with the "
         "same --out; torchrun and accelerate launch set it by themselves"
     )
-    add("--shard", type=part, metavar="I/N", help=shard)
-    add(
-        "--shard-size",
-        type=positive,
-        help="images in one file (default 10000, or what the folder has)",
-    )
-    add_device_option(parser)
+    parser.add_argument("--shard", type=part, metavar="I/N", help=shard)
+    parser.add_argument("--shard-size", type=positive, help=size)
 
 
 def decoding_workers() -> int:

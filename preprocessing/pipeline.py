@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -73,11 +73,11 @@ def encode_fields(
     writers = {job: FieldWriter(job.folder, job.spec, ids, shard_size=shard_size, part=part) for job in jobs}
     try:
         chunks = _chunks(writers, batch_size)
-        _check_disk(writers)
+        check_disk(writers.values(), "images")
         if chunks and _encode_chunks(chunks, writers, samples, workers, part):
             raise KeyboardInterrupt
-        for job, writer in writers.items():
-            _report(job, writer, writer.finish(), part)
+        for writer in writers.values():
+            report(writer, writer.finish(), part)
     finally:
         for writer in writers.values():
             writer.close()
@@ -116,7 +116,7 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
     )  # fmt: skip
     in_flight: deque[Future] = deque()
     # One thread does all the writing, so that the device encodes the next batch while the last one is written.
-    with _failures_explained(), bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
+    with failures_explained(), bar, StopSignal() as stop, ThreadPoolExecutor(1) as disk:
         for (ids, jobs), decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
                 raise decoded
@@ -137,7 +137,7 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
 
 
 @contextmanager
-def _failures_explained() -> Iterator[None]:
+def failures_explained() -> Iterator[None]:
     """Explain the errors that a lack of memory causes. It wraps the whole loop, since any line may report a worker's death."""
     try:
         yield
@@ -226,22 +226,22 @@ def read_images_to_encode(path: Path) -> list[Sample]:
     return samples
 
 
-def _check_disk(writers: dict[FieldJob, FieldWriter]) -> None:
+def check_disk(writers: Iterable[FieldWriter], what: str) -> None:
     """Print how much will be written; raises `UserError` when a disk has too little space for it."""
     needed: dict[int, int] = {}
-    for job, writer in writers.items():
-        device, free = os.stat(job.folder).st_dev, shutil.disk_usage(job.folder).free
+    for writer in writers:
+        device, free = os.stat(writer.folder).st_dev, shutil.disk_usage(writer.folder).free
         needed[device] = needed.get(device, 0) + writer.bytes_to_write
         if writer.complete:
             continue
         print(
-            f"{job.folder}: {job.spec.shape} {job.spec.dtype} for {sum(map(len, writer.plan)):,} images in "
+            f"{writer.folder}: {writer.spec.form} for {sum(map(len, writer.plan)):,} {what} in "
             f"{len(writer.plan)} shards; {_size(writer.bytes_to_write)} to write, {_size(free)} free"
         )
         if needed[device] > free:
             raise UserError(
-                f"{job.folder} needs {_size(needed[device])} and the disk has {_size(free)}: free some, move --out, or store "
-                "less with --dtype"
+                f"{writer.folder} needs {_size(needed[device])} and the disk has {_size(free)}: free some, move --out, or "
+                "store less with --dtype"
             )
 
 
@@ -249,18 +249,19 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _report(job: FieldJob, writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
-    shards = len(writer.plan)
+def report(writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
+    """Print how far a field is, from what `FieldWriter.finish` returned; raises `UserError` where no image could be read."""
+    folder, shards = writer.folder, len(writer.plan)
     if not writer.mine:
-        print(f"{job.folder}: none of its {shards} shards falls to part {part[0]} of {part[1]}")
+        print(f"{folder}: none of its {shards} shards falls to part {part[0]} of {part[1]}")
         return
     if manifest is None:
-        done = sum(shard_path(job.folder, n).exists() for n in range(shards))
-        print(f"{job.folder}: part {part[0]} of {part[1]} is done, {done} of {shards} shards are there")
+        done = sum(shard_path(folder, n).exists() for n in range(shards))
+        print(f"{folder}: part {part[0]} of {part[1]} is done, {done} of {shards} shards are there")
         return
-    stored, lacking, listed = manifest["num_samples"], manifest["num_unreadable"], job.folder / UNREADABLE
+    stored, lacking, listed = manifest["num_samples"], manifest["num_unreadable"], folder / UNREADABLE
     if not stored:
         raise UserError(f"not one of {lacking} images could be read: see {listed}, then delete it all")
     if lacking:
         print(f"{lacking:,} images could not be read and are left out: {listed}", file=sys.stderr)
-    print(f"{job.folder} is complete: {stored:,} {job.spec.field} {job.spec.shape} {job.spec.dtype}")
+    print(f"{folder} is complete: {stored:,} {writer.spec.field} {writer.spec.form}")

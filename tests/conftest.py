@@ -156,7 +156,7 @@ def miniature(tmp_path_factory):
             root / cache / "tokens",
         )
     run_numbered(
-        "4_prepare_clip_embeddings",
+        "4_prepare_text_embeddings",
         *[
             "--class-names",
             root / "imagenet_classes.json",

@@ -13,7 +13,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 COMMANDS = ("train", "evaluate", "export", "ablate", "demo")
 SCRIPTS = {
-    path.name[0]: f"preprocessing.{path.stem}" for path in TESTS.parent.glob("preprocessing/[0-9]_*.py")
+    path.name[0]: f"preprocessing.{path.stem}"
+    for path in sorted(TESTS.parent.glob("preprocessing/[0-9]_*.py"))  # of two names of script 4 the second
 }
 
 

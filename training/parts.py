@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cache.batch_stream import TrainingBatches
 from cache.dataset import AlignedDataset
+from cache.text import keeps_table, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.aliases import hub_id
@@ -23,6 +24,7 @@ from models.backbone import Backbone
 from models.families.table import family_of
 from models.latents import LatentCodec
 from models.pipeline_parts import weights_digest
+from models.prompts import PromptEncoder
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
@@ -69,6 +71,9 @@ def build_parts(config: Config) -> Parts:
     family = family_for(config)
     aligned = config.align.coeff > 0
     dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
+    size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
+    if not keeps_table(config.data.text_on_device, size):
+        dataset.read_text_with_batches()
     model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None and not checkpoints(config.run / "checkpoints"):
@@ -207,23 +212,24 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     """
     base, noun = family.base, family.noun
     reads = family.text_shapes(network)
-    held = {name: tuple(values.shape[1:]) for name, values in dataset.text.fields.items()}
+    held, trimmed = dataset.text.shapes, {*family.trimmed_text, *family.trimmed_text.values()}
     if held.keys() != reads.keys():
         refuse(
             f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base
         )
     for name, shape in reads.items():
-        if held[name] != shape:
+        cut = held[name][0] <= shape[0] and held[name][1:] == shape[1:]
+        if held[name] != shape and not (name in trimmed and cut):
             refuse(
                 f"{data.text} holds {name} of shape {held[name]}, the {noun} of {base} reads {shape}", 4, base
             )
     channels, wanted = dataset.latent_shape[0], family.latent_shape(network)[0]
     if channels != wanted:
         refuse(f"{data.latents} has {channels} channels, the {noun} of {base} reads {wanted}", 2, base)
-    latents, text = dataset.latents.spec.source, dataset.text_manifest["source"]
+    latents, text = dataset.latents.spec.source, dataset.text.spec.source
     sources = (
         ("vae", lambda: family.load("vae"), latents, 2),
-        ("text_encoder", lambda: family.prompt_encoder(torch.device("cpu")).weights, text, 4),
+        ("text_encoder", lambda: PromptEncoder(family, torch.device("cpu")).weights, text, 4),
     )
     for part, load, source, script in sources:
         # The weights are read only where the names differ: a fine-tune often shares its VAE and text encoder with its base.

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
+from cache.text import keeps_table, read_text_manifest, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.schema import Config
@@ -27,7 +28,7 @@ from training.parts import build_model, build_online_teacher, family_for
 from training.plan_time import count_work, plan_measured, plan_time
 from training.self_test import name_of, say
 
-PROMPTS = 1001  # one prompt for each class of ImageNet, and the null prompt
+PROMPTS = 1000  # of the classes of ImageNet, where there is no text yet
 # Memory of cards in GB, and the share of it that a training should fill at most.
 CARDS, ROOM = (8, 12, 16, 24, 32, 40, 48, 80, 141), 0.85
 GB = 1e9
@@ -57,12 +58,15 @@ def print_plan(config: Config) -> None:
     plan_memory(config, model, dtype, saved)
     plan_disk(config, model)
     read = plan_cache(config, shape)
+    text, each = text_bytes(config, model, dtype)
+    where = f"read with each batch, {each / 1e3:.0f} kB an image" if each else "of all prompts"
+    say("text", f"{text / GB:.3g} GB on each device, {where} (data.text_on_device)")
     results, done = flops_of(config, model, forward)
     work = work_of(forward, (done - results) / cost.forward)
     work["linear layers"] = work.get("linear layers", 0.0) + teacher
     flops = results + teacher, done + teacher
     trained = sum(p.numel() for p in model.trained_parameters().values())
-    plan_time(config, work, flops, trained, device, read)
+    plan_time(config, work, flops, trained, device, read + each)
     plan_measured(config)
 
 
@@ -238,13 +242,26 @@ def planned_bytes(config: Config, model: AlignedModel, dtype: torch.dtype, saved
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
     moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
-    rows = model.family.text_shapes(model.backbone).values()
     return {
         "kept for backward": saved * config.data.batch_size,
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradients, masters, AdamW and EMA": own + gradients + moments + average,
-        "text": PROMPTS * sum(map(math.prod, rows)) * dtype.itemsize,
+        "text": text_bytes(config, model, dtype)[0],
     }
+
+
+def text_bytes(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of text on each device, and those that are read for each image: 0 where all text stays on the device."""
+    shapes = model.family.text_shapes(model.backbone).values()
+    try:
+        manifest = read_text_manifest(config.data.text)
+        prompts, each = manifest["num_prompts"], manifest["shape"][0]
+    except UserError:
+        prompts, each = PROMPTS, table_bytes(shapes, 0, torch.float16)
+    table = table_bytes(shapes, prompts, dtype)
+    if keeps_table(config.data.text_on_device, table):
+        return table, 0
+    return table_bytes(shapes, config.data.batch_size, dtype), each
 
 
 def plan_memory(config: Config, model: AlignedModel, dtype: torch.dtype, saved: float) -> None:

@@ -40,6 +40,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "lmdb")
 OPERATIONAL = (
     "run",
     "data.read_threads",
+    "data.text_on_device",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -49,11 +49,11 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
     dataset = parts.dataset
     # This raises `UserError` where there are fewer images than a batch takes.
     StepSampler(len(dataset), batch_size=parts.config.data.batch_size, seed=0, first_step=0, last_step=1)
-    count = min(PROBED, len(dataset))
-    indices = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
+    indices = evenly(len(dataset), PROBED)
+    count = len(indices)
     raw = {name: torch.empty(count, size, dtype=torch.uint8) for name, size in dataset.value_bytes.items()}
     dataset.read_batch(indices, raw)
-    values = {name: dataset.decode[name](raw[name]).float() for name in raw}
+    values = {name: dataset.decode[name](raw[name]).float() for name in raw if name != "text"}
     for name, value in values.items():
         finite = value.isfinite().flatten(1).all(1)  # (n,)
         if not finite.all():
@@ -61,17 +61,23 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
             folder = dataset.readers[name].folder
             fail(f"{folder} holds NaN or infinity for {broken}: script 5 --full says what else is damaged")
     values["latent"] = dataset.x_0(values["latent"])  # (n, C, h, w)
-    return values | {"class": dataset.class_ids[indices]}
+    return values | {"label": dataset.labels[indices]}
+
+
+def evenly(count: int, few: int) -> list[int]:
+    """Return `few` of the numbers below `count`, evenly spread from the first to the last; all where there are no more."""
+    few = min(few, count)
+    return [round(i * (count - 1) / max(few - 1, 1)) for i in range(few)]
 
 
 def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     dataset = parts.dataset
-    per_class = Counter(dataset.class_ids.tolist()).values()
-    each = " to ".join(map(str, sorted({min(per_class), max(per_class)})))
+    of_each = Counter(dataset.labels.tolist()).values()
+    each = " to ".join(map(str, sorted({min(of_each), max(of_each)})))
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
-    what = f"images, {each} of each of {len(per_class)} classes"
+    what = f"images, {each} of each of {len(of_each)} classes"
     if dataset.captioned:
-        what = f"captioned images, {len(per_class):,} different prompts"
+        what = f"captioned images, {len(of_each):,} different prompts"
     say("data", f"{len(dataset):,} {what}{left_out}")
 
     std = values["latent"].std().item()
@@ -95,17 +101,24 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
 
 
 def check_text(parts: Parts) -> None:
-    """Check that every text field is finite, and that classes differ from each other and from the null prompt."""
-    text, folder = parts.dataset.text, parts.config.data.text
-    listed = ", ".join(f"{name} {shape_of(values)}" for name, values in text.fields.items())
-    say("text", f"{listed}, the null prompt last")
-    if not all(values.isfinite().all() for values in text.fields.values()):
+    """Check that text is finite, and that prompts differ from each other and from the null prompt; a few if they are read."""
+    text, folder, table = parts.dataset.text, parts.config.data.text, parts.batches.table
+    where = "read with each batch" if table is None else f"on {parts.device}"
+    say("text", f"{len(text):,} prompts and the null prompt, {text.spec.form}, {where}")
+    chosen = range(len(text)) if table is not None else evenly(len(text), PROBED)
+    # A caption may be the prompt "", which some pipelines make as they make the null prompt.
+    labels = [label for label in chosen if text.prompts[label].strip()]
+    if not labels:
+        return
+    fields = parts.batches.prompts(torch.tensor(labels))  # {name: (n, …)}
+    if not all(values.isfinite().all() for values in fields.values()):
         fail(f"{folder} holds NaN or infinity: run script 4 again")
-    if len(text) > 1 and all((values == values[0]).all() for values in text.prompts.values()):
-        fail(f"all classes of {folder} have one embedding: run script 4 again")
-    null = [(text.prompts[name] == row).flatten(1).all(1) for name, row in text.null.items()]  # (n,) each
+    differ = len({text.prompts[label] for label in labels}) > 1
+    if differ and all((values == values[0]).all() for values in fields.values()):
+        fail(f"all prompts of {folder} have one embedding: run script 4 again")
+    null = [(fields[name] == row).flatten(1).all(1) for name, row in parts.batches.null.items()]  # (n,) each
     if torch.stack(null).all(0).any():
-        fail(f"a class of {folder} has the embedding of the null prompt: run script 4 again")
+        fail(f"a prompt of {folder} has the embedding of the null prompt: run script 4 again")
 
 
 def check_trained(parts: Parts) -> None:
@@ -162,7 +175,7 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     noise = torch.randn(latents.shape, device=device, generator=generator)
     timesteps = loss.path.draw(len(latents), device, generator)
     x_t, target, weight = loss.path(latents, noise, timesteps)
-    text = parts.batches.text.rows(values["class"][: fed(config)].to(device))
+    text = parts.batches.prompts(values["label"][: fed(config)])
     weights = {name: p for name, p in model.trained_parameters().items() if name.startswith(BACKBONE)}
     # Raises TapError for a tap that is silent or detached.
     output = model.predict(x_t, timesteps, text, capture=True)

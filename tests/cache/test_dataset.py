@@ -12,11 +12,11 @@ import torch
 from cache.batch_stream import BatchStream
 from cache.dataset import AlignedDataset, latents_of
 from cache.image_list import Sample, read_samples, write_samples
-from cache.manifest import FieldSpec
+from cache.manifest import FieldSpec, TextSpec
 from cache.order import StepSampler
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
-from cache.text import read_table, text_spec, write_table
+from cache.text import TextReader, write_text
 from common.errors import UserError
 
 CPU = torch.device("cpu")
@@ -52,8 +52,12 @@ def write_cache(root, *, latent_ids, token_ids, posterior="mode", scaled=True):
         write_field(
             root / "cache" / field, FieldSpec(field, shape, "float16", "x", **more), ids, values[name]
         )
-    text = {"prompt_embeds": torch.randn(4, 5, 8)}
-    write_table(root / "cache" / "text", text, text_spec(text, "x"))
+    text, named = torch.randn(4, 5, 8), {"prompt_embeds": {"shape": [5, 8], "dtype": "float32"}}
+    listed = {"n_classes": 3, "synsets": [], "prompts": ["a", "b", "c"]}
+    write_text(
+        root / "cache" / "text", TextSpec.of(named, "x", {}, {}), listed,
+        {"prompt_embeds": text[:-1]}, {"prompt_embeds": text[-1]},
+    )  # fmt: skip
     listed = sorted(set(latent_ids) | set(token_ids))
     write_samples(root / "train.csv", [Sample(key, "unused", i % 3, "n") for i, key in enumerate(listed)])
     return values
@@ -68,9 +72,9 @@ class TestItems:
         assert item["dino_tokens"].shape == (16, 64)
         assert item["prompt_embeds"].equal(dataset.text.rows([int(item["class_id"])])["prompt_embeds"][0])
         assert len(dataset.text) == 10
-        assert dataset.text_manifest["details"]["prompts"][-1] == ""
-        stored = read_table(miniature / "cache" / "text")[0].fields["prompt_embeds"]  # (11, 77, width)
-        assert dataset.text.null["prompt_embeds"].equal(stored[-1])
+        stored = TextReader(miniature / "cache" / "text")
+        assert stored.null["prompt_embeds"].shape == (77, 32)
+        assert dataset.text.null["prompt_embeds"].equal(stored.null["prompt_embeds"])
         class_of = {sample.id: sample.class_id for sample in read_samples(miniature / "train.csv")}
         chosen = [7, 2, 11]
         for index, item in zip(chosen, dataset.__getitems__(chosen), strict=True):  # in the order asked for

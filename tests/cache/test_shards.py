@@ -18,7 +18,6 @@ from cache.lmdb_pages import DamagedFile, value_ranges
 from cache.manifest import MANIFEST, FieldSpec, read_manifest, write_manifest
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
-from cache.text import read_table, text_spec, write_table
 from common.errors import UserError
 
 SPEC = FieldSpec(
@@ -435,7 +434,7 @@ class TestRefusals:
         for bad in (float("nan"), float("-inf"), 70000.0):  # 70000 is beyond fp16
             one_bad = torch.zeros(1, 1, 2, 3)
             one_bad[0, 0, 1, 1] = bad
-            with pytest.raises(UserError, match="not finite numbers in float16"):
+            with pytest.raises(UserError, match=r"not finite numbers as \(1, 2, 3\) float16"):
                 writer.put(0, IDS[:1], SPEC.encode(one_bad))
         assert len(writer.pending(1)) == 10
 
@@ -644,24 +643,6 @@ class TestProcesses:
         before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         FieldReader(tmp_path, "latents").read(IDS)
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_text_table_round_trip_and_damage(tmp_path):
-    fields = {"embeds": torch.randn(4, 2, 3).half(), "mask": torch.ones(4, 2, dtype=torch.uint8)}
-    write_table(tmp_path, fields, text_spec(fields, "text"))
-    read, manifest = read_table(tmp_path)
-    assert {name: values.equal(fields[name]) for name, values in read.fields.items()} == {
-        "embeds": True,
-        "mask": True,
-    }
-    assert manifest["details"]["fields"] == {"embeds": [2, 3], "mask": [2]}
-    assert len(read) == 3  # and the null prompt
-    assert read.to(torch.device("cpu"), torch.float32).rows([0])["mask"].dtype == torch.uint8
-    assert manifest["rows"] == 4
-    file = tmp_path / "text.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="not the file its manifest describes"):
-        read_table(tmp_path)
 
 
 @pytest.mark.parametrize(

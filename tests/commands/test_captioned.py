@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 import train
 from cache.image_list import different_prompts, read_samples
-from cache.text import prompts_of_text, read_table, text_spec, write_table
+from cache.text import prompts_of_text
 from common.errors import UserError
 from configs.loading import load_config
 from training.parts import build_parts
@@ -43,24 +43,13 @@ def captioned(miniature, tmp_path_factory):
         run_numbered("2_encode_vae_latents", *encoding, *latents)
         tokens = ["--teacher", models / "dinov2-mini", "--grid", 4, "--out", root / cache / "tokens"]
         run_numbered("3_build_dino_cache", *encoding, *tokens)
-    make_text(miniature, root / "cache/text", different_prompts(read_samples(root / "train.csv")))
+    text = ["--csv", root / "train.csv", "--base", models / "sd15-mini", "--out", root / "cache/text"]
+    run_numbered("4_prepare_text_embeddings", *text)
     data, held_out = DATA_PATHS.items(), EVAL_PATHS.items()
     paths = [f"data.{name}={root / path}" for name, path in data]
     paths += [f"eval.{name}={root / path}" for name, path in held_out if name != "extractor"]
     overrides = demo_overrides(miniature, root / "run", *paths)
     return root, overrides
-
-
-def make_text(miniature, folder, prompts):
-    """A table of prompts that belong to no classes."""
-    fields = {
-        name: values[[i % 10 for i in range(len(prompts))] + [10]]
-        for name, values in read_table(miniature / "cache/text")[0].fields.items()
-    }
-    fields["prompt_embeds"][:-1] += 0.01 * (1 + len(prompts))
-    source = json.loads((miniature / "cache/text/manifest.json").read_text())["source"]
-    details = {"prompts": [*prompts, ""], "n_classes": len(prompts)}
-    write_table(folder, fields, text_spec(fields, "prompts", source=source, details=details))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +81,7 @@ def test_each_image_is_trained_with_its_own_prompt_and_the_self_test_counts_them
     parts = build_parts(load_config("configs/demo.yaml", overrides))
     prompts, dataset = prompts_of_text(root / "cache/text"), parts.dataset
     samples = {sample.id: sample.prompt for sample in read_samples(root / "train.csv")}
-    assert [prompts[label] for label in dataset.class_ids] == [samples[key] for key in dataset.ids]
+    assert [prompts[label] for label in dataset.labels] == [samples[key] for key in dataset.ids]
     self_test(parts)
     assert f"{FEW} captioned images, {len(prompts)} different prompts" in capsys.readouterr().out
 

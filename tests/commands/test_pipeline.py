@@ -90,9 +90,9 @@ class TestTeacher:
         ("3_build_dino_cache", {"--grid": "1"}, "use --grid 2 or more"),
         ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "DINOv2 was expected"),
         ("3_build_dino_cache", {"--device": "tpu"}, "device 'tpu' cannot be used"),
-        ("4_prepare_clip_embeddings", {"--class-names": "nowhere.json"}, "cannot read nowhere.json"),
-        ("4_prepare_clip_embeddings", {"--class-names": "{root}/train.csv"}, "looks like a CSV"),
-        ("4_prepare_clip_embeddings", {"--template": "a photo"}, "must contain {class_name}"),
+        ("4_prepare_text_embeddings", {"--class-names": "nowhere.json"}, "cannot read nowhere.json"),
+        ("4_prepare_text_embeddings", {"--class-names": "{root}/train.csv"}, "looks like a CSV"),
+        ("4_prepare_text_embeddings", {"--template": "a photo"}, "must contain {class_name}"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_do(miniature, tmp_path, script, wrong, message):
@@ -100,7 +100,7 @@ def test_wrong_input_is_one_line_that_says_what_to_do(miniature, tmp_path, scrip
     right = {
         "2_encode_vae_latents": {"--csv": csv_file, "--base": base, "--image-size": 32},
         "3_build_dino_cache": {"--csv": csv_file, "--teacher": miniature / "models" / "dinov2-mini"},
-        "4_prepare_clip_embeddings": {"--class-names": miniature / "imagenet_classes.json", "--base": base},
+        "4_prepare_text_embeddings": {"--class-names": miniature / "imagenet_classes.json", "--base": base},
     }[script]
     options = (
         {"--out": tmp_path / "out"}

@@ -261,10 +261,12 @@ class TestPoints:
         self, runs, miniature, monkeypatch
     ):
         shutil.copytree(miniature / "cache" / "text", runs / "text")
-        manifest = json.loads((runs / "text" / "manifest.json").read_text())
-        manifest["details"]["template"] = "a drawing of a {class_name}"
-        del manifest["seal"]
-        write_manifest(runs / "text", manifest)
+        for name in ("settings", "manifest"):
+            content = json.loads((runs / "text" / f"{name}.json").read_text())
+            content["details"]["template"] = "a drawing of a {class_name}"
+            content.pop("seal", None)
+            (runs / "text" / f"{name}.json").write_text(json.dumps(content))
+        write_manifest(runs / "text", content)
         config = runs / "baseline" / "config.yaml"
         settings = yaml.safe_load(config.read_text())
         settings["data"]["text"] = str(runs / "text")

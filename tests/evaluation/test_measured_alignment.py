@@ -9,7 +9,7 @@ from small_runs import train
 import evaluate
 from cache.image_list import read_samples
 from cache.reader import FieldReader
-from cache.text import read_table
+from cache.text import TextReader, convert
 from common.errors import UserError
 from evaluation.align import measure_alignment
 from evaluation.heldout import Bench, HeldOut, read_taps
@@ -71,7 +71,7 @@ def features_by_hand(model, config, timestep, seed):
     ids = [sample.id for sample in samples]
     latents = FieldReader(config.eval.latents, "latents").read(ids).float()
     scheduler = DDPMScheduler.from_pretrained(config.model.base, subfolder="scheduler")
-    null_text = read_table(config.data.text)[0].null["prompt_embeds"].float()
+    null_text = TextReader(config.data.text).null["prompt_embeds"].float()
     unet = model.backbone
     blocks = {
         "enc_last": unet.down_blocks[3].resnets[-1],
@@ -244,7 +244,7 @@ def test_wrong_options_are_one_line_that_says_what_to_do(runs, options, said):
 
 def test_a_tap_finer_than_the_teachers_grid_is_averaged_over_the_teachers_cells(runs):
     config = runs["urepa"].config
-    text, model = read_table(config.data.text)[0].null, untrained(config, CPU)
+    text, model = convert(TextReader(config.data.text).null, CPU, torch.float32), untrained(config, CPU)
     latents, teacher = np.random.default_rng(0).normal(size=(2, 4, 64, 96)), np.ones((2, 16, 64))
     held = HeldOut(latents.astype(np.float32), teacher.astype(np.float32), np.zeros(2), text, 2, "", "")
     bench = Bench(config, held, 0, CPU, lambda: None)

@@ -27,6 +27,9 @@ MANIFEST, TOKENS_MANIFEST, TEXT_MANIFEST = (
     "cache/tokens/manifest.json",
     "cache/text/manifest.json",
 )
+PROMPTS = "cache/text/prompts.json"
+AGAIN = "4 --class-names data/imagenet_classes.json --base data/models/sd15-mini --out cache/text"
+CAPTIONS = "4 --csv data/train.csv --base data/models/sd15-mini --out cache_new/text"
 
 
 def lines(change):
@@ -196,15 +199,21 @@ def rows():
         (TOKENS_MANIFEST, "another grid", set_key("view", "grid", to=8), "tokens"),
         (TOKENS_MANIFEST, "no grid", drop_key("view", "grid"), "tokens"),
         (TOKENS_MANIFEST, "another width", set_key("shape", to=[16, 32]), "tokens"),
-        (TEXT_MANIFEST, "more classes", set_key("details", "n_classes", to=11), "text"),
-        (TEXT_MANIFEST, "fewer classes", set_key("details", "n_classes", to=2), "text"),
-        (TEXT_MANIFEST, "classes of text", set_key("details", "n_classes", to="x"), "text"),
-        (TEXT_MANIFEST, "more rows", set_key("rows", to=12), "text"),
+        (TEXT_MANIFEST, "more prompts", set_key("num_prompts", to=11), "text"),
+        (TEXT_MANIFEST, "fewer prompts", set_key("num_prompts", to=2), "text"),
+        (TEXT_MANIFEST, "more values than there are", set_key("num_samples", to=12), "text"),
         (TEXT_MANIFEST, "a template without a name", set_key("details", "template", to="x"), "text"),
-        (TEXT_MANIFEST, "prompts of other classes", lambda m: m["details"]["prompts"].reverse(), "text"),
-        (TEXT_MANIFEST, "fewer prompts", lambda m: m["details"]["prompts"].pop(), "text"),
-        (TEXT_MANIFEST, "prompts that are numbers", set_key("details", "prompts", 0, to=3), "text"),
-        (TEXT_MANIFEST, "another digest", set_key("sha256", to="0" * 64), "text"),
+        (TEXT_MANIFEST, "another digest", set_key("prompts_sha256", to="0" * 64), "text"),
+        (TEXT_MANIFEST, "another shape", set_key("shape", to=[4932]), "text"),
+        (TEXT_MANIFEST, "a field of another shape", set_key("details", "fields", "prompt_embeds", "shape", to=[77, 16]), "text"),
+        (TEXT_MANIFEST, "a field of another type", set_key("details", "fields", "prompt_embeds", "dtype", to="int8"), "text"),
+        (TEXT_MANIFEST, "no fields", set_key("details", "fields", to={}), "text"),
+        (PROMPTS, "prompts of other classes", lambda m: m["prompts"].reverse(), "prompts.json"),
+        (PROMPTS, "fewer prompts", lambda m: m["prompts"].pop(), "prompts.json"),
+        (PROMPTS, "prompts that are numbers", set_key("prompts", 0, to=3), "prompts.json"),
+        (PROMPTS, "fewer classes", set_key("n_classes", to=2), "prompts.json"),
+        (PROMPTS, "classes of text", set_key("n_classes", to="x"), "prompts.json"),
+        (PROMPTS, "a negative number of classes", set_key("n_classes", to=-1), "prompts.json"),
     ):  # fmt: skip
         yield Case(f"{file} has {what}", edit(file, change), TRAIN, (says,))
     also = both(
@@ -222,13 +231,35 @@ def rows():
         ("a shard is cut off", cut("cache/latents/shard-*.lmdb"), "shard-00000.lmdb"),
         ("a shard is noise", write("cache/latents/shard-00000.lmdb", b"\x07" * 278528), "shard-00000.lmdb"),
         ("a shard is a FIFO", fifo("cache/latents/shard-00000.lmdb"), "shard-00000.lmdb"),
-        ("the text is cut off", cut("cache/text/text.safetensors"), "text.safetensors"),
-        ("the text is missing", remove("cache/text/text.safetensors"), "text.safetensors"),
-        ("the text is a FIFO", fifo("cache/text/text.safetensors"), "text.safetensors"),
+        ("a shard of text is cut off", cut("cache/text/shard-00000.lmdb"), "shard-00000.lmdb"),
+        ("a shard of text is missing", remove("cache/text/shard-00000.lmdb"), "shard-00000.lmdb"),
+        ("a shard of text is a FIFO", fifo("cache/text/shard-00000.lmdb"), "shard-00000.lmdb"),
+        ("the prompts are missing", remove(PROMPTS), "prompts.json"),
+        ("the text is of an older format", write("cache/text/text.safetensors", b"x"), "script 4"),
         ("the list and the cache differ", lines(lambda rows: rows[:2]), ""),
     ):
         if says:
             yield Case(what, spoil, TRAIN, (says,))
+    for what, spoil, command, says in (
+        ("its prompts are of other classes", edit(PROMPTS, lambda m: m["prompts"].reverse()), AGAIN, "other classes"),
+        ("it is of an older format", write("cache/text/text.safetensors", b"x"), AGAIN, "older format"),
+        ("it is of another base model", nothing, AGAIN + " --revision x", "another source"),
+        ("it has another type", nothing, AGAIN + " --dtype bfloat16", "another"),
+        ("it has shards of another size", nothing, AGAIN + " --shard-size 3", "--shard-size"),
+        ("the list has no prompts", nothing, CAPTIONS, "has no prompts"),
+        ("the prompts do not exist", nothing, AGAIN + " --prompts none.txt", "none.txt"),
+        ("the prompts are a FIFO", fifo("p.txt"), AGAIN + " --prompts p.txt", "p.txt"),
+        ("the prompts are not UTF-8", write("p.txt", b"\xff\xfe"), AGAIN + " --prompts p.txt", "p.txt"),
+        ("classes and captions are given", nothing, AGAIN + " --csv data/train.csv", "not allowed with"),
+        ("neither classes nor captions are given", nothing, "4 --out cache_new/text", "required"),
+    ):  # fmt: skip
+        yield Case(f"text is made where {what}", spoil, command, (says,))
+    for what, spoil in (
+        ("its prompts are missing", remove(PROMPTS)),
+        ("its manifest is missing", remove(TEXT_MANIFEST)),
+        ("a shard is missing", remove("cache/text/shard-00000.lmdb")),
+    ):
+        yield Case(f"text is made anew where {what}", spoil, AGAIN, ("is complete",), goes_on=True)
     yield Case("a partial shard is cut off", unfinished, TOKENS, ("partial",))
     yield Case("a partial shard is of another cache", of_another_cache, TOKENS, ("partial",))
     yield Case("a partial shard is empty", both(unfinished, lambda folder: put(only(folder, "cache/tokens/*.partial"), b"")), TOKENS, ("complete",), goes_on=True, loses=("cache/tokens/",))  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 from cache.image_list import read_samples
 from cache.manifest import read_manifest
 from cache.reader import FieldReader
-from cache.text import read_table
+from cache.text import TextReader
 from cache.views import read_view
 from common.errors import UserError
 from models.families.table import family_of
@@ -134,12 +134,12 @@ class TestValues:
         assert abs((drawn[0] * drawn[1]).mean()) < 0.2  # each image has noise of its own
         assert torch.allclose(stored["sample"], stored["again"], atol=1e-5)  # not of batches or order
 
-    def test_text_table_ends_with_the_null_prompt(self, miniature):
-        table, manifest = read_table(miniature / "cache" / "text")
+    def test_text_has_the_prompt_of_each_class_and_the_null_prompt(self, miniature):
+        text = TextReader(miniature / "cache" / "text")
         names = json.loads((miniature / "imagenet_classes.json").read_text())
-        assert table.fields["prompt_embeds"].shape[:2] == (len(names) + 1, 77)
-        assert manifest["details"]["prompts"][3] == f"a photo of a {names['3']}"
-        assert manifest["details"]["prompts"][-1] == ""
+        assert text.prompts == [f"a photo of a {names[str(i)]}" for i in range(10)]
+        assert text.rows(range(10))["prompt_embeds"].shape == (10, 77, 32)
+        assert text.null["prompt_embeds"].shape == (77, 32)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
     def test_compact_tokens_are_the_same_tokens(self, miniature, undisturbed, tmp_path, dtype):
@@ -483,7 +483,7 @@ class TestVerification:
             f"1 shards differ from their checksums → delete and make anew: {shard}" in capsys.readouterr().out
         )
 
-    def test_it_finds_a_text_table_of_other_classes_and_says_which_field_lacks_images(
+    def test_it_finds_text_of_other_classes_and_says_which_field_lacks_images(
         self, miniature, undisturbed, tmp_path, capsys
     ):
         for name, first in (("right", 0), ("shifted", 1)):
@@ -495,7 +495,7 @@ class TestVerification:
                 "--base",
                 miniature / "models" / "sd15-mini",
             ]
-            run_numbered("4_prepare_clip_embeddings", *arguments, "--out", tmp_path / name)
+            run_numbered("4_prepare_text_embeddings", *arguments, "--out", tmp_path / name)
         verify(miniature, "--text", tmp_path / "right")
         assert "10 of 10 classes have the prompt of their synset" in capsys.readouterr().out
         with pytest.raises(SystemExit):
@@ -509,16 +509,18 @@ class TestVerification:
             verify(miniature, "--tokens", tmp_path / "tokens")
         assert "10 are missing → tokens lack 10: run their script with this CSV" in capsys.readouterr().out
 
-    def test_a_text_table_is_not_overwritten_by_another(self, miniature, tmp_path, capsys):
+    def test_text_is_not_overwritten_by_another(self, miniature, tmp_path, capsys):
         names, base = miniature / "imagenet_classes.json", miniature / "models" / "sd15-mini"
         arguments = ["--class-names", names, "--base", base, "--out", tmp_path / "text"]
-        run_numbered("4_prepare_clip_embeddings", *arguments)
-        before = (tmp_path / "text" / "text.safetensors").stat().st_mtime_ns
-        run_numbered("4_prepare_clip_embeddings", *arguments)
+        run_numbered("4_prepare_text_embeddings", *arguments)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "text").iterdir()}
+        run_numbered("4_prepare_text_embeddings", *arguments)
         assert "is complete" in capsys.readouterr().out
-        with pytest.raises(UserError, match="was written with another details"):
-            run_numbered("4_prepare_clip_embeddings", *arguments, "--template", "a {class_name}")
-        assert (tmp_path / "text" / "text.safetensors").stat().st_mtime_ns == before
+        with pytest.raises(
+            UserError, match=r"was made for other classes \('a photo of a zero' there, 'a zero' here\)"
+        ):
+            run_numbered("4_prepare_text_embeddings", *arguments, "--template", "a {class_name}")
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "text").iterdir()} == before
 
     def test_the_sheet_shows_images_beside_their_decoded_latents(self, miniature, tmp_path, capsys):
         with pytest.raises(SystemExit):  # the VAE of the smallest miniature is untrained

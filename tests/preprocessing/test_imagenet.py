@@ -364,7 +364,7 @@ class TestClassFiles:
         classes = write(tmp_path / "LOC_synset_mapping.txt", MAPPING)
         arguments = ["--class-names", classes, "--base", tmp_path / "nowhere", "--out", tmp_path / "text"]
         with pytest.raises(UserError, match=r"nowhere.* does not exist"):
-            run_numbered("4_prepare_clip_embeddings", *arguments)
+            run_numbered("4_prepare_text_embeddings", *arguments)
 
 
 class TestViews:

@@ -17,7 +17,15 @@ from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spa
 from method.objective import squared_error
 from models.families.table import family_of
 from training import checkpoint
-from training.parts import build_coefficient, build_model, build_objective, build_path, family_for, open_cache
+from training.parts import (
+    build_coefficient,
+    build_model,
+    build_objective,
+    build_path,
+    check_fit,
+    family_for,
+    open_cache,
+)  # fmt: skip
 
 CONFIG = "configs/demo.yaml"
 
@@ -182,3 +190,22 @@ def test_the_teacher_that_others_name_is_compared_with_the_tokens(miniature, con
         opened("urepa_model=dinov2_vitg14")
     with pytest.raises(UserError, match=r"set teacher\.dim and teacher\.grid"):
         opened("urepa_model=dinov2_vitl14", "urepa_encoder_image_size=518")
+
+
+def test_text_of_which_only_the_longest_prompt_is_stored_fits_where_the_family_says_so(
+    config, tmp_path, monkeypatch
+):
+    settings = config()
+    dataset = open_cache(settings.data, settings.teacher, need_tokens=True)
+    family = family_for(settings)
+    network = family.load_network()
+    dataset.text.null["prompt_embeds"] = dataset.text.null["prompt_embeds"][:20]
+    with pytest.raises(
+        UserError, match=r"holds prompt_embeds of shape \(20, 32\), .* reads \(77, 32\): run script 4"
+    ):
+        check_fit(settings.data, family, network, dataset)
+    monkeypatch.setattr(type(family), "trimmed_text", {"prompt_embeds": "mask"})
+    check_fit(settings.data, family, network, dataset)
+    dataset.text.null["prompt_embeds"] = dataset.text.null["prompt_embeds"][:, :16]
+    with pytest.raises(UserError, match="holds prompt_embeds of shape"):
+        check_fit(settings.data, family, network, dataset)

@@ -265,3 +265,14 @@ def test_a_paused_meter_counts_no_time(monkeypatch):
 def test_peaks_are_known_by_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_of(torch.device("cuda")) == peak
+
+
+def test_the_plan_counts_the_text_where_it_will_be(miniature, tmp_path, capsys):
+    overrides = demo_overrides(miniature, tmp_path / "run")
+    for setting, says in (
+        ("auto", f"{11 * 77 * 32 * 4 / 1e9:.3g} GB on each device, of all prompts"),
+        ("false", f"{5 * 77 * 32 * 4 / 1e9:.3g} GB on each device, read with each batch, 5 kB an image"),
+    ):
+        command = ["--config", str(CONFIG), *overrides, f"data.text_on_device={setting}", "--plan"]
+        train_script.main(command)
+        assert says in capsys.readouterr().out

@@ -10,7 +10,7 @@ import train as train_script
 from cache.manifest import FieldSpec
 from cache.reader import FieldReader
 from cache.shards import FieldWriter
-from cache.text import read_table, write_table
+from cache.text import TextReader, write_text
 from common.errors import UserError
 from configs.loading import load_config
 from method.alignment import AlignHead
@@ -84,7 +84,7 @@ def test_its_numbers_are_those_of_a_step_by_hand(miniature, tmp_path, capsys):
     noise = torch.randn(latents.shape, generator=generator)
     t = parts.loss.path.draw(4, latents.device, generator)
     alpha, sigma = parts.loss.path.schedule.at(t)
-    text = parts.dataset.text.rows(values["class"][:4])
+    text = parts.batches.prompts(values["label"][:4])
     parts.model.predict(alpha * latents + sigma * noise, t, text, capture=True)
     feature = parts.model.taps.captured["mid"]
     feature.retain_grad()
@@ -274,19 +274,24 @@ def test_no_false_alarm(self_test, capsys, knobs):
     assert "passed" in capsys.readouterr().out
 
 
+def rewrite_text(miniature, folder, change):
+    """Store the miniature's text with other embeddings: `change` gets those of the prompts and that of the null prompt."""
+    text = TextReader(miniature / "cache" / "text")
+    listed = {"n_classes": text.n_classes, "synsets": text.synsets, "prompts": text.prompts}
+    values, null = text.rows(range(len(text)))["prompt_embeds"], text.null["prompt_embeds"]
+    write_text(folder, text.spec, listed, {"prompt_embeds": change(values, null)}, text.null)
+
+
 def test_classes_with_one_embedding(self_test, miniature, tmp_path):
-    table, manifest = read_table(miniature / "cache" / "text")
-    values = table.fields["prompt_embeds"]
-    values = torch.cat([values[:1].expand_as(values[:-1]), values[-1:]])
-    write_table(tmp_path / "text", {"prompt_embeds": values}, FieldSpec.from_json(manifest))
+    rewrite_text(miniature, tmp_path / "text", lambda values, null: values[:1].expand_as(values))
     with pytest.raises(UserError, match="have one embedding"):
         self_test(f"data.text={tmp_path}/text")
 
 
 def test_a_class_that_is_the_null_prompt(self_test, miniature, tmp_path):
-    table, manifest = read_table(miniature / "cache" / "text")
-    table.fields["prompt_embeds"][4] = table.null["prompt_embeds"]
-    write_table(tmp_path / "text", table.fields, FieldSpec.from_json(manifest))
+    rewrite_text(
+        miniature, tmp_path / "text", lambda values, null: torch.cat([values[:4], null[None], values[5:]])
+    )
     with pytest.raises(UserError, match="embedding of the null prompt"):
         self_test(f"data.text={tmp_path}/text")
 

@@ -15,7 +15,7 @@ from conftest import demo_overrides, run_numbered
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fork_server import said, start
 from safetensors.torch import load_file, save_file
-from small_runs import CONFIG, equal, stopped_at, tensors, timeless, train
+from small_runs import CONFIG, assert_same_run, equal, stopped_at, tensors, timeless, train
 
 import train as train_script
 from cache import batch_stream
@@ -50,6 +50,12 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one(
         assert equal(tensors(resumed, file=file), tensors(unbroken, file=file))
     assert timeless(resumed) == timeless(unbroken)
     assert [line["step"] for line in timeless(resumed)] == [2, 4, 6]
+
+
+def test_text_may_leave_the_device_when_a_run_is_resumed(miniature, unbroken, tmp_path, monkeypatch):
+    stopped_at(3, miniature, tmp_path / "run", monkeypatch)
+    resumed = train(miniature, tmp_path / "run", "data.text_on_device=false")
+    assert_same_run(resumed, unbroken)
 
 
 CUTOFF = [
