@@ -8,6 +8,7 @@ is nearest. Only the frames between the first and the last moment are decoded, a
 """
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ from PIL import Image
 from cache.views import UnreadableImage, check_memory, cut_view
 from common.errors import UserError
 
-EXTENSIONS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 # Playlists would open other files and addresses, and raw formats take any bytes for a film.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,gif,ogg"
+LEAST_SIDE = 16  # px
 DAMAGE = (av.FFmpegError, ValueError, OverflowError, ZeroDivisionError, MemoryError)
 COVER = av.stream.Disposition.attached_pic  # the picture of a song
 # Maps the degrees, counterclockwise, by which a film is to be turned, to what PIL calls that.
@@ -40,9 +41,19 @@ class ClipInfo:
     size: tuple[int, int]  # width and height, upright
     frames: int
 
-    def latest_start(self, frames: int, fps: float) -> float:
-        """Return the last moment, in seconds, from which `frames` at `fps` fit; it is negative where they never do."""
-        return self.duration - 1 / self.fps - (frames - 1) / fps
+    def windows(self, frames: int, fps: float, count: int) -> list[float]:
+        """Return when `count` windows of `frames` at `fps` begin, in seconds, spread evenly over the film; one is central.
+
+        There are fewer where they would begin less than 1 / fps apart, and none where the film is too short.
+        """
+        latest = self.duration - 1 / self.fps - (frames - 1) / fps
+        if latest < -0.5 / self.fps:
+            return []
+        latest = max(0.0, math.floor(latest * 1000 + 1e-6) / 1000)
+        count = min(count, 1 + int(latest * fps + 1e-6))
+        if count == 1:
+            return [round(latest / 2, 3)]
+        return [round(latest * number / (count - 1), 3) for number in range(count)]
 
 
 def clip_info(path: str | Path) -> ClipInfo:
@@ -122,11 +133,8 @@ def _opened(path: str | Path):
         why = f"no readable film ({error.strerror})" if isinstance(error, av.FFmpegError) else str(error)
         raise UnreadableImage(f"{path}: {' '.join(why.split()) or 'damaged'}") from None
     except OSError as error:
-        if error.errno in (
-            errno.ELOOP,
-            errno.EINVAL,
-        ):  # EINVAL: FFmpeg seeks to before the beginning of an empty file
-            why = "a loop of links" if error.errno == errno.ELOOP else "no readable film"
+        # FFmpeg seeks to before the beginning of some damaged files, which is EINVAL.
+        if why := {errno.ELOOP: "a loop of links", errno.EINVAL: "no readable film"}.get(error.errno):
             raise UnreadableImage(f"{path}: {why}") from None
         todo = "is the disk still mounted? The same command goes on from here"
         raise UserError(f"cannot read {path}: {error.strerror}; {todo}") from None
@@ -164,6 +172,8 @@ def _upright(frame: av.VideoFrame, stream) -> Image.Image:
     ratio = float(stream.sample_aspect_ratio or 1)
     width = max(1, round(frame.width * ratio)) if ratio > 0 else frame.width
     check_memory(max(width, frame.width), frame.height)
+    if min(frame.width, frame.height) < LEAST_SIDE:
+        raise ValueError(f"{frame.width} × {frame.height} pixels, and {LEAST_SIDE} are the least")
     image = frame.to_image()
     if width != frame.width:
         image = image.resize((width, frame.height), Image.Resampling.BICUBIC)

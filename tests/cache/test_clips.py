@@ -65,7 +65,6 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path):
         ("odd.webm", "libvpx-vp9", "yuv420p", {"size": (33, 47)}),
         ("alpha.webm", "libvpx-vp9", "yuva420p", {"alpha": True}),
         ("alpha.mov", "png", "rgba", {"alpha": True}),
-        ("one.mov", "png", "rgb24", {"size": (1, 1)}),
         ("rows.mp4", "libx264", "yuv420p", {"options": {"flags": "+ildct+ilme", "x264-params": "interlaced=1"}}),
         ("palette.gif", "gif", "rgb8", {"size": (64, 64)}),
         ("deep.mp4", "libx264", "yuv420p10le", {}),
@@ -102,7 +101,10 @@ def test_colours_come_back_whatever_the_matrix_and_the_range(tmp_path, space, fu
 def test_the_info_of_a_film_says_what_fits(tmp_path):
     info = clip_info(write_film(tmp_path / "a.mp4", 17, rate=8))
     assert (info.duration, info.fps, info.frames, info.size) == (17 / 8, 8, 17, (32, 24))
-    assert info.latest_start(17, 4) < info.latest_start(17, 8) == 0 < info.latest_start(9, 8)
+    assert (info.windows(17, 8, 3), info.windows(17, 4, 1), info.windows(9, 8, 1)) == ([0], [], [0.5])
+    assert info.windows(9, 8, 3) == [0, 0.5, 1]
+    # Not more than there are beginnings.
+    assert info.windows(16, 8, 9) == [0, 0.125]
     assert len(read_clip(tmp_path / "a.mp4", 0, 17, 8, 16)) == 17
 
 
@@ -133,6 +135,7 @@ def damaged(tmp_path):
         "huge": bytes(huge),
         "ends": write_film(tmp_path / "x.mkv", 20, options={"g": "1", "qp": "0"}).read_bytes()[:-2600],
         "zeros": bytes(5000),
+        "dot": write_film(tmp_path / "dot.mov", 20, size=(1, 1), codec="png", pixels="rgb24").read_bytes(),
     }  # fmt: skip
     return files
 
