@@ -18,6 +18,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
 from PIL import Image
 
 from cache.views import UnreadableImage, check_memory, cut_view
@@ -26,6 +27,8 @@ from common.errors import UserError
 # Playlists would open other files and addresses, and raw formats take any bytes for a film.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,gif,ogg"
 LEAST_SIDE = 16  # px
+# Conversion between colour spaces that rounds; FFmpeg's default is faster and darkens a picture by more than a level of 255.
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 DAMAGE = (av.FFmpegError, ValueError, OverflowError, ZeroDivisionError, MemoryError)
 COVER = av.stream.Disposition.attached_pic  # the picture of a song
 # Maps the degrees, counterclockwise, by which a film is to be turned, to what PIL calls that.
@@ -174,7 +177,7 @@ def _upright(frame: av.VideoFrame, stream) -> Image.Image:
     check_memory(max(width, frame.width), frame.height)
     if min(frame.width, frame.height) < LEAST_SIDE:
         raise ValueError(f"{frame.width} × {frame.height} pixels, and {LEAST_SIDE} are the least")
-    image = frame.to_image()
+    image = frame.to_image(interpolation=EXACT)
     if width != frame.width:
         image = image.resize((width, frame.height), Image.Resampling.BICUBIC)
     turn = TURNS.get(frame.rotation % 360)
