@@ -213,7 +213,8 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     """
     base, noun = family.base, family.noun
     reads = family.text_shapes(network)
-    held, trimmed = dataset.text.shapes, {*family.trimmed_text, *family.trimmed_text.values()}
+    held = dataset.text.shapes
+    trimmed = {*family.trimmed_text, *family.trimmed_text.values(), *family.variable_text}
     if held.keys() != reads.keys():
         refuse(
             f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base

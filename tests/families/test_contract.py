@@ -27,7 +27,7 @@ from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.sdxl import SDXL
 from models.families.table import FAMILIES, family_of
-from models.transformer import Transformer
+from models.transformer import Transformer, VideoTransformer
 
 # A new family is one line here: the names of its official pipeline's solver that ends at x_0 exactly, or None where its own
 # does.
@@ -44,6 +44,10 @@ EXACT_SOLVERS = {
     "hidream": None,
     "auraflow": None,
     "lumina2": None,
+    "wan": "FlowMatchEulerDiscreteScheduler",
+    "ltxvideo": None,
+    "sanavideo": "FlowMatchEulerDiscreteScheduler",
+    "kandinsky5_video": None,
 }
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a three", "a drawing of a two"]
@@ -64,7 +68,9 @@ def base_of(tmp_path_factory):
 
 @pytest.fixture(params=FAMILIES)
 def family(request, base_of) -> Backbone:
-    return family_of(base_of(request.param))
+    found = family_of(base_of(request.param))
+    found.prepare_text([*PROMPTS, ""], CPU)
+    return found
 
 
 def stock_of(family):
@@ -83,7 +89,8 @@ def noise_of(family, count=2, wide=2) -> torch.Tensor:
     """Noise `(n, C, h, wide·h)`, not square: height and width must not be confused."""
     C, *_ = family.latent_shape(family.load_network())
     h = CELLS // 2 if isinstance(family, Transformer) else CELLS
-    return torch.randn(count, C, h, wide * h, generator=torch.Generator().manual_seed(0))
+    frames = [2] * isinstance(family, VideoTransformer)
+    return torch.randn(count, C, *frames, h, wide * h, generator=torch.Generator().manual_seed(0))
 
 
 def taps_of(family) -> tuple[str, ...]:
@@ -115,7 +122,7 @@ def exact_scheduler(family, stock):
 
 
 def test_every_family_of_the_table_is_tested():
-    assert EXACT_SOLVERS.keys() == FAMILIES.keys() == miniature.families.PIPELINES.keys()
+    assert EXACT_SOLVERS.keys() == FAMILIES.keys() == miniature.families.makers().keys()
 
 
 def test_a_base_model_is_found_by_its_pipeline(family, stock):
