@@ -94,6 +94,7 @@ def build_parts(config: Config) -> Parts:
         caption_dropout=config.data.caption_dropout,
         teacher=online,
         grid=(config.teacher.grid,) * 2,
+        image_conditions=family.image_conditions,
     )
     return Parts(
         config=config,
