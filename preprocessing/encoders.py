@@ -14,7 +14,7 @@ from common.device import autocast, compute_dtype, pick_device
 from common.errors import UserError
 from models.families.table import family_of
 from models.pipeline_parts import weights_digest
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 from preprocessing.options import part_of
 from preprocessing.pipeline import FieldJob, encode_fields, read_images_to_encode
 
@@ -73,16 +73,20 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
 
 
 def token_job(args: Namespace, folder: Path) -> FieldJob:
-    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`."""
+    """Return the job that makes L2-normalised patch tokens `(grid², D)` from the options of `add_teacher_options`."""
     device, size = pick_device(args.device), args.teacher_image_size
-    teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
-    patch = teacher.model.config.patch_size
+    teacher = load_teacher(args.teacher, args.grid, args.teacher_revision).to(device)
+    if args.view not in teacher.views:
+        raise UserError(
+            f"--view {args.view} is DINOv2's transform, and {args.teacher} is a {teacher.name}: use aligned"
+        )
+    patch = teacher.patch
     if size is not None:
         below = size // patch * patch
         if size != below:
             use = f"use {below} or {below + patch}"
             raise UserError(f"image size {size} is not a multiple of the patch {patch}: {use}")
-        teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
+        teacher.grid = size // patch
     if teacher.grid < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
     if args.teacher_dtype == "int8" and teacher.dim % GROUP:
@@ -101,8 +105,8 @@ def token_job(args: Namespace, folder: Path) -> FieldJob:
         field="tokens",
         shape=(teacher.grid**2, teacher.dim),
         dtype=args.teacher_dtype,
-        meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
-        source=source | {"format": teacher.format},
+        meaning=f"L2-normalised {teacher.name} patch tokens after the final LayerNorm, row by row",
+        source=source | {"format": teacher.format} | teacher.normalisation,
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
     )
     return FieldJob(folder, spec, encode, device)

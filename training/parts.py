@@ -25,8 +25,8 @@ from models.families.table import family_of
 from models.latents import LatentCodec
 from models.pipeline_parts import weights_digest
 from models.prompts import PromptEncoder
-from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
+from models.teachers.table import load_teacher
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.frozen import keep_no_inputs
 from training.masters import Masters
@@ -160,7 +160,7 @@ def build_online_teacher(
     """
     if settings.source == "cached":
         return None
-    encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
+    encoder = load_teacher(settings.model, settings.grid, settings.revision)
     if encoder.dim != settings.dim:
         raise UserError(
             f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
