@@ -120,9 +120,7 @@ def test_the_ends_of_a_clip_do_not_repeat_themselves():
 @pytest.mark.parametrize("neighbours", [0, 1, 2])
 def test_gradient_reaches_every_cell_of_every_frame(neighbours, spatial):
     x = clips(0, 3, torch.float32).requires_grad_()
-    loss = AlignmentLoss(
-        manifold_coeff=0, neighbours=Neighbours(neighbours=neighbours, spatial=spatial)
-    )
+    loss = AlignmentLoss(manifold_coeff=0, neighbours=Neighbours(neighbours=neighbours, spatial=spatial))
     loss({"t": x}, clips(1, 3, torch.float32), (3, 2, 2))["loss_align"].backward()
     assert (x.grad.abs().sum(-1) > 0).all()
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from cache.manifest import read_manifest, write_manifest
 from common.errors import UserError
 from common.files import write_json
-from configs.loading import load_config
 from configs.align import Align
+from configs.loading import load_config
 from configs.sections import Model, Teacher
 from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
