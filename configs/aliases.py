@@ -120,7 +120,7 @@ def own_settings(key: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             raise UserError(f"{key} = {value}: DINOv2 has patches of {PATCH} px, so give a multiple of that")
         value //= PATCH
     elif name == "align.taps" and type(value) is int:
-        value = [f"block_{value}"]
+        value = [f"block{value}"]
     return {name: value}, implied
 
 

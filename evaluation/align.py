@@ -155,7 +155,7 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
-        plot_embedding(folder / f"align_{method}.png", panels, dict(enumerate(names)), title)
+        plot_embedding(folder / f"align_{method}.png", panels, names, title)
 
 
 def summary(result: Mapping) -> str:

@@ -1,13 +1,16 @@
 """Small tokenizers of the families' own classes, made offline: they know letters, and what a pipeline's templates need."""
 
+import inspect
 import io
+import json
+import re
 import string
 import tempfile
 from pathlib import Path
 
 import tokenizers
 import transformers
-from tokenizers import decoders, pre_tokenizers, processors
+from tokenizers import decoders, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?'\"<>|_-()/"
@@ -68,6 +71,42 @@ def mistral_processor():
     return transformers.PixtralProcessor(
         image_processor=transformers.PixtralImageProcessorFast(), tokenizer=tokenizer, patch_size=14, spatial_merge_size=2,
         chat_template=template,
+    )  # fmt: skip
+
+
+def qwen_processor():
+    """Qwen2.5-VL's with its image and video processors; it knows the words of the pipeline's template.
+
+    The pipeline cuts off the first 128 tokens as the template's, so that must have as many as the real tokenizer makes of it.
+    """
+    import diffusers
+
+    source = inspect.getsource(diffusers.Kandinsky5T2VPipeline.__init__)
+    template = ["<|im_start|>system\nYou are a prompt engineer. Describe the video in detail."]
+    template += re.findall(r'"([A-Z][^"]{20,})"', source)
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=2, initial_alphabet=byte_letters(), show_progress=False
+    )
+    trained.train_from_iterator(["\n".join(template)] * 3, trainer)
+    model = json.loads(trained.to_str())["model"]
+    marks = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
+    names = [*sorted(model["vocab"], key=model["vocab"].get), "<|endoftext|>", *marks]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={name: i for i, name in enumerate(names)}, merges=[tuple(pair) for pair in model["merges"]],
+        additional_special_tokens=marks,
+    )  # fmt: skip
+    return transformers.Qwen2VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessorFast(), tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(),
     )  # fmt: skip
 
 

@@ -73,11 +73,12 @@ class AlignedModel(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor], *, capture: bool = False) -> Tensor:
         """The network's output `(B, C, h, w)` for x_t `(B, C, h, w)` at timesteps t `(B,)`: the only way to call it.
 
-        Inputs are turned to the network's own precision, but for masks. With `capture` the taps listen meanwhile, which changes
-        no bit.
+        Inputs are turned to the network's own precision, but for masks, and for sizes of images in pixels, which bf16 would
+        round. With `capture` the taps listen meanwhile, which changes no bit.
         """
-        dtype = self.dtype
-        text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
+        dtype, exact = self.dtype, self.family.image_conditions
+        turned = (name for name, x in text.items() if x.is_floating_point() and name not in exact)
+        text = {**text, **{name: text[name].to(dtype) for name in turned}}
         with self.taps.recording() if self.taps.paths and capture else nullcontext():
             prediction = self.family.forward(self.backbone, x_t.to(dtype), t, text)
         for name, hidden in self.taps.captured.items():

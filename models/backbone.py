@@ -48,6 +48,9 @@ class Backbone:
     ] = {}  # of fields that have prompts along another dimension than the first
     # {text field: its mask}, where what lies behind the mask has no influence: stored up to the longest prompt only.
     trimmed_text: Mapping[str, str] = {}
+    variable_text: tuple[
+        str, ...
+    ] = ()  # fields that are as long as the longest prompt; `text_shapes` has the most there can be
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
@@ -152,6 +155,9 @@ class Backbone:
                 raise
         with torch.device("meta"):
             return self.network_class.from_config(self.assumed_config), False
+
+    def prepare_text(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Take note of all prompts that will be encoded, where what is made of one depends on the others."""
 
     def encode_text(self, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
         """The text fields of prompts, each `(n, …)` on the CPU, as the pipeline's own call makes them; masks are uint8."""

@@ -25,10 +25,12 @@ class LatentCodec(nn.Module):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False)
         config = vae.config
-        self.channels = config.latent_channels
-        self.down = pixels_of_cell(vae)
+        self.channels = config.get("latent_channels") or config.z_dim
+        self.down, self.frames = pixels_of_cell(vae), frames_of_cell(vae)  # of one cell
         numbers = {"latents_mean": None, "latents_std": None, "shift_factor": None, "scaling_factor": 1.0}
         numbers |= {key: config[key] for key in numbers if key in config}
+        buffers = dict(vae.named_buffers(recurse=False))  # where one family keeps them
+        numbers |= {key: buffers[key].tolist() for key in numbers if key in buffers}
         for key, value in numbers.items():
             if not _is_normalisation(key, value, self.channels):
                 raise UserError(
@@ -84,7 +86,11 @@ class LatentCodec(nn.Module):
         weight = next(self.vae.parameters())
         x_0 = x_0.to(weight.device, weight.dtype)
         z = x_0 * self._like(self.std, x_0) / self.scaling + self._like(self.mean, x_0)  # (B, C, h, w)
-        return self.vae.decode(self.from_cells(z), return_dict=False)[0]
+        return self.decode_cells(self.from_cells(z))
+
+    def decode_cells(self, z: Tensor) -> Tensor:
+        """Pixels of the VAE's own z."""
+        return self.vae.decode(z, return_dict=False)[0]
 
     def _like(self, value: float | list[float], x: Tensor) -> float | Tensor:
         if isinstance(value, float):
@@ -94,21 +100,35 @@ class LatentCodec(nn.Module):
 
 def pixels_of_cell(vae: nn.Module) -> int:
     """The pixels on a side of one cell of a VAE's latents."""
-    levels = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
-    return 2 ** (len(levels) - 1)
+    for place, name in ((vae.config, "scale_factor_spatial"), (vae, "spatial_compression_ratio")):
+        if getattr(place, name, None) is not None:
+            return getattr(place, name)
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def frames_of_cell(vae: nn.Module) -> int:
+    """The frames that one cell of a video VAE's latents stands for; the first cell is one frame alone. 1 of images."""
+    for place, name in (
+        (vae.config, "scale_factor_temporal"),
+        (vae, "temporal_compression_ratio"),
+        (vae.config, "temporal_compression_ratio"),
+    ):
+        if getattr(place, name, None) is not None:
+            return getattr(place, name)
+    return 1
 
 
 @torch.no_grad()
 def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int | None = None) -> np.ndarray:
-    """Decode x_0 `(B, C, h, w)` to uint8 `(B, H, W, 3)`, rounded as diffusers' image processor does.
+    """Decode x_0 `(B, C, h, w)` to uint8 `(B, H, W, 3)`, or clips to `(B, F, H, W, 3)`, rounded as diffusers does.
 
     Rounding matters: truncation, as in REPA's sampler, darkens every image by half a level. `rows` images are decoded at a
     time (8 at most, fewer above 512 px), the last time filled up with copies, because kernels sum in another order for another
     number. Values that are not finite would turn into black pixels and a plausible score; they raise `UserError`.
     """
-    if latents.ndim != 4:
-        raise ValueError(f"latents must be (B, C, h, w), got {tuple(latents.shape)}")
-    pixels = latents[0, 0].numel() * codec.down**2  # of an image
+    if latents.ndim not in (4, 5):
+        raise ValueError(f"latents must be (B, C, h, w) or (B, C, f, h, w), got {tuple(latents.shape)}")
+    pixels = latents[0, 0].numel() * codec.frames * codec.down**2  # of an image or a clip
     rows = rows or max(1, min(DECODED_ROWS, DECODED_PIXELS // pixels))
     decoded = []
     for part in latents.split(rows):
@@ -117,7 +137,7 @@ def decode_images(codec: LatentCodec, latents: Tensor, *, rows: int | None = Non
             dtype = next(codec.vae.parameters()).dtype
             what = "the latents are" if not torch.isfinite(part).all() else f"the VAE's {dtype} output is"
             raise UserError(f"{what} not finite: check the run for divergence, decode in bfloat16 or float32")
-        image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()  # (b, H, W, 3)
+        image = (image * 0.5 + 0.5).clamp(0, 1).movedim(1, -1).cpu().numpy()  # (b, H, W, 3)
         decoded.append((image * 255).round().astype(np.uint8))
     return np.concatenate(decoded)  # (B, H, W, 3)
 

@@ -46,7 +46,8 @@ class Transformer(Backbone):
     patch: tuple[int, ...] = (2, 2)  # cells of the latents that make one token
     block_lists: tuple[str, ...] = ("transformer_blocks",)  # in the order of the forward
     stream = 1  # which output of a block of two streams is the picture
-    default_cells: int | None = None  # on a side of the latents, where the network's config does not say it
+    # On a side of the latents, or (f, h, w), where the network's config does not say it.
+    default_cells: int | tuple[int, ...] | None = None
     own_sigmas = True  # whether the pipeline spaces σ evenly itself, where it hands mu to its scheduler
 
     # what a family may say of its forward ---------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class Transformer(Backbone):
         }
         given |= {self.latent_argument: self.pack(x_t), self.time_argument: self.clock(network, t)}
         # `.sample`, because one network returns the bare tensor where it is asked for a tuple.
-        output = network(**given, **self.conditions(network, x_t, text)).sample
+        output = network(**given | self.conditions(network, x_t, text)).sample
         return self.sign * self.unpack(output, x_t.shape)
 
     def cells(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -135,6 +136,8 @@ class Transformer(Backbone):
         return network.config.in_channels
 
     def latent_shape(self, network: nn.Module) -> tuple[int, ...]:
+        if isinstance(self.default_cells, tuple):
+            return self.latent_channels(network), *self.default_cells
         side = network.config.get("sample_size", None) or self.default_cells
         if not isinstance(side, int) or side < 1:
             raise UserError(
@@ -232,6 +235,13 @@ class Transformer(Backbone):
             num_train_timesteps=own.config.num_train_timesteps, prediction_type="flow_prediction", use_flow_sigmas=True,
             flow_shift=shift,
         )  # fmt: skip
+
+
+class VideoTransformer(Transformer):
+    """Transformers of clips: latents are `(B, C, f, h, w)`, and the tokens lie on a grid (f, h, w)."""
+
+    method = "CREPA"
+    patch = (1, 2, 2)
 
 
 def whole(hidden: Tensor, count: int, tap: str, *, before: int = 0) -> Tensor:

@@ -65,7 +65,9 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
         meaning=MEANING[posterior] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, device, args.precision),
         view={"kind": "aligned", "size": size},
-        details={"posterior": posterior, "scaled": not args.unscaled} | codec.normalisation,
+        details={"posterior": posterior, "scaled": not args.unscaled}
+        | codec.normalisation
+        | ({"size_and_crop": True} if family.image_conditions else {}),
     )
     return FieldJob(folder, spec, encode, device)
 

@@ -26,7 +26,7 @@ from cache.image_list import Sample, read_samples
 from cache.manifest import UNREADABLE, FieldSpec
 from cache.shard_plan import shard_path
 from cache.shards import FieldWriter
-from cache.views import UnreadableImage, cut_view, read_image
+from cache.views import UnreadableImage, cut_view, read_image, size_and_crop
 from common.errors import UserError
 from common.signals import StopSignal, leave_signals_to_the_parent
 
@@ -120,9 +120,9 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
         for (ids, jobs), decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
                 raise decoded
-            kept, views, unreadable = decoded
+            kept, views, crops, unreadable = decoded
             stored = [
-                (writers[job], shard, kept, *_encode(job, views[job.view], kept), unreadable)
+                (writers[job], shard, kept, *_encode(job, views[job.view], crops[job.view], kept), unreadable)
                 for job, shard in jobs
             ]
             in_flight.append(disk.submit(_store, stored))
@@ -157,14 +157,16 @@ def failures_explained() -> Iterator[None]:
         ) from None
 
 
-def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, torch.cuda.Event | None]:
+def _encode(
+    job: FieldJob, pixels: Tensor, crops: Tensor, ids: Sequence[str]
+) -> tuple[Tensor, torch.cuda.Event | None]:
     """Encode a batch and start copying the bytes to store to host memory.
 
     Returns the bytes, uint8 `(n, value_bytes)`, and the CUDA event after which they are complete, or None if they already are.
     """
     if not ids:
         return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
-    raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
+    raw = job.spec.encode(job.encode(pixels, ids), crops)  # (n, value_bytes)
     if raw.device.type != "cuda":
         return raw.cpu(), None
     host = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=True).copy_(raw, non_blocking=True)
@@ -183,12 +185,14 @@ def _store(stored) -> None:
 def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
     """Decode the images of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
-    Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`} and {id: problem} of the unreadable ones. A `UserError`
-    is returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
+    Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
+    {id: problem} of the unreadable ones. A `UserError` is returned instead of raised, because a DataLoader would bury it in the
+    traceback of its worker.
     """
     ids, wanted = chunk
     kept, unreadable = [], {}
     views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    crops = {view: torch.empty(len(ids), 6, dtype=torch.int32) for view in wanted}
     for key in ids:
         try:
             image = read_image(paths[key])
@@ -200,9 +204,10 @@ def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, s
             return error
         for view, cut in cuts.items():
             views[view].numpy()[len(kept)] = cut
+            crops[view][len(kept)] = torch.tensor(size_and_crop(*image.size, view[0]))
         kept.append(key)
     views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
-    return kept, views, unreadable
+    return kept, views, {view: rows[: len(kept)] for view, rows in crops.items()}, unreadable
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:

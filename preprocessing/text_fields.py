@@ -70,6 +70,7 @@ def encode_text(args: Namespace, family: Backbone, listed: Prompts, device: torc
     """Store the fields of all prompts and of the null prompt."""
     folder, prompts, part = args.out, listed["prompts"], part_of(args)
     known = read_settings(folder)["details"] if (folder / SETTINGS).exists() else {"fields": {}}
+    family.prepare_text(prompts, device)
     null = {name: values[None] for name, values in family.null_text(device).items()}  # {name: (1, …)}
     lengths = find_lengths(family, prompts, null, known["fields"], args.batch_size, device)
     null = cut(null, lengths, folder)

@@ -94,6 +94,7 @@ def build_parts(config: Config) -> Parts:
         caption_dropout=config.data.caption_dropout,
         teacher=online,
         grid=(config.teacher.grid,) * 2,
+        image_conditions=family.image_conditions,
     )
     return Parts(
         config=config,
@@ -212,7 +213,8 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     """
     base, noun = family.base, family.noun
     reads = family.text_shapes(network)
-    held, trimmed = dataset.text.shapes, {*family.trimmed_text, *family.trimmed_text.values()}
+    held = dataset.text.shapes
+    trimmed = {*family.trimmed_text, *family.trimmed_text.values(), *family.variable_text}
     if held.keys() != reads.keys():
         refuse(
             f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base

@@ -61,7 +61,7 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
             folder = dataset.readers[name].folder
             fail(f"{folder} holds NaN or infinity for {broken}: script 5 --full says what else is damaged")
     values["latent"] = dataset.x_0(values["latent"])  # (n, C, h, w)
-    return values | {"label": dataset.labels[indices]}
+    return values | {"label": dataset.labels[indices]} | parts.batches.conditions(raw["latent"])
 
 
 def evenly(count: int, few: int) -> list[int]:
@@ -86,6 +86,9 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
         fail(
             f"latents of {dataset.latents.folder} have standard deviation {std:.3g}, about 1 was expected: run script 2 again"
         )
+    for name in parts.batches.image_conditions:
+        none = f"not in {dataset.latents.folder}: every image counts as whole and of its own size (script 2 records both)"
+        say(name, "size and crop of each image" if name in values else none)
     if "dino_tokens" in values:
         tokens = values["dino_tokens"]  # (n, N, D)
         off = (tokens.norm(dim=-1) - 1).abs().max().item()
@@ -175,7 +178,8 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     noise = torch.randn(latents.shape, device=device, generator=generator)
     timesteps = loss.path.draw(len(latents), device, generator)
     x_t, target, weight = loss.path(latents, noise, timesteps)
-    text = parts.batches.prompts(values["label"][: fed(config)])
+    told = {n: values[n][: fed(config)].to(device) for n in parts.batches.image_conditions if n in values}
+    text = parts.batches.prompts(values["label"][: fed(config)]) | told
     weights = {name: p for name, p in model.trained_parameters().items() if name.startswith(BACKBONE)}
     # Raises TapError for a tap that is silent or detached.
     output = model.predict(x_t, timesteps, text, capture=True)

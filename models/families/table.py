@@ -6,13 +6,17 @@ from models.families.auraflow import AuraFlow
 from models.families.flux import Chroma, Flux
 from models.families.flux2 import Flux2
 from models.families.hidream import HiDream
+from models.families.kandinsky5 import Kandinsky5Video
 from models.families.kolors import Kolors
+from models.families.ltxvideo import LTXVideo
 from models.families.lumina2 import Lumina2
 from models.families.pixart import PixArt
 from models.families.sana import Sana
+from models.families.sanavideo import SanaVideo
 from models.families.sd3 import SD3
 from models.families.sd15 import SD15
 from models.families.sdxl import SDXL
+from models.families.wan import Wan
 from models.pipeline_parts import load_pipeline_class
 
 FAMILIES: dict[str, type[Backbone]] = {
@@ -28,6 +32,10 @@ FAMILIES: dict[str, type[Backbone]] = {
     "hidream": HiDream,
     "auraflow": AuraFlow,
     "lumina2": Lumina2,
+    "wan": Wan,
+    "ltxvideo": LTXVideo,
+    "sanavideo": SanaVideo,
+    "kandinsky5_video": Kandinsky5Video,
 }
 
 

@@ -131,7 +131,7 @@ class TestJson:
 def test_crepa_of_an_image_is_repa_on_a_block_without_a_manifold_loss(tmp_path):
     known = {"crepa_enabled": True, "crepa_block_index": 8, "crepa_lambda": 0.5, "crepa_spatial_align": True}
     config = over(tmp_path, known | {"crepa_encoder": "dinov2_vitb14_reg", "crepa_encoder_image_size": 224})
-    assert (config.align.taps, config.align.coeff, config.align.manifold_coeff) == (("block_8",), 0.5, 0.0)
+    assert (config.align.taps, config.align.coeff, config.align.manifold_coeff) == (("block8",), 0.5, 0.0)
     assert config.teacher.model == "facebook/dinov2-with-registers-base"
     assert (config.teacher.dim, config.teacher.grid) == (768, 16)
     assert over(tmp_path, known | {"align": {"manifold_coeff": 2.0}}).align.manifold_coeff == 2.0

@@ -23,6 +23,8 @@ OPTIONS = {
     "sana": {"use_resolution_binning": False},
     "pixart": {"use_resolution_binning": False},
     "lumina2": {"cfg_normalization": False},
+    "ltxvideo": {"frame_rate": 25},
+    "sanavideo": {"use_resolution_binning": False},
 }
 SCALES = {
     "flux": "true_cfg_scale",
@@ -33,6 +35,9 @@ TAKES_LATENTS_AS_THEY_ARE = ("flux2",)  # and packs them itself
 NEEDS = {
     "auraflow": lambda text: {"prompt_attention_mask": torch.ones(len(text["prompt_embeds"]), 1)},
     "chroma": lambda text: {"prompt_attention_mask": text["prompt_attention_mask"].float()},
+    "kandinsky5_video": lambda text: {
+        "prompt_cu_seqlens": torch.tensor([0, text["prompt_embeds_qwen"].shape[1]])
+    },
 }
 
 
@@ -46,12 +51,19 @@ def name_of(family) -> str:
 
 def size_of(family, shape) -> dict[str, int]:
     """The arguments of a pipeline's call that say the size of latents `(…, h, w)`."""
-    down = family.load_codec().down
-    return {"height": shape[-2] * down, "width": shape[-1] * down}
+    codec = family.load_codec()
+    size = {"height": shape[-2] * codec.down, "width": shape[-1] * codec.down}
+    if len(shape) == 5:
+        name = "frames" if name_of(family) == "sanavideo" else "num_frames"
+        size[name] = (shape[2] - 1) * codec.frames + 1
+    return size
 
 
 def laid_out(family, x: Tensor) -> Tensor:
     """Latents `(B, C, h, w)` as the pipeline's call takes them."""
+    if name_of(family) == "kandinsky5_video":  # with channels for a first frame
+        x = x.movedim(1, -1)
+        return torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[..., :1])], -1)
     return x if isinstance(family, SD15) or name_of(family) in TAKES_LATENTS_AS_THEY_ARE else family.pack(x)
 
 
@@ -88,6 +100,8 @@ def call_arguments(
 def arguments_in(given: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     """(name, value) of arguments, those inside of dicts too; without those that say nothing."""
     for name, value in given.items():
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from arguments_in(value, f"{above}{name}.")
         elif value is not None and name != "return_dict":

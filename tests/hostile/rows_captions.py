@@ -31,6 +31,12 @@ def copied(source, target):
     return lambda folder: put(folder / target, (folder / source).read_bytes())
 
 
+def _captioned(folder):
+    """The list of the training images, with prompts in the place of classes."""
+    ids = [line.split(",")[0] for line in (folder / "data/train.csv").read_text().splitlines()[1:]]
+    put(folder / "data/train.csv", "id,img_path,prompt\n" + "".join(f"{key},x.png,a {key}\n" for key in ids))
+
+
 def _no_list(folder):
     assert not (folder / "new.csv").exists()
 
@@ -114,6 +120,24 @@ def rows():
     noisy = write(CSV, '\ufefffile_name,text\r\n000000.png," a\r\n\x07zero\u2028"\r\n')
     yield Case("captions with a BOM, CRLF and control characters", noisy, LIST, ("1 captioned",), goes_on=True,
         check=_is_clean)  # fmt: skip
+
+    pictures, previews = (
+        "evaluate pictures runs/a -o p.png --prompts",
+        "train --config a.yaml run=runs/b train.preview_every",
+    )
+    for command, says in {
+        f"{pictures} 'a cat'": "script 4 with --prompts FILE",
+        f"{pictures} 10": "are 0 to 9",
+        f"{pictures} -1": "are 0 to 9",
+        f"{pictures} ''": "script 4 with --prompts FILE",
+        f"{previews}=2 'train.preview_prompts=[a cat]'": "script 4 with --prompts FILE",
+        f"{previews}=0 'train.preview_prompts=[a cat]'": "train.preview_every",
+        f"{previews}=2 train.preview_images=1 'train.preview_prompts=[a, b]'": "train.preview_images",
+        f"{previews}=2 'train.preview_prompts=[3]'": "train.preview_prompts",
+        "4 --csv data/train.csv --base data/models/sd15-mini --out cache_new/text": "no prompts",
+    }.items():
+        yield Case(command, nothing, command, (says,))
+    yield Case("a captioned list whose prompts the text lacks", _captioned, "train --config a.yaml run=runs/b", ("lacks the prompt", "script 4 with --csv"))  # fmt: skip
 
     head = "id,img_path,prompt\n"
     for what, text, says in (

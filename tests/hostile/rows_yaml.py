@@ -105,7 +105,7 @@ def rows():
         ("an endless image size", '{"urepa_encoder_image_size": 1e999}', "teacher.grid"),
         ("a negative image size", '{"crepa_encoder_image_size": -518}', "teacher.grid"),
         ("another teacher", '{"urepa_model": "dinov2_vitg14"}', "--teacher facebook/dinov2-giant"),
-        ("a tap of no such network", '{"crepa_block_index": 8}', "block_8"),
+        ("a tap of no such network", '{"crepa_block_index": 8}', "block8"),
         ("a video's neighbours", '{"crepa_adjacent_tau": 1.0}', "crepa_adjacent_tau"),
         ("another trainer's settings", '{"train_batch_size": 4}', "data.batch_size"),
         ("a name for a number", '{"urepa_lambda": "half"}', "align.coeff"),
