@@ -220,8 +220,9 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     heads = [p for p in model.heads.parameters() if p.requires_grad]
     inputs = [*features.values(), *heads, *weights.values()]
     gradients = torch.autograd.grad(terms["loss_align"], inputs, allow_unused=True)
+    on = "×".join(map(str, grid))
     for (tap, feature), gradient in zip(features.items(), gradients, strict=False):
-        report_tap(parts, tap, grid, feature, gradient, terms[f"cosine/{tap}"].item(), step)
+        report_tap(parts, tap, on, feature, gradient, terms[f"cosine/{tap}"].item(), step)
     if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
         fail("no weight of a head gets gradient: the heads must be trained")
     # Count LoRA by module: its first matrix gets no gradient while its second is 0, as at the start of a training.
@@ -256,20 +257,13 @@ def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> tupl
 
 
 def report_tap(
-    parts: Parts,
-    tap: str,
-    grid: tuple[int, ...],
-    feature: Tensor,
-    gradient: Tensor | None,
-    cosine: float,
-    step: int,
+    parts: Parts, tap: str, on: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int
 ) -> None:
     path, align = parts.model.taps.paths[tap], parts.config.align
     if gradient is None or not gradient.any():
         fail(f"tap {tap} ({path}) gets no gradient from the alignment: its head is cut off or constant")
     norm = gradient.float().norm().item()
     share = (gradient.abs().sum(1) > 0).float().mean().item()  # over (b, h, w)
-    on = "×".join(map(str, grid))
     say(
         f"tap {tap}",
         f"{path} {shape_of(feature[0])} {name_of(feature.dtype)} → {align.head} → {on}; at step {step} cosine {cosine:+.3f}, "
