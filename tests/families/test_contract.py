@@ -1,7 +1,5 @@
 """The contract of a backbone, held by every family of the table on a small pipeline of its real classes."""
 
-import functools
-
 import diffusers
 import pytest
 import torch
@@ -22,11 +20,9 @@ import miniature.families
 from common.errors import UserError
 from export import kohya_weights
 from method.sampler import initial_noise, is_flow, sample_latents
-from miniature.families import make_pipeline
 from miniature.parts import CELLS
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
-from models.families.sdxl import SDXL
 from models.families.table import FAMILIES, family_of
 from models.transformer import Transformer, VideoTransformer
 
@@ -52,19 +48,6 @@ EXACT_SOLVERS = {
 }
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of a three", "a drawing of a two"]
-
-
-@pytest.fixture(scope="session")
-def base_of(tmp_path_factory):
-    """From a family's name to the folder of its tiny pipeline."""
-    folder = tmp_path_factory.mktemp("families")
-
-    @functools.cache
-    def base(name: str) -> str:
-        make_pipeline(name, folder / name)
-        return str(folder / name)
-
-    return base
 
 
 @pytest.fixture(params=FAMILIES)
@@ -186,36 +169,6 @@ def test_predict_hands_the_network_what_the_pipelines_own_call_does(family, stoc
     check_arguments(family, stock)
 
 
-def swapped(kind):
-    class WidthFirst(kind):
-        def time_ids(self, x_t, text):
-            return super().time_ids(x_t, text)[:, [1, 0, 3, 2, 5, 4]]
-
-    return WidthFirst
-
-
-def sizes_in_cells(kind):
-    class InCells(kind):
-        pixels_of_cell = 1
-
-    return InCells
-
-
-def null_of_empty_prompt(kind):
-    class OfEmptyPrompt(kind):
-        def null_text(self, device):
-            return {name: rows[0] for name, rows in self.encode_text([""], device).items()}
-
-    return OfEmptyPrompt
-
-
-@pytest.mark.parametrize("break_it", [swapped, sizes_in_cells, null_of_empty_prompt])
-def test_a_wrong_convention_is_seen(base_of, break_it):
-    family = break_it(SDXL)(base_of("sdxl"))
-    with pytest.raises(AssertionError):
-        check_arguments(family, stock_of(family))
-
-
 @torch.no_grad()
 def check_oracle(family, stock, x_0):
     noise = noise_of(family)
@@ -232,18 +185,15 @@ def test_the_official_sampler_brings_the_training_target_of_x_0_back_to_x_0(fami
     check_oracle(family, stock, torch.randn_like(noise_of(family)))
 
 
-def test_a_wrong_target_is_not_brought_back(base_of):
-    family = FAMILIES["sdxl"](base_of("sdxl"))
-    family.own_output = "v"  # of an ε-network
-    with pytest.raises(AssertionError):
-        check_oracle(family, stock_of(family), torch.randn_like(noise_of(family)))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_our_sampler_draws_what_the_official_pipeline_does_from_cached_text(family, stock, cfg):
     if cfg > 1 and SCALES.get(name_of(family), "") is None:
         pytest.skip("the pipeline has no guidance by a null prompt")
+    check_sampler(family, stock, cfg)
+
+
+@torch.no_grad()
+def check_sampler(family, stock, cfg=1.0):
     seeds, steps = [3, 4], 3
     text, null = family.encode_text(PROMPTS, CPU), family.null_text(CPU)
     shape, sampler = noise_of(family).shape[1:], family.sampler_of("auto")
@@ -326,6 +276,10 @@ def test_gradient_reaches_every_cell_of_every_tap_whether_the_teachers_grid_is_f
 
 
 def test_encode_and_decode_are_inverse_in_their_normalisation(family):
+    check_codec(family)
+
+
+def check_codec(family):
     codec = family.load_codec()
     x_0 = torch.randn(2, codec.channels, *frames_of(family, 2), 4, 4)
     z = codec.vae.decode
