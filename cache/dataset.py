@@ -18,6 +18,7 @@ from common.errors import UserError
 class AlignedDataset(Dataset):
     """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and its label.
 
+    Where script 2 stored them, `size_and_crop (6,)` too (`cache.views.size_and_crop`).
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
     such images. `labels (n,)` are the labels of the text: the classes of a list of classes, which items call `class_id`, or the
     numbers of the prompts of a captioned list, which items call `label`. The dataset works with any DataLoader and any start
@@ -110,6 +111,8 @@ class AlignedDataset(Dataset):
         for i, label in enumerate(self.labels[indices]):
             values = {name: decode[name](raw[name][i][None]) for name in raw}
             values["latent"] = self.x_0(values["latent"])  # (1, C, h, w)
+            if (told := self.size_and_crop(raw["latent"][i][None])) is not None:
+                values["size_and_crop"] = told
             item = {name: value[0] for name, value in (values | self.text.rows([label])).items()}
             items.append(item | {"label" if self.captioned else "class_id": label})
         return items
@@ -152,6 +155,10 @@ class AlignedDataset(Dataset):
         """Fill `raw[name] (len(indices), value_bytes)` with the stored bytes of these items, for every field."""
         for name, reader in self.readers.items():
             reader.read_rows(self._rows[name][indices], raw[name].numpy())
+
+    def size_and_crop(self, raw: Tensor) -> Tensor | None:
+        """Return size and crop `(B, 6)`, in fp32, of the images of bytes of latents; None where script 2 stored none."""
+        return self.latents.spec.size_and_crop(raw)
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return `latents_of` this dataset's stored values."""

@@ -116,6 +116,16 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
     raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 
+def size_and_crop(width: int, height: int, side: int) -> tuple[int, ...]:
+    """Return the six numbers, height first, that Stable Diffusion XL is told of an upright image cut to its aligned view.
+
+    They are the size of the whole image, the place of the crop's top left corner once the image is resized so that its shorter
+    side is `side`, and the size of the view, in pixels; resized and rounded as diffusers' training examples do it.
+    """
+    resized = [side * length // min(width, height) for length in (height, width)]
+    return height, width, *(round((length - side) / 2) for length in resized), side, side
+
+
 def check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:

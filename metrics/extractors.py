@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pydantic import Field, with_config
-from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.pretrained import SAVED, load_pretrained, read_config
+from common.pretrained import SAVED, PixelStatistics, load_pretrained, read_config
 from common.reading import read_record
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
@@ -25,15 +24,12 @@ MAX_FRAMES = 1024  # of a clip
 PREPARATION = "preprocessor_config.json"
 Side = Annotated[int, Field(gt=0)]
 Size = Side | dict[str, Side | None]
-THREE = Field(min_length=3, max_length=3)
 
 
 @with_config(strict=True)
-class Preparation(TypedDict):
-    """What is read of preprocessor_config.json: for RGB pixels in [0, 1], and in pixels."""
+class Preparation(PixelStatistics):
+    """What is read of preprocessor_config.json; sizes are in pixels."""
 
-    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], THREE]
-    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], THREE]
     size: NotRequired[Size]
     crop_size: NotRequired[Size]
 

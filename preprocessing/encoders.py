@@ -15,7 +15,7 @@ from common.device import autocast, compute_dtype, pick_device
 from common.errors import UserError
 from models.families.table import family_of
 from models.pipeline_parts import weights_digest
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 from preprocessing.options import part_of
 from preprocessing.pipeline import FieldJob, encode_fields, read_images_to_encode
 
@@ -87,7 +87,9 @@ def latent_job(args: Namespace, folder: Path, clip: tuple[int, float] | None = N
         meaning=MEANING[kept] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, device, args.precision),
         view={"kind": "aligned", "size": size} | clip_view(clip),
-        details={"posterior": kept, "scaled": not args.unscaled} | codec.normalisation,
+        details={"posterior": kept, "scaled": not args.unscaled}
+        | codec.normalisation
+        | ({"size_and_crop": True} if family.image_conditions else {}),
     )
     return FieldJob(folder, spec, encode, device)
 
@@ -95,19 +97,23 @@ def latent_job(args: Namespace, folder: Path, clip: tuple[int, float] | None = N
 def token_job(
     args: Namespace, folder: Path, clip: tuple[int, float] | None = None, per_latent: int = 1
 ) -> FieldJob:
-    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`.
+    """Return the job that makes L2-normalised patch tokens `(grid², D)` from the options of `add_teacher_options`.
 
     Those of a `clip`, frames and fps, are `(f · grid², D)`: of each latent frame, which is made of `per_latent` frames.
     """
     device, size = pick_device(args.device), args.teacher_image_size
-    teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
-    patch = teacher.model.config.patch_size
+    teacher = load_teacher(args.teacher, args.grid, args.teacher_revision).to(device)
+    if args.view not in teacher.views:
+        raise UserError(
+            f"--view {args.view} is DINOv2's transform, and {args.teacher} is a {teacher.name}: use aligned"
+        )
+    patch = teacher.patch
     if size is not None:
         below = size // patch * patch
         if size != below:
             use = f"use {below} or {below + patch}"
             raise UserError(f"image size {size} is not a multiple of the patch {patch}: {use}")
-        teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
+        teacher.grid = size // patch
     if teacher.grid < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
     if args.teacher_dtype == "int8" and teacher.dim % GROUP:
@@ -133,8 +139,8 @@ def token_job(
         field="tokens",
         shape=((1 if groups is None else len(groups)) * teacher.grid**2, teacher.dim),
         dtype=args.teacher_dtype,
-        meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
-        source=source | {"format": teacher.format},
+        meaning=f"L2-normalised {teacher.name} patch tokens after the final LayerNorm, row by row",
+        source=source | {"format": teacher.format} | teacher.normalisation,
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid}
         | clip_view(clip)
         | ({} if groups is None else {"latent_frames": len(groups), "frames_of_teacher": pick}),

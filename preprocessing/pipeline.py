@@ -28,7 +28,7 @@ from cache.image_list import Sample, clip_shape, read_samples
 from cache.manifest import UNREADABLE, FieldSpec
 from cache.shard_plan import shard_path
 from cache.shards import FieldWriter
-from cache.views import UnreadableImage, cut_view, read_image
+from cache.views import UnreadableImage, cut_view, read_image, size_and_crop
 from common.errors import UserError
 from common.signals import StopSignal, leave_signals_to_the_parent
 
@@ -124,9 +124,9 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
         for (ids, jobs), decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
                 raise decoded
-            kept, views, unreadable = decoded
+            kept, views, crops, unreadable = decoded
             stored = [
-                (writers[job], shard, kept, *_encode(job, views[job.view], kept), unreadable)
+                (writers[job], shard, kept, *_encode(job, views[job.view], crops[job.view], kept), unreadable)
                 for job, shard in jobs
             ]
             in_flight.append(disk.submit(_store, stored))
@@ -161,14 +161,16 @@ def failures_explained() -> Iterator[None]:
         ) from None
 
 
-def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, torch.cuda.Event | None]:
+def _encode(
+    job: FieldJob, pixels: Tensor, crops: Tensor, ids: Sequence[str]
+) -> tuple[Tensor, torch.cuda.Event | None]:
     """Encode a batch and start copying the bytes to store to host memory.
 
     Returns the bytes, uint8 `(n, value_bytes)`, and the CUDA event after which they are complete, or None if they already are.
     """
     if not ids:
         return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
-    raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
+    raw = job.spec.encode(job.encode(pixels, ids), crops)  # (n, value_bytes)
     if raw.device.type != "cuda":
         return raw.cpu(), None
     host = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=True).copy_(raw, non_blocking=True)
@@ -187,42 +189,47 @@ def _store(stored) -> None:
 def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
     """Decode the images or clips of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
-    Returns the ids of the readable ones, {view: uint8 `(n, [F,] 3, S, S)`} and {id: problem} of the others. A `UserError` is
-    returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
+    Returns the ids of the readable ones, {view: uint8 `(n, [F,] 3, S, S)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
+    {id: problem} of the others. A `UserError` is returned instead of raised, because a DataLoader would bury it in the
+    traceback of its worker.
     """
     ids, wanted = chunk
     kept, unreadable = [], {}
     frames = listed[ids[0]].frames
     many = () if frames is None else (frames,)
     views = {view: torch.empty(len(ids), *many, view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    crops = {view: torch.empty(len(ids), 6, dtype=torch.int32) for view in wanted}
     for key in ids:
         rows = {view: pixels.numpy()[len(kept)] for view, pixels in views.items()}  # ([F,] S, S, 3)
         try:
-            read_cuts(listed[key], rows)
+            size = read_cuts(listed[key], rows)
         except UnreadableImage as error:
             unreadable[key] = str(error)
             continue
         except UserError as error:
             return error
+        for view, rows in crops.items():
+            rows[len(kept)] = torch.tensor(size_and_crop(*size, view[0]))
         kept.append(key)
     views = {view: pixels[: len(kept)].movedim(-1, -3) for view, pixels in views.items()}
-    return kept, views, unreadable
+    return kept, views, {view: rows[: len(kept)] for view, rows in crops.items()}, unreadable
 
 
-def read_cuts(sample: Sample, rows: dict[tuple[int, str], np.ndarray]) -> None:
+def read_cuts(sample: Sample, rows: dict[tuple[int, str], np.ndarray]) -> tuple[int, int]:
     """Fill in the pixels of every view, of an image `(S, S, 3)` or of a clip `(F, S, S, 3)`, which is read frame by frame.
 
-    Raises `UnreadableImage` or `UserError`; some rows may be filled in by then.
+    Returns width and height of the whole picture. Raises `UnreadableImage` or `UserError`; some rows may be filled in by then.
     """
     if sample.frames is None:
         image = read_image(sample.img_path)
         for view, row in rows.items():
             row[:] = cut_view(image, *view)
-        return
+        return image.size
     frames = clip_frames(sample.img_path, sample.start, sample.frames, sample.fps)
     for number, frame in enumerate(frames):
         for view, row in rows.items():
             row[number] = cut_view(frame, *view)
+    return frame.size
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:

@@ -21,6 +21,7 @@ FLOORS = {
         "models.latents",
         "models.pipeline_parts",
         "models.taps",
+        "models.transformer",
     },
     "models.teachers": {"common", "models.latents", "models.pipeline_parts"},
     "metrics": {"common"},

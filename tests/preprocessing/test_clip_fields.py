@@ -19,7 +19,7 @@ from cache.reader import FieldReader
 from common.errors import UserError
 from miniature.families import make_pipeline
 from models.families.table import family_of
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 from preprocessing import pipeline
 from preprocessing.encoders import frames_of_latents
 
@@ -105,7 +105,7 @@ def test_tokens_of_a_latent_frame_are_those_of_the_frames_that_it_is_made_of(
     tokens(house, tmp_path / "t", "--frames-of-teacher", pick, "--frames-per-latent", per_latent)
     sample = read_samples(house / "list.csv")[1]
     reader = FieldReader(tmp_path / "t", "tokens")
-    teacher = DINOv2Encoder.from_pretrained(str(house / "teacher"), GRID)
+    teacher = load_teacher(str(house / "teacher"), GRID)
     pictures = pixels_of(sample, teacher.size)[0].movedim(1, 0) / 255  # (F, 3, S, S)
     of_frame = [F.normalize(teacher(picture[None])[0], dim=-1) for picture in pictures]
     expected = [of_frame[0]]
