@@ -31,12 +31,16 @@ Template = Annotated[str, Field(pattern=r"\{class_name\}")]
 
 @with_config(RECORD)
 class View(TypedDict, total=False):
-    """The square that the model saw; the text has none."""
+    """The square that the model saw, of a clip the moments too; the text has none."""
 
     kind: str
     size: Size  # px
     patch: Size  # px
     grid: Size  # tokens per side
+    frames: Size  # of a clip
+    fps: float
+    latent_frames: Size  # that the tokens stand for, each seen by one frame or by the mean of several
+    frames_of_teacher: Literal["middle", "mean"]
 
 
 @with_config(RECORD)
@@ -174,9 +178,10 @@ def _contradiction(manifest: dict) -> str | None:
     if manifest["field"] == "text":
         size = TextSpec.of(details["fields"], "", {}, {}).shape[0]
         return None if shape == [size] and manifest["dtype"] == "uint8" else "shape and details.fields"
-    if len(shape) != (3 if manifest["field"] == "latents" else 2):
+    if len(shape) != (3 + ("frames" in view) if manifest["field"] == "latents" else 2):
         return f"a shape {shape} of {manifest['field']}"
-    return "shape and grid" if "grid" in view and shape[0] != view["grid"] ** 2 else None
+    cells = view.get("latent_frames", 1) * view.get("grid", 0) ** 2
+    return "shape and grid" if cells and shape[0] != cells else None
 
 
 def digest_of(content: dict) -> str:

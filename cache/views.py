@@ -88,7 +88,7 @@ def opened_image(path: str | Path, data: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data)) as image:  # reads the size alone
-                _check_memory(*image.size)
+                check_memory(*image.size)
                 image.load()
                 yield image
     except DAMAGE as error:
@@ -109,7 +109,7 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
         # As torchvision does, truncate the longer side and round the position of the crop.
         sides = [shorter * side // min(image.size) for side in image.size]
         try:
-            _check_memory(*sides)
+            check_memory(*sides)
         except ValueError as error:
             raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
         return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
@@ -126,7 +126,7 @@ def size_and_crop(width: int, height: int, side: int) -> tuple[int, ...]:
     return height, width, *(round((length - side) / 2) for length in resized), side, side
 
 
-def _check_memory(width: int, height: int) -> None:
+def check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:
         raise ValueError(f"{width} × {height} pixels need {needed:,} bytes, more than {MAX_BYTES:,}")

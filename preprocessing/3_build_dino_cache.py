@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports from the root work
 
-from common.arguments import Parser
+from common.arguments import Parser, between
 from common.errors import run_script
 from preprocessing.options import add_encoding_options, add_teacher_options
 
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_encoding_options(parser)
     add_teacher_options(parser)
+    folded = "of clips: frames that the base model's VAE folds into a latent frame (default 4; LTX-Video 8)"
+    parser.add_argument("--frames-per-latent", type=between(1, 64), default=4, help=folded)
     args = parser.parse_args(argv)
 
     from preprocessing.encoders import encode_images

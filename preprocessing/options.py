@@ -20,7 +20,7 @@ def add_encoding_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--csv", type=Path, required=True, help="images to encode: CSV of script 1")
     add("--out", type=Path, required=True, help="folder of this field; the same command resumes")
-    add("--batch-size", type=between(1, 65_536), default=64, help="images per forward (default 64)")
+    add("--batch-size", type=between(1, 65_536), help="images per forward (default 64), or clips (default 1)")
     workers = (
         "processes that decode images (default: one for each core, 8 at most; here %(default)s; 0 = none)"
     )
@@ -94,6 +94,11 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
     size.add_argument(f"--{prefix}image-size", type=between(1, SIDE), **pixels)
     view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%"
     add("--view", **choice("aligned", "official"), help=view)
+    seen = (
+        "of a clip, which frames stand for a latent frame, of those that the VAE makes it of: the middle one, or the mean of "
+        "all their tokens"
+    )
+    add("--frames-of-teacher", **choice("middle", "mean"), help=seen)
     stored = "stored as (default float16; int8 = half the size, an fp16 scale for every 64 channels)"
     dtypes = choice("float16", "bfloat16", "float32", "int8")
     add(f"--{prefix}dtype", dest="teacher_dtype", **dtypes, help=stored)
