@@ -8,7 +8,7 @@ The script checks that
     - the manifests are valid and the shards have the recorded sizes,
     - every image of the CSV is in both fields,
     - the text has the classes or the captions of the CSV, and is finite,
-    - the VAE and the teacher saw the same square, or the teacher its official view of it,
+    - the VAE and the teacher saw the same crop, or the teacher its official view of it,
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 from common.arguments import Parser, positive
 from common.errors import run_script
 from common.files import expand_home
+from common.sides import height_width, same_aspect, written
 from preprocessing.options import add_device_option
 
 SHEET_IMAGES = 8
@@ -113,14 +114,22 @@ def check_images(checks: Checks, samples, readers) -> list:
 
 
 def check_views(checks: Checks, latents, tokens) -> None:
-    """Check that the tokens fill their grid, and that the teacher saw the VAE's square or its official view of it."""
-    grid, kind = tokens.view["grid"], tokens.view["kind"]
-    checks(tokens.shape[0] == grid**2 > 1, f"tokens {tokens.shape} {tokens.dtype} = grid {grid} × {grid}")
+    """Check that the tokens fill their grid, and that the teacher saw the VAE's crop or its official view of it."""
+    from cache.manifest import crop_of
+
+    (rows, columns), kind = height_width(tokens.view["grid"]), tokens.view["kind"]
+    checks(
+        tokens.shape[0] == rows * columns > 1,
+        f"tokens {tokens.shape} {tokens.dtype} = grid {rows} × {columns}",
+    )
+    what = "square" if same_aspect(latents.view["size"], 1) else "crop"
     seen = {"aligned": "the same", "official": "only its central 87.5 %,"}.get(kind, kind)
     checks(
-        kind in (latents.view["kind"], "official"),
-        f"the VAE saw the central square at {latents.view['size']} px, the teacher {seen} at {tokens.view['size']} px",
-        "make both fields of the same view",
+        kind in (latents.view["kind"], "official")
+        and same_aspect(crop_of(latents.view), crop_of(tokens.view)),
+        f"the VAE saw the central {what} at {written(latents.view['size'])} px, the teacher {seen} at "
+        f"{written(tokens.view['size'])} px",
+        "make both fields of the same view, with the same --size",
     )
 
 
@@ -141,7 +150,8 @@ def check_values(args, checks: Checks, chosen, latents, tokens) -> None:
     spread = f"mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)"
     checks(0.2 < x.std().item() < 5, f"latents {spec.shape} {spec.dtype}: {spread}")
     if args.sheet:
-        check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, spec)
+        grid = height_width(tokens.spec.view["grid"])
+        check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, spec, grid)
 
 
 def check_checksums(checks: Checks, readers) -> None:
@@ -154,8 +164,8 @@ def check_checksums(checks: Checks, readers) -> None:
     checks(not bad, what, f"delete and make anew: {', '.join(bad)}")
 
 
-def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
-    """Decode the latents of a few images, compare them with the images, and draw the contact sheet."""
+def check_sheet(args, checks: Checks, samples, latents, tokens, spec, grid) -> None:
+    """Decode the latents of a few images, compare them with the images, and draw the sheet; tokens lie on `grid (h, w)`."""
     import numpy as np
 
     from cache.views import read_view
@@ -165,10 +175,10 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     from preprocessing.contact_sheet import draw_contact_sheet
 
     n, device = len(samples), pick_device(args.device)
-    images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)
+    images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, H, W, 3)
     revision = spec.source["revision"] if args.base is None else None
     codec = family_of(args.base or spec.source["model"], revision).load_codec().to(device)
-    decoded = decode_images(codec, latents[:n], rows=1)  # (n, S, S, 3)
+    decoded = decode_images(codec, latents[:n], rows=1)  # (n, H, W, 3)
     errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(
@@ -177,7 +187,8 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
         f"{samples[psnr.argmin()].id} (over {PSNR_FLOOR} expected)",
         "look at the sheet: another VAE, or other images",
     )
-    draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens[:n].numpy())
+    tokens = tokens[:n].unflatten(1, grid).numpy()  # (n, h, w, D)
+    draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens)
     print(f"     {args.sheet}")
 
 

@@ -1,6 +1,7 @@
 """The encoders of scripts 2 and 3, which turn pixels into latents and tokens, and the specifications of their values."""
 
 import hashlib
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from cache.encodings import GROUP
 from cache.manifest import FieldSpec
 from common.device import autocast, compute_dtype, pick_device
 from common.errors import UserError
+from common.sides import as_kept, covers, height_width, same_aspect, written
 from models.families.table import family_of
 from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import DINOv2Encoder
@@ -42,14 +44,17 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
     """
     device, posterior, family = pick_device(args.device), args.posterior, family_of(args.base, args.revision)
     codec = family.load_codec().to(device)
-    size = args.image_size or family.image_size(codec)
-    if size % codec.down:
-        raise UserError(f"--image-size {size} is not a multiple of {codec.down}, the VAE's down-sampling")
-    cells = size // codec.down
+    size = args.size or args.image_size or family.image_size(codec)
+    sides, steps = height_width(size), [codec.down * patch for patch in family.patch[-2:]]
+    if any(side % step for side, step in zip(sides, steps, strict=True)):
+        parts = "the VAE's down-sampling" + (" times the network's patch" if max(family.patch) > 1 else "")
+        option = "--image-size" if args.size is None else "--size"
+        raise UserError(f"{option} {written(size)} is not a multiple of {max(steps)}, {parts}")
+    cells = [side // codec.down for side in sides]
 
     @torch.no_grad()
     def encode(pixels: Tensor, ids: Sequence[str]) -> Tensor:
-        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, S, S) in [-1, 1]
+        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, 3, H, W) in [-1, 1]
         with autocast(device, args.precision):
             mean, std = codec.posterior(images)  # (n, C, h, w) each
         if posterior == "sample":
@@ -60,7 +65,7 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
 
     spec = FieldSpec(
         field="latents",
-        shape=(codec.channels * (2 if posterior == "moments" else 1), cells, cells),
+        shape=(codec.channels * (2 if posterior == "moments" else 1), *cells),
         dtype=args.dtype,
         meaning=MEANING[posterior] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, device, args.precision),
@@ -73,18 +78,30 @@ def latent_job(args: Namespace, folder: Path) -> FieldJob:
 
 
 def token_job(args: Namespace, folder: Path) -> FieldJob:
-    """Return the job that makes L2-normalised DINOv2 patch tokens `(grid², D)` from the options of `add_teacher_options`."""
+    """Return the job that makes L2-normalised DINOv2 patch tokens `(N, D)` from the options of `add_teacher_options`.
+
+    `args.size` is that of the latents, whose crop the teacher sees.
+    """
     device, size = pick_device(args.device), args.teacher_image_size
     teacher = DINOv2Encoder.from_pretrained(args.teacher, args.grid, args.teacher_revision).to(device)
     patch = teacher.model.config.patch_size
     if size is not None:
-        below = size // patch * patch
-        if size != below:
-            use = f"use {below} or {below + patch}"
-            raise UserError(f"image size {size} is not a multiple of the patch {patch}: {use}")
-        teacher = DINOv2Encoder(teacher.model, size // patch, teacher.format).to(device)
-    if teacher.grid < 2:
+        below = [side // patch * patch for side in height_width(size)]
+        if below != [*height_width(size)]:
+            use = f"use {written(as_kept(*below))} or {written(as_kept(*(side + patch for side in below)))}"
+            raise UserError(f"image size {written(size)} is not a multiple of the patch {patch}: {use}")
+        grid = as_kept(*(side // patch for side in below))
+        teacher = DINOv2Encoder(teacher.model, grid, teacher.format).to(device)
+    crop = teacher.size if args.size is None else args.size
+    if math.prod(height_width(teacher.grid)) < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
+    if not covers(teacher.grid, crop):
+        raise UserError(
+            f"a grid of {written(teacher.grid)} has not the shape of --size {written(crop)}: give a --grid whose cells are "
+            "about as wide as they are high"
+        )
+    if args.view == "official" and not same_aspect(crop, 1):
+        raise UserError("--view official is of squares: use aligned")
     if args.teacher_dtype == "int8" and teacher.dim % GROUP:
         needed = f"int8 needs a width that is a multiple of {GROUP}"
         raise UserError(f"{needed}, the teacher's is {teacher.dim}: use float16")
@@ -99,11 +116,12 @@ def token_job(args: Namespace, folder: Path) -> FieldJob:
     source |= {"implementation": teacher.implementation, "position_embeddings": teacher.resampling}
     spec = FieldSpec(
         field="tokens",
-        shape=(teacher.grid**2, teacher.dim),
+        shape=(math.prod(height_width(teacher.grid)), teacher.dim),
         dtype=args.teacher_dtype,
         meaning="L2-normalised DINOv2 patch tokens after the final LayerNorm, row by row",
         source=source | {"format": teacher.format},
-        view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid},
+        view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid}
+        | ({} if same_aspect(crop, teacher.size) else {"crop": height_width(crop)}),
     )
     return FieldJob(folder, spec, encode, device)
 

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cache.image_list import Sample, read_samples
-from cache.manifest import UNREADABLE, FieldSpec
+from cache.manifest import UNREADABLE, FieldSpec, crop_of
 from cache.shard_plan import shard_path
 from cache.shards import FieldWriter
 from cache.views import UnreadableImage, cut_view, read_image, size_and_crop
 from common.errors import UserError
+from common.sides import height_width
 from common.signals import StopSignal, leave_signals_to_the_parent
 
 # At most so many encoded batches wait to be written; that is enough to keep the device from waiting for the disk.
@@ -36,9 +37,9 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True, eq=False)
 class FieldJob:
-    """One field to make. `spec.view` names the square of the image that the encoder sees.
+    """One field to make. `spec.view` names the crop of the image that the encoder sees.
 
-    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
+    `encode` maps uint8 pixels `(n, 3, height, width)` and the ids of the images to values `(n, *spec.shape)` on `device`.
     """
 
     folder: Path
@@ -47,8 +48,9 @@ class FieldJob:
     device: torch.device
 
     @property
-    def view(self) -> tuple[int, str]:
-        return self.spec.view["size"], self.spec.view["kind"]
+    def view(self) -> tuple[tuple[int, int], str, tuple[int, int]]:
+        """The further arguments of `cut_view`."""
+        return height_width(self.spec.view["size"]), self.spec.view["kind"], crop_of(self.spec.view)
 
 
 # The ids of images that are decoded, encoded and written together, and the (job, shard number) of each field that needs them.
@@ -182,16 +184,16 @@ def _store(stored) -> None:
         writer.put(shard, ids, raw, unreadable)
 
 
-def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
+def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple]]):
     """Decode the images of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
-    Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
+    Returns the ids of the readable images, {view: uint8 `(n, 3, H, W)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
     {id: problem} of the unreadable ones. A `UserError` is returned instead of raised, because a DataLoader would bury it in the
     traceback of its worker.
     """
     ids, wanted = chunk
     kept, unreadable = [], {}
-    views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    views = {view: torch.empty(len(ids), *view[0], 3, dtype=torch.uint8) for view in wanted}
     crops = {view: torch.empty(len(ids), 6, dtype=torch.int32) for view in wanted}
     for key in ids:
         try:
