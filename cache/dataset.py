@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache.image_list import Sample, is_captioned, read_samples
+from cache.image_list import Sample, clip_shape, is_captioned, read_samples
 from cache.manifest import check_crops
 from cache.reader import FieldReader
 from cache.text import TextReader
@@ -46,6 +46,7 @@ class AlignedDataset(Dataset):
             )
         self.text = TextReader(text)
         listed = read_samples(csv_path)
+        self._check_moments(clip_shape(listed), csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
             cached &= set(self.tokens.ids)
@@ -61,6 +62,25 @@ class AlignedDataset(Dataset):
         if need_tokens and self.tokens is not None:
             self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
+
+    def _check_moments(self, clip: tuple[int, float] | None, csv_path: str | Path) -> None:
+        """Raise `UserError` unless both fields are of the frames that the list names, and of none where it lists images."""
+        for reader in filter(None, (self.latents, self.tokens)):
+            view = reader.spec.view or {}
+            if (found := (view["frames"], view["fps"]) if "frames" in view else None) != clip:
+                kinds = [
+                    "images" if of is None else f"clips of {of[0]} frames at {of[1]:g} a second"
+                    for of in (found, clip)
+                ]
+                raise UserError(
+                    f"{reader.folder} is of {kinds[0]}, and {csv_path} lists {kinds[1]}: check the paths"
+                )
+        latent_frames = self.latents.spec.shape[1]
+        if clip and self.tokens and (found := self.tokens.spec.view["latent_frames"]) != latent_frames:
+            raise UserError(
+                f"{self.tokens.folder} has tokens of {found} latent frames, and {self.latents.folder} has {latent_frames}: "
+                "make the tokens with script 3 and the VAE's own --frames-per-latent"
+            )
 
     def read_text_with_batches(self) -> None:
         """Let `read_batch` also read the text, for a training that does not hold the text of all prompts."""

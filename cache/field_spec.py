@@ -73,10 +73,11 @@ class FieldSpec:
         return f"{self.shape} {self.dtype}"
 
     def agrees_with(self, other: "FieldSpec") -> bool:
-        """Return whether both have the same field, shape, view and details, and come from the same weights."""
+        """Return whether both have the same field, shape, view and details, and come from the same weights and pixels."""
         names = ("field", "shape", "view", "details")
         same = all(getattr(self, name) == getattr(other, name) for name in names)
-        return same and self.source.get("weights_sha256") == other.source.get("weights_sha256")
+        made_by = ("weights_sha256", "normalisation")
+        return same and all(self.source.get(name) == other.source.get(name) for name in made_by)
 
     def as_json(self) -> dict:
         return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))

@@ -34,13 +34,17 @@ Template = Annotated[str, Field(pattern=r"\{class_name\}")]
 
 @with_config(RECORD)
 class View(TypedDict, total=False):
-    """The crop of an image that the model saw; the text has none. Sides are one number of a square, else [height, width]."""
+    """The crop that the model saw, of a clip the moments too; the text has none. Sides: one of a square, or [height, width]."""
 
     kind: str
     size: Size | Rectangle  # px
     patch: Size  # px
     grid: Size | Rectangle  # tokens
     crop: Rectangle  # of the shape that was cut, where it is not exactly that of `size`
+    frames: Size  # of a clip
+    fps: float
+    latent_frames: Size  # that the tokens stand for, each seen by one frame or by the mean of several
+    frames_of_teacher: Literal["middle", "mean"]
 
 
 @with_config(RECORD)
@@ -178,9 +182,10 @@ def _contradiction(manifest: dict) -> str | None:
     if manifest["field"] == "text":
         size = TextSpec.of(details["fields"], "", {}, {}).shape[0]
         return None if shape == [size] and manifest["dtype"] == "uint8" else "shape and details.fields"
-    if len(shape) != (3 if manifest["field"] == "latents" else 2):
+    if len(shape) != (3 + ("frames" in view) if manifest["field"] == "latents" else 2):
         return f"a shape {shape} of {manifest['field']}"
-    return "shape and grid" if "grid" in view and shape[0] != prod(height_width(view["grid"])) else None
+    cells = view.get("latent_frames", 1) * prod(height_width(view.get("grid", 0)))
+    return "shape and grid" if cells and shape[0] != cells else None
 
 
 def crop_of(view: View) -> tuple[int, int]:

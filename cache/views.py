@@ -90,7 +90,7 @@ def opened_image(path: str | Path, data: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data)) as image:  # reads the size alone
-                _check_memory(*image.size)
+                check_memory(*image.size)
                 image.load()
                 yield image
     except DAMAGE as error:
@@ -116,7 +116,7 @@ def cut_view(
         # As torchvision does, truncate the longer side and round the position of the crop.
         sides = [shorter * side // min(image.size) for side in image.size]
         try:
-            _check_memory(*sides)
+            check_memory(*sides)
         except ValueError as error:
             raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
         return _central(image.resize(sides, Image.Resampling.BICUBIC), size, size)
@@ -144,7 +144,7 @@ def size_and_crop(width: int, height: int, size: Sides) -> tuple[int, ...]:
     return height, width, *corner, h, w
 
 
-def _check_memory(width: int, height: int) -> None:
+def check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:
         raise ValueError(f"{width} × {height} pixels need {needed:,} bytes, more than {MAX_BYTES:,}")

@@ -56,6 +56,11 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     too few images, and caches that do not fit the run.
     """
     where = config.eval
+    if config.teacher.source == "backbone" and config.align.coeff > 0:
+        raise UserError(
+            f"`align` compares with an outside teacher, and this run was taught by its own {config.teacher.block} "
+            "(teacher.source=backbone): leave `align` out for it"
+        )
     if None in (where.csv, where.latents, where.tokens):
         needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
         raise UserError(f"`align` needs held-out images: set {needed}")

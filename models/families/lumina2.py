@@ -22,6 +22,7 @@ class Lumina2(Transformer):
     default_base = "Alpha-VLLM/Lumina-Image-2.0"
     assumed_config = {}  # noqa: RUF012 (never written to)
     sign = -1
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
     block_lists = ("layers",)
     lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
     parts = {  # noqa: RUF012

@@ -17,7 +17,7 @@ from common.errors import UserError
 from configs.loading import load_config
 from miniature.families import make_pipeline
 from models.families.table import family_of
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 from training.parts import build_parts
 
 WIDTH, HEIGHT = 64, 32
@@ -108,7 +108,7 @@ def test_both_fields_are_of_the_same_crop_and_say_so(wide, miniature):
     assert latents.spec.shape[1:] == (4, 8)
     assert tokens.spec.shape == (15, 64)
     codec = family_of(str(root / "sd3")).load_codec()
-    teacher = DINOv2Encoder.from_pretrained(str(miniature / "models/dinov2-mini"), GRID)
+    teacher = load_teacher(str(miniature / "models/dinov2-mini"), GRID)
     for sample in read_samples(root / "train.csv")[:6]:
         crop = by_hand(sample.img_path)
         pixels = torch.from_numpy(np.array(crop.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)))
@@ -167,7 +167,7 @@ def test_the_online_teacher_sees_the_whole_crop(wide, miniature):
     pixels = (parts.family.load_codec().decode(ready.x_0) / 2 + 0.5).clamp(
         0, 1
     )  # (4, 3, 32, 64), the teacher's own size
-    teacher = DINOv2Encoder.from_pretrained(str(miniature / "models/dinov2-mini"), (4, 8))
+    teacher = load_teacher(str(miniature / "models/dinov2-mini"), (4, 8))
     torch.testing.assert_close(ready.tokens, torch.nn.functional.normalize(teacher(pixels), dim=-1))
 
 
