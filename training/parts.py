@@ -139,7 +139,7 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
     if dataset.tokens is None:
         return dataset
-    spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    spec, wanted = dataset.tokens.spec, (dataset.frames * teacher.grid**2, teacher.dim)
     made_by = spec.source.get("model") or "an unnamed teacher"
     if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
         raise UserError(
