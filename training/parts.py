@@ -146,7 +146,7 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
         )
     if dataset.tokens is None:
         return dataset
-    spec, wanted = dataset.tokens.spec, (math.prod(teacher.cells), teacher.dim)
+    spec, wanted = dataset.tokens.spec, (dataset.frames * math.prod(teacher.cells), teacher.dim)
     made_by = spec.source.get("model") or "an unnamed teacher"
     if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
         raise UserError(
