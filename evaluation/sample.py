@@ -69,6 +69,8 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "cfg": given.cfg,
         "guidance_interval": [given.guidance_low, given.guidance_high] if guided else None,
         "guidance_space": given.guidance_space if guided else None,
+        # Only of a family that is told it, so that samples of others keep their folders.
+        **({} if family.guidance is None else {"guidance": family.guidance}),
         "vae": {
             "base": config.model.base,
             "files": files_digest(config.model.base, "vae", config.model.revision),
@@ -226,9 +228,8 @@ class ImageSampler:
     def load(cls, target: Target, device: torch.device) -> "ImageSampler":
         """Load a target's weights."""
         config, given = target.config, target.settings
-        model = load_run_model(target.run, target.step, device, weights=target.weights)
         dtype = compute_dtype(device, given.precision)
-        model.to(dtype)
+        model = load_run_model(target.run, target.step, device, weights=target.weights, dtype=dtype)
         if device.type == "cuda" and dtype == torch.bfloat16:
             model.backbone.to(memory_format=torch.channels_last)
         if given.compile:

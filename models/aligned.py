@@ -60,7 +60,7 @@ class AlignedModel(nn.Module):
         if unknown := [name for name in align_layers if name not in known]:
             listed = ", ".join(known) if len(known) < 9 else f"{known[0]} to {known[-1]}"
             raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {listed}")
-        self.family, self.backbone, self.trained = family, network, train
+        self.family, self.backbone, self.trained, self.checkpointing = family, network, train, False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _choose_trained(family, network, train, lora)
@@ -98,7 +98,9 @@ class AlignedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The network's precision; its own property of that name walks through all modules, a millisecond each time."""
-        return next(self.backbone.parameters()).dtype
+        return next(
+            p.dtype for p in self.backbone.parameters() if p.is_floating_point()
+        )  # of 4 bits, it is uint8
 
     def get_aligned_tokens(self, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Tokens `(B, N, D)` of each head on the teacher's grid (h, w), for the last forward that captured.
@@ -113,6 +115,11 @@ class AlignedModel(nn.Module):
         """Forget the captured hidden states, and with them the graph they keep alive."""
         self.taps.clear()
 
+    def checkpoint(self, on: bool = True) -> None:
+        """Recompute the activations of the family's blocks in backward, or no longer."""
+        self.family.checkpoint(self.backbone, on)
+        self.checkpointing = on
+
     def compile_backbone(self, mode: str = "default") -> None:
         """Compile the network at its next call; taps stay, and sampling may still use it.
 
@@ -122,7 +129,7 @@ class AlignedModel(nn.Module):
         if mode == "max-autotune":
             mode = "max-autotune-no-cudagraphs"
         modules = [self.backbone]
-        if self.backbone.is_gradient_checkpointing:
+        if self.checkpointing:
             blocks = self.family.checkpointed(self.backbone)
             modules = [module for module in self.backbone.modules() if type(module) in blocks]
         # Blocks of a class share their code, and each has shapes of its own: Dynamo would stop compiling after the eighth.
@@ -207,6 +214,17 @@ def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> Lora
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=known[targets], init_lora_weights="gaussian")
 
 
+@contextmanager
+def _lora_in_fp32() -> Iterator[None]:
+    """Let new LoRA weights stay in fp32, as masters start; PEFT would round them to the precision of the frozen weights."""
+    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = move
+
+
 def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: LoraConfig | None) -> None:
     """Freeze the network, then add LoRA or free the weights that are to be trained."""
     network.requires_grad_(False)
@@ -214,16 +232,18 @@ def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: Lora
         if lora is None:
             raise ValueError("train='lora' needs a LoRA config")
         try:
-            if hasattr(network, "add_adapter"):
-                network.add_adapter(lora)
-            else:  # of a class that diffusers gives no adapters
-                inject_adapter_in_model(lora, network)
+            with _lora_in_fp32():
+                if hasattr(network, "add_adapter"):
+                    network.add_adapter(lora)
+                else:  # of a class that diffusers gives no adapters
+                    inject_adapter_in_model(lora, network)
         except ValueError as error:  # peft's, when the targets match nothing
             raise UserError(f"LoRA finds no module to wrap: {str(error).splitlines()[0]}") from None
     elif train == "partial":
         for path in family.partial_blocks(network):
             network.get_submodule(path).requires_grad_(True)
     elif train == "full":
-        network.requires_grad_(True)
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     else:
         raise ValueError(f"train must be lora, partial or full, not {train!r}")

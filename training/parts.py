@@ -74,7 +74,9 @@ def build_parts(config: Config) -> Parts:
     size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
     if not keeps_table(config.data.text_on_device, size):
         dataset.read_text_with_batches()
-    model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
+    network = load_network(config.model, family, dtype, device)
+    model = build_model(config.model, config.align, config.teacher, config.seed, family, network)
+    model = model.to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None and not checkpoints(config.run / "checkpoints"):
         start_from(config.model, model)
@@ -111,8 +113,25 @@ def build_parts(config: Config) -> Parts:
 
 
 def family_for(config: Config) -> Backbone:
-    """Return the family of the config's base model."""
-    return family_of(config.model.base, config.model.revision)
+    """Return the family of the config's base model, whose network is told `diffusion.guidance` where that is set.
+
+    Raises `UserError` where it is set for a family whose networks are told none.
+    """
+    family, guidance = family_of(config.model.base, config.model.revision), config.diffusion.guidance
+    if guidance is not None:
+        if family.guidance is None:
+            raise UserError(
+                f"diffusion.guidance is for networks that are told a guidance scale; {family.name} is told none: leave it out"
+            )
+        family.guidance = guidance
+    return family
+
+
+def load_network(settings: Model, family: Backbone, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load the base model's network: frozen weights at once in the `dtype` of the forward, those that are trained in fp32."""
+    if settings.train != "lora":
+        return family.load_network()
+    return family.load_network(dtype, settings.quantize, device)
 
 
 def start_from(settings: Model, model: AlignedModel) -> None:
@@ -201,7 +220,7 @@ def build_model(
     )
     keep_no_inputs(model.backbone)
     if settings.gradient_checkpointing:
-        family.checkpoint(model.backbone)
+        model.checkpoint()
     return model
 
 
@@ -270,16 +289,25 @@ def build_coefficient(align: Align, steps: int) -> Coefficient:
     return Coefficient(CoefficientSchedule(**align.model_dump(include=names), total_steps=steps), cutoff)
 
 
-def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:
-    """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
+def load_run_model(
+    run: RunFolder, step: int, device: torch.device, *,
+    weights: str = "ema", dtype: torch.dtype | None = None,
+) -> AlignedModel:  # fmt: skip
+    """Load a run's model in eval mode: a checkpoint's weights ("ema", "raw"), or the bare base model ("base").
+
+    In `dtype`; None is fp32, or bf16 where it is quantised.
+    """
     config = run.config
+    if dtype is None:
+        dtype = torch.float32 if config.model.quantize == "none" else torch.bfloat16
+    network = load_network(config.model, family_for(config), dtype, device)
     settings, align = config.model, config.align
     if weights == "base":  # without LoRA and without heads
         settings, align = settings.model_copy(update={"train": "full"}), align.model_copy(update={"coeff": 0})
-    model = build_model(settings, align, config.teacher, config.seed, family_for(config))
+    model = build_model(settings, align, config.teacher, config.seed, family_for(config), network)
     if weights != "base":
         load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def output_of(config: Config) -> str:
