@@ -57,14 +57,14 @@ GROUPS = [
     ("page", "evaluate.py report {arms} {config} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
 
-QUICK_SPLITS = [SPLITS[0] | {"count": 12}, SPLITS[1] | {"count": 12}]
+QUICK_SPLITS = [SPLITS[0] | {"count": 12}, SPLITS[1] | {"count": 6}]
 QUICK_GROUPS = [
     ("digits and small models", "preprocessing/0_make_demo.py --out {data} --quick --family {family}",
      "{data}/models/quality.json"),
     GROUPS[1],
     ("latents and tokens {split}",
-     "preprocessing/2_encode_vae_latents.py --csv {data}/{split}.csv --base {base} --workers 0 --out {data}/{cache}/latents "
-     "--fused {data}/{cache}/tokens --teacher {teacher} --grid 4",
+     "preprocessing/2_encode_vae_latents.py --csv {data}/{split}.csv --base {base} --image-size 64 --workers 0 "
+     "--out {data}/{cache}/latents --fused {data}/{cache}/tokens --teacher {teacher} --grid 4",
      "{data}/{cache}/tokens/manifest.json"),
     GROUPS[4],
     # The VAE has random weights, so its pictures are not compared with the images.
@@ -75,10 +75,10 @@ QUICK_GROUPS = [
     ("train {arm}",
      "train.py --config configs/families/{family}.yaml --config {config} model.base={base} {caches}{without} run={runs}/{arm}",
      "{runs}/{arm}/export"),
-    ("final {arm}",
-     "evaluate.py final {runs}/{arm} eval.num_samples=20 eval.sampling_steps=3",
-     "{runs}/{arm}/eval/points.jsonl"),
-    ("align {arm}", "evaluate.py align {runs}/{arm}", "{runs}/{arm}/eval/align.json"),
+    ("final",
+     "evaluate.py final {arms} eval.num_samples=20 eval.sampling_steps=3",
+     "{runs}/baseline/eval/points.jsonl"),
+    ("align", "evaluate.py align {arms} --timesteps 250 500", "{runs}/baseline/eval/align.json"),
     ("page", "evaluate.py report {arms} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
 

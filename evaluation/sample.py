@@ -39,7 +39,8 @@ from models.backbone import Backbone
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
 from training.kernels import keep_compiled, searched_convolutions
-from training.parts import family_for, load_run_model, output_of
+from training.network import output_of
+from training.parts import family_for, load_run_model
 from training.ranks import Ranks
 from training.run_folder import this_command
 

@@ -3,7 +3,7 @@
 import diffusers
 import transformers
 
-from miniature.families import CELLS, HEADS, WIDTH, autoencoder, clip_encoder, flow, gemma_encoder, t5_encoder
+from miniature.parts import CELLS, HEADS, WIDTH, autoencoder, clip_encoder, flow, gemma_encoder, t5_encoder
 from miniature.tokenizers import (
     clip_tokenizer,
     gemma_tokenizer,
@@ -81,7 +81,8 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
 def sana() -> diffusers.SanaPipeline:
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=3, num_cross_attention_heads=2, cross_attention_head_dim=16,
-        cross_attention_dim=32, caption_channels=WIDTH, sample_size=CELLS, patch_size=1, **HEADS,
+        cross_attention_dim=32, caption_channels=WIDTH, sample_size=CELLS, patch_size=1, timestep_scale=0.5,
+        **HEADS,
     )  # fmt: skip
     facts = {"block_types": "ResBlock", "block_out_channels": 8, "qkv_multiscales": (), "layers_per_block": 1}
     blocks = {

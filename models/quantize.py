@@ -4,6 +4,7 @@ All linear layers are quantised, as in diffusers' own examples; convolutions, no
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,12 +35,15 @@ class Quantization(NamedTuple):
     build: Callable[[torch.dtype], object]  # diffusers' config, from the precision of the forward
     bits: float  # of a weight, scales included, for `--plan`
     needs_gpu: bool  # to quantise, by diffusers' rule
+    unpacks: (
+        bool  # whether backward keeps weights in the precision of the forward, unless blocks are recomputed
+    )
 
 
 QUANTIZATIONS = {
-    "int8": Quantization("torchao", _torchao_int8, 8, False),  # one scale for each row
+    "int8": Quantization("torchao", _torchao_int8, 8, False, True),  # one scale for each row
     # QLoRA's (https://arxiv.org/abs/2305.14314): a scale of 8 bits for 64 weights, one of 32 bits for 256 of these.
-    "nf4": Quantization("bitsandbytes", _bitsandbytes_nf4, 4 + 8 / 64 + 32 / (64 * 256), True),
+    "nf4": Quantization("bitsandbytes", _bitsandbytes_nf4, 4 + 8 / 64 + 32 / (64 * 256), True, False),
 }
 
 
@@ -69,3 +73,9 @@ def quantized_weights(network: nn.Module) -> dict[int, nn.Parameter]:
         for module in network.modules()
         if isinstance(module, nn.Linear) and not module.weight.requires_grad
     }
+
+
+def count_weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for; two of 4 bits lie in a byte."""
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes
+    return parameter.numel() if state is None else math.prod(state.shape)

@@ -10,7 +10,9 @@ import numpy as np
 from common.stages import StageEntry
 from report.records import Alignment, Point, points_under
 
-SAMPLER_NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++"}
+SAMPLER_NAMES = {
+    "ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun", "unipc": "UniPC",
+}  # fmt: skip
 WEIGHT_WORDS = {"ema": "EMA", "raw": "raw"}
 MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
 

@@ -3,6 +3,7 @@
 Libraries are imported inside the functions: pytest's own process, which only hands out the tests, needs none of them.
 """
 
+import functools
 import gc
 import importlib
 
@@ -113,6 +114,21 @@ def sample(root, out, per_class, seed=0, *more):
     arguments = ["--imagenet", root, "--per-class", per_class, "--out", out, "--seed", seed, *more]
     run_numbered("1_sample_imagenet_subset", *arguments)
     return read_samples(out)
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory):
+    """From a family's name to the folder of its tiny pipeline, which is made when it is asked for."""
+    from miniature.families import make_pipeline
+
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def base(name: str) -> str:
+        make_pipeline(name, folder / name)
+        return str(folder / name)
+
+    return base
 
 
 @pytest.fixture(scope="session")

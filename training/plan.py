@@ -158,7 +158,7 @@ def plan_parts(cost: StepCost, model: AlignedModel) -> None:
 
 def plan_online_teacher(config: Config, family: Backbone, shape: tuple[int, ...]) -> float:
     """Print what the online teacher costs beside the step; returns its operations an image, 0 where tokens are cached."""
-    if config.teacher.source == "cached" or config.align.coeff == 0:
+    if config.teacher.source != "online" or config.align.coeff == 0:
         return 0.0
     try:
         teacher = build_online_teacher(config.teacher, family, shape[0], torch.device("meta"), torch.float32)
@@ -181,24 +181,24 @@ def planned_bytes(config: Config, model: AlignedModel, dtype: torch.dtype, saved
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
     moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
+    weights, unpacked = bytes_of_weights(config, model, dtype)
     return {
-        "kept for backward": saved * config.data.batch_size,
-        "weights": bytes_of_weights(config, model),
+        "kept for backward": saved * config.data.batch_size + unpacked,
+        "weights": weights,
         "gradients, masters, AdamW and EMA": own + gradients + moments + average,
         "text": text_bytes(config, model, dtype)[0],
     }
 
 
-def bytes_of_weights(config: Config, model: AlignedModel) -> float:
-    """Return the memory of all weights, those that `model.quantize` puts into fewer bits counted so."""
-    quantized = {}
-    if config.model.quantize != "none":
-        quantized = quantized_weights(model.backbone)
-        bits = QUANTIZATIONS[config.model.quantize].bits
-    return sum(
-        x.numel() * (bits / 8 if id(x) in quantized else x.element_size())
-        for x in (*model.parameters(), *model.buffers())
-    )
+def bytes_of_weights(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the memory of all weights, those of `model.quantize` in fewer bits, and what backward keeps of these in `dtype`."""
+    every = [*model.parameters(), *model.buffers()]
+    if config.model.quantize == "none":
+        return sum(x.numel() * x.element_size() for x in every), 0.0
+    how, quantized = QUANTIZATIONS[config.model.quantize], quantized_weights(model.backbone)
+    held = sum(x.numel() * (how.bits / 8 if id(x) in quantized else x.element_size()) for x in every)
+    unpacked = sum(x.numel() * dtype.itemsize for x in quantized.values())
+    return held, unpacked if how.unpacks and not config.model.gradient_checkpointing else 0.0
 
 
 def text_bytes(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[int, int]:
@@ -250,7 +250,7 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
     Returns the bytes that training reads for each image, 0 where there is no cache.
     """
     fields = [("latents", config.data.latents, 2, math.prod(shape))]  # name, folder, script, numbers an image
-    if config.data.tokens is not None and config.align.coeff > 0:
+    if config.teacher.source == "cached" and config.align.coeff > 0:
         fields.append(("tokens", config.data.tokens, 3, config.teacher.grid**2 * config.teacher.dim))
     read_in_all = 0.0
     for name, folder, script, numbers in fields:

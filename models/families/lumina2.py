@@ -34,6 +34,7 @@ class Lumina2(Transformer):
     }
     forecast_assumes = f"each prompt has {TOKENS} tokens"
     sign = -1
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
     block_lists = ("layers",)
     lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
     parts = {  # noqa: RUF012

@@ -26,6 +26,7 @@ class PixArt(Transformer):
         "out_channels": 8,
     }
     flow, loads_lora = False, False
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
     lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
     parts = {  # noqa: RUF012
         "transformer": lambda: diffusers.PixArtTransformer2DModel,

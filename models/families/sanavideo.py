@@ -16,7 +16,7 @@ class SanaVideo(VideoTransformer):
     default_base = "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"
     assumed_config = {}  # noqa: RUF012 (never written to)
     default_cells = (21, 60, 104)  # 81 frames of 480 × 832 px
-    lora_targets = Sana.lora_targets
+    lora_targets, trimmed_text = Sana.lora_targets, Sana.trimmed_text
     parts = Sana.parts | {
         "transformer": lambda: diffusers.SanaVideoTransformer3DModel,
         "vae": lambda: diffusers.AutoencoderKLWan,
