@@ -111,6 +111,10 @@ def check_measurable(arm: str, config: Config) -> None:
     for name in ("csv", "latents", "tokens"):
         if getattr(config.eval, name) is None:
             raise UserError(f"{arm} cannot be evaluated: set eval.{name} in the base config, or by --set")
+    if config.teacher.source == "backbone" and config.align.coeff > 0:
+        raise UserError(
+            f"{arm} has no outside teacher to be measured against (teacher.source=backbone): leave it out"
+        )
     if config.eval.num_samples < FEWEST_MEASURED:
         few = f"eval.num_samples = {config.eval.num_samples} is too few"
         raise UserError(f"{arm}: {few}: choose {FEWEST_MEASURED} or more")

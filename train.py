@@ -27,6 +27,7 @@ from configs.loading import check_key, knobs_help, load_config, yaml_value
 from evaluation.pictures import Previews
 from evaluation.points import PeriodicEvaluation
 from export import export_run
+from method.alignment import similarity_of
 from method.objective import PER_IMAGE
 from method.paths import QUARTERS
 from training.guard import Guard
@@ -165,7 +166,8 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
 
 def loss_of(parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool) -> Terms:
     """The terms of a batch's loss (`Objective`), at λ = `coeff`; `aligned` evaluates the heads."""
-    ready = parts.batches(batch, generator, with_tokens=aligned)
+    outside = aligned and parts.model.teacher_block is None
+    ready = parts.batches(batch, generator, with_tokens=outside)
     return parts.loss(
         parts.model,
         ready.x_0,
@@ -186,7 +188,7 @@ def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, ali
     scalars = {name: value for name, value in terms.items() if name in logged}
     if aligned:
         # Before backward: the next step reads the similarity, and would wait for all that was launched before it.
-        parts.coefficient.observe(1 - terms["loss_token"])
+        parts.coefficient.observe(similarity_of(terms))
     state.backward(scalars, batch.indices, errors)
     quarter = parts.loss.path.quarter(timesteps)  # (B,)
     in_quarter = quarter == torch.arange(QUARTERS, device=quarter.device)[:, None]  # (4, B)

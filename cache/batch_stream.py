@@ -32,7 +32,11 @@ class Batch:
 
     def on(self, device: torch.device, name: str) -> Tensor | dict[str, Tensor]:
         """Return the values `(B, *shape)` of a field on `device`; on the CPU they may be views of the reused buffer."""
-        return self.decode[name](self.raw[name].to(device, non_blocking=True))
+        return self.decode[name](self.bytes_on(device, name))
+
+    def bytes_on(self, device: torch.device, name: str) -> Tensor:
+        """Return the stored bytes `(B, value_bytes)` of a field on `device`; on the CPU this is the reused buffer itself."""
+        return self.raw[name].to(device, non_blocking=True)
 
     def indices_on(self, device: torch.device) -> Tensor:
         """Return the indices `(B,)` on `device`; on the CPU this is the reused buffer itself."""
@@ -122,7 +126,7 @@ class TrainingBatch:
     """The tensors of one training batch; tokens and grid are None where they were not requested."""
 
     x_0: Tensor  # scaled latents (B, C, h, w) in fp32
-    text: dict[str, Tensor]  # of each text field (B, …)
+    text: dict[str, Tensor]  # of each text field (B, …), and what the network is told of the images
     tokens: Tensor | None  # of the teacher, (B, N, D)
     grid: tuple[int, int] | None  # (h, w) of the tokens
 
@@ -141,6 +145,7 @@ class TrainingBatches:
     caption_dropout: float  # the share of captions replaced by the null prompt, for classifier-free guidance
     teacher: Callable[[Tensor], Tensor] | None = None  # from x_0 to tokens (B, N, D); None: the cached tokens
     grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`
+    image_conditions: Sequence[str] = ()  # the names under which the network is told size and crop of images
 
     def __post_init__(self):
         text = self.dataset.text
@@ -156,16 +161,21 @@ class TrainingBatches:
             return convert(self.dataset.text.rows(labels), self.device, self.dtype)
         return self.table.rows(labels.to(self.device))
 
+    def conditions(self, raw: Tensor) -> dict[str, Tensor]:
+        """Return what the network is told of the images of these bytes of latents: fp32 `(B, 6)`, or nothing."""
+        told = self.dataset.size_and_crop(raw)
+        return {} if told is None else dict.fromkeys(self.image_conditions, told)
+
     def __call__(self, batch: Batch, generator: torch.Generator, *, with_tokens: bool) -> TrainingBatch:
         """Decode the batch on the device. `generator` draws the latents (of cached moments) and then the captions to drop."""
-        x_0 = self.dataset.x_0(batch.on(self.device, "latent"), generator)  # (B, C, h, w)
+        raw = batch.bytes_on(self.device, "latent")  # (B, value_bytes)
+        x_0 = self.dataset.x_0(batch.decode["latent"](raw), generator)  # (B, C, h, w)
         if self.table is None:
             text = convert(batch.on(self.device, "text"), self.device, self.dtype)
         else:
             text = self.table.rows(self.labels[batch.indices_on(self.device)])
-        text = drop_captions(
-            text, self.null, self.caption_dropout, generator
-        )  # new memory, of the buffers too
+        # New memory, of the buffers too. A dropped caption is the null prompt of the same image.
+        text = drop_captions(text, self.null, self.caption_dropout, generator) | self.conditions(raw)
         if not with_tokens:
             return TrainingBatch(x_0, text, None, None)
         tokens = batch.on(self.device, "dino_tokens") if self.teacher is None else self.teacher(x_0)

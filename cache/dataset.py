@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache.image_list import Sample, is_captioned, read_samples
+from cache.image_list import Sample, clip_shape, is_captioned, read_samples
 from cache.reader import FieldReader
 from cache.text import TextReader
 from common.errors import UserError
@@ -18,6 +18,7 @@ from common.errors import UserError
 class AlignedDataset(Dataset):
     """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and its label.
 
+    Where script 2 stored them, `size_and_crop (6,)` too (`cache.views.size_and_crop`).
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
     such images. `labels (n,)` are the labels of the text: the classes of a list of classes, which items call `class_id`, or the
     numbers of the prompts of a captioned list, which items call `label`. The dataset works with any DataLoader and any start
@@ -39,6 +40,7 @@ class AlignedDataset(Dataset):
         self.tokens = None if tokens is None else FieldReader(tokens, "tokens")
         self.text = TextReader(text)
         listed = read_samples(csv_path)
+        self._check_moments(clip_shape(listed), csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
             cached &= set(self.tokens.ids)
@@ -54,6 +56,25 @@ class AlignedDataset(Dataset):
         if need_tokens and self.tokens is not None:
             self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
+
+    def _check_moments(self, clip: tuple[int, float] | None, csv_path: str | Path) -> None:
+        """Raise `UserError` unless both fields are of the frames that the list names, and of none where it lists images."""
+        for reader in filter(None, (self.latents, self.tokens)):
+            view = reader.spec.view or {}
+            if (found := (view["frames"], view["fps"]) if "frames" in view else None) != clip:
+                kinds = [
+                    "images" if of is None else f"clips of {of[0]} frames at {of[1]:g} a second"
+                    for of in (found, clip)
+                ]
+                raise UserError(
+                    f"{reader.folder} is of {kinds[0]}, and {csv_path} lists {kinds[1]}: check the paths"
+                )
+        latent_frames = self.latents.spec.shape[1]
+        if clip and self.tokens and (found := self.tokens.spec.view["latent_frames"]) != latent_frames:
+            raise UserError(
+                f"{self.tokens.folder} has tokens of {found} latent frames, and {self.latents.folder} has {latent_frames}: "
+                "make the tokens with script 3 and the VAE's own --frames-per-latent"
+            )
 
     def read_text_with_batches(self) -> None:
         """Let `read_batch` also read the text, for a training that does not hold the text of all prompts."""
@@ -90,6 +111,8 @@ class AlignedDataset(Dataset):
         for i, label in enumerate(self.labels[indices]):
             values = {name: decode[name](raw[name][i][None]) for name in raw}
             values["latent"] = self.x_0(values["latent"])  # (1, C, h, w)
+            if (told := self.size_and_crop(raw["latent"][i][None])) is not None:
+                values["size_and_crop"] = told
             item = {name: value[0] for name, value in (values | self.text.rows([label])).items()}
             items.append(item | {"label" if self.captioned else "class_id": label})
         return items
@@ -132,6 +155,10 @@ class AlignedDataset(Dataset):
         """Fill `raw[name] (len(indices), value_bytes)` with the stored bytes of these items, for every field."""
         for name, reader in self.readers.items():
             reader.read_rows(self._rows[name][indices], raw[name].numpy())
+
+    def size_and_crop(self, raw: Tensor) -> Tensor | None:
+        """Return size and crop `(B, 6)`, in fp32, of the images of bytes of latents; None where script 2 stored none."""
+        return self.latents.spec.size_and_crop(raw)
 
     def x_0(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return `latents_of` this dataset's stored values."""

@@ -7,25 +7,23 @@ it. `cache/shards.py` describes the whole format.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
-import torch
 from pydantic import Field, with_config
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from cache.encodings import ENCODINGS
+from cache.field_spec import FORMAT, VERSION, FieldSpec, NamedField, Size, TextSpec
 from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 
-FORMAT, VERSION = "urepa-cache", 3
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 UNREADABLE_COLUMNS = ("id", "shard", "problem")
-Count, Size = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{5,}\.lmdb$")]  # in the same folder
 Template = Annotated[str, Field(pattern=r"\{class_name\}")]
@@ -33,12 +31,16 @@ Template = Annotated[str, Field(pattern=r"\{class_name\}")]
 
 @with_config(RECORD)
 class View(TypedDict, total=False):
-    """The square that the model saw; the text has none."""
+    """The square that the model saw, of a clip the moments too; the text has none."""
 
     kind: str
     size: Size  # px
     patch: Size  # px
     grid: Size  # tokens per side
+    frames: Size  # of a clip
+    fps: float
+    latent_frames: Size  # that the tokens stand for, each seen by one frame or by the mean of several
+    frames_of_teacher: Literal["middle", "mean"]
 
 
 @with_config(RECORD)
@@ -50,14 +52,7 @@ class ImageDetails(TypedDict, total=False):
     # As they were written, for 1 and 1.0 have different seals; of --unscaled, where x_0 = (z - mean) * scaling_factor.
     scaling_factor: int | float | list[float]
     mean: int | float | list[float]
-
-
-@with_config(RECORD)
-class NamedField(TypedDict):
-    """One of the named fields of the text."""
-
-    shape: list[Size]  # of one prompt
-    dtype: Literal["float16", "bfloat16", "float32", "uint8"]  # masks are uint8
+    size_and_crop: Literal[True]  # stored behind each value, see `FieldSpec.size_and_crop`
 
 
 @with_config(RECORD)
@@ -65,9 +60,8 @@ class TextDetails(TypedDict):
     """What only the text has."""
 
     fields: dict[str, NamedField]
-    trimmed: NotRequired[
-        dict[str, str]
-    ]  # fields cut behind the longest prompt, and the mask that says where that is
+    # Fields cut behind the longest prompt, and the mask that says where that is.
+    trimmed: NotRequired[dict[str, str]]
     template: NotRequired[Template]  # of the prompts of classes
 
 
@@ -136,115 +130,6 @@ AnyManifest = Annotated[ImageManifest | TextManifest, Field(discriminator="field
 AnySettings = Annotated[Settings | TextSettings, Field(discriminator="field")]
 
 
-@dataclass(frozen=True)
-class FieldSpec:
-    """The specification of a field. The manifest records every attribute, and reading fails where one is missing."""
-
-    field: str  # latents, tokens or text
-    shape: tuple[int, ...]  # of one value, without a batch dimension
-    dtype: str  # as stored, a key of ENCODINGS; numbers are little-endian
-    meaning: str  # what a value is, in words
-    # The model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
-    source: dict = field(default_factory=dict)
-    view: dict = field(default_factory=dict)  # the square that the model saw: kind, size in px, token grid
-    details: dict = field(default_factory=dict)  # what only this field needs, such as a scaling factor
-
-    @property
-    def value_bytes(self) -> int:
-        """The number of bytes of one stored value."""
-        return ENCODINGS[self.dtype].value_bytes(self.shape)
-
-    def encode(self, values: Tensor) -> Tensor:
-        """Encode `values (n, *shape)` to the bytes that are stored, uint8 `(n, value_bytes)`, on the same device."""
-        if values.shape[1:] != self.shape:
-            raise ValueError(f"{self.field}: expected (n, *{self.shape}), got {tuple(values.shape)}")
-        return ENCODINGS[self.dtype].encode(values)
-
-    def decode(self, raw: Tensor) -> Tensor:
-        """Decode bytes `raw (n, value_bytes)` to values `(n, *shape)` on the same device, if possible as a view of `raw`."""
-        return ENCODINGS[self.dtype].decode(raw, self.shape)
-
-    def is_finite(self, raw: Tensor) -> bool:
-        """Return whether bytes `raw (n, value_bytes)` hold finite numbers alone."""
-        return _is_finite(self.decode(raw))
-
-    @property
-    def form(self) -> str:
-        """Shape and stored type of a value, in words."""
-        return f"{self.shape} {self.dtype}"
-
-    def agrees_with(self, other: "FieldSpec") -> bool:
-        """Return whether both have the same field, shape, view and details, and come from the same weights."""
-        names = ("field", "shape", "view", "details")
-        same = all(getattr(self, name) == getattr(other, name) for name in names)
-        return same and self.source.get("weights_sha256") == other.source.get("weights_sha256")
-
-    def as_json(self) -> dict:
-        return json.loads(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}))
-
-    @classmethod
-    def from_json(cls, data: dict) -> "FieldSpec":
-        known = {entry.name: data[entry.name] for entry in fields(cls)}
-        kind = TextSpec if data["field"] == "text" else cls
-        return kind(**known | {"shape": tuple(data["shape"])})
-
-
-@dataclass(frozen=True)
-class TextSpec(FieldSpec):
-    """The specification of text: a value is a dict of the named fields of `details["fields"]`, stored one after the other.
-
-    Fields of wider numbers come first and a row is a multiple of four bytes, so that `decode` can give views.
-    """
-
-    @classmethod
-    def of(cls, named: Mapping[str, NamedField], meaning: str, source: dict, details: dict) -> "TextSpec":
-        """Return the specification of these named fields."""
-        size = sum(ENCODINGS[form["dtype"]].value_bytes(form["shape"]) for form in named.values())
-        return cls(
-            "text", (-(-size // 4) * 4,), "uint8", meaning, source, {}, {"fields": dict(named)} | details
-        )
-
-    @property
-    def fields(self) -> dict[str, NamedField]:
-        """The named fields in the order in which they are stored."""
-        named = self.details["fields"].items()
-        return dict(sorted(named, key=lambda item: (-ENCODINGS[item[1]["dtype"]].value_bytes([1]), item[0])))
-
-    def encode(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Encode named fields, each `(n, …)`, to the bytes that are stored, uint8 `(n, value_bytes)`."""
-        rows = []
-        for name, form in self.fields.items():
-            if list(values[name].shape[1:]) != form["shape"]:
-                raise ValueError(f"{name}: expected (n, *{form['shape']}), got {tuple(values[name].shape)}")
-            rows.append(ENCODINGS[form["dtype"]].encode(values[name]))
-        row = torch.cat(rows, dim=1)
-        return torch.nn.functional.pad(row, (0, self.value_bytes - row.shape[1]))
-
-    def decode(self, raw: Tensor) -> dict[str, Tensor]:
-        """Decode bytes `raw (n, value_bytes)` to the named fields, each `(n, …)`, as views of `raw`."""
-        values, start = {}, 0
-        for name, form in self.fields.items():
-            encoding = ENCODINGS[form["dtype"]]
-            end = start + encoding.value_bytes(form["shape"])
-            values[name] = encoding.decode(raw[:, start:end], form["shape"])
-            start = end
-        return values
-
-    def is_finite(self, raw: Tensor) -> bool:
-        return all(map(_is_finite, self.decode(raw).values()))
-
-    @property
-    def form(self) -> str:
-        return ", ".join(
-            f"{name} {tuple(form['shape'])} {form['dtype']}" for name, form in self.fields.items()
-        )
-
-
-def _is_finite(values: Tensor) -> bool:
-    # Minimum and maximum are finite only if all values are, and finding them is far cheaper than isfinite() on fp16.
-    return not len(values) or bool(torch.stack(torch.aminmax(values)).isfinite().all())
-
-
 def write_manifest(folder: Path, manifest: dict) -> None:
     """Write a finished field's manifest with its seal, the digest of all the rest."""
     write_json(folder / MANIFEST, manifest | {"seal": digest_of(manifest)})
@@ -293,9 +178,10 @@ def _contradiction(manifest: dict) -> str | None:
     if manifest["field"] == "text":
         size = TextSpec.of(details["fields"], "", {}, {}).shape[0]
         return None if shape == [size] and manifest["dtype"] == "uint8" else "shape and details.fields"
-    if len(shape) != (3 if manifest["field"] == "latents" else 2):
+    if len(shape) != (3 + ("frames" in view) if manifest["field"] == "latents" else 2):
         return f"a shape {shape} of {manifest['field']}"
-    return "shape and grid" if "grid" in view and shape[0] != view["grid"] ** 2 else None
+    cells = view.get("latent_frames", 1) * view.get("grid", 0) ** 2
+    return "shape and grid" if cells and shape[0] != cells else None
 
 
 def digest_of(content: dict) -> str:

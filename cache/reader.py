@@ -79,9 +79,13 @@ class FieldReader:
 
     def read(self, ids: Sequence[str]) -> Tensor:
         """Return the values `(len(ids), *shape)` in the order of `ids`."""
+        return self.spec.decode(self.read_raw(ids))
+
+    def read_raw(self, ids: Sequence[str]) -> Tensor:
+        """Return the stored bytes `(len(ids), value_bytes)` in the order of `ids`."""
         raw = torch.empty(len(ids), self.spec.value_bytes, dtype=torch.uint8)
         self.read_rows(self.rows(ids), raw.numpy())
-        return self.spec.decode(raw)
+        return raw
 
     def read_rows(self, rows: np.ndarray, buffers: Sequence[np.ndarray]) -> None:
         """Read the value of row i into buffer i, uint8 `(value_bytes,)`; the buffers may be the rows of one array."""

@@ -88,7 +88,7 @@ def opened_image(path: str | Path, data: bytes) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(io.BytesIO(data)) as image:  # reads the size alone
-                _check_memory(*image.size)
+                check_memory(*image.size)
                 image.load()
                 yield image
     except DAMAGE as error:
@@ -109,14 +109,24 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
         # As torchvision does, truncate the longer side and round the position of the crop.
         sides = [shorter * side // min(image.size) for side in image.size]
         try:
-            _check_memory(*sides)
+            check_memory(*sides)
         except ValueError as error:
             raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
         return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
     raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 
-def _check_memory(width: int, height: int) -> None:
+def size_and_crop(width: int, height: int, side: int) -> tuple[int, ...]:
+    """Return the six numbers, height first, that Stable Diffusion XL is told of an upright image cut to its aligned view.
+
+    They are the size of the whole image, the place of the crop's top left corner once the image is resized so that its shorter
+    side is `side`, and the size of the view, in pixels; resized and rounded as diffusers' training examples do it.
+    """
+    resized = [side * length // min(width, height) for length in (height, width)]
+    return height, width, *(round((length - side) / 2) for length in resized), side, side
+
+
+def check_memory(width: int, height: int) -> None:
     """Raise ValueError where an image would need more memory than `MAX_BYTES`; PIL keeps any pixel in 4 bytes at most."""
     if (needed := 4 * width * height) > MAX_BYTES:
         raise ValueError(f"{width} × {height} pixels need {needed:,} bytes, more than {MAX_BYTES:,}")

@@ -10,15 +10,18 @@ import importlib
 import logging
 import os
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.reading import read_record
@@ -30,6 +33,16 @@ MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusi
 HUB_SECONDS = 5  # within which a hub must answer the first question
 REASON = 200  # characters of a library's reason in an error line
 SAVED = "give a whole folder that save_pretrained wrote"
+THREE = Field(min_length=3, max_length=3)
+T = TypeVar("T")
+
+
+@with_config(strict=True)
+class PixelStatistics(TypedDict):
+    """What preprocessor_config.json says of RGB pixels in [0, 1]."""
+
+    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], THREE]
+    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], THREE]
 
 
 def load_pretrained(
@@ -92,6 +105,28 @@ def read_config(
 
         path = _found(download, name, what, revision, local=local)
     return read_record(path, dict[str, Any], SAVED)
+
+
+def read_optional(
+    name: str, file: str, schema: type[T], what: str, *, revision: str | None = None
+) -> T | None:
+    """Return a JSON file that a folder or hub id need not have, by its schema; None where it has none.
+
+    A hub that does not answer counts as having none, and a warning says so.
+    """
+    if (folder := local_folder(name)) is not None:
+        path = folder / file
+        return read_record(path, schema, SAVED) if os.path.lexists(path) else None
+    if (path := try_to_load_from_cache(name, file, revision=revision)) is None:
+        try:
+            files = HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).siblings
+            if all(found.rfilename != file for found in files):
+                return None
+            path = hf_hub_download(name, file, revision=revision)
+        except Exception as error:  # the network, the hub or its client, in whichever way
+            print(f"warning: {what} is used without its {file}: {reason_of(error)}", file=sys.stderr)
+            return None
+    return read_record(path, schema, SAVED) if isinstance(path, str) else None
 
 
 def local_folder(name: str) -> Path | None:

@@ -26,35 +26,33 @@ SHARED = {
 RENAMED = {f"{method}_{name}": key for method in ("urepa", "crepa") for name, key in SHARED.items()} | {
     "urepa_manifold_weight": "align.manifold_coeff",
     "crepa_block_index": "align.taps",
+    "crepa_spatial_align": "align.spatial",
+    "crepa_adjacent_distance": "align.neighbours",
+    "crepa_adjacent_tau": "align.neighbour_tau",
+    "crepa_cumulative_neighbors": "align.cumulative",
+    "crepa_normalize_by_frames": "align.normalize_by_frames",
+    "crepa_normalize_neighbour_sum": "align.normalize_neighbours",
+    "crepa_use_backbone_features": "teacher.source",
+    "crepa_teacher_block_index": "teacher.block",
 }
 # Switches with the value that says what is so here anyway.
 AS_IT_IS = {
     "urepa_enabled": True,
     "crepa_enabled": True,
-    "crepa_spatial_align": True,
+    "crepa_drop_vae_encoder": True,
     "urepa_use_tae": False,
     "crepa_use_tae": False,
     "crepa_use_backbone_features": False,
 }
 _OFF = "use align.coeff=0 to switch the alignment off"
 _TAE = "use teacher.source=online with teacher.decoder=madebyollin/taesd"
-_NEIGHBOURS = "an image has no neighbouring frames, so align.coeff weighs its own tokens alone: leave it out"
-_BACKBONE = "the teacher is a vision encoder: make its tokens by script 3, and set teacher.model"
 # Names without a direct equal, and what to use.
 REFUSED = {
     "urepa_enabled": _OFF,
     "crepa_enabled": _OFF,
     "urepa_use_tae": _TAE,
     "crepa_use_tae": _TAE,
-    "crepa_spatial_align": "tokens are always aligned place by place: leave it out, or set a smaller teacher.grid",
-    "crepa_adjacent_distance": _NEIGHBOURS,
-    "crepa_adjacent_tau": _NEIGHBOURS,
-    "crepa_cumulative_neighbors": _NEIGHBOURS,
-    "crepa_normalize_by_frames": _NEIGHBOURS,
-    "crepa_normalize_neighbour_sum": _NEIGHBOURS,
-    "crepa_use_backbone_features": _BACKBONE,
-    "crepa_teacher_block_index": _BACKBONE,
-    "crepa_drop_vae_encoder": "a training with teacher.source=cached loads no VAE: leave it out",
+    "crepa_drop_vae_encoder": "a training never encodes pixels, so it loads no VAE encoder: leave it out",
 }
 # Unknown keys whose error names ours.
 SUGGESTED = {
@@ -119,8 +117,10 @@ def own_settings(key: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if value % PATCH:
             raise UserError(f"{key} = {value}: DINOv2 has patches of {PATCH} px, so give a multiple of that")
         value //= PATCH
-    elif name == "align.taps" and type(value) is int:
-        value = [f"block{value}"]
+    elif alias.endswith("_block_index") and type(value) is int:
+        value = [f"block{value}"] if name == "align.taps" else f"block{value}"
+    elif name == "teacher.source" and value is True:
+        value = "backbone"
     return {name: value}, implied
 
 

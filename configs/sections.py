@@ -10,8 +10,6 @@ from common.base_model import BASE
 from common.device import check_device_name
 from common.errors import UserError
 from common.files import expand_home
-from method.alignment import MANIFOLD_LOSSES, PROJECTIONS
-from method.coefficient import DECAYS
 from method.paths import DRAWS
 
 # Upper limits are far above what anyone needs: they catch slips before memory or time are spent on them.
@@ -86,15 +84,19 @@ class Model(Section):
 
 
 class Teacher(Section):
-    source: Literal["cached", "online"] = knob(
+    source: Literal["cached", "online", "backbone"] = knob(
         "cached",
         "cached = data.tokens; online = decode the latents and encode them at every step: with the "
-        "VAE 2.8 times the operations of a LoRA step, with a tiny decoder 1.2 (docs/method.md)",
+        "VAE 2.8 times the operations of a LoRA step, with a tiny decoder 1.2 (docs/method.md); backbone = `block` of the "
+        "network itself, in the same forward: model, dim, grid and data.tokens are then not used",
+    )
+    block: str | None = knob(
+        None, "backbone: the tap whose features are the teacher; it must lie behind align.taps", min_length=1
     )
     model: Place | None = knob(
         None,
         "cached: name of the model that made data.tokens, as its manifest has it (null accepts any); online: the "
-        "DINOv2 to load, a hub id, folder or checkpoint file",
+        "DINOv2, DINOv3 or SigLIP to load, a hub id or folder, or a checkpoint file of a DINOv2",
     )
     revision: str | None = knob(None, "online: hub revision (commit) of the teacher")
     decoder: Place | None = knob(
@@ -126,77 +128,6 @@ class Data(Section):
         2, "batches read at the same time, ahead of the step; 0 reads each when it is needed", ge=0, le=256
     )
     caption_dropout: Share = knob(0.1, "share of captions replaced by the null prompt (for CFG)")
-
-
-class Align(Section):
-    taps: Annotated[tuple[str, ...], AsTuple, OneNeedsNoList] = knob(
-        ("auto",),
-        "where the network is read, by the names of its family: enc_last, mid, dec_first of a U-Net, block0, block1, … of a "
-        "transformer; auto = mid, or the block at a third of the depth. The loss is the mean over taps (in a shell: "
-        "'align.taps=[enc_last,mid]')",
-        min_length=1,
-    )
-    coeff: AtLeast0 = knob(0.8, "λ, weight of the alignment loss; 0 = no alignment work at all")
-    manifold_coeff: AtLeast0 = knob(3.0, "w, weight of the manifold loss beside the token loss")
-    manifold: Literal[tuple(MANIFOLD_LOSSES)] = knob(
-        "sample",
-        "Gram matrix of pooled tokens across the batch (B×B), of tokens within an image (N×N), or both",
-    )
-    upper_only: bool = knob(False, "compare the strict upper triangle of the Gram matrices only")
-    gather: bool = knob(
-        False,
-        "take the sample Gram over the batches of all ranks together; its meaning depends on their number",
-    )
-    head: Literal[tuple(PROJECTIONS)] = knob(
-        "conv1x1",
-        "what projects the features: the plan's 1×1 conv, GroupNorm, GELU; LayerNorm and one layer; REPA's three "
-        "layers with SiLU; iREPA's 3×3 conv",
-    )
-    head_hidden: int = knob(2048, "width of the hidden layers of head = mlp", ge=1, le=16_384)
-    spatial_norm: Share | None = knob(
-        None,
-        "iREPA's α: the teacher's tokens become (y − α·mean) / std over each image's tokens; null = as they are",
-    )
-    schedule: Literal[tuple(DECAYS)] = knob("constant", "how λ goes to coeff_end after the warm-up")
-    warmup_steps: Count = knob(0, "λ rises linearly from 0 over these steps")
-    decay_steps: Count = knob(0, "length of the decay, counted after the warm-up; 0 = to the end")
-    coeff_end: AtLeast0 = knob(0.0, "λ at the end of the decay")
-    power: Above0 = knob(1.0, "exponent of the polynomial schedule")
-    cutoff_step: Count = knob(0, "λ = 0 from this step on; 0 = never")
-    similarity_threshold: float | None = knob(
-        None, "λ = 0 once the moving average of the mean cosine reaches this; null = never", ge=-1, le=1
-    )
-    similarity_ema_decay: Decay = knob(
-        0.99, "decay of that average; it decides nothing before it has seen 1 / (1 − decay) steps"
-    )
-    threshold_mode: Literal["permanent", "recoverable"] = knob(
-        "permanent", "whether λ stays 0, or comes back when the average falls below the threshold"
-    )
-    similarity_every: Positive = knob(
-        10, "while λ is 0 but recoverable, measure the similarity at every so many steps"
-    )
-
-    @model_validator(mode="after")
-    def _what_is_set_can_act(self):
-        if len(set(self.taps)) != len(self.taps):
-            raise ValueError(f"align.taps names a tap twice: {', '.join(self.taps)}")
-        without = {"coeff_end": 0.0, "decay_steps": 0, "power": 1.0}
-        idle = [name for name, default in without.items() if getattr(self, name) != default]
-        if self.schedule == "constant" and idle:
-            raise ValueError(
-                f"align.{idle[0]} has no effect while align.schedule is constant: choose another schedule"
-            )
-        if self.coeff == 0 and self.coeff_end > 0:
-            raise ValueError(
-                f"align.coeff_end = {self.coeff_end:g} has no effect while align.coeff = 0, which leaves the alignment "
-                "out: raise align.coeff, or set align.coeff_end=0"
-            )
-        if self.spatial_norm == 1 and self.manifold != "token" and self.manifold_coeff > 0:
-            raise ValueError(
-                "align.spatial_norm = 1 takes away the mean tokens that the sample Gram compares: set align.manifold=token, "
-                "align.manifold_coeff=0, or a smaller align.spatial_norm"
-            )
-        return self
 
 
 class Diffusion(Section):

@@ -2,7 +2,7 @@
 taps and heads."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +35,7 @@ class HeldOut:
     """Images that nothing was trained on, and how many there were to choose from (`available`).
 
     Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,), or None of captioned images; the fields of the null
-    prompt are (…).
+    prompt are (…), and what the network is told of the images (n, 6).
     """
 
     latents: np.ndarray
@@ -45,6 +45,7 @@ class HeldOut:
     available: int
     images_sha256: str
     teacher_sha256: str
+    conditions: dict[str, Tensor] = field(default_factory=dict)
 
 
 def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
@@ -54,6 +55,11 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     too few images, and caches that do not fit the run.
     """
     where = config.eval
+    if config.teacher.source == "backbone" and config.align.coeff > 0:
+        raise UserError(
+            f"`align` compares with an outside teacher, and this run was taught by its own {config.teacher.block} "
+            "(teacher.source=backbone): leave `align` out for it"
+        )
     if None in (where.csv, where.latents, where.tokens):
         needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
         raise UserError(f"`align` needs held-out images: set {needed}")
@@ -89,7 +95,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         raise UserError(
             f"{where.csv} is not held out: {config.data.csv} has {len(trained_on)} of its images, such as {min(trained_on)}"
         )
-    x_0, teacher = latents_of(latents.read(ids), latents.spec.details), tokens.read(ids).float()
+    raw, teacher = latents.read_raw(ids), tokens.read(ids).float()
+    x_0, told = latents_of(latents.spec.decode(raw), latents.spec.details), latents.spec.size_and_crop(raw)
     classes = None
     if is_captioned(used):
         print(f"{where.csv} has captions and no classes: the linear probe by class is left out")
@@ -97,7 +104,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
         classes = np.array([item.class_id for item in used])
     null = convert(TextReader(config.data.text).null, torch.device("cpu"), torch.float32)
     digests = ids_digest(ids), str(tokens.spec.source.get("weights_sha256"))
-    return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests)
+    conditions = {} if told is None else dict.fromkeys(family_for(config).image_conditions, told)
+    return HeldOut(x_0.numpy(), teacher.numpy(), classes, null, len(items), *digests, conditions)
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,8 @@ class Bench:
             noise = initial_noise([self.seed + start + i for i in range(len(x_0))], x_0.shape[1:])
             null = ((name, value.to(self.device)) for name, value in self.held.null_text.items())
             text = {name: value.expand(len(x_0), *value.shape) for name, value in null}
+            told = self.held.conditions.items()
+            text |= {name: rows[start : start + size].to(self.device) for name, rows in told}
             yield start, x_0, noise.to(self.device), text
             self.progress()
 

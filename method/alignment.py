@@ -5,7 +5,7 @@ compute in fp32, even under autocast, and return a scalar.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+
+from method.neighbours import Neighbours
+
+GROUPS = 32  # of the GroupNorm in the head conv1x1
+OWN_FRAMES = Neighbours()
 
 
 class PerCell(nn.Sequential):
@@ -25,7 +30,9 @@ class PerCell(nn.Sequential):
 # From (channels C of the features, width D of the teacher, hidden width) to the projection (B, C, h, w) -> (B, D, h, w).
 PROJECTIONS: dict[str, Callable[[int, int, int], nn.Module]] = {
     # U-REPA in the version of the plan
-    "conv1x1": lambda C, D, _: nn.Sequential(nn.Conv2d(C, D, 1, bias=False), nn.GroupNorm(32, D), nn.GELU()),
+    "conv1x1": lambda C, D, _: nn.Sequential(
+        nn.Conv2d(C, D, 1, bias=False), nn.GroupNorm(GROUPS, D), nn.GELU()
+    ),
     "linear": lambda C, D, _: PerCell(nn.LayerNorm(C), nn.Linear(C, D)),
     # REPA, arXiv 2410.06940
     "mlp": lambda C, D, width: PerCell(
@@ -50,18 +57,22 @@ class AlignHead(nn.Module):
 
     def __init__(self, in_ch: int, D: int, kind: str = "conv1x1", hidden: int = 2048):
         super().__init__()
-        if kind == "conv1x1" and D % 32:
-            raise ValueError(f"D = {D} must be a multiple of 32, the number of GroupNorm's groups")
+        if kind == "conv1x1" and D % GROUPS:
+            raise ValueError(f"D = {D} must be a multiple of {GROUPS}, the number of GroupNorm's groups")
         self.proj = PROJECTIONS[kind](in_ch, D, hidden)
 
-    def forward(self, feat: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, feat: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Map features `(B, in_ch, h, w)` to L2-normalised tokens `(B, N, D)`, row by row over the teacher's `grid` (H, W).
 
-        For a video, `(B, in_ch, f, h, w)`, each frame is mapped like an image, and the result is `(B, f·N, D)`, frame by frame.
+        For clips, `(B, in_ch, f, h, w)`, each frame is mapped like an image, and the result is `(B, f·N, D)`, frame by frame.
+        Raises ValueError where a grid (f, H, W) has another number of frames: they are never resized.
         """
+        *frames, height, width = grid
+        if frames and frames != [*feat.shape[2:-2]]:
+            raise ValueError(f"features {tuple(feat.shape)} do not have the {frames[0]} frames of the grid")
         if feat.ndim == 5:
-            frames = self(feat.transpose(1, 2).flatten(0, 1), grid)  # (B·f, N, D)
-            return frames.unflatten(0, (len(feat), -1)).flatten(1, 2)
+            images = self(feat.transpose(1, 2).flatten(0, 1), (height, width))  # (B·f, N, D)
+            return images.unflatten(0, (len(feat), -1)).flatten(1, 2)
         # The hidden states of some backbones have another precision than their weights.
         x = self.proj(feat.to(next(self.proj.parameters()).dtype))  # (B, D, h, w)
         x = resize_cells(x, grid).flatten(2).transpose(1, 2)  # (B, N, D)
@@ -108,6 +119,16 @@ def token_loss(x_tokens: Tensor, y_tokens: Tensor) -> Tensor:
 
 
 @_in_fp32
+def neighbour_loss(
+    x_tokens: Tensor, y_tokens: Tensor, frames: int, neighbours: Neighbours
+) -> tuple[Tensor, Tensor]:
+    """The loss and the similarity of clips' tokens `(B, f·N, D)` by `Neighbours`; raises ValueError for N = 1."""
+    if x_tokens.shape[1] == frames:
+        raise ValueError("one token per frame: a CLS vector is not a token grid")
+    return neighbours(x_tokens, y_tokens, frames)
+
+
+@_in_fp32
 def manifold_gram_loss(
     x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, gather: bool = False
 ) -> Tensor:
@@ -134,6 +155,20 @@ def token_gram_loss(x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False
     return _gram_distance(x @ x.transpose(1, 2), y @ y.transpose(1, 2), upper_only)
 
 
+@_in_fp32
+def relation_loss(
+    x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, margin: float = 0.1
+) -> Tensor:
+    """VideoREPA's token relation distillation (arXiv 2505.23656): the mean of relu(|x_i·x_j − y_i·y_j| − margin).
+
+    i and j run over all tokens of an image, or of all frames of a clip: relations in space and in time. Differences below the
+    margin cost nothing; 0.1 is that of the authors' training scripts.
+    """
+    x, y = F.normalize(x_tokens, dim=-1), F.normalize(y_tokens, dim=-1)
+    beyond = F.relu((x @ x.transpose(1, 2) - y @ y.transpose(1, 2)).abs() - margin)  # (B, N, N)
+    return _entries(beyond, upper_only).mean()
+
+
 def both_grams_loss(
     x_tokens: Tensor, y_tokens: Tensor, upper_only: bool = False, gather: bool = False
 ) -> Tensor:
@@ -142,30 +177,36 @@ def both_grams_loss(
     return sample + token_gram_loss(x_tokens, y_tokens, upper_only)
 
 
-# Functions of (x, y, upper_only, gather) that return a scalar; the Gram within an image needs no other ranks.
+# Functions of (x, y, upper_only, gather, margin) that return a scalar; the Gram within an image needs no other ranks.
 MANIFOLD_LOSSES = {
-    "sample": manifold_gram_loss,
-    "token": lambda x, y, upper_only, _: token_gram_loss(x, y, upper_only),
-    "both": both_grams_loss,
+    "sample": lambda x, y, upper_only, gather, _: manifold_gram_loss(x, y, upper_only, gather),
+    "token": lambda x, y, upper_only, *_: token_gram_loss(x, y, upper_only),
+    "both": lambda x, y, upper_only, gather, _: both_grams_loss(x, y, upper_only, gather),
+    "relation": lambda x, y, upper_only, _, margin: relation_loss(x, y, upper_only, margin),
 }
+OVER_THE_BATCH = {"sample", "both"}  # those that compare the images of a batch with each other
 
 
 def _gram_distance(gram_x: Tensor, gram_y: Tensor, upper_only: bool) -> Tensor:
-    squared = (gram_x - gram_y).square()  # (..., n, n)
+    return _entries((gram_x - gram_y).square(), upper_only).mean()
+
+
+def _entries(matrix: Tensor, upper_only: bool) -> Tensor:
+    """All entries of `(..., n, n)`, or those above the diagonal `(..., n (n − 1) / 2)`."""
     if not upper_only:
-        return squared.mean()
-    row, column = torch.triu_indices(*squared.shape[-2:], offset=1, device=squared.device)
-    return squared[..., row, column].mean()
+        return matrix
+    row, column = torch.triu_indices(*matrix.shape[-2:], offset=1, device=matrix.device)
+    return matrix[..., row, column]
 
 
 def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:
-    """iREPA's normalisation of teacher tokens `(B, N, D)`: (y − α·mean) / (std + 1e-6) per image and channel, over its tokens.
+    """iREPA's normalisation of teacher tokens `(…, N, D)`: (y − α·mean) / (std + 1e-6) per image and channel, over its tokens.
 
     It removes what all tokens of an image share, so that their differences weigh more (arXiv 2512.10794). α = 1 removes the
     whole mean, and the mean is all that the sample Gram compares.
     """
     tokens = tokens.float()
-    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (B, 1, D)
+    mean, std = tokens.mean(-2, keepdim=True), tokens.std(-2, keepdim=True)  # (…, 1, D)
     return (tokens - alpha * mean) / (std + 1e-6)
 
 
@@ -177,22 +218,36 @@ class AlignmentLoss:
     manifold: str = "sample"  # which of `MANIFOLD_LOSSES`
     upper_only: bool = False  # see `manifold_gram_loss`
     gather: bool = False
+    relation_margin: float = 0.1  # see `relation_loss`
     spatial_norm: float | None = None  # α of `spatial_norm` on the teacher's tokens; None: as they are
+    neighbours: Neighbours = OWN_FRAMES  # how the frames of clips are compared
 
-    def __call__(self, tokens: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, tokens: Mapping[str, Tensor], teacher: Tensor, grid: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """Compute the terms of the loss from the tokens `(B, N, D)` of each tap and those of the teacher.
 
-        Returns `loss_token`, `loss_manifold`, `loss_align`, and for each tap `cosine/TAP` in [−1, 1] and, unless w is 0,
-        `loss_manifold/TAP`.
+        Tokens of clips are `(B, f·N, D)`, and `grid` is then (f, h, w). Returns `loss_token`, `loss_manifold`, `loss_align`,
+        and for each tap `cosine/TAP` in [−1, 1], which with neighbours is the similarity of `Neighbours`, and, unless w is
+        0, `loss_manifold/TAP`.
         """
+        frames = grid[0] if grid is not None and len(grid) == 3 else 1
         if self.spatial_norm is not None:
-            teacher = spatial_norm(teacher, self.spatial_norm)
-        token = {tap: token_loss(x, teacher) for tap, x in tokens.items()}
+            images = teacher.unflatten(1, (frames, -1))  # (B, f, N, D)
+            teacher = spatial_norm(images, self.spatial_norm).flatten(1, 2)
+        token, cosine = {}, {}
+        for tap, x in tokens.items():
+            if frames == 1 and self.neighbours.spatial:
+                token[tap] = token_loss(x, teacher)
+                cosine[tap] = 1 - token[tap]
+            else:
+                token[tap], cosine[tap] = neighbour_loss(x, teacher, frames, self.neighbours)
         loss_token = torch.stack(list(token.values())).mean()
         loss_manifold, manifold = loss_token.new_zeros(()), {}
         if self.manifold_coeff > 0:
             gram_loss = MANIFOLD_LOSSES[self.manifold]
-            manifold = {tap: gram_loss(x, teacher, self.upper_only, self.gather) for tap, x in tokens.items()}
+            options = self.upper_only, self.gather, self.relation_margin
+            manifold = {tap: gram_loss(x, teacher, *options) for tap, x in tokens.items()}
             loss_manifold = torch.stack(list(manifold.values())).mean()
         terms = {
             "loss_token": loss_token,
@@ -201,6 +256,11 @@ class AlignmentLoss:
         }
         return (
             terms
-            | {f"cosine/{tap}": 1 - value for tap, value in token.items()}
+            | {f"cosine/{tap}": value for tap, value in cosine.items()}
             | {f"loss_manifold/{tap}": value for tap, value in manifold.items()}
         )
+
+
+def similarity_of(terms: Mapping[str, Tensor]) -> Tensor:
+    """The mean over taps of `cosine/TAP`: what a cutoff watches, in [−1, 1] also where the loss sums over neighbours."""
+    return torch.stack([value for name, value in terms.items() if name.startswith("cosine/")]).mean()

@@ -32,7 +32,7 @@ class Objective:
         tokens: Tensor | None,
         text: Mapping[str, Tensor],
         *,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
         align_coeff: float | None = None,
         measure: bool = False,
@@ -43,17 +43,18 @@ class Objective:
         Two more are `(B,)`, one value per image: `errors`, whose mean is loss_diff, and `timesteps`.
 
         Args:
-            model: an `AlignedModel`, or anything with its `predict`, `get_aligned_tokens` and `clear_hooks`.
+            model: an `AlignedModel`, or anything with its `predict`, `get_aligned_tokens`, `clear_hooks`, `teacher_block` and,
+                unless that is None, `get_teacher_tokens`.
             x_0: clean latents `(B, C, h, w)`.
-            tokens: the teacher's tokens `(B, N, D)`; None will do where the heads are not evaluated.
+            tokens: the teacher's tokens `(B, N, D)`; None where the heads are not evaluated, or the model has them itself.
             text: the fields of the prompts, each `(B, …)`.
-            grid: (h, w) of the teacher's tokens; None where they are a square.
+            grid: (h, w) of the teacher's tokens, (f, h, w) of clips; None where they are a square.
             align_coeff: λ at this step; None takes the λ of the constructor.
             measure: evaluate the heads even where λ is 0; the alignment is then not part of `loss` and has no gradient.
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
         aligned = coeff > 0 or measure
-        if aligned and tokens is None:
+        if aligned and tokens is None and model.teacher_block is None:
             raise ValueError("the alignment needs the teacher's tokens")
         noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
         t = self.path.draw(len(x_0), x_0.device, generator)  # (B,)
@@ -68,8 +69,11 @@ class Objective:
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True)) | per_image
 
+        if tokens is None:
+            tokens, grid = model.get_teacher_tokens()
+        grid = grid or square(tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and coeff > 0):
-            terms = self.alignment(model.get_aligned_tokens(grid or square(tokens)), tokens)
+            terms = self.alignment(model.get_aligned_tokens(grid), tokens, grid)
         model.clear_hooks()
         loss = loss_diff + coeff * terms["loss_align"] if coeff > 0 else loss_diff
         return {"loss": loss, "loss_diff": loss_diff} | terms | per_image

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pydantic import Field, with_config
-from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.pretrained import SAVED, load_pretrained, read_config
+from common.pretrained import SAVED, PixelStatistics, load_pretrained, read_config
 from common.reading import read_record
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
@@ -21,18 +20,16 @@ from metrics.inception import find_weights, load_inception
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 DINOV2_SIDE = 224  # pixels, as edm2's FD_DINOv2
+MAX_FRAMES = 1024  # of a clip
 PREPARATION = "preprocessor_config.json"
 Side = Annotated[int, Field(gt=0)]
 Size = Side | dict[str, Side | None]
-THREE = Field(min_length=3, max_length=3)
 
 
 @with_config(strict=True)
-class Preparation(TypedDict):
-    """What is read of preprocessor_config.json: for RGB pixels in [0, 1], and in pixels."""
+class Preparation(PixelStatistics):
+    """What is read of preprocessor_config.json; sizes are in pixels."""
 
-    image_mean: Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], THREE]
-    image_std: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], THREE]
     size: NotRequired[Size]
     crop_size: NotRequired[Size]
 
@@ -94,10 +91,14 @@ class ClassifierExtractor(FolderExtractor):
 
     def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(b, 3, H, W) uint8 -> pool (b, D) and logits (b, K)."""
+        return self.classify(self.prepare(images))
+
+    def classify(self, prepared: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the network takes, (b, …) -> pool (b, D) and logits (b, K)."""
         pools: list[torch.Tensor] = []
         with self.head.register_forward_pre_hook(lambda _module, args: pools.append(args[0])):
-            logits = self.model(pixel_values=self.prepare(images)).logits
-        expected, found = [(len(images), self.head.in_features)], [tuple(pool.shape) for pool in pools]
+            logits = self.model(**{self.model.main_input_name: prepared}).logits
+        expected, found = [(len(prepared), self.head.in_features)], [tuple(pool.shape) for pool in pools]
         if found != expected:
             raise ValueError(f"expected features {expected}, got {found}")
         return pools[0], logits
@@ -106,6 +107,32 @@ class ClassifierExtractor(FolderExtractor):
         """(N, H, W, 3) uint8 -> pool (N, D), logits (N, K) and labels (N,)."""
         found = super().features(images, batch_size)
         return replace(found, labels=found.logits.argmax(axis=-1))
+
+
+class ClipExtractor(ClassifierExtractor):
+    """A transformers video classifier, such as VideoMAE; its features are the input of its last linear layer.
+
+    It sees as many frames as it was trained on, evenly spread from the first to the last of a clip. The I3D of the Fréchet
+    Video Distance is distributed as TorchScript, which is a program that may write files, and is not loaded here: give its
+    features as arrays to `metrics.video.compare_clips`.
+    """
+
+    protocol = "video"
+
+    def __init__(self, model: torch.nn.Module, sha256: str, *, frames: int, **preparation):
+        super().__init__(model, sha256, **preparation)
+        self.frames = frames
+        self.identity |= {"frames": frames}
+
+    def read(self, clips: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(b, F, 3, H, W) uint8 -> pool (b, D) and logits (b, K)."""
+        chosen = torch.linspace(0, clips.shape[1] - 1, self.frames).round().long()
+        prepared = self.prepare(clips[:, chosen].flatten(0, 1))  # (b·f, 3, h, w)
+        return self.classify(prepared.unflatten(0, (len(clips), self.frames)))
+
+    def features(self, images: np.ndarray, batch_size: int = 4) -> Features:
+        """(N, F, H, W, 3) uint8 -> pool (N, D), logits (N, K) and labels (N,)."""
+        return super().features(images, batch_size)
 
 
 class Dinov2Extractor(FolderExtractor):
@@ -139,6 +166,23 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
     model, sha256 = _load(transformers.AutoModelForImageClassification, path)
     mean, std = preparation["image_mean"], preparation["image_std"]
     return ClassifierExtractor(model.to(device), sha256, mean=mean, std=std, size=size)
+
+
+def load_video_classifier(path: str | Path, device: str | torch.device) -> ClipExtractor:
+    """Load a video classifier from a transformers folder; raises `UserError` for a folder of anything else."""
+    path, kind = _folder(path), _architecture(_folder(path))
+    if not kind.endswith("ForVideoClassification"):
+        raise UserError(
+            f"{path} holds {kind!r}; a transformers folder of a video classifier, such as VideoMAEForVideoClassification, was "
+            "expected"
+        )
+    preparation, config = read_record(path / PREPARATION, Preparation, SAVED), _read(path, "config.json")
+    frames = config.get("num_frames", config.get("frames_per_clip"))
+    if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
+        raise UserError(f"{path / 'config.json'} gives no usable num_frames: {frames!r:.40}")
+    model, sha256 = _load(transformers.AutoModelForVideoClassification, path)
+    mean, std, size = preparation["image_mean"], preparation["image_std"], _network_size(path, preparation)
+    return ClipExtractor(model.to(device), sha256, frames=frames, mean=mean, std=std, size=size)
 
 
 def load_dinov2(path: Path, device: torch.device) -> Extractor:

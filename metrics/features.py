@@ -98,11 +98,14 @@ def _joined(parts: Sequence[Features | FeatureSet], name: str) -> np.ndarray | N
 
 
 def batches(images: np.ndarray, batch_size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """(N, H, W, 3) uint8, N >= 1, as (b, 3, H, W) uint8 on the device, batch by batch; raises ValueError for anything else."""
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
+    """Images (N, H, W, 3) uint8, N >= 1, as (b, 3, H, W) on the device, batch by batch; clips likewise, (N, F, H, W, 3).
+
+    Raises ValueError for anything else.
+    """
+    if images.ndim not in (4, 5) or images.shape[-1] != 3 or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(f"images must be (N, H, W, 3) uint8, N >= 1, got {images.shape} {images.dtype}")
     for start in range(0, len(images), batch_size):
-        yield torch.tensor(images[start : start + batch_size], device=device).permute(0, 3, 1, 2)
+        yield torch.tensor(images[start : start + batch_size], device=device).movedim(-1, -3)
 
 
 def sha256_of(*paths: Path) -> str:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # they look like WordNet ids and sort in class order
 HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the scripts has something to cut
-IMAGES = "ILSVRC"
+IMAGES, CAPTIONED = "ILSVRC", "captioned"
+CAPTIONED_COUNT = 64
 CLASSES = "imagenet_classes.json"
 SETTINGS = "demo.json"
 QUALITY = "models/quality.json"
@@ -71,6 +72,30 @@ def make_images(out: Path, quick: bool, seed: int) -> None:
                     canvas = Image.new("RGB", (WIDTH, HEIGHT))
                     canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))
                     canvas.save(target / f"{synset}_{index}.JPEG", quality=95)
+
+
+def make_captioned(out: Path, seed: int) -> None:
+    """Write `CAPTIONED_COUNT` of the digits, thin and bold, as PNG files with their captions in metadata.jsonl."""
+    import json
+
+    import numpy as np
+    from PIL import Image, ImageFilter
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    chosen = np.random.default_rng(seed).permutation(len(digits.target))[:CAPTIONED_COUNT]
+    with written_whole(out / CAPTIONED) as folder:
+        lines = []
+        for number, index in enumerate(chosen):
+            pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
+            digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+            weight = ("thin", "bold")[number % 2]
+            if weight == "bold":
+                digit = digit.filter(ImageFilter.MaxFilter(5))
+            digit.convert("RGB").save(folder / f"{number:03d}.png")
+            text = f"a handwritten {CLASS_NAMES[digits.target[index]]}, {weight}"
+            lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": text}) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:

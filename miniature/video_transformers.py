@@ -3,7 +3,7 @@
 import diffusers
 import transformers
 
-from miniature.families import CELLS, HEADS, WIDTH, clip_encoder, flow, gemma_encoder, t5_encoder
+from miniature.parts import CELLS, HEADS, WIDTH, clip_encoder, flow, gemma_encoder, t5_encoder
 from miniature.tokenizers import clip_tokenizer, gemma_tokenizer, qwen_processor, t5_tokenizer
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from method.alignment import AlignHead
+from method.alignment import GROUPS, AlignHead
 from models.backbone import Backbone
 from models.taps import Taps
 
@@ -32,6 +33,7 @@ class AlignedModel(nn.Module):
         network: the diffusers model of that family, of any width. It is changed in place: LoRA is added or weights are frozen.
         align_layers: taps to align; empty builds neither hooks nor heads.
         D: width of the teacher's tokens.
+        teacher_block: a tap behind all of `align_layers`, whose features are the teacher's tokens; D is then its width.
         head, head_hidden: kind of all heads, and the hidden width of the kind `mlp` (see `AlignHead`).
         train: "lora" (with `lora`), "partial" (all weights of the family's partial blocks), or "full".
         seed: seed of the initial LoRA and head weights, which leave torch's random state on the CPU alone.
@@ -47,6 +49,7 @@ class AlignedModel(nn.Module):
         align_layers: Sequence[str],
         D: int,
         *,
+        teacher_block: str | None = None,
         head: str = "conv1x1",
         head_hidden: int = 2048,
         train: str = "lora",
@@ -57,10 +60,21 @@ class AlignedModel(nn.Module):
         family.check(network)
         main, known = family.main_tap(network), family.tap_names(network)
         align_layers = list(dict.fromkeys(main if name == "auto" else name for name in align_layers))
-        if unknown := [name for name in align_layers if name not in known]:
-            listed = ", ".join(known) if len(known) < 9 else f"{known[0]} to {known[-1]}"
-            raise UserError(f"align.taps has {unknown[0]!r}: {family.name} has {listed}")
+        teachers = [] if teacher_block is None else [teacher_block]
+        for setting, names in (("align.taps", align_layers), ("teacher.block", teachers)):
+            if unknown := [name for name in names if name not in known]:
+                listed = ", ".join(known) if len(known) < 9 else f"{known[0]} to {known[-1]}"
+                raise UserError(f"{setting} has {unknown[0]!r}: {family.name} has {listed}")
+        if teachers:
+            _check_behind(known, align_layers, teacher_block)
+            D = family.tap_channels(network, teacher_block)
+            if head == "conv1x1" and D % GROUPS:
+                raise UserError(
+                    f"the head conv1x1 normalises {GROUPS} groups, and {teacher_block} has {D} channels: choose another "
+                    "align.head"
+                )
         self.family, self.backbone, self.trained = family, network, train
+        self.teacher_block = teacher_block
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _choose_trained(family, network, train, lora)
@@ -68,16 +82,17 @@ class AlignedModel(nn.Module):
             self.heads = nn.ModuleDict(
                 {name: AlignHead(C, D, head, head_hidden) for name, C in channels.items()}
             )
-        self.taps = Taps(network, {name: family.tap(network, name) for name in align_layers})
+        self.taps = Taps(network, {name: family.tap(network, name) for name in (*align_layers, *teachers)})
 
     def predict(self, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor], *, capture: bool = False) -> Tensor:
         """The network's output `(B, C, h, w)` for x_t `(B, C, h, w)` at timesteps t `(B,)`: the only way to call it.
 
-        Inputs are turned to the network's own precision, but for masks. With `capture` the taps listen meanwhile, which changes
-        no bit.
+        Inputs are turned to the network's own precision, but for masks, and for sizes of images in pixels, which bf16 would
+        round. With `capture` the taps listen meanwhile, which changes no bit.
         """
-        dtype = self.dtype
-        text = {name: x.to(dtype) if x.is_floating_point() else x for name, x in text.items()}
+        dtype, exact = self.dtype, self.family.image_conditions
+        turned = (name for name, x in text.items() if x.is_floating_point() and name not in exact)
+        text = {**text, **{name: text[name].to(dtype) for name in turned}}
         with self.taps.recording() if self.taps.paths and capture else nullcontext():
             prediction = self.family.forward(self.backbone, x_t.to(dtype), t, text)
         for name, hidden in self.taps.captured.items():
@@ -100,14 +115,33 @@ class AlignedModel(nn.Module):
         """The network's precision; its own property of that name walks through all modules, a millisecond each time."""
         return next(self.backbone.parameters()).dtype
 
-    def get_aligned_tokens(self, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def get_aligned_tokens(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Tokens `(B, N, D)` of each head on the teacher's grid (h, w), for the last forward that captured.
 
-        Raises RuntimeError when nothing was captured.
+        Those of clips are `(B, f·N, D)` on (f, h, w). A teacher block has a grid of its own, which is then taken. Raises
+        RuntimeError when nothing was captured, and `UserError` where the teacher has another number of frames.
         """
-        if set(self.taps.captured) != set(self.heads):
+        captured = self._captured(*self.heads)
+        if self.teacher_block is not None:
+            grid = self.get_teacher_tokens()[1]
+        for name, feature in captured.items():
+            if len(grid) == 3 and feature.shape[2:-2] != tuple(grid[:1]):
+                frames = feature.shape[2] if feature.ndim == 5 else 1
+                raise UserError(
+                    f"tap {name} has {frames} frames, the teacher's tokens {grid[0]}: make both of the same clips and frames"
+                )
+        return {name: head(captured[name], grid) for name, head in self.heads.items()}
+
+    def get_teacher_tokens(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The features of the teacher block as tokens `(B, N, D)` of unit length, detached, and their grid."""
+        feature = self._captured(self.teacher_block)[self.teacher_block].detach()  # (B, D, …)
+        tokens = feature.flatten(2).transpose(1, 2).float()
+        return F.normalize(tokens, dim=-1), tuple(feature.shape[2:])
+
+    def _captured(self, *names: str) -> dict[str, Tensor]:
+        if not self.taps.captured.keys() >= set(names):
             raise RuntimeError("no hidden states captured: call predict with capture=True first")
-        return {name: head(self.taps.captured[name], grid) for name, head in self.heads.items()}
+        return {name: self.taps.captured[name] for name in names}
 
     def clear_hooks(self) -> None:
         """Forget the captured hidden states, and with them the graph they keep alive."""
@@ -205,6 +239,15 @@ def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> Lora
     if targets not in known:
         raise UserError(f"model.lora_targets = {targets!r}: {family.name} has {', '.join(known)}")
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=known[targets], init_lora_weights="gaussian")
+
+
+def _check_behind(known: Sequence[str], taps: Sequence[str], block: str) -> None:
+    """Raise `UserError` unless the block lies behind all taps, in the order of the forward."""
+    last = max(taps, key=known.index)
+    if known.index(block) <= known.index(last):
+        raise UserError(
+            f"teacher.block = {block} must lie behind the tap {last}: a block teaches earlier ones"
+        )
 
 
 def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: LoraConfig | None) -> None:

@@ -3,6 +3,7 @@
 It needs only a CPU and about a minute, and writes:
 
     OUT/ILSVRC/Data/CLS-LOC/{train,val}/...  scikit-learn's handwritten digits in ImageNet's layout
+    OUT/captioned/                           64 of the digits with captions, such as "a handwritten three, bold"
     OUT/imagenet_classes.json                class index -> name
     OUT/models/sd15-mini/                    a Stable Diffusion folder; its U-Net is untrained
     OUT/models/dinov2-mini/                  the teacher
@@ -64,7 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         args.out / miniature.QUALITY,
     )
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    whole = not missing and quality.exists() and (args.out / miniature.IMAGES).is_dir()
+    whole = (
+        not missing
+        and quality.exists()
+        and all((args.out / images).is_dir() for images in (miniature.IMAGES, miniature.CAPTIONED))
+    )
     if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:
         print(f"{args.out} is already complete")
         return
@@ -74,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.out / miniature.IMAGES).is_dir():
         miniature.make_images(args.out, **settings)
         print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
+    if not (args.out / miniature.CAPTIONED).is_dir():
+        miniature.make_captioned(args.out, args.seed)
     make_models(missing, args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")

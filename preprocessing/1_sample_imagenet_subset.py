@@ -4,6 +4,7 @@
         --out data/imagenet/train_200k.csv
     python preprocessing/1_sample_imagenet_subset.py --images photos --hold-out 500 --hold-out-csv data/photos/val.csv \\
         --out data/photos/train.csv
+    python preprocessing/1_sample_imagenet_subset.py --videos films --frames 17 --fps 8 --windows 2 --out data/films/train.csv
 
 With --images it reads a folder of one's own, and finds by itself which of these it is:
 
@@ -14,6 +15,11 @@ With --images it reads a folder of one's own, and finds by itself which of these
 and writes `id, img_path, prompt` for captioned images. --count takes that many of them (default: all), and --hold-out keeps
 others apart, for evaluation, in a second CSV: with the same --seed and the same images they are always the same, whatever
 --count says.
+
+With --videos it does the same with a folder of films, and writes `id, img_path, start, fps, frames, prompt`: --frames frames
+at --fps a second, beginning at `start` seconds, of which each film gives --windows, evenly spread. A video autoencoder takes
+4 k + 1 frames, LTX-Video's 8 k + 1. Films that are too short or cannot be read are named and left out. --count and --hold-out
+count films, so that no film is in both lists.
 
 With --imagenet it chooses the same number of images of each class, and writes `id, img_path, class_id, synset`. It reads
 ILSVRC/Data/CLS-LOC/{train,val}/{synset}/*.JPEG, or any folder {split}/{class}/ of images. The val folder of Kaggle's download
@@ -40,11 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 from tqdm import tqdm
 
 from cache.csv_file import read_csv
-from cache.image_list import Sample, different_prompts, write_samples
+from cache.image_list import MAX_FPS, MAX_FRAMES, Sample, different_prompts, write_samples
 from common.arguments import Parser, between, positive
 from common.errors import UserError, run_script
 from preprocessing.classes import read_synsets
-from preprocessing.image_folder import few, file_names, find_captions
+from preprocessing.clip_list import cut_windows, keep_usable
+from preprocessing.image_folder import FILMS, few, file_names, find_captions
 
 VAL_LABELS, SYNSETS = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 
@@ -58,9 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument(
         "--images", type=Path, metavar="FOLDER", help="images with captions or in class folders"
     )
+    source.add_argument("--videos", type=Path, metavar="FOLDER", help="films with captions")
+    add("--frames", type=between(1, MAX_FRAMES), help="of --videos: frames of a clip, 4 k + 1")
+    add("--fps", type=rate, help="of --videos: frames a second")
+    add("--windows", type=between(1, 10_000), help="of --videos: clips of each film (default 1)")
     add("--split", help="of --imagenet: train (default) or val")
     add("--per-class", type=positive, help="images of each class (default 200)")
-    add("--count", type=positive, help="captioned images (default: all that are not held out)")
+    add("--count", type=positive, help="captioned images or films (default: all that are not held out)")
     add("--out", type=Path, required=True, help="the CSV to write")
     held = "so many others, of each class or of the captioned images, go to --hold-out-csv"
     add("--hold-out", type=positive, metavar="N", help=held)
@@ -78,9 +89,15 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--hold-out N and --hold-out-csv FILE belong together: give both, or neither")
     if args.hold_out_csv and os.path.abspath(args.hold_out_csv) == os.path.abspath(args.out):
         raise UserError(f"--out and --hold-out-csv are both {args.out}: give two files")
+    if args.videos:
+        check_frames(args)
+        refuse_options(args, "is for images", "split", "val_labels", "per_class", "classes")
+        captions, infos = keep_usable(args.videos, find_captions(args.videos, FILMS), args.frames, args.fps)
+    else:
+        refuse_options(args, "is for --videos", "frames", "fps", "windows")
+        captions = find_captions(args.images) if args.images else None
     if args.images:
         refuse_options(args, "is for --imagenet", "split", "val_labels")
-    captions = find_captions(args.images) if args.images else None
     if captions is None:
         refuse_options(args, "is for captioned images: give --per-class", "count")
         samples, held_out, what = choose_of_classes(args)
@@ -88,14 +105,38 @@ def main(argv: list[str] | None = None) -> None:
         refuse_options(args, "is for classes, and these images have captions", "per_class", "classes")
         samples, held_out, what = choose_captioned(args, captions)
     if len({sample.id for sample in samples + held_out}) != len(samples + held_out):
-        source = args.imagenet or args.images
+        source = args.imagenet or args.images or args.videos
         raise UserError(f"{source} holds files that differ only in their extension: ids would not be unique")
+    if args.videos:
+        names = {os.path.splitext(name)[0]: name for name in infos}
+        films = len(samples)
+        samples, held_out = (cut_windows(part, infos, names, args) for part in (samples, held_out))
+        what = f"clips of {films} {what}"
     write_samples(args.out, samples)
     also = ""
     if held_out:
         write_samples(args.hold_out_csv, held_out)
         also = f"; {len(held_out)} others in {args.hold_out_csv}"
     print(f"{args.out}: {len(samples)} {what}{also}")
+
+
+def check_frames(args: argparse.Namespace) -> None:
+    """Check the options of --videos, and fill in the default of --windows."""
+    if args.frames is None or args.fps is None:
+        raise UserError("--videos needs --frames N and --fps F: give both")
+    if (args.frames - 1) % 4:
+        below = args.frames - (args.frames - 1) % 4
+        raise UserError(
+            f"--frames {args.frames} is not 4 k + 1, as video autoencoders need: use {below} or {below + 4}"
+        )
+    args.windows = args.windows or 1
+
+
+def rate(text: str) -> float:
+    """An argparse type: frames a second."""
+    if not 0 < (value := float(text)) <= MAX_FPS:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {MAX_FPS}, not {text:.40}")
+    return value
 
 
 def refuse_options(args: argparse.Namespace, why: str, *names: str) -> None:
@@ -108,23 +149,23 @@ def refuse_options(args: argparse.Namespace, why: str, *names: str) -> None:
 def choose_captioned(
     args: argparse.Namespace, captions: dict[str, str]
 ) -> tuple[list[Sample], list[Sample], str]:
-    """Return the chosen images, those held out, and what they are."""
+    """Return the chosen images or films, those held out, and what they are."""
+    folder, article, noun = (args.videos, "a", "film") if args.videos else (args.images, "an", "image")
     names = sorted(captions)
     random.Random(f"{args.seed}/captioned").shuffle(names)
     found = [
-        Sample(os.path.splitext(name)[0], os.path.join(args.images, name), prompt=captions[name])
-        for name in names
+        Sample(os.path.splitext(name)[0], os.path.join(folder, name), prompt=captions[name]) for name in names
     ]
     held = args.hold_out or 0
     if (args.count or 1) + held > len(found):
-        asked = f"--count {args.count}" if args.count else "an image to train on"
+        asked = f"--count {args.count}" if args.count else f"{article} {noun} to train on"
         raise UserError(
-            f"{args.images} has {len(found)} captioned images, fewer than {asked}{f' and --hold-out {held}' * bool(held)}: "
+            f"{folder} has {len(found)} captioned {noun}s, fewer than {asked}{f' and --hold-out {held}' * bool(held)}: "
             "ask for fewer"
         )
     # Those held out are the last, so that a longer list still begins with the shorter one.
     samples = found[: len(found) - held][: args.count]
-    what = f"captioned images, {len(different_prompts(samples))} different prompts"
+    what = f"captioned {noun}s, {len(different_prompts(samples))} different prompts"
     return samples, found[len(found) - held :], what
 
 

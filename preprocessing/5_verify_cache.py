@@ -12,7 +12,8 @@ The script checks that
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
 
-With --sheet it also decodes eight latents, compares them with their images, and draws image, decoded latent and tokens. With
+With --sheet it also decodes eight latents, compares them with their images, and draws image, decoded latent and tokens; of a
+list of clips it decodes four, and draws their first, middle and last latent frames. With
 --full it also compares every checksum, which reads the whole cache. The exit code is 1 when a check fails.
 """
 
@@ -27,7 +28,7 @@ from common.errors import run_script
 from common.files import expand_home
 from preprocessing.options import add_device_option
 
-SHEET_IMAGES = 8
+SHEET_IMAGES, SHEET_CLIPS = 8, 4
 PSNR_FLOOR = 12  # dB between decoded latent and image; an assumed limit, far below what a working VAE reaches
 
 
@@ -98,6 +99,7 @@ def check_images(checks: Checks, samples, readers) -> list:
     """Check that both fields have every image that could be read, and return the images that both have."""
     in_both = set.intersection(*(set(reader.ids) for reader in readers))
     present = [sample for sample in samples if sample.id in in_both]
+    noun = "images" if samples[0].frames is None else "clips"
     unreadable = {key for reader in readers for key in reader.unreadable}
     listed = {sample.id for sample in samples}
     missing = listed - in_both
@@ -105,7 +107,7 @@ def check_images(checks: Checks, samples, readers) -> list:
     each = (f"{field} lack {n}: run their script with this CSV" for field, n in lacking.items() if n)
     checks(
         missing <= unreadable,
-        f"{len(present)} of {len(samples)} images are in both fields, {len(missing & unreadable)} could not be read, "
+        f"{len(present)} of {len(samples)} {noun} are in both fields, {len(missing & unreadable)} could not be read, "
         f"{len(missing - unreadable)} are missing",
         " and ".join(each),
     )
@@ -113,9 +115,28 @@ def check_images(checks: Checks, samples, readers) -> list:
 
 
 def check_views(checks: Checks, latents, tokens) -> None:
-    """Check that the tokens fill their grid, and that the teacher saw the VAE's square or its official view of it."""
+    """Check that the tokens fill their grid, and that the teacher saw the VAE's square or its official view of it.
+
+    Of clips, both must be of the same moments, and the tokens of every latent frame.
+    """
     grid, kind = tokens.view["grid"], tokens.view["kind"]
-    checks(tokens.shape[0] == grid**2 > 1, f"tokens {tokens.shape} {tokens.dtype} = grid {grid} × {grid}")
+    if "frames" in tokens.view or "frames" in latents.view:
+        moments, f = (
+            [[spec.view.get(name) for name in ("frames", "fps")] for spec in (latents, tokens)],
+            latents.shape[1],
+        )
+        checks(
+            moments[0] == moments[1] and tokens.view.get("latent_frames") == f,
+            f"{moments[0][0]} frames at {moments[0][1]} a second are {f} latent frames; the teacher saw {moments[1][0]} at "
+            f"{moments[1][1]} as {tokens.view.get('latent_frames')} ({tokens.view.get('frames_of_teacher')})",
+            "make both fields of the same list, with script 3's --frames-per-latent as the VAE has it",
+        )  # fmt: skip
+    cells = tokens.view.get("latent_frames", 1) * grid**2
+    of_frames = f"{tokens.view['latent_frames']} frames of " if "latent_frames" in tokens.view else ""
+    checks(
+        tokens.shape[0] == cells > 1,
+        f"tokens {tokens.shape} {tokens.dtype} = {of_frames}grid {grid} × {grid}",
+    )
     seen = {"aligned": "the same", "official": "only its central 87.5 %,"}.get(kind, kind)
     checks(
         kind in (latents.view["kind"], "official"),
@@ -141,7 +162,8 @@ def check_values(args, checks: Checks, chosen, latents, tokens) -> None:
     spread = f"mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)"
     checks(0.2 < x.std().item() < 5, f"latents {spec.shape} {spec.dtype}: {spread}")
     if args.sheet:
-        check_sheet(args, checks, chosen[:SHEET_IMAGES], x, y, spec)
+        count = SHEET_IMAGES if chosen[0].frames is None else SHEET_CLIPS
+        check_sheet(args, checks, chosen[:count], x, y, spec)
 
 
 def check_checksums(checks: Checks, readers) -> None:
@@ -158,26 +180,43 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     """Decode the latents of a few images, compare them with the images, and draw the contact sheet."""
     import numpy as np
 
+    from cache.clips import read_clip
     from cache.views import read_view
     from common.device import pick_device
     from models.families.table import family_of
     from models.latents import decode_images
     from preprocessing.contact_sheet import draw_contact_sheet
+    from preprocessing.encoders import frames_of_latents
 
-    n, device = len(samples), pick_device(args.device)
-    images = np.stack([read_view(sample.img_path, spec.view["size"]) for sample in samples])  # (n, S, S, 3)
+    n, size, device = len(samples), spec.view["size"], pick_device(args.device)
     revision = spec.source["revision"] if args.base is None else None
     codec = family_of(args.base or spec.source["model"], revision).load_codec().to(device)
-    decoded = decode_images(codec, latents[:n], rows=1)  # (n, S, S, 3)
+    decoded, tokens = (
+        decode_images(codec, latents[:n], rows=1),
+        tokens[:n].numpy(),
+    )  # (n, [F,] S, S, 3), (n, N, D)
+    names = [sample.id for sample in samples]
+    if samples[0].frames is None:
+        images = np.stack([read_view(sample.img_path, size) for sample in samples])  # (n, S, S, 3)
+    else:
+        clips = np.stack([read_clip(s.img_path, s.start, s.frames, s.fps, size) for s in samples])
+        f = spec.shape[1]
+        shown = sorted({0, f // 2, f - 1})  # latent frames, m of them
+        middle = [frames_of_latents(clips.shape[1], codec.frames, "middle")[frame][0] for frame in shown]
+        images, decoded = (pixels[:, middle].reshape(-1, *pixels.shape[2:]) for pixels in (clips, decoded))
+        tokens = tokens.reshape(n, f, -1, tokens.shape[-1])[:, shown].reshape(
+            n * len(shown), -1, tokens.shape[-1]
+        )
+        names = [f"{name} frame {number}" for name in names for number in middle]
     errors = np.square(images.astype(np.float64) - decoded).mean((1, 2, 3))  # (n,)
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-9))
     checks(
         psnr.min() > PSNR_FLOOR,
         f"decoded latents are their images: PSNR {psnr.min():.1f} … {psnr.max():.1f} dB, the lowest is "
-        f"{samples[psnr.argmin()].id} (over {PSNR_FLOOR} expected)",
+        f"{names[psnr.argmin()]} (over {PSNR_FLOOR} expected)",
         "look at the sheet: another VAE, or other images",
     )
-    draw_contact_sheet(args.sheet, [sample.id for sample in samples], images, decoded, tokens[:n].numpy())
+    draw_contact_sheet(args.sheet, names, images, decoded, tokens)
     print(f"     {args.sheet}")
 
 

@@ -1,8 +1,9 @@
-"""What a folder of images holds: the image files, whether they have captions or classes, and the captions."""
+"""What a folder of images or films holds: the files, whether they have captions or classes, and the captions."""
 
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ConfigDict, with_config
@@ -16,7 +17,33 @@ from common.reading import parse_record, read_text
 # The same extensions as in torchvision's ImageFolder.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl")  # as the imagefolder of the datasets library has them
-ROW = "give each image a row with its file_name and its text"
+FILM_EXTENSIONS = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".webm",
+    ".mkv",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".flv",
+    ".gif",
+)
+ROW = "give each file a row with its file_name and its text"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is listed: images, or films."""
+
+    option: str  # of script 1
+    noun: str
+    extensions: tuple[str, ...]
+
+
+IMAGES, FILMS = Kind("--images", "image", EXTENSIONS), Kind("--videos", "film", FILM_EXTENSIONS)
 
 
 @with_config(ConfigDict(strict=True))
@@ -27,16 +54,16 @@ class CaptionRow(TypedDict):
     text: str
 
 
-def find_captions(folder: Path) -> dict[str, str] | None:
-    """Return the caption of each captioned image in and below a folder, by the file's name relative to it, sorted.
+def find_captions(folder: Path, kind: Kind = IMAGES) -> dict[str, str] | None:
+    """Return the caption of each captioned image, or film, in and below a folder, by the file's name relative to it, sorted.
 
     They are those of metadata.csv or metadata.jsonl, or else of the .txt beside each image. Returns None where the images have
     no captions and lie in subfolders, which are then their classes. Says on stdout what it found, and on stderr which images
     without caption, captions without image, and empty captions it leaves out; raises `UserError` where no image is left.
     """
     if not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder: give the folder that holds the images")
-    files = files_below(folder)
+        raise UserError(f"{kind.option} {folder} is no folder: give the folder that holds the {kind.noun}s")
+    files = files_below(folder, kind)
     images = [name for name in files if not name.lower().endswith(".txt")]
     texts = {os.path.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
     captioned = [name for name in images if os.path.splitext(name)[0] in texts]
@@ -47,24 +74,24 @@ def find_captions(folder: Path) -> dict[str, str] | None:
         captions = read_metadata(metadata[0])
         orphans = sorted(captions.keys() - set(images))
     elif captioned:
-        print(f"{folder}: captions of the .txt beside each image")
+        print(f"{folder}: captions of the .txt beside each {kind.noun}")
         captions = {name: read_caption(folder / texts[os.path.splitext(name)[0]]) for name in captioned}
         stems = {os.path.splitext(name)[0] for name in captioned}
         orphans = [name for stem, name in texts.items() if stem not in stems]
-    elif any(os.sep in name for name in images):
+    elif kind is IMAGES and any(os.sep in name for name in images):
         print(f"{folder}: no captions, so each folder is a class")
         return None
     else:
         raise UserError(
-            f"{folder} holds {len(images)} images and no captions: give it {' or '.join(METADATA)} (file_name, text), a .txt "
-            "beside each image, or a folder of images for each class"
+            f"{folder} holds {len(images)} {kind.noun}s and no captions: give it {' or '.join(METADATA)} (file_name, text), a "
+            f".txt beside each {kind.noun}{', or a folder of images for each class' * (kind is IMAGES)}"
         )
-    _say_left_out(folder, "images without caption", [name for name in images if name not in captions])
-    _say_left_out(folder, "captions without image", orphans)
-    _say_left_out(folder, "images with an empty caption", [n for n in images if captions.get(n) == ""])
+    _say_left_out(folder, f"{kind.noun}s without caption", [name for name in images if name not in captions])
+    _say_left_out(folder, f"captions without {kind.noun}", orphans)
+    _say_left_out(folder, f"{kind.noun}s with an empty caption", [n for n in images if captions.get(n) == ""])
     found = {name: captions[name] for name in images if captions.get(name)}
     if not found:
-        raise UserError(f"no image of {folder} has a caption: nothing is left to list")
+        raise UserError(f"no {kind.noun} of {folder} has a caption: nothing is left to list")
     return found
 
 
@@ -78,7 +105,7 @@ def read_metadata(path: Path) -> dict[str, str]:
                 f"{where} has the file_name {name!r:.80}: names are relative to {path.parent}, without .."
             )
         if (name := os.path.normpath(name)) in captions:
-            raise UserError(f"{where} names {name!r:.80} again: give each image one row")
+            raise UserError(f"{where} names {name!r:.80} again: give each file one row")
         captions[name] = _checked_prompt(text, where)
     return captions
 
@@ -113,8 +140,8 @@ def _checked_prompt(text: str, where: str) -> str:
     return prompt
 
 
-def files_below(folder: Path) -> list[str]:
-    """Return the image files and .txt files in and below a folder, relative to it, sorted; hidden ones are not looked at.
+def files_below(folder: Path, kind: Kind = IMAGES) -> list[str]:
+    """Return the files of this kind and .txt files in and below a folder, relative to it, sorted, without hidden ones.
 
     Links to folders are followed, each folder once. Raises `UserError` for metadata in a subfolder alone.
     """
@@ -128,10 +155,11 @@ def files_below(folder: Path) -> list[str]:
         folders[:] = sorted(name for name in folders if name[0] != ".")
         lists = [name for name in METADATA if name in names]
         if lists and not any(os.path.lexists(folder / name) for name in METADATA):
-            raise UserError(f"{place} has the {lists[0]}, not {folder}: give --images {place}")
+            raise UserError(f"{place} has the {lists[0]}, not {folder}: give {kind.option} {place}")
         inside = os.path.relpath(place, folder)
         found += (
-            os.path.normpath(os.path.join(inside, name)) for name in file_names(place, (*EXTENSIONS, ".txt"))
+            os.path.normpath(os.path.join(inside, name))
+            for name in file_names(place, (*kind.extensions, ".txt"))
         )
     return sorted(found)
 

@@ -1,4 +1,4 @@
-"""Turn a list of images into cached fields.
+"""Turn a list of images or clips into cached fields.
 
 Worker processes decode the images, the device encodes them in batches, and a thread writes the values. Scripts 2 and 3 differ
 only in the `FieldJob` that they pass to `encode_fields`. Given two jobs, it decodes every image once.
@@ -17,16 +17,18 @@ from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cache.image_list import Sample, read_samples
+from cache.clips import clip_frames
+from cache.image_list import Sample, clip_shape, read_samples
 from cache.manifest import UNREADABLE, FieldSpec
 from cache.shard_plan import shard_path
 from cache.shards import FieldWriter
-from cache.views import UnreadableImage, cut_view, read_image
+from cache.views import UnreadableImage, cut_view, read_image, size_and_crop
 from common.errors import UserError
 from common.signals import StopSignal, leave_signals_to_the_parent
 
@@ -38,7 +40,8 @@ IN_FLIGHT = 3
 class FieldJob:
     """One field to make. `spec.view` names the square of the image that the encoder sees.
 
-    `encode` maps uint8 pixels `(n, 3, size, size)` and the ids of the images to values `(n, *spec.shape)` on `device`.
+    `encode` maps uint8 pixels `(n, 3, size, size)`, of clips `(n, F, 3, size, size)`, and their ids to values
+    `(n, *spec.shape)` on `device`.
     """
 
     folder: Path
@@ -70,14 +73,15 @@ def encode_fields(
     are still written before the process ends with exit code 130. `part = (i, n)` writes only every n-th shard, starting at i.
     """
     ids = [sample.id for sample in samples]
+    noun = "images" if clip_shape(samples) is None else "clips"
     writers = {job: FieldWriter(job.folder, job.spec, ids, shard_size=shard_size, part=part) for job in jobs}
     try:
         chunks = _chunks(writers, batch_size)
-        check_disk(writers.values(), "images")
+        check_disk(writers.values(), noun)
         if chunks and _encode_chunks(chunks, writers, samples, workers, part):
             raise KeyboardInterrupt
         for writer in writers.values():
-            report(writer, writer.finish(), part)
+            report(writer, writer.finish(), part, noun)
     finally:
         for writer in writers.values():
             writer.close()
@@ -96,21 +100,21 @@ def _chunks(writers: dict[FieldJob, FieldWriter], batch_size: int) -> list[Chunk
 
 def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers: int, part) -> bool:
     """Encode and store all chunks; return whether a signal stopped this early."""
-    paths = {sample.id: sample.img_path for sample in samples}
+    listed = {sample.id: sample for sample in samples}
     mine = {key for writer in writers.values() for number in writer.mine for key in writer.plan[number]}
     left = sum(len(ids) for ids, _ in chunks)
     total = max(len(mine), left)  # larger when two fields lack different ids: images are then read twice
     on_gpu = any(job.device.type == "cuda" for job in writers)
     wanted = [(ids, list(dict.fromkeys(job.view for job, _ in jobs))) for ids, jobs in chunks]
     loader = DataLoader(
-        wanted, batch_size=None, collate_fn=partial(_decode, paths), num_workers=workers, pin_memory=on_gpu,
+        wanted, batch_size=None, collate_fn=partial(_decode, listed), num_workers=workers, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_the_parent, prefetch_factor=2 if workers else None,
         # Forked workers end when this process is killed; those of a fork server would go on running.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )  # fmt: skip
     name = " and ".join(job.spec.field for job in writers)
     bar = tqdm(
-        total=total, initial=total - left, unit="img", smoothing=0.05,
+        total=total, initial=total - left, unit="clip" if clip_shape(samples) else "img", smoothing=0.05,
         desc=name if part[1] == 1 else f"{name} {part[0]}/{part[1]}",
         disable=os.environ.get("LOCAL_RANK", "0") != "0",  # under torchrun, one process per machine shows a bar
     )  # fmt: skip
@@ -120,9 +124,9 @@ def _encode_chunks(chunks: list[Chunk], writers, samples: list[Sample], workers:
         for (ids, jobs), decoded in zip(chunks, loader, strict=True):
             if isinstance(decoded, UserError):
                 raise decoded
-            kept, views, unreadable = decoded
+            kept, views, crops, unreadable = decoded
             stored = [
-                (writers[job], shard, kept, *_encode(job, views[job.view], kept), unreadable)
+                (writers[job], shard, kept, *_encode(job, views[job.view], crops[job.view], kept), unreadable)
                 for job, shard in jobs
             ]
             in_flight.append(disk.submit(_store, stored))
@@ -157,14 +161,16 @@ def failures_explained() -> Iterator[None]:
         ) from None
 
 
-def _encode(job: FieldJob, pixels: Tensor, ids: Sequence[str]) -> tuple[Tensor, torch.cuda.Event | None]:
+def _encode(
+    job: FieldJob, pixels: Tensor, crops: Tensor, ids: Sequence[str]
+) -> tuple[Tensor, torch.cuda.Event | None]:
     """Encode a batch and start copying the bytes to store to host memory.
 
     Returns the bytes, uint8 `(n, value_bytes)`, and the CUDA event after which they are complete, or None if they already are.
     """
     if not ids:
         return torch.empty(0, job.spec.value_bytes, dtype=torch.uint8), None
-    raw = job.spec.encode(job.encode(pixels, ids))  # (n, value_bytes)
+    raw = job.spec.encode(job.encode(pixels, ids), crops)  # (n, value_bytes)
     if raw.device.type != "cuda":
         return raw.cpu(), None
     host = torch.empty(raw.shape, dtype=torch.uint8, pin_memory=True).copy_(raw, non_blocking=True)
@@ -180,29 +186,50 @@ def _store(stored) -> None:
         writer.put(shard, ids, raw, unreadable)
 
 
-def _decode(paths: dict[str, str], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
-    """Decode the images of a chunk, `(ids, views)`, in a worker process of the DataLoader.
+def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
+    """Decode the images or clips of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
-    Returns the ids of the readable images, {view: uint8 `(n, 3, S, S)`} and {id: problem} of the unreadable ones. A `UserError`
-    is returned instead of raised, because a DataLoader would bury it in the traceback of its worker.
+    Returns the ids of the readable ones, {view: uint8 `(n, [F,] 3, S, S)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
+    {id: problem} of the others. A `UserError` is returned instead of raised, because a DataLoader would bury it in the
+    traceback of its worker.
     """
     ids, wanted = chunk
     kept, unreadable = [], {}
-    views = {view: torch.empty(len(ids), view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    frames = listed[ids[0]].frames
+    many = () if frames is None else (frames,)
+    views = {view: torch.empty(len(ids), *many, view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    crops = {view: torch.empty(len(ids), 6, dtype=torch.int32) for view in wanted}
     for key in ids:
+        rows = {view: pixels.numpy()[len(kept)] for view, pixels in views.items()}  # ([F,] S, S, 3)
         try:
-            image = read_image(paths[key])
-            cuts = {view: cut_view(image, *view) for view in views}
+            size = read_cuts(listed[key], rows)
         except UnreadableImage as error:
             unreadable[key] = str(error)
             continue
         except UserError as error:
             return error
-        for view, cut in cuts.items():
-            views[view].numpy()[len(kept)] = cut
+        for view, rows in crops.items():
+            rows[len(kept)] = torch.tensor(size_and_crop(*size, view[0]))
         kept.append(key)
-    views = {view: pixels[: len(kept)].permute(0, 3, 1, 2) for view, pixels in views.items()}
-    return kept, views, unreadable
+    views = {view: pixels[: len(kept)].movedim(-1, -3) for view, pixels in views.items()}
+    return kept, views, {view: rows[: len(kept)] for view, rows in crops.items()}, unreadable
+
+
+def read_cuts(sample: Sample, rows: dict[tuple[int, str], np.ndarray]) -> tuple[int, int]:
+    """Fill in the pixels of every view, of an image `(S, S, 3)` or of a clip `(F, S, S, 3)`, which is read frame by frame.
+
+    Returns width and height of the whole picture. Raises `UnreadableImage` or `UserError`; some rows may be filled in by then.
+    """
+    if sample.frames is None:
+        image = read_image(sample.img_path)
+        for view, row in rows.items():
+            row[:] = cut_view(image, *view)
+        return image.size
+    frames = clip_frames(sample.img_path, sample.start, sample.frames, sample.fps)
+    for number, frame in enumerate(frames):
+        for view, row in rows.items():
+            row[number] = cut_view(frame, *view)
+    return frame.size
 
 
 def read_images_to_encode(path: Path) -> list[Sample]:
@@ -249,7 +276,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def report(writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) -> None:
+def report(writer: FieldWriter, manifest: dict | None, part: tuple[int, int], noun: str = "images") -> None:
     """Print how far a field is, from what `FieldWriter.finish` returned; raises `UserError` where no image could be read."""
     folder, shards = writer.folder, len(writer.plan)
     if not writer.mine:
@@ -261,7 +288,7 @@ def report(writer: FieldWriter, manifest: dict | None, part: tuple[int, int]) ->
         return
     stored, lacking, listed = manifest["num_samples"], manifest["num_unreadable"], folder / UNREADABLE
     if not stored:
-        raise UserError(f"not one of {lacking} images could be read: see {listed}, then delete it all")
+        raise UserError(f"not one of {lacking} {noun} could be read: see {listed}, then delete it all")
     if lacking:
-        print(f"{lacking:,} images could not be read and are left out: {listed}", file=sys.stderr)
+        print(f"{lacking:,} {noun} could not be read and are left out: {listed}", file=sys.stderr)
     print(f"{folder} is complete: {stored:,} {writer.spec.field} {writer.spec.form}")

@@ -21,6 +21,7 @@ FLOORS = {
         "models.latents",
         "models.pipeline_parts",
         "models.taps",
+        "models.transformer",
     },
     "models.teachers": {"common", "models.latents", "models.pipeline_parts"},
     "metrics": {"common"},
@@ -37,7 +38,13 @@ SCRIPTS = {"preprocessing.0_make_demo": {"miniature"}}
 # A command calls another only where it hands over: training ends with an export.
 BETWEEN_COMMANDS = {("train", "export"), ("train_sd15", "train"), ("evaluate_sd15", "evaluate")}
 # Outside libraries that have one room each.
-ONE_ROOM = {"lmdb": {"cache.shards"}, "yaml": {"configs.dialect"}, "peft": {"models.aligned"}}
+ONE_ROOM = {
+    "lmdb": {"cache.shards"},
+    "yaml": {"configs.dialect"},
+    "peft": {"models.aligned"},
+    "av": {"cache.clips", "evaluation.video_files"},
+    "cv2": {"metrics.video"},
+}
 
 
 def modules():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NoReturn
 
 import torch
@@ -14,9 +14,11 @@ from cache.text import keeps_table, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from configs.aliases import hub_id
+from configs.align import Align
 from configs.schema import Config
-from configs.sections import Align, Data, Diffusion, Model, Teacher
+from configs.sections import Data, Diffusion, Model, Teacher
 from method.coefficient import Coefficient, CoefficientSchedule, SimilarityCutoff
+from method.neighbours import Neighbours
 from method.objective import Objective
 from method.paths import Path
 from models.aligned import AlignedModel, family_lora
@@ -25,8 +27,8 @@ from models.families.table import family_of
 from models.latents import LatentCodec
 from models.pipeline_parts import weights_digest
 from models.prompts import PromptEncoder
-from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.online import OnlineTeacher, load_decoder
+from models.teachers.table import load_teacher
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.frozen import keep_no_inputs
 from training.masters import Masters
@@ -71,6 +73,7 @@ def build_parts(config: Config) -> Parts:
     family = family_for(config)
     aligned = config.align.coeff > 0
     dataset = open_cache(config.data, config.teacher, need_tokens=aligned)
+    check_neighbours(config.align, dataset.latent_shape)
     size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
     if not keeps_table(config.data.text_on_device, size):
         dataset.read_text_with_batches()
@@ -94,6 +97,7 @@ def build_parts(config: Config) -> Parts:
         caption_dropout=config.data.caption_dropout,
         teacher=online,
         grid=(config.teacher.grid,) * 2,
+        image_conditions=family.image_conditions,
     )
     return Parts(
         config=config,
@@ -150,16 +154,26 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     return dataset
 
 
+def check_neighbours(align: Align, shape: Sequence[int]) -> None:
+    """Raise `UserError` where no frame of latents of `shape (C, …)` has a neighbour at the distance that is asked for."""
+    frames = shape[1] if len(shape) == 4 else 1
+    if align.coeff > 0 and align.neighbours > 0 and (align.neighbours >= frames or frames == 1):
+        what = f"the clips have {frames} frames" if frames > 1 else "the latents are of images"
+        raise UserError(
+            f"align.neighbours = {align.neighbours} reaches no other frame, {what}: set a smaller one, or 0"
+        )
+
+
 def build_online_teacher(
     settings: Teacher, family: Backbone, channels: int, device: torch.device, dtype: torch.dtype
 ) -> OnlineTeacher | None:
     """Build the teacher of `teacher.source=online`, which decodes latents of `channels` and computes in `dtype`.
 
-    Returns None where tokens are cached.
+    Returns None for other sources.
     """
-    if settings.source == "cached":
+    if settings.source != "online":
         return None
-    encoder = DINOv2Encoder.from_pretrained(settings.model, settings.grid, settings.revision)
+    encoder = load_teacher(settings.model, settings.grid, settings.revision)
     if encoder.dim != settings.dim:
         raise UserError(
             f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
@@ -191,6 +205,7 @@ def build_model(
         family.load_network() if network is None else network,
         taps,
         teacher.dim,
+        teacher_block=teacher.block if taps else None,
         head=align.head,
         head_hidden=align.head_hidden,
         train=settings.train,
@@ -252,8 +267,10 @@ def build_path(diffusion: Diffusion, family: Backbone, shape: Sequence[int]) -> 
 
 def build_objective(align: Align, path: Path) -> Objective:
     """Build the training objective on a path from data to noise."""
-    names = {"manifold_coeff", "manifold", "upper_only", "gather", "spatial_norm"}
-    return Objective(path, align_coeff=align.coeff, **align.model_dump(include=names))
+    names = {"manifold_coeff", "manifold", "upper_only", "gather", "relation_margin", "spatial_norm"}
+    neighbours = Neighbours(**align.model_dump(include={knob.name for knob in fields(Neighbours)}))
+    options = align.model_dump(include=names)
+    return Objective(path, align_coeff=align.coeff, neighbours=neighbours, **options)
 
 
 def build_coefficient(align: Align, steps: int) -> Coefficient:

@@ -219,7 +219,7 @@ def plan_parts(cost: StepCost, model: AlignedModel) -> None:
 
 def plan_online_teacher(config: Config, family: Backbone, shape: tuple[int, ...]) -> float:
     """Print what the online teacher costs beside the step; returns its operations an image, 0 where tokens are cached."""
-    if config.teacher.source == "cached" or config.align.coeff == 0:
+    if config.teacher.source != "online" or config.align.coeff == 0:
         return 0.0
     try:
         teacher = build_online_teacher(config.teacher, family, shape[0], torch.device("meta"), torch.float32)
@@ -299,7 +299,7 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
     Returns the bytes that training reads for each image, 0 where there is no cache.
     """
     fields = [("latents", config.data.latents, 2, math.prod(shape))]  # name, folder, script, numbers an image
-    if config.data.tokens is not None and config.align.coeff > 0:
+    if config.teacher.source == "cached" and config.align.coeff > 0:
         fields.append(("tokens", config.data.tokens, 3, config.teacher.grid**2 * config.teacher.dim))
     read_in_all = 0.0
     for name, folder, script, numbers in fields:

@@ -61,7 +61,7 @@ def read_probe(parts: Parts) -> dict[str, Tensor]:
             folder = dataset.readers[name].folder
             fail(f"{folder} holds NaN or infinity for {broken}: script 5 --full says what else is damaged")
     values["latent"] = dataset.x_0(values["latent"])  # (n, C, h, w)
-    return values | {"label": dataset.labels[indices]}
+    return values | {"label": dataset.labels[indices]} | parts.batches.conditions(raw["latent"])
 
 
 def evenly(count: int, few: int) -> list[int]:
@@ -86,6 +86,9 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
         fail(
             f"latents of {dataset.latents.folder} have standard deviation {std:.3g}, about 1 was expected: run script 2 again"
         )
+    for name in parts.batches.image_conditions:
+        none = f"not in {dataset.latents.folder}: every image counts as whole and of its own size (script 2 records both)"
+        say(name, "size and crop of each image" if name in values else none)
     if "dino_tokens" in values:
         tokens = values["dino_tokens"]  # (n, N, D)
         off = (tokens.norm(dim=-1) - 1).abs().max().item()
@@ -159,6 +162,9 @@ def check_coefficient(parts: Parts) -> None:
     what = f" ({align.manifold} Gram)" if align.manifold_coeff else ": no manifold loss"
     if align.spatial_norm is not None:
         what += f"; teacher's tokens normalised spatially, α = {align.spatial_norm:g}"
+    if align.neighbours:
+        near = f"1 to {align.neighbours}" if align.cumulative else align.neighbours
+        what += f"; neighbours {near} frames away, τ = {align.neighbour_tau:g}"
     say("align", f"w = {align.manifold_coeff:g}{what}")
 
 
@@ -175,22 +181,23 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     noise = torch.randn(latents.shape, device=device, generator=generator)
     timesteps = loss.path.draw(len(latents), device, generator)
     x_t, target, weight = loss.path(latents, noise, timesteps)
-    text = parts.batches.prompts(values["label"][: fed(config)])
+    told = {n: values[n][: fed(config)].to(device) for n in parts.batches.image_conditions if n in values}
+    text = parts.batches.prompts(values["label"][: fed(config)]) | told
     weights = {name: p for name, p in model.trained_parameters().items() if name.startswith(BACKBONE)}
     # Raises TapError for a tap that is silent or detached.
     output = model.predict(x_t, timesteps, text, capture=True)
-    features = dict(model.taps.captured)  # {tap: (b, C, h, w)}
+    features = {tap: model.taps.captured[tap] for tap in model.heads}  # (b, C, h, w) each
     loss_diff = squared_error(output, target, weight).mean()
     if model.heads:
-        teacher = teacher_of(parts, values, latents)
-        tokens = model.get_aligned_tokens(parts.batches.grid or square(teacher))  # {tap: (b, N, D)}
+        teacher, grid = teacher_of(parts, values, latents)
+        tokens = model.get_aligned_tokens(grid)  # {tap: (b, N, D)}
         for tap, x in tokens.items():
             if x.shape[1:] != teacher.shape[1:]:
                 fail(
                     f"the head of tap {tap} makes tokens {shape_of(x[0])}, the teacher's are {shape_of(teacher[0])}: set "
                     "teacher.dim and teacher.grid"
                 )
-        terms = loss.alignment(tokens, teacher)
+        terms = loss.alignment(tokens, teacher, grid)
     model.clear_hooks()
     gradients = torch.autograd.grad(loss_diff, list(weights.values()), retain_graph=True, allow_unused=True)
     network = f"{loss.path.output}-network, loss in {loss.path.prediction}"
@@ -213,8 +220,9 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
     heads = [p for p in model.heads.parameters() if p.requires_grad]
     inputs = [*features.values(), *heads, *weights.values()]
     gradients = torch.autograd.grad(terms["loss_align"], inputs, allow_unused=True)
+    on = "×".join(map(str, grid))
     for (tap, feature), gradient in zip(features.items(), gradients, strict=False):
-        report_tap(parts, tap, feature, gradient, terms[f"cosine/{tap}"].item(), step)
+        report_tap(parts, tap, on, feature, gradient, terms[f"cosine/{tap}"].item(), step)
     if not any(g is not None and g.any() for g in gradients[len(features) :][: len(heads)]):
         fail("no weight of a head gets gradient: the heads must be trained")
     # Count LoRA by module: its first matrix gets no gradient while its second is 0, as at the start of a training.
@@ -228,30 +236,37 @@ def check_gradients(parts: Parts, values: dict[str, Tensor], step: int) -> None:
         fail("the alignment reaches no trained weight of the network: train a block at or before a tap")
 
 
-def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> Tensor:
-    """Return the teacher's tokens `(b, N, D)` of the few images; those of an online teacher are computed and checked."""
+def teacher_of(parts: Parts, values: dict[str, Tensor], latents: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the teacher's tokens `(b, N, D)` of the few images and their grid.
+
+    Those of an online teacher are computed and checked; those of the network's own block are of the last forward.
+    """
+    if (block := parts.model.teacher_block) is not None:
+        tokens, grid = parts.model.get_teacher_tokens()
+        say("teacher", f"{block} of the network itself, {shape_of(tokens[0])}, without gradient")
+        return tokens, grid
     if parts.online is None:
-        return values["dino_tokens"][: fed(parts.config)].to(parts.device)
+        tokens = values["dino_tokens"][: fed(parts.config)].to(parts.device)
+        return tokens, parts.batches.grid or square(tokens)
     tokens = parts.online(latents)
     decoder, encoder = parts.online.codec.vae, parts.online.encoder
     made_by = f"{parts.config.teacher.model} ({encoder.implementation})"
     say("teacher", f"{made_by} online, through {type(decoder).__name__}")
     check_spatial(tokens)
-    return tokens
+    return tokens, parts.batches.grid or square(tokens)
 
 
 def report_tap(
-    parts: Parts, tap: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int
+    parts: Parts, tap: str, on: str, feature: Tensor, gradient: Tensor | None, cosine: float, step: int
 ) -> None:
     path, align = parts.model.taps.paths[tap], parts.config.align
     if gradient is None or not gradient.any():
         fail(f"tap {tap} ({path}) gets no gradient from the alignment: its head is cut off or constant")
     norm = gradient.float().norm().item()
     share = (gradient.abs().sum(1) > 0).float().mean().item()  # over (b, h, w)
-    grid = "×".join(map(str, parts.batches.grid))
     say(
         f"tap {tap}",
-        f"{path} {shape_of(feature[0])} {name_of(feature.dtype)} → {align.head} → {grid}; at step {step} cosine {cosine:+.3f}, "
+        f"{path} {shape_of(feature[0])} {name_of(feature.dtype)} → {align.head} → {on}; at step {step} cosine {cosine:+.3f}, "
         f"L_align's gradient there {norm:.3g}, cells reached {share:.0%}",
     )
     if not math.isfinite(norm):

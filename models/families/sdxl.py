@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -67,12 +68,14 @@ class SDXL(SD15):
     def time_ids(self, x_t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """Size before resizing, top left of the crop, and size of each image in pixels (height first) `(B, 6)`.
 
-        Where the batch has none, in sampling and evaluation, the images are whole and of their own size, as in the pipeline.
+        They are in fp32 until the network embeds them. Where there are none, as in sampling, the images are whole and of their
+        own size, as in the pipeline.
         """
         if "time_ids" in text:
             return text["time_ids"]
         height, width = (side * self.pixels_of_cell for side in x_t.shape[2:])
-        return x_t.new_tensor([height, width, 0, 0, height, width]).expand(len(x_t), 6)
+        whole = [height, width, 0, 0, height, width]
+        return torch.tensor(whole, dtype=torch.float32, device=x_t.device).expand(len(x_t), 6)
 
     pixels_of_cell = 8  # on a side, of the VAE that the network was trained with
 

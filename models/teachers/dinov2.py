@@ -1,110 +1,32 @@
-"""The teacher: a frozen DINOv2 that maps images to patch tokens `(B, N, D)`."""
-
-import math
-from pathlib import Path
+"""DINOv2 as a teacher, with and without registers (arXiv 2304.07193, 2309.16588)."""
 
 import torch
-import torch.nn.functional as F
-import transformers
-from torch import Tensor, nn
 
-from common.errors import UserError
-from common.pretrained import load_pretrained, read_config
-from models.teachers.dinov2_checkpoint import load_checkpoint
+from models.teachers.encoder import TeacherEncoder, find_resampling
 
 # The pixel statistics DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MODEL_TYPES = ("dinov2", "dinov2_with_registers")
 
 
-class DINOv2Encoder(nn.Module):
-    """A frozen DINOv2 that returns patch tokens, never the CLS token.
+class DINOv2Encoder(TeacherEncoder):
+    """The tokens are `x_norm_patchtokens` of the original code."""
 
-        teacher = DINOv2Encoder.from_pretrained("facebook/dinov2-large", grid=14)  # or "dinov2_vitl14_pretrain.pth"
-        tokens = teacher(images)   # (B, 3, 196, 196) in [0, 1] -> (B, 196, 1024)
-
-    `grid` is the number of tokens per side; the image size follows from it as patch · grid. The tokens are the last hidden
-    states after the final LayerNorm (`x_norm_patchtokens` in the original code), not L2-normalised. `format` says
-    in which format the weights were stored: "huggingface" or "facebookresearch".
-    """
-
-    def __init__(self, model: nn.Module, grid: int, format: str = "huggingface"):
-        super().__init__()
-        self.format = format
-        self.model = model.eval().requires_grad_(False)
-        self.grid = grid
-        self.dim = model.config.hidden_size
-        self.size = model.config.patch_size * grid
-        # The CLS token and the registers come before the patch tokens.
-        self.num_prefix = 1 + getattr(model.config, "num_register_tokens", 0)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
-
-    @classmethod
-    def from_pretrained(cls, name: str, grid: int, revision: str | None = None) -> "DINOv2Encoder":
-        """Load a DINOv2 from a Hugging Face folder or hub id, or from a file in the format of the original repository.
-
-        Raises `UserError` for anything else. A hub id looks like `facebook/dinov2-large`.
-        """
-        file, what = Path(name), f"teacher {name}"
-        if file.is_file():
-            if revision is not None:
-                raise UserError(f"{what} is a file and has no revision: leave out the revision")
-            return cls(load_checkpoint(file), grid, format="facebookresearch")
-        config = read_config(name, "config.json", what, revision=revision)
-        if (found := config.get("model_type")) not in MODEL_TYPES:
-            raise UserError(f"{what} is a {found} model; DINOv2 was expected")
-        model = load_pretrained(transformers.AutoModel, name, what, revision=revision).float()
-        if not isinstance(patch := model.config.patch_size, int) or patch < 1:
-            raise UserError(
-                f"{what} has patch_size = {patch!r}; a number of pixels was expected: mend its config"
-            )
-        return cls(model, grid)
+    name = "DINOv2"
+    model_types = ("dinov2", "dinov2_with_registers")
+    mean_and_std = (IMAGENET_MEAN, IMAGENET_STD)
+    views = ("aligned", "official")
 
     @property
-    def implementation(self) -> str:
-        """Name the library and class that compute the tokens.
-
-        The version is left out, so that a cache can be extended after an upgrade of the library.
-        """
-        return f"transformers.{type(self.model).__name__}"
+    def normalisation(self) -> dict[str, str]:
+        """Empty for ImageNet's statistics, as in the manifests written before there were other teachers."""
+        return {} if self.used_mean_and_std == self.mean_and_std else super().normalisation
 
     @property
     @torch.no_grad()
     def resampling(self) -> str:
-        """Name the resampling that maps position embeddings from the pretraining grid to this grid.
-
-        It is found by comparing the model's output with known resamplings, because `Dinov2Model` and `Dinov2WithRegistersModel`
-        differ, and versions of transformers may differ too.
-        """
+        """`Dinov2Model` and `Dinov2WithRegistersModel` differ."""
         positions = self.model.embeddings.position_embeddings  # (1, 1 + n, D)
         like = positions.new_empty(1, 1 + self.grid**2, self.dim)
         used = self.model.embeddings.interpolate_pos_encoding(like, self.size, self.size)  # (1, 1 + N, D)
-        if used.equal(positions):
-            return "none (native grid)"
-        side = math.isqrt(positions.shape[1] - 1)
-        native = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        for antialias in (False, True):
-            resized = F.interpolate(native, (self.grid, self.grid), mode="bicubic", antialias=antialias)
-            if used[:, 1:].allclose(resized.flatten(2).mT, atol=1e-5):
-                return f"bicubic, antialias={antialias}"
-        return "unrecognised"
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode `images (B, 3, S, S)` in [0, 1] with S = patch · grid; returns `(B, grid², D)`."""
-        if images.shape[1:] != (3, self.size, self.size):
-            raise ValueError(f"expected images (B, 3, {self.size}, {self.size}), got {tuple(images.shape)}")
-        hidden = self.model((images - self.mean) / self.std).last_hidden_state  # (B, prefix + N, D)
-        return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
-
-    def check_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the tokens; raises ValueError unless they are `(B, grid², D)` with more than one token.
-
-        With a single token, such as a CLS token, the manifold loss would be 0.
-        """
-        n, found = self.grid**2, tuple(tokens.shape)
-        if len(found) != 3 or found[1:] != (n, self.dim) or n == 1:
-            raise ValueError(f"the teacher must return (B, {n}, {self.dim}) patch tokens, got {found}")
-        return tokens
+        return find_resampling(positions[:, 1:], used[:, 1:], (self.grid, self.grid))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.pretrained import load_pretrained
 from models.latents import LatentCodec
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.encoder import TeacherEncoder
 
 ROWS = 8  # images decoded and encoded at a time
 
@@ -18,14 +18,14 @@ class OnlineTeacher(nn.Module):
     """Map clean latents `(B, C, h, w)`, normalised as the network reads them, to L2-normalised teacher tokens `(B, N, D)`.
 
         codec = LatentCodec(load_decoder("madebyollin/taesd"))
-        teacher = OnlineTeacher(codec, DINOv2Encoder.from_pretrained(name, grid=14))
+        teacher = OnlineTeacher(codec, load_teacher(name, grid=14))
 
     The teacher sees the picture that the decoder makes of the whole square, never the photograph, so that details which the
     VAE loses are missing from the tokens. The decoder is the VAE of the base model or an `AutoencoderTiny`. `bf16` computes in
     that precision, of weights that stay in theirs.
     """
 
-    def __init__(self, codec: LatentCodec, encoder: DINOv2Encoder, *, bf16: bool = False):
+    def __init__(self, codec: LatentCodec, encoder: TeacherEncoder, *, bf16: bool = False):
         super().__init__()
         self.codec, self.encoder, self.bf16 = codec, encoder, bf16
 

@@ -19,7 +19,8 @@ import train as train_script
 from common.errors import UserError
 from configs.loading import knobs
 from method.sampler import initial_noise
-from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
+from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from models.teachers.table import load_teacher
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "preprocessing").glob("[0-9]_*.py"))
@@ -28,7 +29,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "preprocessing").glob("[0-9]_*.py
 class TestTeacher:
     def test_it_returns_the_patch_tokens_of_the_real_class(self, miniature):
         folder = str(miniature / "models" / "dinov2-mini")
-        teacher = DINOv2Encoder.from_pretrained(folder, grid=4)
+        teacher = load_teacher(folder, grid=4)
         images = torch.rand(2, 3, teacher.size, teacher.size)
         tokens = teacher(images)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -55,12 +56,12 @@ class TestTeacher:
         from transformers import AutoModel
 
         AutoModel.from_config(config).save_pretrained(tmp_path)
-        teacher = DINOv2Encoder.from_pretrained(str(tmp_path), grid)
+        teacher = load_teacher(str(tmp_path), grid)
         assert teacher.size == 14 * grid
         assert teacher(torch.rand(1, 3, 14 * grid, 14 * grid)).shape == (1, grid**2, 32)
 
     def test_one_token_output_is_refused(self, miniature):
-        teacher = DINOv2Encoder.from_pretrained(str(miniature / "models" / "dinov2-mini"), grid=4)
+        teacher = load_teacher(str(miniature / "models" / "dinov2-mini"), grid=4)
         for cls_only in (torch.rand(2, 64), torch.rand(2, 1, 64)):
             with pytest.raises(ValueError, match="patch tokens"):
                 teacher.check_tokens(cls_only)
@@ -68,10 +69,10 @@ class TestTeacher:
             teacher(torch.rand(1, 3, 30, 30))
 
     def test_another_model_is_refused(self, miniature):
-        with pytest.raises(UserError, match="resnet model; DINOv2 was expected"):
-            DINOv2Encoder.from_pretrained(str(miniature / "models" / "classifier"), grid=4)
+        with pytest.raises(UserError, match=r"a resnet model; give .* \(DINOv2: .*dinov3_vit"):
+            load_teacher(str(miniature / "models" / "classifier"), grid=4)
         with pytest.raises(UserError, match="does not exist"):
-            DINOv2Encoder.from_pretrained("no-such-teacher", grid=4)
+            load_teacher("no-such-teacher", grid=4)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ class TestTeacher:
         ),
         ("3_build_dino_cache", {"--image-size": "30"}, "not a multiple of the patch 8: use 24 or 32"),
         ("3_build_dino_cache", {"--grid": "1"}, "use --grid 2 or more"),
-        ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "DINOv2 was expected"),
+        ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "give one of a known model_type"),
         ("3_build_dino_cache", {"--device": "tpu"}, "device 'tpu' cannot be used"),
         ("4_prepare_text_embeddings", {"--class-names": "nowhere.json"}, "cannot read nowhere.json"),
         ("4_prepare_text_embeddings", {"--class-names": "{root}/train.csv"}, "looks like a CSV"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.pretrained import HfApi, check_files, foreign_files, load_pretrained, local_folder
+from common.pretrained import (
+    HfApi,
+    PixelStatistics,
+    check_files,
+    foreign_files,
+    load_pretrained,
+    local_folder,
+    read_optional,
+)
 
 
 @pytest.fixture
@@ -64,6 +72,24 @@ def test_a_hub_is_not_asked_for_what_is_in_the_local_cache(cached):
 def test_a_hub_that_does_not_answer_is_asked_once_and_one_line(cached):
     with pytest.raises(UserError, match=r"owner/other.* not whole\) in the local cache .*division by zero"):
         load("owner/other")
+    assert cached[2] == [1]
+
+
+def test_a_file_that_a_hub_id_need_not_have_is_read_or_its_absence_told(cached, capsys):
+    def read():
+        return read_optional("owner/vae", "preprocessor_config.json", PixelStatistics, "teacher owner/vae")
+
+    assert read() is None
+    assert cached[2] == [1]
+    warning = "warning: teacher owner/vae is used without its preprocessor_config.json: division by zero\n"
+    assert capsys.readouterr().err == warning
+    facts = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    path = cached[1].parent / "preprocessor_config.json"
+    path.write_text(json.dumps(facts))
+    assert read() == facts
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        read()
     assert cached[2] == [1]
 
 

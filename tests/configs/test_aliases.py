@@ -84,9 +84,14 @@ def test_both_names_of_one_setting_are_refused(tmp_path):
         ({"crepa_enabled": False}, "align.coeff=0"),
         ({"urepa_encoder_image_size": 500}, "a multiple of that"),
         ({"urepa_use_tae": True}, "teacher.source=online"),
-        ({"crepa_spatial_align": False}, "teacher.grid"),
-        ({"crepa_adjacent_distance": 1}, "neighbouring frames"),
-        ({"crepa_use_backbone_features": True}, "script 3"),
+        ({"crepa_use_backbone_features": True}, "needs teacher.block"),
+        ({"crepa_teacher_block_index": 12}, "is for teacher.source=backbone"),
+        ({"crepa_adjacent_distance": -1}, "align.neighbours = -1"),
+        ({"crepa_adjacent_distance": 1, "crepa_adjacent_tau": 0}, "align.neighbour_tau = 0"),
+        ({"crepa_adjacent_tau": 2.0}, "no effect while align.neighbours = 0"),
+        ({"crepa_cumulative_neighbors": True}, "no effect while align.neighbours = 0"),
+        ({"crepa_adjacent_distance": 1, "align": {"neighbours": 1}}, "are the same setting"),
+        ({"crepa_spatial_align": True, "align": {"spatial": True}}, "are the same setting"),
         ({"crepa_drop_vae_encoder": False}, "loads no VAE"),
         ({"urepa_nonsense": 1}, "unknown key 'urepa_nonsense'"),
         ({"urepa_lambda": 0.5, "crepa_lambda": 0.5}, "urepa_lambda and crepa_lambda are the same setting"),
@@ -141,6 +146,22 @@ def test_crepa_of_an_image_is_repa_on_a_block_without_a_manifold_loss(tmp_path):
     assert (by_hand.align.manifold_coeff, by_hand.teacher.dim) == (2.0, 384)
 
 
+def test_the_neighbours_of_crepa_are_those_of_here(tmp_path):
+    known = {"crepa_adjacent_distance": 2, "crepa_adjacent_tau": 0.5, "crepa_cumulative_neighbors": True}
+    known |= {"crepa_normalize_by_frames": False, "crepa_normalize_neighbour_sum": True}
+    align = over(tmp_path, known | {"crepa_spatial_align": False, "crepa_drop_vae_encoder": True}).align
+    assert (align.neighbours, align.neighbour_tau, align.cumulative) == (2, 0.5, True)
+    assert (align.normalize_by_frames, align.normalize_neighbours, align.spatial) == (False, True, False)
+
+
+def test_backbone_features_are_a_block_of_the_network_as_teacher(tmp_path):
+    known = {"crepa_use_backbone_features": True, "crepa_block_index": 8, "crepa_teacher_block_index": 16}
+    config = over(tmp_path, known)
+    assert (config.teacher.source, config.teacher.block) == ("backbone", "block16")
+    assert config.align.taps == ("block8",)
+    assert over(tmp_path, {"crepa_use_backbone_features": False}).teacher.source == "cached"
+
+
 def test_the_published_files_are_the_models_on_the_hub_and_other_names_are_themselves():
     assert hub_id("/x/dinov2_vitl14_reg4_pretrain.pth") == hub_id("dinov2_vitl14_reg")
     assert hub_id("facebook/dinov2-large") == hub_id("dinov2_vitl14") == "facebook/dinov2-large"
@@ -150,7 +171,7 @@ def test_the_published_files_are_the_models_on_the_hub_and_other_names_are_thems
 def test_every_alias_points_at_a_knob_and_stands_in_the_docs():
     assert {*RENAMED.values(), *SUGGESTED.values()} <= set(knobs())
     assert not set(RENAMED) & set(REFUSED)
-    assert set(AS_IT_IS) <= set(REFUSED)
+    assert set(AS_IT_IS) <= set(REFUSED) | set(RENAMED)
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     for alias in (*RENAMED, *REFUSED):
         assert f"`{alias}`" in page, alias

@@ -100,6 +100,8 @@ def call_arguments(
 def arguments_in(given: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     """(name, value) of arguments, those inside of dicts too; without those that say nothing."""
     for name, value in given.items():
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             yield from arguments_in(value, f"{above}{name}.")
         elif value is not None and name != "return_dict":

@@ -109,7 +109,14 @@ def rows():
         ("the teacher", f"{TEACHER}/config.json", "hidden_size", 33, TOKENS, "dinov2-mini"),
         ("the teacher", f"{TEACHER}/config.json", "hidden_size", "x", TOKENS, "dinov2-mini"),
         ("the teacher", f"{TEACHER}/config.json", "patch_size", 0, TOKENS, "dinov2-mini"),
-        ("the teacher", f"{TEACHER}/config.json", "model_type", "bert", TOKENS, "bert"),
+        ("the teacher", f"{TEACHER}/config.json", "model_type", "bert", TOKENS, "bert model; give one of a known model_type (DINOv2: "),
+        ("the teacher", f"{TEACHER}/config.json", "model_type", "siglip_text_model", TOKENS, "SigLIP: siglip, siglip_vision_model"),
+        ("the teacher", f"{TEACHER}/config.json", "model_type", "siglip", TOKENS, "dinov2-mini"),
+        ("the teacher", f"{TEACHER}/config.json", "model_type", "dinov3_vit", TOKENS, "dinov2-mini"),
+        ("the teacher", f"{TEACHER}/config.json", "num_channels", 1, TOKENS, "dinov2-mini"),
+        ("the teacher", f"{TEACHER}/preprocessor_config.json", "image_mean", "x", TOKENS, "image_mean"),
+        ("the teacher", f"{TEACHER}/preprocessor_config.json", "image_std", [0, 0, 0], TOKENS, "image_std"),
+        ("the teacher", f"{TEACHER}/preprocessor_config.json", "do_normalize", False, TOKENS, "do_normalize"),
         ("the teacher", f"{TEACHER}/config.json", "model_type", 3, TOKENS, "dinov2-mini"),
         ("the classifier", f"{CLASSIFIER}/config.json", "architectures", "x", SCORE, "classifier"),
         ("the classifier", f"{CLASSIFIER}/config.json", "architectures", [3], SCORE, "classifier"),
@@ -163,4 +170,11 @@ def rows():
         "a zip of nothing": b"PK\x05\x06" + b"\x00" * 18,
     }.items():
         yield Case(f"a teacher's file that is {what}", write("teacher.pth", data), teacher, ("teacher.pth",))
+    for what, model in {
+        "a text model": f"{BASE}/text_encoder",
+        "a classifier": CLASSIFIER,
+        "a pipeline": BASE,
+    }.items():
+        yield Case(f"a teacher that is {what}", nothing, TOKENS.replace(TEACHER, model), (model,))
+    yield Case("a preparation of the teacher that is a FIFO", fifo(f"{TEACHER}/preprocessor_config.json"), TOKENS, ("preprocessor_config.json",))  # fmt: skip
     yield Case("a teacher's file that is a FIFO", fifo("teacher.pth"), teacher, ("teacher.pth",))

@@ -106,7 +106,19 @@ def rows():
         ("a negative image size", '{"crepa_encoder_image_size": -518}', "teacher.grid"),
         ("another teacher", '{"urepa_model": "dinov2_vitg14"}', "--teacher facebook/dinov2-giant"),
         ("a tap of no such network", '{"crepa_block_index": 8}', "block8"),
-        ("a video's neighbours", '{"crepa_adjacent_tau": 1.0}', "crepa_adjacent_tau"),
+        ("a video's neighbours", '{"crepa_adjacent_distance": 1}', "align.neighbours = 1"),
+        ("a decay of 0", '{"crepa_adjacent_tau": 0}', "align.neighbour_tau"),
+        (
+            "a teacher before the tap",
+            '{"teacher": {"source": "backbone", "block": "enc_last"}}',
+            "teacher.block = enc_last must lie behind the tap mid",
+        ),
+        (
+            "a teacher that is no block",
+            '{"crepa_use_backbone_features": true, "crepa_teacher_block_index": 12}',
+            "teacher.block has 'block12'",
+        ),
+        ("backbone features of no block", '{"crepa_use_backbone_features": true}', "teacher.block"),
         ("another trainer's settings", '{"train_batch_size": 4}', "data.batch_size"),
         ("a name for a number", '{"urepa_lambda": "half"}', "align.coeff"),
     ):

@@ -10,6 +10,7 @@ from method.alignment import (
     AlignmentLoss,
     both_grams_loss,
     manifold_gram_loss,
+    relation_loss,
     resize_cells,
     spatial_norm,
     token_gram_loss,
@@ -59,6 +60,34 @@ def test_token_gram_equals_a_plain_loop():
     assert token_gram_loss(x, y).item() == pytest.approx(sum(squares) / 18, abs=1e-6)
 
 
+def test_relations_equal_a_plain_loop_over_the_tokens_of_all_frames():
+    frames, places = 2, 3
+    x, y = tokens(0, 2, frames * places, 4), tokens(1, 2, frames * places, 4)
+    pairs = [(i, j) for i in range(frames * places) for j in range(frames * places)]
+    for margin in (0.0, 0.1, 0.5):
+        beyond = {
+            (b, i, j): max(
+                0.0,
+                abs(cosine(x[b, i].tolist(), x[b, j].tolist()) - cosine(y[b, i].tolist(), y[b, j].tolist()))
+                - margin,
+            )
+            for b in range(2)
+            for i, j in pairs
+        }
+        assert relation_loss(x, y, margin=margin).item() == pytest.approx(sum(beyond.values()) / 72, abs=1e-6)
+        upper = [value for (_, i, j), value in beyond.items() if i < j]
+        assert relation_loss(x, y, True, margin).item() == pytest.approx(sum(upper) / 30, abs=1e-6)
+
+
+def test_relations_within_the_margin_cost_nothing_and_those_beyond_send_gradient_to_every_token():
+    x = tokens(0).requires_grad_()
+    assert relation_loss(x, x.detach() + 0.01 * tokens(1), margin=0.1).item() == 0
+    loss = AlignmentLoss(manifold="relation", relation_margin=0.2)({"t": x}, tokens(1))["loss_manifold"]
+    assert loss == relation_loss(x, tokens(1), margin=0.2) > 0
+    loss.backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
 @pytest.mark.parametrize("gram", GRAMS)
 def test_gram_losses_vanish_for_equal_structure_under_any_rotation(gram):
     x = tokens(0)
@@ -82,7 +111,7 @@ def test_both_grams_is_their_sum():
     assert both_grams_loss(x, y) == manifold_gram_loss(x, y) + token_gram_loss(x, y)
 
 
-@pytest.mark.parametrize("loss", [token_loss, *GRAMS, both_grams_loss])
+@pytest.mark.parametrize("loss", [token_loss, *GRAMS, both_grams_loss, relation_loss])
 def test_losses_refuse_a_cls_vector_and_unequal_shapes(loss):
     with pytest.raises(ValueError, match="CLS"):
         loss(tokens(0, n=1), tokens(1, n=1))
@@ -97,7 +126,7 @@ def test_sample_gram_refuses_a_single_image():
         manifold_gram_loss(tokens(0, b=1), tokens(1, b=1))
 
 
-@pytest.mark.parametrize("loss", [token_loss, *GRAMS])
+@pytest.mark.parametrize("loss", [token_loss, *GRAMS, relation_loss])
 def test_losses_compute_in_fp32_under_autocast(loss):
     x, y = tokens(0), tokens(1)
     plain = loss(x, y)
@@ -134,6 +163,21 @@ def test_head_tokens_run_row_by_row():
     feat[0, :, 0, 2] = 1  # row 0, column 2: the third token
     out = head(feat, (2, 3))[0]  # (6, 32)
     assert all(out[i].equal(out[0]) == (i != 2) for i in range(6))
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+@pytest.mark.parametrize("size", [(2, 3), (6, 5), (3, 8)])
+def test_a_head_maps_each_frame_of_a_clip_like_an_image(kind, size):
+    """Coarser and finer grids than the teacher's (4, 6), and one of both; time is never resized."""
+    head = AlignHead(8, 32, kind, hidden=16)
+    feat = torch.randn(2, 8, 5, *size)
+    out = head(feat, (5, 4, 6))
+    assert out.shape == (2, 5 * 24, 32)
+    for i in range(5):
+        torch.testing.assert_close(out[:, i * 24 : (i + 1) * 24], head(feat[:, :, i], (4, 6)))
+    for wrong in (feat[:, :, :4], feat[:, :, 0]):
+        with pytest.raises(ValueError, match="5 frames"):
+            head(wrong, (5, 4, 6))
 
 
 def test_head_refuses_a_width_that_its_group_norm_cannot_split():

@@ -17,7 +17,7 @@ from common.errors import UserError
 from miniature import make as miniature
 from miniature import selfdistilled as distilled
 from miniature.models import reproducible
-from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 
 make_demo = importlib.import_module("preprocessing.0_make_demo")
 NAME = "dinov2-selfdistilled"
@@ -45,7 +45,7 @@ def both(tmp_path_factory) -> Path:
 
 
 def test_the_encoder_reads_the_folder_and_gives_16_tokens(both: Path) -> None:
-    teacher = DINOv2Encoder.from_pretrained(str(both / "models" / NAME), grid=4)
+    teacher = load_teacher(str(both / "models" / NAME), grid=4)
     images, _ = miniature.load_images(both, "val")
     tokens = teacher(images[:5])
     assert tokens.shape == (5, 16, 64)

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModel
 from cache.reader import FieldReader
 from common.errors import UserError
 from models.pipeline_parts import weights_digest
-from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD, DINOv2Encoder
+from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 from models.teachers.dinov2_checkpoint import infer_config, load_checkpoint, shapes_of
+from models.teachers.table import load_teacher
 
 WIDTH, DEPTH, PATCH, GRID = 128, 2, 14, 4
 KINDS = [(swiglu, registers) for swiglu in (False, True) for registers in (0, 4)]
@@ -96,7 +97,7 @@ def images(grid=GRID):
 
 
 def tokens_of(path):
-    return DINOv2Encoder.from_pretrained(str(path), GRID)(images())
+    return load_teacher(str(path), GRID)(images())
 
 
 def saved(path, content):
@@ -164,12 +165,12 @@ class TestTheFileIsTheModel:
         assert torch.cdist(tokens, prefix).min() > 1
 
     def test_a_folder_and_a_file_of_the_same_weights_have_one_digest(self, tmp_path, swiglu, registers):
-        folder = DINOv2Encoder.from_pretrained(huggingface(tmp_path / "folder", swiglu, registers), GRID)
+        folder = load_teacher(huggingface(tmp_path / "folder", swiglu, registers), GRID)
         weights = published(tmp_path / "folder")
         assert weights.keys() == original(swiglu, registers).keys()
-        file = DINOv2Encoder.from_pretrained(str(saved(tmp_path / "dinov2.pth", weights)), GRID)
+        file = load_teacher(str(saved(tmp_path / "dinov2.pth", weights)), GRID)
         weights["blocks.1.attn.qkv.bias"][0] += 1e-3
-        other = DINOv2Encoder.from_pretrained(str(saved(tmp_path / "other.pth", weights)), GRID)
+        other = load_teacher(str(saved(tmp_path / "other.pth", weights)), GRID)
         assert weights_digest(file.model) == weights_digest(folder.model) != weights_digest(other.model)
         assert type(file.model) is type(folder.model)
         assert file(images()).equal(folder(images()))
@@ -345,7 +346,7 @@ def test_another_content_is_one_line_that_names_the_key(tmp_path, case):
 
 def refused(path, message, **options):
     with pytest.raises(UserError) as error:
-        DINOv2Encoder.from_pretrained(str(path), GRID, **options)
+        load_teacher(str(path), GRID, **options)
     assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -402,7 +403,7 @@ class TestPositions:
     @pytest.mark.parametrize(("registers", "antialias"), [(0, False), (4, True)])
     def test_what_is_reported_is_what_the_class_does(self, tmp_path, grid, registers, antialias):
         path = saved(tmp_path / "dinov2.pth", checkpoint(registers=registers))
-        encoder = DINOv2Encoder.from_pretrained(str(path), grid)
+        encoder = load_teacher(str(path), grid)
         assert encoder.resampling == f"bicubic, antialias={antialias}"
         seen = []  # what the embeddings add to the patches, measured in the forward itself
         encoder.model.embeddings.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
@@ -417,12 +418,12 @@ class TestPositions:
 
     @pytest.mark.parametrize("registers", [0, 4])
     def test_the_native_grid_needs_none(self, tmp_path, registers):
-        encoder = DINOv2Encoder.from_pretrained(huggingface(tmp_path, registers=registers), GRID)
+        encoder = load_teacher(huggingface(tmp_path, registers=registers), GRID)
         assert encoder.resampling == "none (native grid)"
         assert encoder.implementation == f"transformers.{type(encoder.model).__name__}"
 
     def test_another_rule_is_not_mistaken_for_a_known_one(self, tmp_path, monkeypatch):
-        encoder = DINOv2Encoder.from_pretrained(str(saved(tmp_path / "dinov2.pth", checkpoint())), 3)
+        encoder = load_teacher(str(saved(tmp_path / "dinov2.pth", checkpoint())), 3)
         embeddings = encoder.model.embeddings
         native = embeddings.position_embeddings[:, 1:].reshape(1, GRID, GRID, -1).permute(0, 3, 1, 2)
         scaled = F.interpolate(

@@ -22,6 +22,7 @@ from cache.views import read_view
 from common.errors import UserError
 from models.families.table import family_of
 from models.teachers.dinov2 import DINOv2Encoder
+from models.teachers.table import load_teacher
 from preprocessing import pipeline
 
 KILLS = int(os.environ.get("KILLS", "2"))  # of each scenario
@@ -99,7 +100,7 @@ class TestValues:
 
     def test_they_are_those_of_the_image_with_that_id(self, miniature):
         chosen = read_samples(miniature / "train.csv")[7]
-        teacher = DINOv2Encoder.from_pretrained(str(miniature / "models" / "dinov2-mini"), grid=4)
+        teacher = load_teacher(str(miniature / "models" / "dinov2-mini"), grid=4)
         pixels = torch.tensor(read_view(chosen.img_path, 32)).permute(2, 0, 1)[None] / 255
         expected = torch.nn.functional.normalize(teacher(pixels), dim=-1)[0]
         cached = FieldReader(miniature / "cache" / "tokens", "tokens").read([chosen.id])[0].float()

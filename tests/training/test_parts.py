@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from cache.manifest import read_manifest, write_manifest
 from common.errors import UserError
 from common.files import write_json
+from configs.align import Align
 from configs.loading import load_config
-from configs.sections import Align, Model, Teacher
+from configs.sections import Model, Teacher
 from method.alignment import MANIFOLD_LOSSES, AlignHead, manifold_gram_loss, spatial_norm, token_loss
 from method.objective import squared_error
 from models.families.table import family_of
@@ -75,7 +76,7 @@ def test_the_options_of_the_alignment_decide_its_loss(config, knobs, expected):
 def test_gathering_is_asked_for(config, monkeypatch):
     asked = []
     loss = objective(config("align.gather=true")).alignment
-    asks = lambda x, y, upper_only, gather: asked.append(gather) or x.sum()  # noqa: E731
+    asks = lambda x, y, upper_only, gather, _: asked.append(gather) or x.sum()  # noqa: E731
     monkeypatch.setitem(MANIFOLD_LOSSES, loss.manifold, asks)
     loss({"mid": tokens(0)}, tokens(1))
     assert asked == [True]

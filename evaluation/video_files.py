@@ -1,0 +1,62 @@
+"""Write clips as films that any player shows, read them back, and lay out their frames in a picture."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from cache.clips import EXACT, clip_frames, clip_info
+from common.files import file_written_whole
+
+# A constant quality at which compression is hardly seen; metrics are to be taken of the clips, not of these files.
+QUALITY = {"crf": "12", "preset": "medium"}
+GAP = 4  # px between the frames of a strip
+# As FFmpeg numbers the matrix, the primaries and the transfer of BT.709, and the range 16 to 235.
+BT709, LIMITED = 1, 1
+
+
+def write_film(path: str | Path, clip: np.ndarray, fps: float) -> None:
+    """Write a clip, uint8 RGB `(F, H, W, 3)`, as an mp4 of H.264 in BT.709; the file is whole or absent.
+
+    The format has even sides only: of an odd one the last row or column is repeated.
+    """
+    if clip.ndim != 4 or clip.shape[3] != 3 or clip.dtype != np.uint8 or not len(clip):
+        raise ValueError(f"a clip is uint8 (F, H, W, 3), got {clip.dtype} {clip.shape}")
+    height, width = clip.shape[1:3]
+    clip = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with file_written_whole(path) as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=QUALITY)
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+        for picture in clip:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            to = {"format": "yuv420p", "dst_colorspace": BT709, "dst_color_range": LIMITED}
+            container.mux(stream.encode(frame.reformat(**to, interpolation=EXACT)))
+        container.mux(stream.encode())
+
+
+def read_film(path: str | Path) -> tuple[np.ndarray, float]:
+    """Return all frames of a film, uint8 `(F, H, W, 3)`, and their rate; raises what `clip_frames` raises."""
+    info = clip_info(path)
+    frames = [np.asarray(frame) for frame in clip_frames(path, 0, info.frames, info.fps)]
+    return np.stack(frames), info.fps
+
+
+def write_strip(path: str | Path, clips: Sequence[np.ndarray], columns: int = 8) -> None:
+    """Write a PNG with a row for each clip `(F, H, W, 3)`, of `columns` frames evenly spread from its first to its last."""
+    rows = [
+        clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)] for clip in clips
+    ]
+    height, width = (max(row.shape[side] for row in rows) + GAP for side in (1, 2))
+    sheet = Image.new("RGB", (max(map(len, rows)) * width - GAP, len(rows) * height - GAP), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(Image.fromarray(picture), (x * width, y * height))
+    with file_written_whole(path) as file:
+        sheet.save(file, "png")
