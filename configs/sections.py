@@ -96,7 +96,7 @@ class Teacher(Section):
     model: Place | None = knob(
         None,
         "cached: name of the model that made data.tokens, as its manifest has it (null accepts any); online: the "
-        "DINOv2 to load, a hub id, folder or checkpoint file",
+        "DINOv2, DINOv3 or SigLIP to load, a hub id or folder, or a checkpoint file of a DINOv2",
     )
     revision: str | None = knob(None, "online: hub revision (commit) of the teacher")
     decoder: Place | None = knob(

@@ -1,10 +1,14 @@
-"""Script 3: cache the DINOv2 patch tokens of every image.
+"""Script 3: cache the patch tokens of every image, by DINOv2 or another teacher.
 
     python preprocessing/3_build_dino_cache.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/tokens
 
     # half the disk: int8 with an fp16 scale for every 64 channels
     python preprocessing/3_build_dino_cache.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/tokens \\
         --dtype int8
+
+    # another teacher: a DINOv3 ViT or the vision tower of a SigLIP 2, here with 16 x 16 patches of 16 px, that is at 256 px
+    python preprocessing/3_build_dino_cache.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/siglip2 \\
+        --teacher google/siglip2-base-patch16-256 --grid 16
 
 The script stores L2-normalised patch tokens (grid², D). For ViT-L/14 at the default grid of 14, that is at 196 px, they are
 (196, 1024). With the default view the teacher sees the same central square as the VAE, so its tokens and the latent cells cover

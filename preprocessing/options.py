@@ -83,16 +83,16 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
     """Add the options of the teacher and its view; `prefix` keeps two of the names apart from others of the same script."""
     add, size = parser.add_argument, parser.add_mutually_exclusive_group()
     teacher = (
-        "DINOv2: hub id or folder of Hugging Face, or a .pth, .pt or .safetensors file in the format of "
-        "facebookresearch/dinov2 (default %(default)s)"
+        "hub id or folder of a DINOv2, a DINOv3 ViT, or a SigLIP or SigLIP 2 (its vision tower); of a DINOv2 also a .pth, .pt "
+        "or .safetensors file in the format of facebookresearch/dinov2 (default %(default)s)"
     )
     add("--teacher", type=expand_home, default="facebook/dinov2-large", help=teacher)
     add("--teacher-revision", help="hub revision (commit) of the teacher")
-    grid = "tokens per side (default 14: 196 px; 16: 224 px; 37: 518 px)"
+    grid = "tokens per side (default 14: 196 px with patches of 14 px; 16: 224 px; 37: 518 px)"
     size.add_argument("--grid", type=between(1, GRID), default=14, help=grid)
     pixels = {"dest": "teacher_image_size", "help": "the same in pixels, a multiple of the patch"}
     size.add_argument(f"--{prefix}image-size", type=between(1, SIDE), **pixels)
-    view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's transform, its central 87.5 %%"
+    view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's own transform, its central 87.5 %%"
     add("--view", **choice("aligned", "official"), help=view)
     seen = (
         "of a clip, which frames stand for a latent frame, of those that the VAE makes it of: the middle one, or the mean of "
