@@ -86,6 +86,24 @@ QUICK_GROUPS = [
     ("align", "evaluate.py align {arms} --timesteps 500 --num-images 20", "{runs}/baseline/eval/align.json"),
     ("page", "evaluate.py report {arms} -o {page} --times {record} --note '{note}'", "{page}"),
 ]  # fmt: skip
+# Of a family of videos.
+CLIP_GROUPS = [
+    QUICK_GROUPS[0],
+    ("list clips",
+     "preprocessing/1_sample_imagenet_subset.py --videos {data}/clips --frames 9 --fps 8 --windows 2 --hold-out 8 "
+     "--hold-out-csv {data}/val.csv --out {data}/train.csv",
+     "{data}/val.csv"),
+    QUICK_GROUPS[2],
+    ("text",
+     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv --base {base} --out {data}/cache/text",
+     "{data}/cache/text/manifest.json"),
+    *QUICK_GROUPS[4:6],
+    ("final",
+     "evaluate.py final {arms} eval.num_samples=4 eval.sampling_steps=2 --sweep",
+     "{runs}/baseline/eval/points.jsonl"),
+    ("align", "evaluate.py align {arms} --timesteps 500 --num-images 16", "{runs}/baseline/eval/align.json"),
+    QUICK_GROUPS[-1],
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,7 @@ class Demo:
     """The folders and the stages of one demo: of the trained miniature, or of a family's tiny pipeline."""
 
     family: str | None
+    clips: bool = False  # whether the family is one of videos
 
     @property
     def data(self) -> Path:
@@ -140,7 +159,8 @@ class Demo:
 
     def stages(self) -> list[list[Stage]]:
         """The groups of stages in order."""
-        groups, splits = (GROUPS, SPLITS) if self.family is None else (QUICK_GROUPS, QUICK_SPLITS)
+        quick = CLIP_GROUPS if self.clips else QUICK_GROUPS
+        groups, splits = (GROUPS, SPLITS) if self.family is None else (quick, QUICK_SPLITS)
         found = []
         for name, command, product in groups:
             variants = splits if "{split}" in name else self.arms if "{arm}" in name else [{}]
@@ -160,12 +180,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             "--family NAME and --quick go together; without both, the trained miniature of SD-1.5 is shown"
         )
+    clips = False
     if args.family is not None:
-        from models.families.table import check_family
+        from models.families.table import family_named
 
-        check_family(args.family)
+        clips = family_named(args.family).method == "CREPA"
     os.chdir(ROOT)
-    demo = Demo(args.family)
+    demo = Demo(args.family, clips)
     config = hashlib.sha256(demo.config.read_bytes()).hexdigest()
     record = Record(demo.record)
     for number, group in enumerate(demo.stages()):
