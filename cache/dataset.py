@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache.image_list import Sample, clip_shape, is_captioned, read_samples
+from cache.manifest import check_crops
 from cache.reader import FieldReader
 from cache.text import TextReader
 from common.errors import UserError
+from common.sides import height_width
 
 
 class AlignedDataset(Dataset):
@@ -39,6 +41,10 @@ class AlignedDataset(Dataset):
     ):
         self.latents = FieldReader(latents, "latents")
         self.tokens = None if tokens is None else FieldReader(tokens, "tokens")
+        if self.tokens is not None:
+            check_crops(
+                self.latents.folder, self.latents.spec.view, self.tokens.folder, self.tokens.spec.view
+            )
         self.text = TextReader(text)
         listed = read_samples(csv_path)
         self._check_moments(clip_shape(listed), csv_path)
@@ -154,8 +160,9 @@ class AlignedDataset(Dataset):
         """The grid (h, w) of the cached teacher tokens, of each frame of a clip; None if there are none."""
         if self.tokens is None:
             return None
-        side = (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
-        return side, side
+        return height_width(
+            (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
+        )
 
     def read_batch(self, indices: Sequence[int], raw: dict[str, Tensor]) -> None:
         """Fill `raw[name] (len(indices), value_bytes)` with the stored bytes of these items, for every field."""

@@ -18,6 +18,7 @@ from common.errors import UserError
 from configs.schema import Config
 from method.objective import square, squared_error
 from models.aligned import BACKBONE, HEADS
+from models.quantize import count_weights
 from training.parts import Parts
 
 PROBED = 64  # number of images that are read, spread evenly over the list and so over the shards
@@ -134,7 +135,7 @@ def check_trained(parts: Parts) -> None:
     optim = config.optim
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
     heads = f"; heads {in_heads:,} at {head_lr:g}" if model.heads else ""
-    total = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lora_" not in n)
+    total = sum(count_weights(p) for n, p in model.backbone.named_parameters() if ".lora_" not in n)
     weights = f"{network:,} weights (the {parts.family.noun} has {total:,})"
     say("train", f"{config.model.train}: {weights} at learning rate {optim.lr:g}{heads}")
     if config.model.train == "lora":

@@ -89,7 +89,7 @@ class TestTeacher:
         ),
         ("3_build_dino_cache", {"--image-size": "30"}, "not a multiple of the patch 8: use 24 or 32"),
         ("3_build_dino_cache", {"--grid": "1"}, "use --grid 2 or more"),
-        ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "DINOv2 was expected"),
+        ("3_build_dino_cache", {"--teacher": "{root}/models/classifier"}, "give one of a known model_type"),
         ("3_build_dino_cache", {"--device": "tpu"}, "device 'tpu' cannot be used"),
         ("4_prepare_text_embeddings", {"--class-names": "nowhere.json"}, "cannot read nowhere.json"),
         ("4_prepare_text_embeddings", {"--class-names": "{root}/train.csv"}, "looks like a CSV"),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import demo_overrides
 from peft import LoraConfig
+from small_runs import assert_same_run, stopped_at, train
 
 import train as train_script
 from common.errors import UserError
@@ -67,8 +68,11 @@ def test_the_teacher_is_what_the_block_puts_out_and_heads_map_to_its_width(taugh
     assert x.shape == tokens.shape
 
 
-def test_no_gradient_reaches_the_teachers_block(taught):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_reaches_the_teachers_block(taught, checkpointing):
     model, path, x_t, text, place = taught
+    if checkpointing:
+        model.family.checkpoint(model.backbone)
     terms = Objective(path, align_coeff=1.0, manifold_coeff=0)(
         model, x_t, None, text, generator=torch.Generator().manual_seed(0)
     )
@@ -120,6 +124,13 @@ def test_a_training_needs_no_tokens_and_is_not_measured_against_any(miniature, t
     assert all(0 < line["loss_token"] < 2 and line["loss_manifold"] > 0 for line in lines)
     with pytest.raises(UserError, match="taught by its own dec_first"):
         heldout_images(run.config)
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(miniature, tmp_path, monkeypatch):
+    own = [*OWN, "align.similarity_threshold=0.99", "align.similarity_ema_decay=0.5"]
+    unbroken = train(miniature, tmp_path / "unbroken", *own)
+    stopped_at(3, miniature, tmp_path / "stopped", monkeypatch, *own)
+    assert_same_run(unbroken, train(miniature, tmp_path / "stopped", *own))
 
 
 def test_the_plan_counts_neither_an_encoder_nor_a_cache_of_tokens(miniature, tmp_path, capsys):
