@@ -136,7 +136,7 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
-    if need_tokens and not covers(teacher.grid, dataset.latent_shape[-2:]):
+    if need_tokens and teacher.source != "backbone" and not covers(teacher.grid, dataset.latent_shape[-2:]):
         raise UserError(
             f"teacher.grid = {list(teacher.cells)} is not of the shape of latents {dataset.latent_shape}: give [height, width] "
             "of a grid whose cells are about as high as they are wide"
