@@ -23,9 +23,8 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 from configs.schema import Config
-from evaluation.image_files import ImageWriter, missing_images, watched
+from evaluation.image_files import ImageWriter, missing_images, watched, write_films
 from evaluation.targets import Target
-from evaluation.video_files import write_films
 from method.sampler import (
     balanced_labels,
     forwards_per_image,
