@@ -54,6 +54,7 @@ class Material:
     grids: Mapping[str, np.ndarray]  # samples (N, H, W, 3) uint8 by label
     grid_columns: Sequence[str]
     pictures: Sequence[Pictures]
+    films: Mapping[str, Path]  # samples of clips by their titles
     times: Sequence[StageEntry]
     command: str  # which makes the page
     folder: Path  # of its figures

@@ -1,5 +1,6 @@
 """Clips from a small video transformer: drawn, kept, resumed, shown and measured."""
 
+import base64
 import json
 import re
 import shutil
@@ -239,3 +240,23 @@ def test_a_network_for_clips_is_refused_for_images(miniature, tmp_path):
     )
     with pytest.raises(UserError, match="the run is of images"):
         load_clip_scorer(config, "cpu")
+
+
+def test_the_page_plays_films_and_shows_the_numbers_of_real_clips(house, drawn, judged, tmp_path):
+    evaluate.main(["metrics", str(house / "wan.yaml"), *judged])
+    evaluate.main(["report", str(house / "wan.yaml"), "-o", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    films = re.findall(r'<video controls loop muted playsinline src="data:video/mp4;base64,([^"]+)"', page)
+    assert len(films) == 3
+    (tmp_path / "a.mp4").write_bytes(base64.b64decode(films[0]))
+    about = clip_info(tmp_path / "a.mp4")
+    assert (about.frames, about.fps) == (FRAMES, FPS)
+    assert "media-src data:" in page
+    assert f"4 clips of {FRAMES} frames at {FPS} a second" in page
+    assert f"({FILMS * FRAMES} real frames)" in page
+    assert "beside 4 real clips of list.csv" in page
+    for row, arrow in (("video_motion4", ""), ("video_difference4", ""), ("video_fd4", " ↓")):
+        assert re.search(f"<td>{row}{arrow}</td><td[^>]*>[^<]+", page), row
+    assert re.search(r"video_motion4</td><td[^>]*>[^<]+\(real [0-9.e-]+\)", page)
+    strips = json.loads((tmp_path / "page_figures/pictures_0.json").read_text())
+    assert strips["columns"] == [f"frame {i + 1}" for i in range(FRAMES)]
