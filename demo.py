@@ -62,7 +62,7 @@ NOTE = (
     "All weights are random, of the tiny network, its VAE and its text encoders, and so images are noise: this page shows that "
     "every stage works, and says nothing about alignment."
 )
-QUICK_SPLITS = [SPLITS[0] | {"count": 12}, SPLITS[1] | {"count": 6}]
+QUICK_SPLITS = [SPLITS[0] | {"count": 6}, SPLITS[1] | {"count": 3}]
 QUICK_GROUPS = [
     ("digits and small models", "preprocessing/0_make_demo.py --out {data} --quick --family {family}",
      "{data}/models/quality.json"),
@@ -95,7 +95,7 @@ CLIP_GROUPS = [
      "{data}/val.csv"),
     QUICK_GROUPS[2],
     ("text",
-     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv --base {base} --out {data}/cache/text",
+     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv {data}/val.csv --base {base} --out {data}/cache/text",
      "{data}/cache/text/manifest.json"),
     *QUICK_GROUPS[4:6],
     ("final",
