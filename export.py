@@ -35,7 +35,7 @@ from models.backbone import Backbone
 from report.records import points_file
 from training.checkpoint import EMA, WEIGHTS, Fingerprint, checkpoints, load_weights, state_of, step_of
 from training.meter import RATES
-from training.parts import build_model, family_for
+from training.parts import build_model, family_for, load_network
 from training.run_folder import POINTS, RunFolder
 
 MADE_FROM, UNFINISHED = "made_from.json", "unfinished"
@@ -52,6 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     run = RunFolder(args.run)
     if args.kohya and run.config.model.train != "lora":
         raise UserError(f"{args.run} trained model.train={run.config.model.train}: --kohya is for LoRA")
+    if args.pipeline and run.config.model.quantize != "none":
+        raise UserError(
+            f"{args.run} trained on weights in {run.config.model.quantize}, and LoRA is not merged into these: leave "
+            "--pipeline out, the exported LoRA loads into any pipeline of the base model"
+        )
     if args.kohya and family_for(run.config).kohya_base is None:
         raise UserError(f"kohya's tools have no name for {family_for(run.config).name}: leave --kohya out")
     checkpoint = checkpoint_of(run, args.checkpoint)
@@ -82,7 +87,7 @@ def export_run(run: RunFolder) -> None:
 
 def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace: bool = True) -> None:
     def write(aside: Path) -> None:
-        model = run_model(run)
+        model = run_model(run, torch.bfloat16)  # of LoRA, the frozen weights are not written
         for kind, file in WEIGHTS.items():
             load_weights(checkpoint / file, model.trained_parameters())
             model.export(aside / kind)
@@ -99,10 +104,13 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, folder: Path, *, replace
     print(f"EMA weights for diffusers: {how}")
 
 
-def run_model(run: RunFolder) -> AlignedModel:
-    """The run's model with its weights as they were before the training."""
-    config = run.config
-    return build_model(config.model, config.align, config.teacher, config.seed, family_for(config))
+def run_model(run: RunFolder, dtype: torch.dtype = torch.float32) -> AlignedModel:
+    """The run's model with its weights as they were before the training; frozen weights in `dtype`, and not quantised."""
+    config, family = run.config, family_for(run.config)
+    network = load_network(
+        config.model.model_copy(update={"quantize": "none"}), family, dtype, torch.device("cpu")
+    )
+    return build_model(config.model, config.align, config.teacher, config.seed, family, network)
 
 
 def _inside(name: str) -> str:
@@ -192,7 +200,7 @@ def size_of(path: Path) -> int | None:
 
 def export_kohya(run: RunFolder, checkpoint: Path, folder: Path) -> None:
     """`ema.safetensors` and `raw.safetensors` under the names of kohya's sd-scripts, fp16 as is usual there."""
-    model, kohya_base = run_model(run), family_for(run.config).kohya_base
+    model, kohya_base = run_model(run, torch.bfloat16), family_for(run.config).kohya_base
     for kind, file in WEIGHTS.items():
         load_weights(checkpoint / file, model.trained_parameters())
         metadata = {"ss_base_model_version": kohya_base, "modelspec.title": run.name}

@@ -18,7 +18,8 @@ from common.sides import height_width
 
 
 class AlignedDataset(Dataset):
-    """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and its label.
+    """An item for each image or clip: `latent (C, [f,] h, w)`, `dino_tokens ([f·]N, D)`, text fields such as `prompt_embeds`,
+    and its label.
 
     Where script 2 stored them, `size_and_crop (6,)` too (`cache.views.size_and_crop`).
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
@@ -150,8 +151,13 @@ class AlignedDataset(Dataset):
         return latent_shape(self.latents.spec.shape, self.latents.spec.details)
 
     @property
+    def frames(self) -> int:
+        """The latent frames of a clip, of each of which there are tokens; 1 of images."""
+        return self.latent_shape[1] if len(self.latent_shape) == 4 else 1
+
+    @property
     def token_grid(self) -> tuple[int, int] | None:
-        """The grid (h, w) of the cached teacher tokens; None if there are none."""
+        """The grid (h, w) of the cached teacher tokens, of each frame of a clip; None if there are none."""
         if self.tokens is None:
             return None
         return height_width(

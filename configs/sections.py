@@ -83,6 +83,19 @@ class Model(Section):
         "the blocks of `partial`, of which only the mid-block holds attention",
     )
     gradient_checkpointing: bool = knob(False, "recompute activations in backward to save memory")
+    quantize: Literal["none", "int8", "nf4"] = knob(
+        "none",
+        "frozen weights of linear layers in fewer bits, for LoRA: int8 = 8 bits by torchao (pip install torchao), "
+        "nf4 = 4 bits by bitsandbytes, as QLoRA (pip install bitsandbytes; a GPU)",
+    )
+
+    @model_validator(mode="after")
+    def _only_frozen_weights_are_quantized(self):
+        if self.quantize != "none" and self.train != "lora":
+            raise ValueError(
+                f"model.quantize = {self.quantize} is for model.train=lora: weights in so few bits cannot be trained"
+            )
+        return self
 
 
 class Teacher(Section):

@@ -102,6 +102,7 @@ OPTIONS = {
             "--times", type=Path,
             help="JSON list of {stage, seconds, command, group}; stages of one group ran side by side",
         ),
+        option("--note", metavar="TEXT", help="a paragraph for the top of the page"),
     ],
 }  # fmt: skip
 

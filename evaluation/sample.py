@@ -39,7 +39,8 @@ from models.backbone import Backbone
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
 from training.kernels import keep_compiled, searched_convolutions
-from training.parts import family_for, load_run_model, output_of
+from training.network import output_of
+from training.parts import family_for, load_run_model
 from training.ranks import Ranks
 from training.run_folder import this_command
 
@@ -69,6 +70,8 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "cfg": given.cfg,
         "guidance_interval": [given.guidance_low, given.guidance_high] if guided else None,
         "guidance_space": given.guidance_space if guided else None,
+        # Only of a family that is told it, so that samples of others keep their folders.
+        **({} if family.guidance is None else {"guidance": family.guidance}),
         "vae": {
             "base": config.model.base,
             "files": files_digest(config.model.base, "vae", config.model.revision),
@@ -226,9 +229,8 @@ class ImageSampler:
     def load(cls, target: Target, device: torch.device) -> "ImageSampler":
         """Load a target's weights."""
         config, given = target.config, target.settings
-        model = load_run_model(target.run, target.step, device, weights=target.weights)
         dtype = compute_dtype(device, given.precision)
-        model.to(dtype)
+        model = load_run_model(target.run, target.step, device, weights=target.weights, dtype=dtype)
         if device.type == "cuda" and dtype == torch.bfloat16:
             model.backbone.to(memory_format=torch.channels_last)
         if given.compile:

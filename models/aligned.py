@@ -73,7 +73,7 @@ class AlignedModel(nn.Module):
                     f"the head conv1x1 normalises {GROUPS} groups, and {teacher_block} has {D} channels: choose another "
                     "align.head"
                 )
-        self.family, self.backbone, self.trained = family, network, train
+        self.family, self.backbone, self.trained, self.checkpointing = family, network, train, False
         self.teacher_block = teacher_block
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -113,7 +113,8 @@ class AlignedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The network's precision; its own property of that name walks through all modules, a millisecond each time."""
-        return next(self.backbone.parameters()).dtype
+        # Weights of 4 bits lie in uint8.
+        return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
 
     def get_aligned_tokens(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Tokens `(B, N, D)` of each head on the teacher's grid (h, w), for the last forward that captured.
@@ -147,6 +148,11 @@ class AlignedModel(nn.Module):
         """Forget the captured hidden states, and with them the graph they keep alive."""
         self.taps.clear()
 
+    def checkpoint(self, on: bool = True) -> None:
+        """Recompute the activations of the family's blocks in backward, or no longer."""
+        self.family.checkpoint(self.backbone, on)
+        self.checkpointing = on
+
     def compile_backbone(self, mode: str = "default") -> None:
         """Compile the network at its next call; taps stay, and sampling may still use it.
 
@@ -156,7 +162,7 @@ class AlignedModel(nn.Module):
         if mode == "max-autotune":
             mode = "max-autotune-no-cudagraphs"
         modules = [self.backbone]
-        if self.backbone.is_gradient_checkpointing:
+        if self.checkpointing:
             blocks = self.family.checkpointed(self.backbone)
             modules = [module for module in self.backbone.modules() if type(module) in blocks]
         # Blocks of a class share their code, and each has shapes of its own: Dynamo would stop compiling after the eighth.
@@ -241,6 +247,17 @@ def family_lora(family: Backbone, rank: int, alpha: float, targets: str) -> Lora
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=known[targets], init_lora_weights="gaussian")
 
 
+@contextmanager
+def _lora_in_fp32() -> Iterator[None]:
+    """Let new LoRA weights stay in fp32, as masters start; PEFT would round them to the precision of the frozen weights."""
+    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    BaseTunerLayer._move_adapter_to_device_of_base_layer = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        BaseTunerLayer._move_adapter_to_device_of_base_layer = move
+
+
 def _check_behind(known: Sequence[str], taps: Sequence[str], block: str) -> None:
     """Raise `UserError` unless the block lies behind all taps, in the order of the forward."""
     last = max(taps, key=known.index)
@@ -257,16 +274,18 @@ def _choose_trained(family: Backbone, network: nn.Module, train: str, lora: Lora
         if lora is None:
             raise ValueError("train='lora' needs a LoRA config")
         try:
-            if hasattr(network, "add_adapter"):
-                network.add_adapter(lora)
-            else:  # of a class that diffusers gives no adapters
-                inject_adapter_in_model(lora, network)
+            with _lora_in_fp32():
+                if hasattr(network, "add_adapter"):
+                    network.add_adapter(lora)
+                else:  # of a class that diffusers gives no adapters
+                    inject_adapter_in_model(lora, network)
         except ValueError as error:  # peft's, when the targets match nothing
             raise UserError(f"LoRA finds no module to wrap: {str(error).splitlines()[0]}") from None
     elif train == "partial":
         for path in family.partial_blocks(network):
             network.get_submodule(path).requires_grad_(True)
     elif train == "full":
-        network.requires_grad_(True)
+        for parameter in network.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     else:
         raise ValueError(f"train must be lora, partial or full, not {train!r}")

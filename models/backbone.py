@@ -23,6 +23,7 @@ from method.paths import PREDICTION_TYPES, SCHEDULER_TYPES, DiffusionPath, Path
 from models.latents import LatentCodec
 from models.pipeline_parts import SAMPLERS, SPACING, load_part, shapes_of_part
 from models.prompts import PromptEncoder
+from models.quantize import quantization_config
 from models.taps import Tap
 
 # Settings of `diffusion` that only a flow has; null elsewhere.
@@ -63,6 +64,7 @@ class Backbone:
     kohya_base: str | None = None
     patch: tuple[int, ...] = (1, 1)  # cells of the latents that make one token of the network
     loads_lora = True  # whether the pipeline has load_lora_weights
+    forecast_assumes = ""  # what the plan says of `forecast`
     guidance: float | None = None  # what a network with a guidance embedding is told; None where it has none
     # What `evaluate.py final` sets beside a run's own settings of sampling.
     final_settings: Mapping[str, object] = {}
@@ -114,9 +116,12 @@ class Backbone:
         """The classes of the blocks that gradient checkpointing recomputes."""
         raise NotImplementedError
 
-    def checkpoint(self, network: nn.Module) -> None:
-        """Recompute the activations of blocks in backward."""
-        network.enable_gradient_checkpointing()
+    def checkpoint(self, network: nn.Module, on: bool = True) -> None:
+        """Recompute the activations of blocks in backward, or no longer."""
+        network.enable_gradient_checkpointing() if on else network.disable_gradient_checkpointing()
+
+    def forecast(self, network: nn.Module) -> None:
+        """Replace what looks at values in a network on the device "meta", where there are none, by what has the same cost."""
 
     def tap_channels(self, network: nn.Module, name: str) -> int:
         """Channels C of the features `(B, C, h, w)` of a tap."""
@@ -139,13 +144,25 @@ class Backbone:
 
     # what all families share --------------------------------------------------------------------------------------------
 
-    def load(self, part: str):
+    def load(self, part: str, **options):
         """A part of the base model, networks in fp32; raises `UserError` where it cannot be had."""
-        return load_part(self.base, part, self.parts[part](), self.revision)
+        return load_part(self.base, part, self.parts[part](), self.revision, **options)
 
-    def load_network(self) -> nn.Module:
-        """The network of the base model, in fp32."""
-        return self.load(self.part)
+    def load_network(
+        self, dtype: torch.dtype = torch.float32, quantize: str = "none", device: torch.device | None = None
+    ) -> nn.Module:
+        """The network of the base model in `dtype`, on the CPU; `quantize`d, on the `device` if it is a GPU.
+
+        Raises `UserError` where it cannot be had, or cannot be quantised.
+        """
+        if quantize == "none":
+            return self.load(self.part, dtype=dtype)
+        options = {"quantization_config": quantization_config(quantize, dtype, device)}
+        if device is not None and device.type != "cpu":
+            options["device_map"] = {
+                "": str(device)
+            }  # with "cpu", diffusers would take the weights for offloaded
+        return self.load(self.part, dtype=dtype, **options)
 
     def network_of_shapes(self, *, local: bool = False) -> tuple[nn.Module, bool]:
         """The network on the device "meta", and whether its config was at hand (else `assumed_config` is taken)."""

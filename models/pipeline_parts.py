@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from common.errors import UserError
 from common.pretrained import check_files, foreign_files, load_pretrained, read_config
@@ -27,13 +28,20 @@ FLOW_SAMPLERS = {
 SPACING = "trailing"  # ends at the noisiest step, which sampling in few steps needs
 
 
-def load_part(base: str, part: str, kind: type, revision: str | None = None):
-    """Load one part of a pipeline, of the class `kind`, in the layout that `save_pretrained` writes; networks in fp32.
+def load_part(
+    base: str, part: str, kind: type, revision: str | None = None, *,
+    dtype: torch.dtype = torch.float32, **options,
+):  # fmt: skip
+    """Load one part of a pipeline, of the class `kind`, in the layout that `save_pretrained` writes; networks in `dtype`.
 
-    `base` is a hub id or a local folder. Raises `UserError` when it is neither, or holds no such part.
+    `base` is a hub id or a local folder, `options` are further ones of from_pretrained. Raises `UserError` when `base` is
+    neither, or holds no such part. In bf16 no weight is ever in memory in fp32, but for those that the file has so, one by one.
     """
-    loaded = load_pretrained(kind, base, f"{part} of {base}", part=part, revision=revision)
-    return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+    if dtype != torch.float32:
+        options["torch_dtype"] = dtype
+    loaded = load_pretrained(kind, base, f"{part} of {base}", part=part, revision=revision, **options)
+    # By nn.Module's own: diffusers' refuses quantised networks, and keeps layers that a class wants in fp32.
+    return torch.nn.Module.to(loaded, dtype) if isinstance(loaded, torch.nn.Module) else loaded
 
 
 def shapes_of_part(
@@ -80,6 +88,8 @@ def weights_digest(module: torch.nn.Module) -> str:
     """
     digests = []
     for tensor in module.state_dict().values():
+        if is_traceable_wrapper_subclass(tensor):  # quantised: its integers and scales say the same
+            tensor = tensor.dequantize()
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         digests.append(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + data).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

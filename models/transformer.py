@@ -5,7 +5,7 @@ times and text before and after the network is in `pack`, `clock`, `conditions` 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -256,11 +256,22 @@ def whole(hidden: Tensor, count: int, tap: str, *, before: int = 0) -> Tensor:
     return hidden[:, before:]
 
 
-def checkpoint_blocks(network: nn.Module, paths: Iterable[str]) -> None:
-    """Recompute the activations of these blocks in backward, with all arguments that they were called with."""
+def checkpoint_blocks(network: nn.Module, paths: Iterable[str], on: bool) -> None:
+    """Recompute the activations of these blocks in backward, with all arguments that they were called with, or no longer."""
     for path in paths:
         block = network.get_submodule(path)
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        vars(block).pop("forward", None)  # back to that of the class
+        if on:
+            block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable, *args, **named):
+    """What `forward` returns, checkpointed; arguments by name are handed over by place, else autograd would not see them."""
+
+    def call(*values):
+        return forward(*values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
+
+    return checkpoint(call, *args, *named.values(), use_reentrant=False)
 
 
 def lora_of(modules: Sequence[str]) -> str:

@@ -25,7 +25,6 @@ from method.objective import Objective
 from method.paths import Path
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
-from models.families.table import family_of
 from models.latents import LatentCodec
 from models.pipeline_parts import weights_digest
 from models.prompts import PromptEncoder
@@ -34,6 +33,7 @@ from models.teachers.table import load_teacher
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.frozen import keep_no_inputs
 from training.masters import Masters
+from training.network import family_for, load_network
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 
@@ -79,7 +79,9 @@ def build_parts(config: Config) -> Parts:
     size = table_bytes(dataset.text.shapes.values(), len(dataset.text), dtype)
     if not keeps_table(config.data.text_on_device, size):
         dataset.read_text_with_batches()
-    model = build_model(config.model, config.align, config.teacher, config.seed, family).to(device).train()
+    network = load_network(config.model, family, dtype, device)
+    model = build_model(config.model, config.align, config.teacher, config.seed, family, network)
+    model = model.to(device).train()
     check_fit(config.data, family, model.backbone, dataset)
     if config.model.init_from is not None and not checkpoints(config.run / "checkpoints"):
         start_from(config.model, model)
@@ -116,11 +118,6 @@ def build_parts(config: Config) -> Parts:
     )
 
 
-def family_for(config: Config) -> Backbone:
-    """Return the family of the config's base model."""
-    return family_of(config.model.base, config.model.revision)
-
-
 def start_from(settings: Model, model: AlignedModel) -> None:
     """Load the weights that `model.init_from` names; raises `UserError` where they were trained with another LoRA scale."""
     file, weights = trained_file_of(settings.init_from)
@@ -139,14 +136,14 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
-    if need_tokens and not covers(teacher.grid, dataset.latent_shape[-2:]):
+    if need_tokens and teacher.source != "backbone" and not covers(teacher.grid, dataset.latent_shape[-2:]):
         raise UserError(
             f"teacher.grid = {list(teacher.cells)} is not of the shape of latents {dataset.latent_shape}: give [height, width] "
             "of a grid whose cells are about as high as they are wide"
         )
     if dataset.tokens is None:
         return dataset
-    spec, wanted = dataset.tokens.spec, (math.prod(teacher.cells), teacher.dim)
+    spec, wanted = dataset.tokens.spec, (dataset.frames * math.prod(teacher.cells), teacher.dim)
     made_by = spec.source.get("model") or "an unnamed teacher"
     if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
         raise UserError(
@@ -223,7 +220,7 @@ def build_model(
     )
     keep_no_inputs(model.backbone)
     if settings.gradient_checkpointing:
-        family.checkpoint(model.backbone)
+        model.checkpoint()
     return model
 
 
@@ -294,18 +291,22 @@ def build_coefficient(align: Align, steps: int) -> Coefficient:
     return Coefficient(CoefficientSchedule(**align.model_dump(include=names), total_steps=steps), cutoff)
 
 
-def load_run_model(run: RunFolder, step: int, device: torch.device, *, weights: str = "ema") -> AlignedModel:
-    """Load a run's model in eval mode, with a checkpoint's weights ("ema", "raw"), or the bare base model ("base")."""
+def load_run_model(
+    run: RunFolder, step: int, device: torch.device, *,
+    weights: str = "ema", dtype: torch.dtype | None = None,
+) -> AlignedModel:  # fmt: skip
+    """Load a run's model in eval mode: a checkpoint's weights ("ema", "raw"), or the bare base model ("base").
+
+    In `dtype`; None is fp32, or bf16 where it is quantised.
+    """
     config = run.config
+    if dtype is None:
+        dtype = torch.float32 if config.model.quantize == "none" else torch.bfloat16
+    network = load_network(config.model, family_for(config), dtype, device)
     settings, align = config.model, config.align
     if weights == "base":  # without LoRA and without heads
         settings, align = settings.model_copy(update={"train": "full"}), align.model_copy(update={"coeff": 0})
-    model = build_model(settings, align, config.teacher, config.seed, family_for(config))
+    model = build_model(settings, align, config.teacher, config.seed, family_for(config), network)
     if weights != "base":
         load_weights(run.checkpoint(step) / WEIGHTS[weights], model.trained_parameters())
-    return model.to(device).eval().requires_grad_(False)
-
-
-def output_of(config: Config) -> str:
-    """Return what the network of a run outputs, "epsilon" or "v"."""
-    return family_for(config).output_of(config.diffusion.parameterization)
+    return model.to(device, dtype).eval().requires_grad_(False)

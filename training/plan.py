@@ -7,12 +7,9 @@ multiply-add is two operations; norms, activations, softmax and resizing are not
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache.dataset import latent_shape
@@ -23,9 +20,11 @@ from common.errors import UserError
 from configs.schema import Config
 from models.aligned import AlignedModel
 from models.backbone import Backbone
+from models.quantize import QUANTIZATIONS, quantized_weights
 from training.optimizers import OPTIMIZERS
 from training.parts import build_model, build_online_teacher, family_for
-from training.plan_time import count_work, plan_measured, plan_time
+from training.plan_count import StepCost, count_step, saved_bytes, work_of
+from training.plan_time import plan_measured, plan_time
 from training.self_test import name_of, say
 
 PROMPTS = 1000  # of the classes of ImageNet, where there is no text yet
@@ -49,6 +48,8 @@ def print_plan(config: Config) -> None:
     print(f"plan of {config.run}")
     if not known:
         say("base", f"{config.model.base} is not at hand: the sizes of {model.family.name} are assumed")
+    if model.family.forecast_assumes:
+        say("counted", f"as if {model.family.forecast_assumes}")
     plan_parameters(config, model)
     each = f"{cost.forward / 1e9:.3g} forward and {cost.backward / 1e9:.3g} backward GFLOP an image"
     say("step", f"{images} images: {cost.flops * images / 1e12:.4g} TFLOP ({each})")
@@ -61,7 +62,7 @@ def print_plan(config: Config) -> None:
     text, each = text_bytes(config, model, dtype)
     where = f"read with each batch, {each / 1e3:.0f} kB an image" if each else "of all prompts"
     say("text", f"{text / GB:.3g} GB on each device, {where} (data.text_on_device)")
-    results, done = flops_of(config, model, forward)
+    results, done = flops_of(model, forward, cost.flops), cost.flops
     work = work_of(forward, (done - results) / cost.forward)
     work["linear layers"] = work.get("linear layers", 0.0) + teacher
     flops = results + teacher, done + teacher
@@ -76,6 +77,7 @@ def model_of_shapes(config: Config, dtype: torch.dtype) -> tuple[AlignedModel, b
     network, known = family.network_of_shapes(local=config.model.base == family.default_base)
     with torch.device("meta"):
         model = build_model(config.model, config.align, config.teacher, config.seed, family, network)
+        family.forecast(network)
         return model.to(dtype).train(), known
 
 
@@ -86,7 +88,10 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...], grid: tuple[int, int
         with torch.device("meta"):
             latents = torch.empty(batch, *shape)
             shapes = model.family.text_shapes(model.backbone)
-            text = {name: torch.empty(batch, *row) for name, row in shapes.items()}
+            text = {
+                name: torch.empty(batch, *row, dtype=torch.uint8 if name.endswith("mask") else None)
+                for name, row in shapes.items()
+            }
             steps = torch.zeros(batch, dtype=torch.long)
             output = model.predict(latents, steps, text, capture=bool(model.heads))
             loss = output.float().square().mean()
@@ -99,72 +104,6 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...], grid: tuple[int, int
     return forward
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Operations per image: of forward, of backward, and of forward by the name of each module inside the network."""
-
-    forward: float
-    backward: float
-    modules: dict[str, float]
-
-    @property
-    def flops(self) -> float:
-        return self.forward + self.backward
-
-
-def count_step(forward: Callable[[int], Tensor], batch: int = 1) -> StepCost:
-    """Count the operations of `forward(batch)`, which returns a loss, and of its backward; both run on the device "meta"."""
-    with FlopCounterMode(display=False) as there:
-        loss = forward(batch)
-    with FlopCounterMode(display=False) as back:
-        loss.backward()
-    modules = {
-        name.partition(".")[2]: sum(flops.values()) / batch for name, flops in there.get_flop_counts().items()
-    }
-    return StepCost(there.get_total_flops() / batch, back.get_total_flops() / batch, modules)
-
-
-def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Return the bytes that autograd keeps for backward, for a GPU's attention.
-
-    Each storage counts once, and the weights are left out.
-    """
-    known = {_storage(p) for p in parameters}
-    kept: dict[int, Tensor] = {}  # holds the tensors, because a freed storage could be reused
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(_storage(tensor), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FlashAttention():
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
-
-
-def work_of(forward: Callable[[int], Tensor], again: float = 0.0) -> dict[str, float]:
-    """Return what `count_work` counts with a GPU's attention."""
-    with _FlashAttention():
-        return count_work(forward, again)
-
-
-class _FlashAttention(TorchFunctionMode):
-    """Use attention that keeps no N×N matrix; on the device "meta" PyTorch would choose the kernel that does."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        names = ("query", "key", "value")
-        query, key, value = (*args, *(kwargs[name] for name in names[len(args) :]))[:3]
-        if query.device.type != "meta":
-            return function(*args, **kwargs)
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def step_flops(config: Config) -> tuple[float, float]:
     """Return the operations of one step on one process: of its results, and with what gradient checkpointing computes again.
 
@@ -175,19 +114,19 @@ def step_flops(config: Config) -> tuple[float, float]:
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
         forward = forward_of(model, shape, config.teacher.cells)
-        _COUNTED[key] = flops_of(config, model, forward)
+        done = count_step(forward).flops
+        _COUNTED[key] = flops_of(model, forward, done), done
     flops, done = _COUNTED[key]
     images = config.data.batch_size * config.optim.accumulate
     return flops * images, done * images
 
 
-def flops_of(config: Config, model: AlignedModel, forward: Callable[[int], Tensor]) -> tuple[float, float]:
-    """Return operations of an image: of its results, and with what checkpointing computes again; it is off afterwards."""
-    flops = done = count_step(forward).flops
-    if config.model.gradient_checkpointing:
-        model.backbone.disable_gradient_checkpointing()
-        flops = count_step(forward).flops
-    return flops, done
+def flops_of(model: AlignedModel, forward: Callable[[int], Tensor], done: float) -> float:
+    """Return operations of an image's results: those `done` without what checkpointing repeats; it is off afterwards."""
+    if not model.checkpointing:
+        return done
+    model.checkpoint(False)
+    return count_step(forward).flops
 
 
 def shape_of_latents(config: Config) -> tuple[int, ...] | None:
@@ -242,12 +181,24 @@ def planned_bytes(config: Config, model: AlignedModel, dtype: torch.dtype, saved
     own = 0 if dtype == torch.float32 else 4 * trained  # fp32 masters
     gradients = (4 + (dtype.itemsize if own else 0)) * trained
     moments, average = OPTIMIZERS[config.optim.name].state_bytes * trained, 4 * trained
+    weights, unpacked = bytes_of_weights(config, model, dtype)
     return {
-        "kept for backward": saved * config.data.batch_size,
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "kept for backward": saved * config.data.batch_size + unpacked,
+        "weights": weights,
         "gradients, masters, AdamW and EMA": own + gradients + moments + average,
         "text": text_bytes(config, model, dtype)[0],
     }
+
+
+def bytes_of_weights(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the memory of all weights, those quantised in fewer bits, and what backward keeps of them in `dtype`."""
+    every = [*model.parameters(), *model.buffers()]
+    if config.model.quantize == "none":
+        return sum(x.numel() * x.element_size() for x in every), 0.0
+    how, quantized = QUANTIZATIONS[config.model.quantize], quantized_weights(model.backbone)
+    held = sum(x.numel() * (how.bits / 8 if id(x) in quantized else x.element_size()) for x in every)
+    unpacked = sum(x.numel() * dtype.itemsize for x in quantized.values())
+    return held, unpacked if how.unpacks and not config.model.gradient_checkpointing else 0.0
 
 
 def text_bytes(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[int, int]:

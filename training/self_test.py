@@ -18,6 +18,7 @@ from common.errors import UserError
 from configs.schema import Config
 from method.objective import square, squared_error
 from models.aligned import BACKBONE, HEADS
+from models.quantize import count_weights
 from training.parts import Parts
 
 PROBED = 64  # number of images that are read, spread evenly over the list and so over the shards
@@ -77,7 +78,8 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
     what = f"images, {each} of each of {len(of_each)} classes"
     if dataset.captioned:
-        what = f"captioned images, {len(of_each):,} different prompts"
+        noun = "clips" if len(dataset.latent_shape) == 4 else "images"
+        what = f"captioned {noun}, {len(of_each):,} different prompts"
     say("data", f"{len(dataset):,} {what}{left_out}")
 
     std = values["latent"].std().item()
@@ -133,7 +135,7 @@ def check_trained(parts: Parts) -> None:
     optim = config.optim
     head_lr = optim.lr if optim.head_lr is None else optim.head_lr
     heads = f"; heads {in_heads:,} at {head_lr:g}" if model.heads else ""
-    total = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lora_" not in n)
+    total = sum(count_weights(p) for n, p in model.backbone.named_parameters() if ".lora_" not in n)
     weights = f"{network:,} weights (the {parts.family.noun} has {total:,})"
     say("train", f"{config.model.train}: {weights} at learning rate {optim.lr:g}{heads}")
     if config.model.train == "lora":

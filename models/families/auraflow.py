@@ -19,7 +19,8 @@ class AuraFlow(Transformer):
     tags = ("auraflow", "repa")
     pipeline = "AuraFlowPipeline"
     default_base = "fal/AuraFlow-v0.3"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    # Its pipeline draws images of 1024 px, whatever the sample_size.
+    assumed_config = {"sample_size": 128, "pos_embed_max_size": 9216}  # noqa: RUF012 (never written to)
     text_fields = ("prompt_embeds", "", "negative_prompt_embeds", "")
     arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     block_lists = ("joint_transformer_blocks", "single_transformer_blocks")

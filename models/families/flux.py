@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from common.errors import UserError
 from models.transformer import JOINT, Transformer, checkpoint_blocks, lora_of, whole
 
 TOKENS = 512  # of a prompt, in T5
@@ -38,6 +39,10 @@ class Flux(Transformer):
         "tokenizer_2": lambda: transformers.T5TokenizerFast,
         "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler,
     }
+
+    def check(self, network: nn.Module) -> None:
+        super().check(network)
+        check_guidance(self, network)
 
     def clock(self, network: nn.Module, t: Tensor) -> Tensor:
         return t.float()
@@ -72,6 +77,15 @@ class Flux(Transformer):
         }
 
 
+def check_guidance(family: Transformer, network: nn.Module) -> None:
+    """Raise `UserError` where diffusion.guidance is set for a network without an embedding of it, such as FLUX.1 schnell."""
+    if family.guidance != type(family).guidance and not network.config.get("guidance_embeds"):
+        raise UserError(
+            f"diffusion.guidance = {family.guidance:g}, but the {family.part} of {family.base} is told none: leave "
+            "it out"
+        )
+
+
 class Chroma(Flux):
     """Chroma: FLUX.1 schnell without CLIP and guidance, with a mask of the text."""
 
@@ -104,9 +118,9 @@ class Chroma(Flux):
         length = text["prompt_embeds"].shape[1]
         return whole(hidden, count, tap, before=length if hidden.shape[1] != count else 0)
 
-    def checkpoint(self, network: nn.Module) -> None:
+    def checkpoint(self, network: nn.Module, on: bool = True) -> None:
         """Block by block: the class itself forgets the mask of the single-stream blocks where it recomputes them."""
-        checkpoint_blocks(network, self.blocks(network).values())
+        checkpoint_blocks(network, self.blocks(network).values(), on)
 
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
         return {

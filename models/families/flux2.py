@@ -8,7 +8,7 @@ import transformers
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from models.families.flux import TOKENS
+from models.families.flux import TOKENS, check_guidance
 from models.latents import LatentCodec
 from models.transformer import ATTENTION, Transformer, lora_of, whole
 
@@ -35,6 +35,10 @@ class Flux2(Transformer):
         "tokenizer": lambda: transformers.PixtralProcessor,
         "scheduler": lambda: diffusers.FlowMatchEulerDiscreteScheduler,
     }
+
+    def check(self, network: nn.Module) -> None:
+        super().check(network)
+        check_guidance(self, network)
 
     def clock(self, network: nn.Module, t: Tensor) -> Tensor:
         return t.float()

@@ -1,9 +1,13 @@
 """HiDream-I1: double- and single-stream blocks with experts, and the states of all layers of a language model as text."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import diffusers
+import torch
+import torch.nn.functional as F
 import transformers
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import Tensor, nn
 
 from models.taps import TapError
@@ -19,7 +23,22 @@ class HiDream(Transformer):
     tags = ("hidream", "repa")
     pipeline = "HiDreamImagePipeline"
     default_base = "HiDream-ai/HiDream-I1-Full"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {  # noqa: RUF012 (never written to)
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 16,
+        "num_single_layers": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 20,
+        "caption_channels": (4096, 4096),
+        "text_emb_dim": 2048,
+        "num_routed_experts": 4,
+        "num_activated_experts": 2,
+        "axes_dims_rope": (64, 32, 32),
+        "max_resolution": (128, 128),
+        "llama_layers": (*range(32), *[31] * 16),
+    }
     text_fields = tuple(
         prefix + name
         for name in ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
@@ -37,6 +56,7 @@ class HiDream(Transformer):
     own_sigmas = False
     lora_targets = {"attention": lora_of(["to_q", "to_k", "to_v", "to_out"])}  # noqa: RUF012
     default_cells = 128
+    forecast_assumes = "each expert gets as many tokens as the others"
     parts = {  # noqa: RUF012
         "transformer": lambda: diffusers.HiDreamImageTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
@@ -64,6 +84,12 @@ class HiDream(Transformer):
             raise TapError(f"tap {tap} has {hidden.shape[1]} tokens, fewer than the {count} of the picture")
         return hidden[:, :count]
 
+    def forecast(self, network: nn.Module) -> None:
+        """Share the tokens out evenly: which expert gets which depends on values."""
+        for module in network.modules():
+            if isinstance(module, MOEFeedForwardSwiGLU):
+                module.forward = partial(even_experts, module)
+
     def mu_of(self, shape: Sequence[int], steps: int) -> float:
         return self.shifted_mu(self.longest)
 
@@ -76,3 +102,14 @@ class HiDream(Transformer):
             "prompt_embeds_llama3": (max(network.config.llama_layers) + 1, TOKENS, llama),
             "pooled_prompt_embeds": (network.config.text_emb_dim,),
         }
+
+
+def even_experts(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer of experts does to tokens `(B, N, D)` in train mode, but that each expert gets as many as the others."""
+    scores = F.linear(x.flatten(0, 1), layer.gate.weight).softmax(-1)  # (BN, experts)
+    chosen = scores.topk(layer.num_activated_experts).values  # (BN, k)
+    rows = x.flatten(0, 1).repeat_interleave(layer.num_activated_experts, 0)  # (BNk, D)
+    shares = rows.tensor_split(len(layer.experts))
+    y = torch.cat([expert(share) for expert, share in zip(layer.experts, shares, strict=True)])
+    y = (y.view(*chosen.shape, -1) * chosen[..., None]).sum(1)  # (BN, D)
+    return y.view(x.shape) + layer.shared_experts(x)

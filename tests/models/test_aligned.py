@@ -87,7 +87,7 @@ def test_gradient_reaches_every_tapped_cell(batch, train, checkpointing):
     latents, timesteps, text, teacher = batch
     model = small_model(ALL_TAPS, train)
     if checkpointing:
-        model.backbone.enable_gradient_checkpointing()
+        model.checkpoint()
     model(latents, timesteps, text)
     features = dict(model.taps.captured)
     for feature in features.values():
@@ -112,7 +112,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(batch):
     for checkpointing in (False, True):
         model = small_model(ALL_TAPS)
         if checkpointing:
-            model.backbone.enable_gradient_checkpointing()
+            model.checkpoint()
         out = model(latents, timesteps, text)
         loss = out.square().mean() + sum(token_loss(x, teacher) for x in model.get_aligned_tokens().values())
         loss.backward()

@@ -49,7 +49,7 @@ def test_no_graph_breaks_and_the_gradients_are_those_of_the_eager_one(batch, tra
     for compiled in (False, True):
         model = thin_model(train)
         if checkpointing:
-            model.backbone.enable_gradient_checkpointing()
+            model.checkpoint()
         if compiled:
             model.compile_backbone()
         for _ in range(2):
@@ -84,7 +84,7 @@ def test_with_checkpointing_every_block_of_a_deep_network_is_compiled(batch, mon
     """SD-1.5 has two layers a block: more shapes than Dynamo takes by default."""
     monkeypatch.setattr("test_compile.BACKEND", "eager")
     model = small_model(ALL_TAPS)
-    model.backbone.enable_gradient_checkpointing()
+    model.checkpoint()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         model.compile_backbone()
         gradients(model, batch)

@@ -75,7 +75,7 @@ def small_forward(train, checkpointing=False):
     """A small network that keeps attention's N×N matrix to itself, as on a GPU."""
     model = small_model(train=train).to("meta")
     if checkpointing:
-        model.backbone.enable_gradient_checkpointing()
+        model.checkpoint()
     inputs = [(4, 16, 16), (), (5, 32)]
 
     def forward(batch):
@@ -174,7 +174,7 @@ def test_saved_bytes_on_shapes_are_what_autograd_keeps(train, checkpointing):
 def kept_by(device, train, checkpointing):
     model = small_model(train=train).to(device)
     if checkpointing:
-        model.backbone.enable_gradient_checkpointing()
+        model.checkpoint()
     with torch.device(device):
         inputs = torch.ones(2, 4, 16, 16), torch.zeros(2, dtype=torch.long), torch.ones(2, 5, 32)
         return saved_bytes(lambda: model(*inputs).square().mean(), list(model.parameters()))

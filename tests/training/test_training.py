@@ -27,7 +27,8 @@ from models.latents import decode_images
 from training import checkpoint
 from training.masters import Masters
 from training.metric_log import MetricLog
-from training.parts import build_model, family_for, load_run_model, output_of
+from training.network import output_of
+from training.parts import build_model, family_for, load_run_model
 from training.ranks import Ranks
 from training.run_folder import RunFolder
 from training.state import TrainingState
