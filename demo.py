@@ -57,6 +57,11 @@ GROUPS = [
     ("page", "evaluate.py report {arms} {config} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
 
+QUICK_ARMS = [ARMS[0] | {"arm": "aligned"}, ARMS[1]]
+NOTE = (
+    "All weights are random, of the tiny network, its VAE and its text encoders, and so images are noise: this page shows that "
+    "every stage works, and says nothing about alignment."
+)
 QUICK_SPLITS = [SPLITS[0] | {"count": 12}, SPLITS[1] | {"count": 6}]
 QUICK_GROUPS = [
     ("digits and small models", "preprocessing/0_make_demo.py --out {data} --quick --family {family}",
@@ -76,10 +81,28 @@ QUICK_GROUPS = [
      "train.py --config configs/families/{family}.yaml --config {config} model.base={base} {caches}{without} run={runs}/{arm}",
      "{runs}/{arm}/export"),
     ("final",
-     "evaluate.py final {arms} eval.num_samples=20 eval.sampling_steps=3",
+     "evaluate.py final {arms} eval.num_samples=20 eval.sampling_steps=3 --sweep 1.5",
      "{runs}/baseline/eval/points.jsonl"),
-    ("align", "evaluate.py align {arms} --timesteps 250 500", "{runs}/baseline/eval/align.json"),
-    ("page", "evaluate.py report {arms} -o {page} --times {record}", "{page}"),
+    ("align", "evaluate.py align {arms} --timesteps 500 --num-images 20", "{runs}/baseline/eval/align.json"),
+    ("page", "evaluate.py report {arms} -o {page} --times {record} --note '{note}'", "{page}"),
+]  # fmt: skip
+# Of a family of videos.
+CLIP_GROUPS = [
+    QUICK_GROUPS[0],
+    ("list clips",
+     "preprocessing/1_sample_imagenet_subset.py --videos {data}/clips --frames 9 --fps 8 --windows 2 --hold-out 8 "
+     "--hold-out-csv {data}/val.csv --out {data}/train.csv",
+     "{data}/val.csv"),
+    QUICK_GROUPS[2],
+    ("text",
+     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv --base {base} --out {data}/cache/text",
+     "{data}/cache/text/manifest.json"),
+    *QUICK_GROUPS[4:6],
+    ("final",
+     "evaluate.py final {arms} eval.num_samples=4 eval.sampling_steps=2 --sweep",
+     "{runs}/baseline/eval/points.jsonl"),
+    ("align", "evaluate.py align {arms} --timesteps 500 --num-images 16", "{runs}/baseline/eval/align.json"),
+    QUICK_GROUPS[-1],
 ]  # fmt: skip
 
 
@@ -88,6 +111,7 @@ class Demo:
     """The folders and the stages of one demo: of the trained miniature, or of a family's tiny pipeline."""
 
     family: str | None
+    clips: bool = False  # whether the family is one of videos
 
     @property
     def data(self) -> Path:
@@ -114,6 +138,10 @@ class Demo:
         return self.runs / "index.html"
 
     @property
+    def arms(self) -> list[dict]:
+        return ARMS if self.family is None else QUICK_ARMS
+
+    @property
     def names(self) -> dict[str, object]:
         """What the commands of the stages are filled with."""
         data = self.data
@@ -124,16 +152,18 @@ class Demo:
         return {
             "data": data, "runs": self.runs, "page": self.page, "record": self.record, "config": self.config,
             "family": self.family, "base": data / f"models/{self.family or 'sd15'}-mini",
-            "teacher": data / "models/dinov2-mini", "arms": f"{self.runs}/urepa {self.runs}/baseline",
+            "teacher": data / "models/dinov2-mini", "note": NOTE,
+            "arms": " ".join(f"{self.runs}/{arm['arm']}" for arm in self.arms),
             "caches": " ".join(f"{key}={data / path}" for key, path in fields.items()),
         }  # fmt: skip
 
     def stages(self) -> list[list[Stage]]:
         """The groups of stages in order."""
-        groups, splits = (GROUPS, SPLITS) if self.family is None else (QUICK_GROUPS, QUICK_SPLITS)
+        quick = CLIP_GROUPS if self.clips else QUICK_GROUPS
+        groups, splits = (GROUPS, SPLITS) if self.family is None else (quick, QUICK_SPLITS)
         found = []
         for name, command, product in groups:
-            variants = splits if "{split}" in name else ARMS if "{arm}" in name else [{}]
+            variants = splits if "{split}" in name else self.arms if "{arm}" in name else [{}]
             filled = [[text.format(**self.names, **v) for text in (name, command, product)] for v in variants]
             found.append([Stage(name, command, Path(product)) for name, command, product in filled])
         return found
@@ -150,12 +180,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             "--family NAME and --quick go together; without both, the trained miniature of SD-1.5 is shown"
         )
+    clips = False
     if args.family is not None:
-        from models.families.table import check_family
+        from models.families.table import family_named
 
-        check_family(args.family)
+        clips = family_named(args.family).method == "CREPA"
     os.chdir(ROOT)
-    demo = Demo(args.family)
+    demo = Demo(args.family, clips)
     config = hashlib.sha256(demo.config.read_bytes()).hexdigest()
     record = Record(demo.record)
     for number, group in enumerate(demo.stages()):

@@ -201,7 +201,8 @@ def report(args: argparse.Namespace) -> None:
     remedy = "give the record of stages that demo.py or ablate.py keeps"
     times = [] if args.times is None else read_record(args.times, list[StageEntry], remedy)
     runs = [open_run(path)[0] for path in args.runs]
-    print(make_report(args.out, runs, baseline=args.baseline, times=times, command=this_command()))
+    about = {"times": times, "command": this_command(), "note": args.note}
+    print(make_report(args.out, runs, baseline=args.baseline, **about))
 
 
 def targets_of(args: argparse.Namespace, *, alike: bool = False) -> list[list[Target]]:

@@ -113,7 +113,7 @@ def planned(config: Config) -> dict[str, float]:
     device = pick_device(config.train.device)
     dtype = compute_dtype(device, config.train.precision)
     model, _ = model_of_shapes(config, dtype)
-    forward = forward_of(model, shape_of_latents(config), (config.teacher.grid,) * 2)
+    forward = forward_of(model, shape_of_latents(config), config.teacher.cells)
     saved = saved_bytes(lambda: forward(1), list(model.parameters()))
     found = {"planned GB": sum(planned_bytes(config, model, dtype, saved).values()) / GB}
     if (card := card_of(device)) is not None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from cache.views import UnreadableImage, check_memory, cut_view
 from common.errors import UserError
+from common.sides import Sides
 
 # Playlists would open other files and addresses, and raw formats take any bytes for a film.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,gif,ogg"
@@ -80,9 +81,9 @@ def clip_info(path: str | Path) -> ClipInfo:
 
 
 def read_clip(
-    path: str | Path, start: float, frames: int, fps: float, size: int, view: str = "aligned"
+    path: str | Path, start: float, frames: int, fps: float, size: Sides, view: str = "aligned"
 ) -> np.ndarray:
-    """Return the given view of the frames, uint8 RGB `(frames, size, size, 3)`; raises what `clip_frames` raises."""
+    """Return the given view of the frames, uint8 RGB `(frames, height, width, 3)`; raises what `clip_frames` raises."""
     cuts = (np.asarray(cut_view(frame, size, view)) for frame in clip_frames(path, start, frames, fps))
     return np.stack(list(cuts))
 

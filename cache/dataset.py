@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cache.image_list import Sample, clip_shape, is_captioned, read_samples
+from cache.manifest import check_crops
 from cache.reader import FieldReader
 from cache.text import TextReader
 from common.errors import UserError
+from common.sides import height_width
 
 
 class AlignedDataset(Dataset):
-    """An item for each image: `latent (C, h, w)`, `dino_tokens (N, D)`, text fields such as `prompt_embeds`, and its label.
+    """An item for each image or clip: `latent (C, [f,] h, w)`, `dino_tokens ([f·]N, D)`, text fields such as `prompt_embeds`,
+    and its label.
 
     Where script 2 stored them, `size_and_crop (6,)` too (`cache.views.size_and_crop`).
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
@@ -38,6 +41,10 @@ class AlignedDataset(Dataset):
     ):
         self.latents = FieldReader(latents, "latents")
         self.tokens = None if tokens is None else FieldReader(tokens, "tokens")
+        if self.tokens is not None:
+            check_crops(
+                self.latents.folder, self.latents.spec.view, self.tokens.folder, self.tokens.spec.view
+            )
         self.text = TextReader(text)
         listed = read_samples(csv_path)
         self._check_moments(clip_shape(listed), csv_path)
@@ -144,12 +151,18 @@ class AlignedDataset(Dataset):
         return latent_shape(self.latents.spec.shape, self.latents.spec.details)
 
     @property
+    def frames(self) -> int:
+        """The latent frames of a clip, of each of which there are tokens; 1 of images."""
+        return self.latent_shape[1] if len(self.latent_shape) == 4 else 1
+
+    @property
     def token_grid(self) -> tuple[int, int] | None:
-        """The grid (h, w) of the cached teacher tokens; None if there are none."""
+        """The grid (h, w) of the cached teacher tokens, of each frame of a clip; None if there are none."""
         if self.tokens is None:
             return None
-        side = (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
-        return side, side
+        return height_width(
+            (self.tokens.spec.view or {}).get("grid") or math.isqrt(self.tokens.spec.shape[0])
+        )
 
     def read_batch(self, indices: Sequence[int], raw: dict[str, Tensor]) -> None:
         """Fill `raw[name] (len(indices), value_bytes)` with the stored bytes of these items, for every field."""

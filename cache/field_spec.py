@@ -36,7 +36,7 @@ class FieldSpec:
     meaning: str  # what a value is, in words
     # The model that made the values: its id, its revision, the digest of its weights, the precision it ran in.
     source: dict = field(default_factory=dict)
-    view: dict = field(default_factory=dict)  # the square that the model saw: kind, size in px, token grid
+    view: dict = field(default_factory=dict)  # the crop that the model saw: kind, size in px, token grid
     details: dict = field(default_factory=dict)  # what only this field needs, such as a scaling factor
 
     @property

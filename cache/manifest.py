@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
@@ -20,10 +21,12 @@ from cache.field_spec import FORMAT, VERSION, FieldSpec, NamedField, Size, TextS
 from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
+from common.sides import height_width, same_aspect, written
 
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 UNREADABLE_COLUMNS = ("id", "shard", "problem")
 Count = Annotated[int, Field(ge=0)]
+Rectangle = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{5,}\.lmdb$")]  # in the same folder
 Template = Annotated[str, Field(pattern=r"\{class_name\}")]
@@ -31,12 +34,13 @@ Template = Annotated[str, Field(pattern=r"\{class_name\}")]
 
 @with_config(RECORD)
 class View(TypedDict, total=False):
-    """The square that the model saw, of a clip the moments too; the text has none."""
+    """The crop that the model saw, of a clip the moments too; the text has none. Sides: one of a square, or [height, width]."""
 
     kind: str
-    size: Size  # px
+    size: Size | Rectangle  # px
     patch: Size  # px
-    grid: Size  # tokens per side
+    grid: Size | Rectangle  # tokens
+    crop: Rectangle  # of the shape that was cut, where it is not exactly that of `size`
     frames: Size  # of a clip
     fps: float
     latent_frames: Size  # that the tokens stand for, each seen by one frame or by the mean of several
@@ -180,8 +184,23 @@ def _contradiction(manifest: dict) -> str | None:
         return None if shape == [size] and manifest["dtype"] == "uint8" else "shape and details.fields"
     if len(shape) != (3 + ("frames" in view) if manifest["field"] == "latents" else 2):
         return f"a shape {shape} of {manifest['field']}"
-    cells = view.get("latent_frames", 1) * view.get("grid", 0) ** 2
+    cells = view.get("latent_frames", 1) * prod(height_width(view.get("grid", 0)))
     return "shape and grid" if cells and shape[0] != cells else None
+
+
+def crop_of(view: View) -> tuple[int, int]:
+    """Return (height, width) of a rectangle of the shape that a view cuts out."""
+    return height_width(view.get("crop", view["size"]))
+
+
+def check_crops(latents: Path, seen: View, tokens: Path, by_teacher: View) -> None:
+    """Raise `UserError` where the VAE and the teacher saw crops of different shapes."""
+    if "size" in seen and "size" in by_teacher and not same_aspect(crop_of(seen), crop_of(by_teacher)):
+        size = written(seen["size"])
+        raise UserError(
+            f"{tokens} were made of crops of {written(crop_of(by_teacher))}, {latents} of crops of {size}: run script 3 with "
+            f"--size {size} and a --grid of that shape"
+        )
 
 
 def digest_of(content: dict) -> str:

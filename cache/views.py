@@ -1,8 +1,9 @@
 """Read an image and cut out the view that an encoder sees.
 
-The VAE sees the central square of the image, resized to `size` px. In the `aligned` view the teacher sees the same square, so
-that its grid of tokens covers the same area as the grid of latent cells. The `official` view is DINOv2's evaluation transform,
-which covers only the central 87.5 % of the square's sides; it exists for comparison with published features.
+The VAE sees the central square of the image, resized to `size` px, or the largest central rectangle of the shape of
+`size = (height, width)`. In the `aligned` view the teacher sees the same crop, so that its grid of tokens covers the same area
+as the grid of latent cells. The `official` view is DINOv2's evaluation transform, which covers only the central 87.5 % of the
+square's sides; it exists for comparison with published features.
 """
 
 import errno
@@ -20,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from common.errors import UserError
+from common.sides import Sides, height_width
 
 OFFICIAL_RESIZE = 256 / 224  # DINOv2 resizes the shorter side to 256 px and crops the central 224 px
 MAX_BYTES = 2**31  # an image that takes more, as a file or in memory, is left out
@@ -45,9 +47,9 @@ class UnreadableImage(ValueError):
     """The file is not a readable image; the message names the file and the reason."""
 
 
-def read_view(path: str | Path, size: int, view: str = "aligned") -> np.ndarray:
-    """Read an image file and return the given view as uint8 RGB `(size, size, 3)`; raises what `read_image` raises."""
-    return np.asarray(cut_view(read_image(path), size, view))
+def read_view(path: str | Path, size: Sides, view: str = "aligned", crop: Sides | None = None) -> np.ndarray:
+    """Read an image file and return `cut_view` of it as uint8 RGB `(height, width, 3)`; raises what `read_image` raises."""
+    return np.asarray(cut_view(read_image(path), size, view, crop))
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -97,13 +99,18 @@ def opened_image(path: str | Path, data: bytes) -> Iterator[Image.Image]:
         raise UnreadableImage(f"{path}: {' '.join(why.split())}") from None
 
 
-def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Image:
-    """Cut the view out of an RGB image; both views resize with antialiased bicubic interpolation.
+def cut_view(
+    image: Image.Image, size: Sides, view: str = "aligned", crop: Sides | None = None
+) -> Image.Image:
+    """Cut the view of `size` px out of an RGB image; both views resize with antialiased bicubic interpolation.
 
-    Raises `UnreadableImage` where an image is so narrow that its official view would need more than `MAX_BYTES`.
+    `crop` are sides whose shape is cut out, by default those of `size` itself: a grid of patches has seldom the exact shape of
+    the VAE's crop. Raises `UnreadableImage` where an image is so narrow that its official view would need more than
+    `MAX_BYTES`.
     """
     if view == "aligned":
-        return _central(image, min(image.size)).resize((size, size), Image.Resampling.BICUBIC)
+        box = largest_box(*image.size, size if crop is None else crop)
+        return _central(image, *box).resize(height_width(size)[::-1], Image.Resampling.BICUBIC)
     if view == "official":
         shorter = round(size * OFFICIAL_RESIZE)
         # As torchvision does, truncate the longer side and round the position of the crop.
@@ -112,18 +119,29 @@ def cut_view(image: Image.Image, size: int, view: str = "aligned") -> Image.Imag
             check_memory(*sides)
         except ValueError as error:
             raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
-        return _central(image.resize(sides, Image.Resampling.BICUBIC), size)
+        return _central(image.resize(sides, Image.Resampling.BICUBIC), size, size)
     raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 
-def size_and_crop(width: int, height: int, side: int) -> tuple[int, ...]:
+def largest_box(width: int, height: int, shape: Sides) -> tuple[int, int]:
+    """Return width and height of the largest box of a shape in an image, rounded to pixels."""
+    h, w = height_width(shape)
+    if width * h > height * w:
+        return max(1, round(height * w / h)), height
+    return width, max(1, round(width * h / w))
+
+
+def size_and_crop(width: int, height: int, size: Sides) -> tuple[int, ...]:
     """Return the six numbers, height first, that Stable Diffusion XL is told of an upright image cut to its aligned view.
 
-    They are the size of the whole image, the place of the crop's top left corner once the image is resized so that its shorter
-    side is `side`, and the size of the view, in pixels; resized and rounded as diffusers' training examples do it.
+    They are the size of the whole image, the place of the crop's top left corner once the image is resized so that one side
+    equals the view's and the other is no shorter, and the `size` of the view, in pixels; resized and rounded as diffusers'
+    training examples do it for squares.
     """
-    resized = [side * length // min(width, height) for length in (height, width)]
-    return height, width, *(round((length - side) / 2) for length in resized), side, side
+    h, w = height_width(size)
+    resized = (h, h * width // height) if width * h > height * w else (w * height // width, w)
+    corner = (round((length - side) / 2) for length, side in zip(resized, (h, w), strict=True))
+    return height, width, *corner, h, w
 
 
 def check_memory(width: int, height: int) -> None:
@@ -144,6 +162,6 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels // 256).astype(np.uint8))
 
 
-def _central(image: Image.Image, side: int) -> Image.Image:
-    left, top = (round((length - side) / 2) for length in image.size)
-    return image.crop((left, top, left + side, top + side))
+def _central(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (round((all_ - side) / 2) for all_, side in zip(image.size, (width, height), strict=True))
+    return image.crop((left, top, left + width, top + height))

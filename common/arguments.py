@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 
 from common.errors import one_line
 from common.files import expand_home
+from common.sides import as_kept
 
-SIDE, GRID = 16_384, 256  # the largest sides in pixels and in tokens: far above what anyone needs
+SIDE = 16_384  # the largest side in pixels: far above what anyone needs
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,20 @@ def between(least: int, most: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def sides(least: int, most: int) -> Callable[[str], int | tuple[int, int]]:
+    """Return an argparse type: the side of a square, or WIDTHxHEIGHT, which becomes (height, width) unless it is a square."""
+
+    def read(text: str) -> int | tuple[int, int]:
+        width, by, height = text.partition("x")
+        try:
+            across = between(least, most)(width)
+            return as_kept(between(least, most)(height), across) if by else across
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a side or WIDTHxHEIGHT, not {text:.40}") from None
+
+    return read
 
 
 positive = between(1, 10**9)

@@ -10,6 +10,7 @@ from common.base_model import BASE
 from common.device import check_device_name
 from common.errors import UserError
 from common.files import expand_home
+from common.sides import check_grid, height_width
 from method.paths import DRAWS
 
 # Upper limits are far above what anyone needs: they catch slips before memory or time are spent on them.
@@ -20,6 +21,7 @@ Above0 = Annotated[float, Field(gt=0, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+Grid = Annotated[int | tuple[int, int], BeforeValidator(check_grid)]
 AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 OneNeedsNoList = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 
@@ -119,7 +121,12 @@ class Teacher(Section):
     dim: int = knob(
         1024, "width D of the teacher's tokens; the cache must agree (ViT-L: 1024)", ge=1, le=16_384
     )
-    grid: int = knob(14, "tokens per side; the cache must agree (14 -> N = 196)", ge=2, le=256)
+    grid: Grid = knob(14, "tokens per side, or [height, width]; the cache must agree (14 -> N = 196)")
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Height and width of the grid."""
+        return height_width(self.grid)
 
 
 class Data(Section):

@@ -126,7 +126,7 @@ def measure_alignment(
         "noise": "image i of the list has the noise of seed + i, at every timestep", "prompt": "null",
         "timesteps": list(timesteps), "num_timesteps": num_timesteps, "taps": list(grids), "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
-        "teacher_grid": [config.teacher.grid] * 2, "cca_k": k, "cknna_k": CKNNA_K,
+        "teacher_grid": list(config.teacher.cells), "cca_k": k, "cknna_k": CKNNA_K,
         "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
         "heldout_loss_diff": losses.get("run"), "heldout_loss_diff_base": losses.get("base"), "rows": rows,
         "teacher": {tap: side.metrics() for tap, side in sides.items()},
@@ -192,7 +192,7 @@ def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, 
 
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
     """The teacher's tokens on the grid of each tap (one object a grid), and the number of CCA's components."""
-    held, grid = bench.held, (bench.config.teacher.grid,) * 2
+    held, grid = bench.held, bench.config.teacher.cells
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
     k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
     known = {"k": k, "seed": bench.seed}
@@ -210,5 +210,5 @@ def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -
     if kind == "tap":
         return Source(projected, side.tokens[test], classes)
     target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
-    target = pool_tokens(target, (bench.config.teacher.grid,) * 2, side.grid)  # (n_test, T, D)
+    target = pool_tokens(target, bench.config.teacher.cells, side.grid)  # (n_test, T, D)
     return Source(projected[test], target, classes)

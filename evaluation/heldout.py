@@ -4,6 +4,7 @@ taps and heads."""
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 from cache.dataset import latents_of
 from cache.image_list import is_captioned, read_samples
-from cache.manifest import ids_digest
+from cache.manifest import check_crops, ids_digest
 from cache.reader import FieldReader
 from cache.text import TextReader, convert
 from common.errors import UserError
@@ -77,7 +78,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "
                 "held-out images with the options of the training images"
             )
-    wanted = (config.teacher.grid**2, config.teacher.dim)
+    check_crops(latents.folder, latents.spec.view, tokens.folder, tokens.spec.view)
+    wanted = (prod(config.teacher.cells), config.teacher.dim)
     if (found := tokens.spec.shape) != wanted:
         makes = f"tokens {found}, the run's teacher makes {wanted}"
         raise UserError(f"{where.tokens} holds {makes}: run script 3 with that teacher")
@@ -170,7 +172,7 @@ def read_taps(
     The grid of T cells is the coarser one, of the tap's own and the teacher's: up-sampled cells hold no new information. Each
     batch is moved to the CPU at once, where the finer side is averaged over these cells.
     """
-    teacher, grid, n = bench.held.teacher, (bench.config.teacher.grid,) * 2, len(bench.held.latents)
+    teacher, grid, n = bench.held.teacher, bench.config.teacher.cells, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
     names = dict.fromkeys([*model.family.measured_taps(model.backbone), *heads])

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.arguments import SIDE, between
+from common.arguments import SIDE, sides
 from configs.loading import knobs_help
 from metrics.similarity_rows import TIMESTEPS
 
@@ -52,7 +52,10 @@ OPTIONS = {
     ],
     "reference": [
         option("images", type=Path, help="CSV of script 1, or a folder of images"),
-        option("--size", type=between(8, SIDE), default=512, help="side of the central square that is compared (512)"),
+        option(
+            "--size", type=sides(8, SIDE), default=512,
+            help="side of the central square that is compared (512), or WIDTHxHEIGHT of the central crop",
+        ),
         option("--out", type=Path, required=True, help="OUT.PROTOCOL.npz are written"),
         DEVICE,
         settings("those of a config that sets none"),
@@ -99,6 +102,7 @@ OPTIONS = {
             "--times", type=Path,
             help="JSON list of {stage, seconds, command, group}; stages of one group ran side by side",
         ),
+        option("--note", metavar="TEXT", help="a paragraph for the top of the page"),
     ],
 }  # fmt: skip
 

@@ -34,9 +34,15 @@ CLASSES, GROWING = 8, 3  # of which one image is shown: by final numbers, and at
 
 
 def make_report(
-    page: Path, runs: Sequence[RunFolder], *, baseline: Path | None, times: Sequence[StageEntry], command: str
+    page: Path,
+    runs: Sequence[RunFolder],
+    *,
+    baseline: Path | None,
+    times: Sequence[StageEntry],
+    command: str,
+    note: str | None = None,
 ) -> Path:
-    """Write the page about these runs, and its figures to PAGE_figures/; returns its path."""
+    """Write the page about these runs, `note` at its top, and its figures to PAGE_figures/; returns its path."""
     labelled = dict(zip(labels_for(runs), runs, strict=True))
     facts = {label: facts_of(run) for label, run in labelled.items()}
     if not any(run.points or run.alignment for run in facts.values()):
@@ -53,7 +59,7 @@ def make_report(
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
     names = shown_prompts(runs[0].config.data.text)
     material = Material(
-        runs=facts, baseline=compared, curve=curve, times=times, command=command, folder=folder,
+        runs=facts, baseline=compared, curve=curve, times=times, command=command, note=note, folder=folder,
         curve_figures=[path for path in figures if path.exists()],
         grids=sample_grids(facts, protocol, names),
         grid_columns=[names[i] for i in range(min(GRID_COLUMNS, len(names)))],

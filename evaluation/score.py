@@ -14,6 +14,7 @@ from cache.manifest import ids_digest, read_manifest
 from cache.reader import FieldReader
 from cache.views import UnreadableImage, read_view
 from common.errors import UserError
+from common.sides import Sides, as_kept
 from configs.evaluation import Eval
 from configs.schema import Config
 from evaluation.image_files import files_in_chunks, image_chunks, image_files, watched
@@ -58,7 +59,7 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
     return [Scorer(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
 
 
-def match_references(extractors: Sequence[Extractor], files: Sequence[Path], size: int) -> list[Scorer]:
+def match_references(extractors: Sequence[Extractor], files: Sequence[Path], size: Sides) -> list[Scorer]:
     """Pair each extractor with the reference file of its protocol.
 
     An extractor without a reference is left out, and a printed line says so. Raises `UserError` where none has one, or where a
@@ -148,10 +149,8 @@ def measure_images(path: Path, settings: Eval, device: torch.device) -> dict:
         height, width = next(files_in_chunks(files[:1], 1)).shape[1:3]
     if count < 4:
         raise UserError(f"{path} holds {count} images: precision and recall need at least 4")
-    if height != width:
-        raise UserError(f"the images of {path} are {width} × {height}: squares are compared, cut them first")
     extractors = load_extractors(settings.extractor, device, dinov2=settings.dinov2)
-    scorers = match_references(extractors, settings.reference, height)
+    scorers = match_references(extractors, settings.reference, as_kept(height, width))
     found = extract_features(scorers, chunks, count, Ranks(cpu=device.type == "cpu"))
     return {
         "images": str(path),
@@ -161,11 +160,11 @@ def measure_images(path: Path, settings: Eval, device: torch.device) -> dict:
 
 
 def make_references(
-    source: Path, size: int, out: Path, settings: Eval, device: torch.device, ranks: Ranks
+    source: Path, size: Sides, out: Path, settings: Eval, device: torch.device, ranks: Ranks
 ) -> list[Path]:
     """Write OUT.PROTOCOL.npz for each extractor and return their file paths.
 
-    `source` is a CSV of script 1, or a folder of images and its subfolders; images are cut to squares of `size` pixels.
+    `source` is a CSV of script 1, or a folder of images and its subfolders; their central crops of `size` pixels are taken.
     """
     extractors = load_extractors(settings.extractor, device, dinov2=settings.dinov2)
     if source.is_file():
@@ -189,14 +188,14 @@ def training_images(config: Config) -> tuple[list[Path], dict]:
     return [item.img_path for item in items], facts
 
 
-def image_facts(ids: Sequence[str], size: int, source: Path) -> dict:
+def image_facts(ids: Sequence[str], size: Sides, source: Path) -> dict:
     """What a reference records of the images that it was made of."""
     facts = {"num_images": len(ids), "size": size, "crop": "centre", "source": source.name}
     return facts | {"ids_sha256": ids_digest(ids)}
 
 
-def photographs(paths: Sequence[Path], size: int) -> Iterator[np.ndarray]:
-    """Photographs cut to the squares that the VAE encoded, uint8 `(n, S, S, 3)`, chunk by chunk."""
+def photographs(paths: Sequence[Path], size: Sides) -> Iterator[np.ndarray]:
+    """Photographs cut to the crops that the VAE encoded, uint8 `(n, H, W, 3)`, chunk by chunk."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(paths), CHUNK):
             try:

@@ -13,11 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.utils.checkpoint import checkpoint
 
 from method.neighbours import Neighbours
 
 GROUPS = 32  # of the GroupNorm in the head conv1x1
 OWN_FRAMES = Neighbours()
+ROWS = 2048  # of a matrix of relations that are held at a time
 
 
 class PerCell(nn.Sequential):
@@ -162,11 +164,20 @@ def relation_loss(
     """VideoREPA's token relation distillation (arXiv 2505.23656): the mean of relu(|x_i·x_j − y_i·y_j| − margin).
 
     i and j run over all tokens of an image, or of all frames of a clip: relations in space and in time. Differences below the
-    margin cost nothing; 0.1 is that of the authors' training scripts.
+    margin cost nothing; 0.1 is that of the authors' training scripts. The matrix of a clip may have 10^9 entries, so a few of
+    its rows are held at a time, and computed again in backward.
     """
     x, y = F.normalize(x_tokens, dim=-1), F.normalize(y_tokens, dim=-1)
-    beyond = F.relu((x @ x.transpose(1, 2) - y @ y.transpose(1, 2)).abs() - margin)  # (B, N, N)
-    return _entries(beyond, upper_only).mean()
+    B, n, _ = x.shape
+
+    def beyond(start: int) -> Tensor:
+        rows = slice(start, start + ROWS)
+        over = F.relu((x[:, rows] @ x.mT - y[:, rows] @ y.mT).abs() - margin)  # (B, ROWS, n)
+        return (over.triu(start + 1) if upper_only else over).sum()
+
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    parts = [again(beyond, start) if n > ROWS else beyond(start) for start in range(0, n, ROWS)]
+    return torch.stack(parts).sum() / (B * (n * (n - 1) / 2 if upper_only else n**2))
 
 
 def both_grams_loss(
@@ -188,15 +199,11 @@ OVER_THE_BATCH = {"sample", "both"}  # those that compare the images of a batch 
 
 
 def _gram_distance(gram_x: Tensor, gram_y: Tensor, upper_only: bool) -> Tensor:
-    return _entries((gram_x - gram_y).square(), upper_only).mean()
-
-
-def _entries(matrix: Tensor, upper_only: bool) -> Tensor:
-    """All entries of `(..., n, n)`, or those above the diagonal `(..., n (n − 1) / 2)`."""
+    squared = (gram_x - gram_y).square()  # (..., n, n)
     if not upper_only:
-        return matrix
-    row, column = torch.triu_indices(*matrix.shape[-2:], offset=1, device=matrix.device)
-    return matrix[..., row, column]
+        return squared.mean()
+    row, column = torch.triu_indices(*squared.shape[-2:], offset=1, device=squared.device)
+    return squared[..., row, column].mean()
 
 
 def spatial_norm(tokens: Tensor, alpha: float) -> Tensor:

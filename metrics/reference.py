@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from common.errors import UserError, one_line
 from common.files import file_written_whole
 from common.reading import open_regular, parse_record
+from common.sides import as_kept, height_width, written
 from metrics.features import Extractor, Features, FeatureSet
 from metrics.moments import Moments, frechet_distance
 from metrics.npz_images import DAMAGE, MEMBER, iterate_npz_images, npz_image_shape
@@ -166,13 +167,16 @@ def _read_adm(path: Path, arrays: dict, extractor: Extractor, wanted: dict) -> R
     metadata, features = {"source": "ADM's suite"}, None
     pool, spatial, *_ = _statistics(path, arrays, None)
     if "arr_0" in arrays:
-        count, height, *_ = npz_image_shape(path)
+        count, height, width, *_ = npz_image_shape(path)
         if count < FEWEST:
             few = f"{count} images, a reference needs at least {FEWEST}"
             raise UserError(f"{path} holds {few}: choose another file")
-        if (size := wanted.get("size", height)) != height:
-            raise UserError(f"{path} holds images of size = {height}, wanted is {size}: choose another file")
-        metadata |= {"num_arr_0": count, "size": height}
+        if height_width(size := wanted.get("size", height)) != (height, width):
+            found = written(as_kept(height, width))
+            raise UserError(
+                f"{path} holds images of size = {found}, wanted is {written(size)}: choose another file"
+            )
+        metadata |= {"num_arr_0": count, "size": as_kept(height, width)}
         drawn = FeatureSet()
         for chunk in iterate_npz_images(path, CHUNK):
             drawn.add(extractor.features(chunk))

@@ -62,6 +62,7 @@ class Backbone:
     load_options: Mapping[str, object] = {}
     # What kohya's tools call the base model; None where they do not know it, or give its blocks other names than diffusers.
     kohya_base: str | None = None
+    patch: tuple[int, ...] = (1, 1)  # cells of the latents that make one token of the network
     loads_lora = True  # whether the pipeline has load_lora_weights
     forecast_assumes = ""  # what the plan says of `forecast`
     guidance: float | None = None  # what a network with a guidance embedding is told; None where it has none

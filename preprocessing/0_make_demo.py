@@ -34,6 +34,7 @@ from common.files import write_json
 from common.reading import read_record
 from miniature import make as miniature
 
+CLIPS = 20  # films of digits in motion, with --family
 AGAIN = "delete the folder that holds it, and the same command makes it again"
 
 
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     if args.family is not None:
-        from models.families.table import check_family
+        from models.families.table import family_named
 
-        check_family(args.family)
+        family_named(args.family)
         if not args.quick or args.self_distilled:
             parser.error("--family makes a pipeline of random weights: give --quick, and no --self-distilled")
     settings = {"seed": args.seed, "quick": args.quick}
@@ -81,6 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
     if not (args.out / miniature.CAPTIONED).is_dir():
         miniature.make_captioned(args.out, args.seed)
+    if args.family is not None and not (args.out / "clips").is_dir():
+        from miniature.clips import make_clips
+
+        make_clips(args.out, CLIPS, miniature.CLASS_NAMES, args.seed)
     make_models(missing, args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")

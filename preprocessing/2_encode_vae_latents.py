@@ -6,13 +6,18 @@
     python preprocessing/2_encode_vae_latents.py --csv data/imagenet/train_200k.csv --out data/imagenet/cache_200k/latents \\
         --fused data/imagenet/cache_200k/tokens
 
+    # landscapes, and the teacher's tokens of the same crop (4:3)
+    python preprocessing/2_encode_vae_latents.py --csv data/photos/train.csv --out data/photos/latents --size 1024x768 \\
+        --fused data/photos/tokens --grid 37x28
+
     # four GPUs, each writing its own shards
     torchrun --nproc-per-node 4 preprocessing/2_encode_vae_latents.py --csv data/imagenet/train_200k.csv \\
         --out data/imagenet/cache_200k/latents
 
-The VAE of the base model sees the central square of the image, resized to --image-size S. The script stores the mode of the
-posterior as the network is trained on it: for Stable Diffusion 1.5 times the VAE's scaling factor, (4, S/8, S/8). Run the same
-command again to resume; a longer list of images is added to a finished cache.
+The VAE of the base model sees the central square of the image, resized to --image-size S, or with --size WIDTHxHEIGHT the
+largest central crop of that shape, resized to it. The script stores the mode of the posterior as the network is trained on it:
+for Stable Diffusion 1.5 times the VAE's scaling factor, (4, S/8, S/8). Run the same command again to resume; a longer
+list of images is added to a finished cache.
 """
 
 import sys

@@ -11,8 +11,9 @@
         --teacher google/siglip2-base-patch16-256 --grid 16
 
 The script stores L2-normalised patch tokens (grid², D). For ViT-L/14 at the default grid of 14, that is at 196 px, they are
-(196, 1024). With the default view the teacher sees the same central square as the VAE, so its tokens and the latent cells cover
-the same area. Run the same command again to resume; a longer list of images is added to a finished cache. To use several GPUs,
+(196, 1024). With the default view the teacher sees the same central crop as the VAE, so its tokens and the latent cells cover
+the same area: for latents of --size WIDTHxHEIGHT give the same --size here, and a --grid of that shape, such as --size 1024x768
+--grid 37x28. Run the same command again to resume; a longer list of images is added to a finished cache. To use several GPUs,
 start it with torchrun, as in script 2.
 """
 
@@ -23,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 
 from common.arguments import Parser, between
 from common.errors import run_script
-from preprocessing.options import add_encoding_options, add_teacher_options
+from preprocessing.options import add_encoding_options, add_size_option, add_teacher_options
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_encoding_options(parser)
     add_teacher_options(parser)
+    add_size_option(parser, "of the latents (script 2), whose crop the teacher sees")
     folded = "of clips: frames that the base model's VAE folds into a latent frame (default 4; LTX-Video 8)"
     parser.add_argument("--frames-per-latent", type=between(1, 64), default=4, help=folded)
     args = parser.parse_args(argv)

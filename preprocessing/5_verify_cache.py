@@ -8,7 +8,7 @@ The script checks that
     - the manifests are valid and the shards have the recorded sizes,
     - every image of the CSV is in both fields,
     - the text has the classes or the captions of the CSV, and is finite,
-    - the VAE and the teacher saw the same square, or the teacher its official view of it,
+    - the VAE and the teacher saw the same crop, or the teacher its official view of it,
     - the values of randomly chosen images are finite, token norms are near 1, latents are in range, and the tokens of an
       image differ.
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that imports 
 from common.arguments import Parser, positive
 from common.errors import run_script
 from common.files import expand_home
+from common.sides import height_width, same_aspect, written
 from preprocessing.options import add_device_option
 
 SHEET_IMAGES, SHEET_CLIPS = 8, 4
@@ -115,11 +116,13 @@ def check_images(checks: Checks, samples, readers) -> list:
 
 
 def check_views(checks: Checks, latents, tokens) -> None:
-    """Check that the tokens fill their grid, and that the teacher saw the VAE's square or its official view of it.
+    """Check that the tokens fill their grid, and that the teacher saw the VAE's crop or its official view of it.
 
     Of clips, both must be of the same moments, and the tokens of every latent frame.
     """
-    grid, kind = tokens.view["grid"], tokens.view["kind"]
+    from cache.manifest import crop_of
+
+    (rows, columns), kind = height_width(tokens.view["grid"]), tokens.view["kind"]
     if "frames" in tokens.view or "frames" in latents.view:
         moments, f = (
             [[spec.view.get(name) for name in ("frames", "fps")] for spec in (latents, tokens)],
@@ -131,17 +134,20 @@ def check_views(checks: Checks, latents, tokens) -> None:
             f"{moments[1][1]} as {tokens.view.get('latent_frames')} ({tokens.view.get('frames_of_teacher')})",
             "make both fields of the same list, with script 3's --frames-per-latent as the VAE has it",
         )  # fmt: skip
-    cells = tokens.view.get("latent_frames", 1) * grid**2
+    cells = tokens.view.get("latent_frames", 1) * rows * columns
     of_frames = f"{tokens.view['latent_frames']} frames of " if "latent_frames" in tokens.view else ""
     checks(
         tokens.shape[0] == cells > 1,
-        f"tokens {tokens.shape} {tokens.dtype} = {of_frames}grid {grid} × {grid}",
+        f"tokens {tokens.shape} {tokens.dtype} = {of_frames}grid {rows} × {columns}",
     )
+    what = "square" if same_aspect(latents.view["size"], 1) else "crop"
     seen = {"aligned": "the same", "official": "only its central 87.5 %,"}.get(kind, kind)
     checks(
-        kind in (latents.view["kind"], "official"),
-        f"the VAE saw the central square at {latents.view['size']} px, the teacher {seen} at {tokens.view['size']} px",
-        "make both fields of the same view",
+        kind in (latents.view["kind"], "official")
+        and same_aspect(crop_of(latents.view), crop_of(tokens.view)),
+        f"the VAE saw the central {what} at {written(latents.view['size'])} px, the teacher {seen} at "
+        f"{written(tokens.view['size'])} px",
+        "make both fields of the same view, with the same --size",
     )
 
 
@@ -162,8 +168,11 @@ def check_values(args, checks: Checks, chosen, latents, tokens) -> None:
     spread = f"mean {x.mean():+.3f}, std {x.std():.3f} (about 1 expected)"
     checks(0.2 < x.std().item() < 5, f"latents {spec.shape} {spec.dtype}: {spread}")
     if args.sheet:
-        count = SHEET_IMAGES if chosen[0].frames is None else SHEET_CLIPS
-        check_sheet(args, checks, chosen[:count], x, y, spec)
+        grid, count = (
+            height_width(tokens.spec.view["grid"]),
+            SHEET_IMAGES if chosen[0].frames is None else SHEET_CLIPS,
+        )
+        check_sheet(args, checks, chosen[:count], x, y, spec, grid)
 
 
 def check_checksums(checks: Checks, readers) -> None:
@@ -176,8 +185,8 @@ def check_checksums(checks: Checks, readers) -> None:
     checks(not bad, what, f"delete and make anew: {', '.join(bad)}")
 
 
-def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
-    """Decode the latents of a few images, compare them with the images, and draw the contact sheet."""
+def check_sheet(args, checks: Checks, samples, latents, tokens, spec, grid) -> None:
+    """Decode the latents of a few images, compare them with the images, and draw the sheet; tokens lie on `grid (h, w)`."""
     import numpy as np
 
     from cache.clips import read_clip
@@ -194,10 +203,10 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
     decoded, tokens = (
         decode_images(codec, latents[:n], rows=1),
         tokens[:n].numpy(),
-    )  # (n, [F,] S, S, 3), (n, N, D)
+    )  # (n, [F,] H, W, 3), (n, N, D)
     names = [sample.id for sample in samples]
     if samples[0].frames is None:
-        images = np.stack([read_view(sample.img_path, size) for sample in samples])  # (n, S, S, 3)
+        images = np.stack([read_view(sample.img_path, size) for sample in samples])  # (n, H, W, 3)
     else:
         clips = np.stack([read_clip(s.img_path, s.start, s.frames, s.fps, size) for s in samples])
         f = spec.shape[1]
@@ -216,7 +225,7 @@ def check_sheet(args, checks: Checks, samples, latents, tokens, spec) -> None:
         f"{names[psnr.argmin()]} (over {PSNR_FLOOR} expected)",
         "look at the sheet: another VAE, or other images",
     )
-    draw_contact_sheet(args.sheet, names, images, decoded, tokens)
+    draw_contact_sheet(args.sheet, names, images, decoded, tokens.reshape(len(images), *grid, -1))
     print(f"     {args.sheet}")
 
 

@@ -18,22 +18,21 @@ def draw_contact_sheet(
 ) -> None:
     """Write a PNG with one column for each image.
 
-    `images` and `decoded` are uint8 `(n, S, S, 3)`; `tokens` is `(n, N, D)`, where N is a square number. One PCA is computed
-    over the tokens of all images, so a colour has the same meaning in every column.
+    `images` and `decoded` are uint8 `(n, H, W, 3)`; `tokens` is `(n, h, w, D)`. One PCA is computed over the tokens of all
+    images, so a colour has the same meaning in every column.
     """
-    grid = round(tokens.shape[1] ** 0.5)
-    colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(len(ids), grid, grid, 3)
-    width = MARGIN + len(ids) * (CELL + GAP)
-    sheet = Image.new("RGB", (width, LINE + len(ROWS) * (CELL + GAP)), "white")
+    colours = principal_colours(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
+    height, width = (max(1, round(CELL * side / max(images.shape[1:3]))) for side in images.shape[1:3])
+    sheet = Image.new("RGB", (MARGIN + len(ids) * (CELL + GAP), LINE + len(ROWS) * (height + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, (name, pictures) in enumerate(zip(ROWS, (images, decoded, colours), strict=True)):
-        top = LINE + row * (CELL + GAP)
+        top = LINE + row * (height + GAP)
         label = f"{name}\n{pictures.shape[1]} x {pictures.shape[2]}"
-        draw.text((10, top + CELL // 2 - 8), label, "black", font)
+        draw.text((10, top + height // 2 - 8), label, "black", font)
         for column, picture in enumerate(pictures):
             # Small pictures are enlarged with sharp pixels; large ones are reduced smoothly.
-            kind = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
-            cell = Image.fromarray(picture).resize((CELL, CELL), kind)
+            kind = Image.Resampling.NEAREST if len(picture) < height else Image.Resampling.LANCZOS
+            cell = Image.fromarray(picture).resize((width, height), kind)
             sheet.paste(cell, (MARGIN + column * (CELL + GAP), top))
     for column, key in enumerate(ids):
         name = key.rsplit("/", 1)[-1]

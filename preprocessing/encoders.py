@@ -1,6 +1,7 @@
 """The encoders of scripts 2 and 3, which turn pixels into latents and tokens, and the specifications of their values."""
 
 import hashlib
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from cache.image_list import clip_shape
 from cache.manifest import FieldSpec
 from common.device import autocast, compute_dtype, pick_device
 from common.errors import UserError
+from common.sides import as_kept, covers, height_width, same_aspect, written
 from models.families.table import family_of
 from models.pipeline_parts import weights_digest
 from models.teachers.table import load_teacher
@@ -58,15 +60,18 @@ def latent_job(args: Namespace, folder: Path, clip: tuple[int, float] | None = N
         raise UserError(
             f"{args.csv} lists {listed} and {family.name} is trained on {wanted}: make a list with script 1 and --{option}"
         )
-    size = args.image_size or family.image_size(codec)
-    if size % codec.down:
-        raise UserError(f"--image-size {size} is not a multiple of {codec.down}, the VAE's down-sampling")
-    cells = size // codec.down
+    size = args.size or args.image_size or family.image_size(codec)
+    sides, steps = height_width(size), [codec.down * patch for patch in family.patch[-2:]]
+    if any(side % step for side, step in zip(sides, steps, strict=True)):
+        parts = "the VAE's down-sampling" + (" times the network's patch" if max(family.patch) > 1 else "")
+        option = "--image-size" if args.size is None else "--size"
+        raise UserError(f"{option} {written(size)} is not a multiple of {max(steps)}, {parts}")
+    cells = [side // codec.down for side in sides]
     times = () if clip is None else (latent_frames(clip[0], codec.frames),)
 
     @torch.no_grad()
     def posterior(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, [F,] 3, S, S) in [-1, 1]
+        images = pixels.to(device, non_blocking=True).float() / 127.5 - 1  # (n, [F,] 3, H, W) in [-1, 1]
         with autocast(device, args.precision):
             return codec.posterior(images.movedim(-3, 1))  # (n, C, [f,] h, w) each
 
@@ -82,7 +87,7 @@ def latent_job(args: Namespace, folder: Path, clip: tuple[int, float] | None = N
 
     spec = FieldSpec(
         field="latents",
-        shape=(codec.channels * (2 if kept == "moments" else 1), *times, cells, cells),
+        shape=(codec.channels * (2 if kept == "moments" else 1), *times, *cells),
         dtype=args.dtype,
         meaning=MEANING[kept] + ("" if args.unscaled else ", times scaling_factor"),
         source=source_of(args.base, args.revision, codec.vae, device, args.precision),
@@ -97,9 +102,10 @@ def latent_job(args: Namespace, folder: Path, clip: tuple[int, float] | None = N
 def token_job(
     args: Namespace, folder: Path, clip: tuple[int, float] | None = None, per_latent: int = 1
 ) -> FieldJob:
-    """Return the job that makes L2-normalised patch tokens `(grid², D)` from the options of `add_teacher_options`.
+    """Return the job that makes L2-normalised patch tokens `(N, D)` from the options of `add_teacher_options`.
 
-    Those of a `clip`, frames and fps, are `(f · grid², D)`: of each latent frame, which is made of `per_latent` frames.
+    `args.size` is that of the latents, whose crop the teacher sees. Those of a `clip`, frames and fps, are `(f · N, D)`: of
+    each latent frame, which is made of `per_latent` frames.
     """
     device, size = pick_device(args.device), args.teacher_image_size
     teacher = load_teacher(args.teacher, args.grid, args.teacher_revision).to(device)
@@ -109,13 +115,21 @@ def token_job(
         )
     patch = teacher.patch
     if size is not None:
-        below = size // patch * patch
-        if size != below:
-            use = f"use {below} or {below + patch}"
-            raise UserError(f"image size {size} is not a multiple of the patch {patch}: {use}")
-        teacher.grid = size // patch
-    if teacher.grid < 2:
+        below = [side // patch * patch for side in height_width(size)]
+        if below != [*height_width(size)]:
+            use = f"use {written(as_kept(*below))} or {written(as_kept(*(side + patch for side in below)))}"
+            raise UserError(f"image size {written(size)} is not a multiple of the patch {patch}: {use}")
+        teacher.grid = as_kept(*(side // patch for side in below))
+    crop, cells = teacher.size if args.size is None else args.size, math.prod(height_width(teacher.grid))
+    if cells < 2:
         raise UserError("one token per image cannot be aligned spatially: use --grid 2 or more")
+    if not covers(teacher.grid, crop):
+        raise UserError(
+            f"a grid of {written(teacher.grid)} has not the shape of --size {written(crop)}: give a --grid whose cells are "
+            "about as wide as they are high"
+        )
+    if args.view == "official" and not same_aspect(crop, 1):
+        raise UserError("--view official is of squares: use aligned")
     if args.teacher_dtype == "int8" and teacher.dim % GROUP:
         needed = f"int8 needs a width that is a multiple of {GROUP}"
         raise UserError(f"{needed}, the teacher's is {teacher.dim}: use float16")
@@ -137,11 +151,12 @@ def token_job(
     source |= {"implementation": teacher.implementation, "position_embeddings": teacher.resampling}
     spec = FieldSpec(
         field="tokens",
-        shape=((1 if groups is None else len(groups)) * teacher.grid**2, teacher.dim),
+        shape=((1 if groups is None else len(groups)) * cells, teacher.dim),
         dtype=args.teacher_dtype,
         meaning=f"L2-normalised {teacher.name} patch tokens after the final LayerNorm, row by row",
         source=source | {"format": teacher.format} | teacher.normalisation,
         view={"kind": args.view, "size": teacher.size, "patch": patch, "grid": teacher.grid}
+        | ({} if same_aspect(crop, teacher.size) else {"crop": height_width(crop)})
         | clip_view(clip)
         | ({} if groups is None else {"latent_frames": len(groups), "frames_of_teacher": pick}),
     )
@@ -178,9 +193,9 @@ def frames_of_latents(frames: int, per_latent: int, pick: str) -> list[list[int]
 def tokens_of_clips(
     pixels: Tensor, groups: Sequence[Sequence[int]], tokens_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return L2-normalised tokens `(n, f·N, D)` of clips `(n, F, 3, S, S)`: of each group of frames the mean of its tokens."""
+    """Return L2-normalised tokens `(n, f·N, D)` of clips `(n, F, 3, H, W)`: of each group of frames the mean of its tokens."""
     seen = torch.tensor([number for group in groups for number in group])
-    images = pixels[:, seen].flatten(0, 1)  # (n·m, 3, S, S)
+    images = pixels[:, seen].flatten(0, 1)  # (n·m, 3, H, W)
     tokens = torch.cat([tokens_of(part) for part in images.split(IMAGES_AT_ONCE)])  # (n·m, N, D)
     tokens = tokens.unflatten(0, (len(pixels), len(seen)))
     frames = [

@@ -4,10 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
-from common.arguments import GRID, SIDE, between, positive
+from common.arguments import SIDE, between, positive, sides
 from common.base_model import BASE
 from common.errors import UserError
 from common.files import expand_home
+from common.sides import GRID
 
 
 def choice(*names: str) -> dict:
@@ -63,12 +64,10 @@ def part_of(args: argparse.Namespace) -> tuple[int, int]:
 def add_latent_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the VAE and what is stored of its posterior."""
     add_base_options(parser)
-    add = parser.add_argument
-    add(
-        "--image-size",
-        type=between(1, SIDE),
-        help="side of the square in pixels (default: what the base model was made for)",
-    )
+    add, size = parser.add_argument, parser.add_mutually_exclusive_group()
+    square = "side of the square in pixels (default: what the base model was made for)"
+    size.add_argument("--image-size", type=between(1, SIDE), help=square)
+    add_size_option(size, "the largest central crop of this shape, resized to it, in pixels")
     posterior = (
         "mode (default); sample = one draw, decided by the image's id; moments = mean and standard deviation, of which "
         "training draws anew at every step (twice the size)"
@@ -77,6 +76,11 @@ def add_latent_options(parser: argparse.ArgumentParser) -> None:
     unscaled = "store without the VAE's scaling factor; training applies it"
     add("--unscaled", action="store_true", help=unscaled)
     add("--dtype", **choice("float16", "bfloat16", "float32"), help="stored as (default float16)")
+
+
+def add_size_option(parser: argparse._ActionsContainer, meaning: str) -> None:
+    """Add the option of the size of images that are no squares."""
+    parser.add_argument("--size", type=sides(1, SIDE), metavar="WIDTHxHEIGHT", help=meaning)
 
 
 def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") -> None:
@@ -88,11 +92,11 @@ def add_teacher_options(parser: argparse.ArgumentParser, *, prefix: str = "") ->
     )
     add("--teacher", type=expand_home, default="facebook/dinov2-large", help=teacher)
     add("--teacher-revision", help="hub revision (commit) of the teacher")
-    grid = "tokens per side (default 14: 196 px with patches of 14 px; 16: 224 px; 37: 518 px)"
-    size.add_argument("--grid", type=between(1, GRID), default=14, help=grid)
+    grid = "tokens per side (default 14: 196 px with patches of 14 px; 37: 518 px), or WIDTHxHEIGHT of a grid such as 37x28"
+    size.add_argument("--grid", type=sides(1, GRID), default=14, help=grid)
     pixels = {"dest": "teacher_image_size", "help": "the same in pixels, a multiple of the patch"}
-    size.add_argument(f"--{prefix}image-size", type=between(1, SIDE), **pixels)
-    view = "of the teacher: aligned (default) = the VAE's square; official = DINOv2's own transform, its central 87.5 %%"
+    size.add_argument(f"--{prefix}image-size", type=sides(1, SIDE), **pixels)
+    view = "of the teacher: aligned (default) = the VAE's crop; official = DINOv2's own transform, its central 87.5 %%"
     add("--view", **choice("aligned", "official"), help=view)
     seen = (
         "of a clip, which frames stand for a latent frame, of those that the VAE makes it of: the middle one, or the mean of "

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from cache.clips import clip_frames
 from cache.image_list import Sample, clip_shape, read_samples
-from cache.manifest import UNREADABLE, FieldSpec
+from cache.manifest import UNREADABLE, FieldSpec, crop_of
 from cache.shard_plan import shard_path
 from cache.shards import FieldWriter
 from cache.views import UnreadableImage, cut_view, read_image, size_and_crop
 from common.errors import UserError
+from common.sides import height_width
 from common.signals import StopSignal, leave_signals_to_the_parent
 
 # At most so many encoded batches wait to be written; that is enough to keep the device from waiting for the disk.
@@ -38,9 +39,9 @@ IN_FLIGHT = 3
 
 @dataclass(frozen=True, eq=False)
 class FieldJob:
-    """One field to make. `spec.view` names the square of the image that the encoder sees.
+    """One field to make. `spec.view` names the crop of the image that the encoder sees.
 
-    `encode` maps uint8 pixels `(n, 3, size, size)`, of clips `(n, F, 3, size, size)`, and their ids to values
+    `encode` maps uint8 pixels `(n, 3, height, width)`, of clips `(n, F, 3, height, width)`, and their ids to values
     `(n, *spec.shape)` on `device`.
     """
 
@@ -50,8 +51,9 @@ class FieldJob:
     device: torch.device
 
     @property
-    def view(self) -> tuple[int, str]:
-        return self.spec.view["size"], self.spec.view["kind"]
+    def view(self) -> tuple[tuple[int, int], str, tuple[int, int]]:
+        """The further arguments of `cut_view`."""
+        return height_width(self.spec.view["size"]), self.spec.view["kind"], crop_of(self.spec.view)
 
 
 # The ids of images that are decoded, encoded and written together, and the (job, shard number) of each field that needs them.
@@ -186,10 +188,10 @@ def _store(stored) -> None:
         writer.put(shard, ids, raw, unreadable)
 
 
-def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple[int, str]]]):
+def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple]]):
     """Decode the images or clips of a chunk, `(ids, views)`, in a worker process of the DataLoader.
 
-    Returns the ids of the readable ones, {view: uint8 `(n, [F,] 3, S, S)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
+    Returns the ids of the readable ones, {view: uint8 `(n, [F,] 3, H, W)`}, {view: int32 `(n, 6)`} of `size_and_crop`, and
     {id: problem} of the others. A `UserError` is returned instead of raised, because a DataLoader would bury it in the
     traceback of its worker.
     """
@@ -197,10 +199,10 @@ def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple[in
     kept, unreadable = [], {}
     frames = listed[ids[0]].frames
     many = () if frames is None else (frames,)
-    views = {view: torch.empty(len(ids), *many, view[0], view[0], 3, dtype=torch.uint8) for view in wanted}
+    views = {view: torch.empty(len(ids), *many, *view[0], 3, dtype=torch.uint8) for view in wanted}
     crops = {view: torch.empty(len(ids), 6, dtype=torch.int32) for view in wanted}
     for key in ids:
-        rows = {view: pixels.numpy()[len(kept)] for view, pixels in views.items()}  # ([F,] S, S, 3)
+        rows = {view: pixels.numpy()[len(kept)] for view, pixels in views.items()}  # ([F,] H, W, 3)
         try:
             size = read_cuts(listed[key], rows)
         except UnreadableImage as error:
@@ -215,8 +217,8 @@ def _decode(listed: dict[str, Sample], chunk: tuple[Sequence[str], list[tuple[in
     return kept, views, {view: rows[: len(kept)] for view, rows in crops.items()}, unreadable
 
 
-def read_cuts(sample: Sample, rows: dict[tuple[int, str], np.ndarray]) -> tuple[int, int]:
-    """Fill in the pixels of every view, of an image `(S, S, 3)` or of a clip `(F, S, S, 3)`, which is read frame by frame.
+def read_cuts(sample: Sample, rows: dict[tuple, np.ndarray]) -> tuple[int, int]:
+    """Fill in the pixels of every view, of an image `(H, W, 3)` or of a clip `(F, H, W, 3)`, which is read frame by frame.
 
     Returns width and height of the whole picture. Raises `UnreadableImage` or `UserError`; some rows may be filled in by then.
     """

@@ -35,6 +35,8 @@ def write_report(page: Path, material: Material) -> Path:
     )
     found = {Heading(heading): list(section(material)) for heading, section in SECTIONS.items()}
     blocks = [block for heading, section in found.items() if section for block in (heading, *section)]
+    if material.note is not None:
+        blocks.insert(0, Paragraph(material.note))
     title = f"Representation alignment: {', '.join(material.runs)}"
     return write_page(page, title=title, lead=lead, sections=blocks)
 
@@ -59,7 +61,8 @@ def training_section(material: Material) -> Iterator[Block]:
         series = {}
         for name, run in runs.items():
             lines = [line for line in run.log if key in line]
-            if lines and (key == "loss_diff" or any(line["coeff"] > 0 for line in lines)):
+            # A term that is left out is 0 throughout.
+            if lines and (key == "loss_diff" or any(line["coeff"] > 0 and line[key] for line in lines)):
                 series[name] = [line["step"] for line in lines], [line[key] for line in lines]
         if series:
             note = "" if len(series) == len(runs) else " Runs with λ = 0 compute none."

@@ -57,6 +57,7 @@ class Material:
     times: Sequence[StageEntry]
     command: str  # which makes the page
     folder: Path  # of its figures
+    note: str | None = None  # a paragraph for its top
 
 
 def points_at(runs: Runs, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:

@@ -27,7 +27,7 @@ FLOORS = {
     "metrics": {"common"},
     "report": {"common", "metrics"},
     "preprocessing": {"common", "cache", "models"},
-    "miniature": {"common", "models.teachers"},
+    "miniature": {"common", "models.teachers", "cache.films"},
     "training": {"common", "configs", "method", "cache", "models"},
     "evaluation": {"common", "configs", "method", "cache", "models", "metrics", "report", "training"},
 }
@@ -42,7 +42,7 @@ ONE_ROOM = {
     "lmdb": {"cache.shards"},
     "yaml": {"configs.dialect"},
     "peft": {"models.aligned"},
-    "av": {"cache.clips", "evaluation.video_files"},
+    "av": {"cache.clips", "cache.films"},
     "cv2": {"metrics.video"},
 }
 

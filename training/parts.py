@@ -1,5 +1,6 @@
 """Build the dataset, the model and the loss from a config, for training and for evaluation."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from cache.dataset import AlignedDataset
 from cache.text import keeps_table, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
+from common.sides import covers
 from configs.aliases import hub_id
 from configs.align import Align
 from configs.schema import Config
@@ -98,7 +100,7 @@ def build_parts(config: Config) -> Parts:
         model.dtype,
         caption_dropout=config.data.caption_dropout,
         teacher=online,
-        grid=(config.teacher.grid,) * 2,
+        grid=config.teacher.cells,
         image_conditions=family.image_conditions,
     )
     return Parts(
@@ -134,19 +136,24 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
+    if need_tokens and not covers(teacher.grid, dataset.latent_shape[-2:]):
+        raise UserError(
+            f"teacher.grid = {list(teacher.cells)} is not of the shape of latents {dataset.latent_shape}: give [height, width] "
+            "of a grid whose cells are about as high as they are wide"
+        )
     if dataset.tokens is None:
         return dataset
-    spec, wanted = dataset.tokens.spec, (teacher.grid**2, teacher.dim)
+    spec, wanted = dataset.tokens.spec, (dataset.frames * math.prod(teacher.cells), teacher.dim)
     made_by = spec.source.get("model") or "an unnamed teacher"
     if teacher.model is not None and hub_id(teacher.model) != hub_id(made_by):
         raise UserError(
             f"{data.tokens} was made by {made_by}, teacher.model says {teacher.model}: if they are the same, set "
             f"teacher.model={made_by}, else run script 3 with --teacher {teacher.model}"
         )
-    if spec.shape != wanted:
+    if spec.shape != wanted or dataset.token_grid != teacher.cells:
         raise UserError(
-            f"{data.tokens} holds tokens {spec.shape}, the config's teacher makes {wanted}: set teacher.dim and teacher.grid, "
-            "or run script 3 with that teacher"
+            f"{data.tokens} holds tokens {spec.shape} on a grid {dataset.token_grid}, the config's teacher makes {wanted} on "
+            f"{teacher.cells}: set teacher.dim and teacher.grid, or run script 3 with that teacher"
         )
     return dataset
 

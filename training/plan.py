@@ -43,7 +43,7 @@ def print_plan(config: Config) -> None:
     model, known = model_of_shapes(config, dtype)
     images = config.data.batch_size * config.optim.accumulate
     shape = shape_of_latents(config) or model.family.latent_shape(model.backbone)
-    forward = forward_of(model, shape, (config.teacher.grid,) * 2)
+    forward = forward_of(model, shape, config.teacher.cells)
     cost = count_step(forward)
     print(f"plan of {config.run}")
     if not known:
@@ -113,7 +113,7 @@ def step_flops(config: Config) -> tuple[float, float]:
     key = (config.model, config.align, config.teacher, shape)
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
-        forward = forward_of(model, shape, (config.teacher.grid,) * 2)
+        forward = forward_of(model, shape, config.teacher.cells)
         done = count_step(forward).flops
         _COUNTED[key] = flops_of(model, forward, done), done
     flops, done = _COUNTED[key]
@@ -251,7 +251,7 @@ def plan_cache(config: Config, shape: tuple[int, ...]) -> float:
     """
     fields = [("latents", config.data.latents, 2, math.prod(shape))]  # name, folder, script, numbers an image
     if config.teacher.source == "cached" and config.align.coeff > 0:
-        fields.append(("tokens", config.data.tokens, 3, config.teacher.grid**2 * config.teacher.dim))
+        fields.append(("tokens", config.data.tokens, 3, math.prod(config.teacher.cells) * config.teacher.dim))
     read_in_all = 0.0
     for name, folder, script, numbers in fields:
         try:

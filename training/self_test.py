@@ -78,7 +78,8 @@ def check_data(parts: Parts, values: dict[str, Tensor]) -> None:
     left_out = f", {dataset.left_out} of the CSV are not cached" if dataset.left_out else ""
     what = f"images, {each} of each of {len(of_each)} classes"
     if dataset.captioned:
-        what = f"captioned images, {len(of_each):,} different prompts"
+        noun = "clips" if len(dataset.latent_shape) == 4 else "images"
+        what = f"captioned {noun}, {len(of_each):,} different prompts"
     say("data", f"{len(dataset):,} {what}{left_out}")
 
     std = values["latent"].std().item()

@@ -39,10 +39,11 @@ FAMILIES: dict[str, type[Backbone]] = {
 }
 
 
-def check_family(name: str) -> None:
-    """Raise `UserError` for a name that is none of the table's."""
+def family_named(name: str) -> type[Backbone]:
+    """The family of a name of the table; raises `UserError` for another."""
     if name not in FAMILIES:
         raise UserError(f"--family {name:.60}: one of {', '.join(FAMILIES)} was expected")
+    return FAMILIES[name]
 
 
 def family_of(base: str, revision: str | None = None) -> Backbone:

@@ -1,7 +1,10 @@
 """DINOv2 as a teacher, with and without registers (arXiv 2304.07193, 2309.16588)."""
 
+import math
+
 import torch
 
+from common.sides import height_width
 from models.teachers.encoder import TeacherEncoder, find_resampling
 
 # The pixel statistics DINOv2 was trained with.
@@ -27,6 +30,7 @@ class DINOv2Encoder(TeacherEncoder):
     def resampling(self) -> str:
         """`Dinov2Model` and `Dinov2WithRegistersModel` differ."""
         positions = self.model.embeddings.position_embeddings  # (1, 1 + n, D)
-        like = positions.new_empty(1, 1 + self.grid**2, self.dim)
-        used = self.model.embeddings.interpolate_pos_encoding(like, self.size, self.size)  # (1, 1 + N, D)
-        return find_resampling(positions[:, 1:], used[:, 1:], (self.grid, self.grid))
+        grid, size = height_width(self.grid), height_width(self.size)
+        like = positions.new_empty(1, 1 + math.prod(grid), self.dim)
+        used = self.model.embeddings.interpolate_pos_encoding(like, *size)  # (1, 1 + N, D)
+        return find_resampling(positions[:, 1:], used[:, 1:], grid)

@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.pretrained import PixelStatistics, load_pretrained
+from common.sides import Sides, as_kept, height_width
 
 PREPARATION = "preprocessor_config.json"
 
@@ -19,10 +20,10 @@ class TeacherEncoder(nn.Module):
         teacher = load_teacher("facebook/dinov2-large", grid=14)   # models/teachers/table.py
         tokens = teacher(images)   # (B, 3, 196, 196) in [0, 1] -> (B, 196, 1024)
 
-    `grid` is the number of tokens per side; the image size follows from it as patch · grid. The tokens are the last hidden
-    states after the final LayerNorm, not L2-normalised. `format` says in which format the weights were stored: "huggingface" or
-    "facebookresearch". `statistics` are those of the folder's own preprocessor_config.json; None stands for the published mean
-    and std. A kind is a subclass that fills in the four class attributes and, where it differs, the methods.
+    `grid` is the number of tokens per side, or (height, width); the image size follows from it as patch · grid. The tokens are
+    the last hidden states after the final LayerNorm, not L2-normalised. `format` says in which format the weights were stored:
+    "huggingface" or "facebookresearch". `statistics` are those of the folder's own preprocessor_config.json; None stands for
+    the published mean and std. A kind is a subclass that fills in the four class attributes and, where it differs, the methods.
     """
 
     name: ClassVar[str]
@@ -33,7 +34,7 @@ class TeacherEncoder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        grid: int,
+        grid: Sides,
         format: str = "huggingface",
         statistics: PixelStatistics | None = None,
     ):
@@ -58,9 +59,9 @@ class TeacherEncoder(nn.Module):
         return 1 + getattr(config, "num_register_tokens", 0)
 
     @property
-    def size(self) -> int:
-        """The side of the images in pixels."""
-        return self.patch * self.grid
+    def size(self) -> Sides:
+        """The side of the images in pixels, or (height, width)."""
+        return as_kept(*(self.patch * side for side in height_width(self.grid)))
 
     @property
     def used_mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -95,18 +96,19 @@ class TeacherEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Encode `images (B, 3, S, S)` in [0, 1] with S = patch · grid; returns `(B, grid², D)`."""
-        if images.shape[1:] != (3, self.size, self.size):
-            raise ValueError(f"expected images (B, 3, {self.size}, {self.size}), got {tuple(images.shape)}")
+        """Encode `images (B, 3, H, W)` in [0, 1] of `size` pixels; returns `(B, N, D)`, row by row."""
+        height, width = height_width(self.size)
+        if images.shape[1:] != (3, height, width):
+            raise ValueError(f"expected images (B, 3, {height}, {width}), got {tuple(images.shape)}")
         hidden = self.hidden_states((images - self.mean) / self.std)  # (B, prefix + N, D)
         return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
 
     def check_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the tokens; raises ValueError unless they are `(B, grid², D)` with more than one token.
+        """Return the tokens; raises ValueError unless they are `(B, N, D)`, one for each cell of the grid and more than one.
 
         With a single token, such as a CLS token, the manifold loss would be 0.
         """
-        n, found = self.grid**2, tuple(tokens.shape)
+        n, found = math.prod(height_width(self.grid)), tuple(tokens.shape)
         if len(found) != 3 or found[1:] != (n, self.dim) or n == 1:
             raise ValueError(f"the teacher must return (B, {n}, {self.dim}) patch tokens, got {found}")
         return tokens

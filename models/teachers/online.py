@@ -8,6 +8,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from common.pretrained import load_pretrained
+from common.sides import height_width
 from models.latents import LatentCodec
 from models.teachers.encoder import TeacherEncoder
 
@@ -20,7 +21,7 @@ class OnlineTeacher(nn.Module):
         codec = LatentCodec(load_decoder("madebyollin/taesd"))
         teacher = OnlineTeacher(codec, load_teacher(name, grid=14))
 
-    The teacher sees the picture that the decoder makes of the whole square, never the photograph, so that details which the
+    The teacher sees the picture that the decoder makes of the whole crop, never the photograph, so that details which the
     VAE loses are missing from the tokens. The decoder is the VAE of the base model or an `AutoencoderTiny`. `bf16` computes in
     that precision, of weights that stay in theirs.
     """
@@ -36,11 +37,11 @@ class OnlineTeacher(nn.Module):
             return torch.cat([self._tokens(part) for part in latents.split(ROWS)])
 
     def _tokens(self, latents: Tensor) -> Tensor:
-        images = self.codec.decode(latents)  # (B, 3, S, S)
+        images = self.codec.decode(latents)  # (B, 3, H, W)
         images = (images.float() / 2 + 0.5).clamp(0, 1)
-        size = self.encoder.size
-        if images.shape[-1] != size:  # bicubic resizing can leave [0, 1]
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        size = height_width(self.encoder.size)
+        if images.shape[-2:] != size:  # bicubic resizing can leave [0, 1]
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         return F.normalize(self.encoder(images).float(), dim=-1)  # (B, N, D)
 
 

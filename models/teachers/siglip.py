@@ -4,6 +4,7 @@ Both have one architecture and one `model_type`, "siglip". SigLIP 2's NaFlex mod
 of images and are no teachers here.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.pretrained import foreign_files, load_pretrained
+from common.sides import height_width
 from models.teachers.encoder import TeacherEncoder, find_resampling
 
 
@@ -41,6 +43,7 @@ class SigLIPEncoder(TeacherEncoder):
     def resampling(self) -> str:
         embeddings = self.model.embeddings
         positions = embeddings.position_embedding.weight[None]  # (1, n, D)
-        like = positions.new_empty(1, self.grid**2, self.dim)
-        used = embeddings.interpolate_pos_encoding(like, self.size, self.size)  # (1, N, D)
-        return find_resampling(positions, used, (self.grid, self.grid))
+        grid, size = height_width(self.grid), height_width(self.size)
+        like = positions.new_empty(1, math.prod(grid), self.dim)
+        used = embeddings.interpolate_pos_encoding(like, *size)  # (1, N, D)
+        return find_resampling(positions, used, grid)

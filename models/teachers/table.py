@@ -7,6 +7,7 @@ from pydantic import with_config
 
 from common.errors import UserError
 from common.pretrained import PixelStatistics, read_config, read_optional
+from common.sides import Sides
 from models.teachers.dinov2 import DINOv2Encoder
 from models.teachers.dinov2_checkpoint import load_checkpoint
 from models.teachers.dinov3 import DINOv3Encoder
@@ -27,7 +28,7 @@ class Preparation(PixelStatistics):
     do_normalize: NotRequired[Literal[True]]
 
 
-def load_teacher(name: str, grid: int, revision: str | None = None) -> TeacherEncoder:
+def load_teacher(name: str, grid: Sides, revision: str | None = None) -> TeacherEncoder:
     """Load a teacher, in fp32, from a Hugging Face folder or hub id; a DINOv2 also from a file of the original repository.
 
     The `model_type` of config.json says of which kind it is. Raises `UserError` for anything else. A hub id looks like

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from evaluation.video_files import GAP, read_film, write_film, write_strip
+from cache.films import GAP, read_film, write_film, write_strip
 
 
 def clip(frames=9, height=48, width=64):

@@ -115,6 +115,10 @@ def inverted(mask):
     return 1 - mask
 
 
+def channels_last(packed):
+    return packed.unflatten(2, (-1, 4)).transpose(2, 3).flatten(2)
+
+
 def mu_of_cells(_own, self, shape, _steps):
     return self.shifted_mu(shape[-2] * shape[-1])
 
@@ -183,8 +187,7 @@ WRONG = [
     ("flux2", "txt_ids are not counted", "conditions", of_conditions("txt_ids", torch.zeros_like), "arguments"),
     # packing
     ("flux", "packed width first", "pack", lambda own, self, x: own(self, x.mT), "arguments"),
-    ("flux", "a patch's channels last", "pack",
-     result(lambda x: x.unflatten(2, (-1, 4)).transpose(2, 3).flatten(2)), "arguments"),
+    ("flux", "a patch's channels last", "pack", result(channels_last), "arguments"),
     ("flux2", "unpacked width first", "unpack",
      lambda own, self, y, shape: own(self, y, (*shape[:2], shape[3], shape[2])).mT, "arguments"),
     ("hidream", "patches of the train mode are transposed", "unpack",

@@ -79,6 +79,18 @@ def test_relations_equal_a_plain_loop_over_the_tokens_of_all_frames():
         assert relation_loss(x, y, True, margin).item() == pytest.approx(sum(upper) / 30, abs=1e-6)
 
 
+@pytest.mark.parametrize("upper_only", [False, True])
+def test_relations_of_many_tokens_are_the_same_a_few_rows_at_a_time(upper_only, monkeypatch):
+    found = []
+    for rows in (alignment.ROWS, 4):
+        monkeypatch.setattr(alignment, "ROWS", rows)
+        x = tokens(0).requires_grad_()
+        loss = relation_loss(x, tokens(1), upper_only)
+        found.append((loss, *torch.autograd.grad(loss, x)))
+    for whole, in_rows in zip(*found, strict=True):
+        torch.testing.assert_close(whole, in_rows)
+
+
 def test_relations_within_the_margin_cost_nothing_and_those_beyond_send_gradient_to_every_token():
     x = tokens(0).requires_grad_()
     assert relation_loss(x, x.detach() + 0.01 * tokens(1), margin=0.1).item() == 0

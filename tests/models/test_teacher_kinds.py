@@ -273,6 +273,8 @@ def test_it_teaches_online(kind, miniature, tmp_path):
     tokens = parts.online(torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert tokens.shape == (2, parts.config.teacher.grid**2, WIDTH)
     torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(tokens.shape[:2]))
+    counted = parts.online.to("meta")(torch.empty(1, 4, 16, 16, device="meta"))  # as the plan counts it
+    assert counted.shape == tokens[:1].shape
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from conftest import run_numbered
 from PIL import Image
 from small_films import write_film
 
+import train
 from cache.clips import read_clip
 from cache.dataset import AlignedDataset
 from cache.image_list import read_samples
@@ -249,6 +250,29 @@ def test_script_5_checks_clips_and_draws_three_frames_of_each(house, tmp_path, c
     with pytest.raises(SystemExit):
         run_numbered("5_verify_cache", *fields, "--tokens", tmp_path / "other")
     assert "FAIL 9 frames" in capsys.readouterr().out
+
+
+def test_a_network_is_aligned_on_clips_from_films_to_a_lora(house, tmp_path, capsys):
+    text = tmp_path / "text"
+    run_numbered(
+        "4_prepare_text_embeddings", "--csv", house / "list.csv", "--base", house / "wan", "--out", text
+    )
+    paths = {"run": tmp_path / "run", "model.base": house / "wan", "teacher.model": house / "teacher"}
+    paths |= {f"data.{name}": house / name for name in ("latents", "tokens")}
+    paths |= {"data.csv": house / "list.csv", "data.text": text}
+    settings = {
+        "data.batch_size": 1,
+        "train.steps": 2,
+        "train.log_every": 1,
+        "teacher.dim": 64,
+        "teacher.grid": GRID,
+    }
+    settings |= {"align.neighbours": 1, "optim.warmup_fraction": 0.0, "train.device": "cpu"}
+    train.main(
+        ["--config", "configs/families/wan.yaml", *(f"{k}={v}" for k, v in (paths | settings).items())]
+    )
+    assert "6 captioned clips, 3 different prompts" in capsys.readouterr().out
+    assert list((tmp_path / "run/export").rglob("*.safetensors"))
 
 
 def test_the_dataset_joins_clips_and_refuses_fields_of_other_moments(house, tmp_path):
