@@ -32,6 +32,7 @@ from models.teachers.online import OnlineTeacher, load_decoder
 from models.teachers.table import load_teacher
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.frozen import keep_no_inputs
+from training.kernels import to_channels_last
 from training.masters import Masters
 from training.network import family_for, load_network
 from training.ranks import Ranks
@@ -87,7 +88,7 @@ def build_parts(config: Config) -> Parts:
         start_from(config.model, model)
     last = config.train.channels_last
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
-        model.backbone.to(memory_format=torch.channels_last)
+        to_channels_last(model.backbone)
     masters = Masters(model, dtype)  # converts the model to this dtype
     online = (
         build_online_teacher(config.teacher, family, dataset.latent_shape[0], device, dtype)
