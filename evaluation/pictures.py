@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache.films import spread_frames
 from cache.text import find_prompts, shown_prompts
 from evaluation.image_files import clips_of, load_images
 from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_settings, labels_of
 from evaluation.targets import Target
-from evaluation.video_files import spread_frames
 from report.plot_grids import plot_rows, plot_sample_grids
 from training.parts import Parts
 from training.ranks import Ranks

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
+from cache.films import write_films
 from cache.manifest import read_manifest
 from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
@@ -25,7 +26,6 @@ from common.reading import RECORD, read_record
 from configs.schema import Config
 from evaluation.image_files import ImageWriter, missing_images, watched
 from evaluation.targets import Target
-from evaluation.video_files import write_films
 from method.sampler import (
     balanced_labels,
     forwards_per_image,
