@@ -16,7 +16,6 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
-from cache.films import write_films
 from cache.manifest import read_manifest
 from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
