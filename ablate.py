@@ -150,7 +150,8 @@ def remaining_stages(stages: list[Stage], record: Record, config: Config) -> lis
 def measures_of(config: Config) -> dict[str, float | None]:
     """The measures of a finished run at its last step, with its own evaluation settings."""
     folder, last, drawn = config.run / "eval", config.train.steps, config.eval
-    same = {"sampler": drawn.sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
+    sampler = family_for(config).sampler_of(drawn.sampler)
+    same = {"sampler": sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
     same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
     points = [p for p in points_file(folder / "points.jsonl").read() if p["kind"] == "metrics"]
     ours = [p for p in points if p["step"] == last and same.items() <= p["protocol"].items()]

@@ -95,7 +95,7 @@ CLIP_GROUPS = [
      "{data}/val.csv"),
     QUICK_GROUPS[2],
     ("text",
-     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv --base {base} --out {data}/cache/text",
+     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv {data}/val.csv --base {base} --out {data}/cache/text",
      "{data}/cache/text/manifest.json"),
     *QUICK_GROUPS[4:6],
     ("final",

@@ -31,7 +31,7 @@ from evaluation.options import add_options, split_settings
 from evaluation.pictures import draw_pictures
 from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.report import make_report
-from evaluation.sample import draw_samples
+from evaluation.sample import clip_settings, draw_samples, noun_of
 from evaluation.score import make_references, measure_images
 from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
 from metrics.embedding import check_installed
@@ -62,19 +62,23 @@ def sample(args: argparse.Namespace) -> None:
     Image i starts from the noise of seed + i and shows class i mod n, whatever the batch size, the number of images or of
     processes. Images go to RUN/samples/SETTINGS/ with a manifest of every setting and a log of their checksums; two settings
     never share a folder, only what is missing is drawn, and a picture that something else put there is refused. --npz writes
-    them as one file for ADM's evaluator too.
+    them as one file for ADM's evaluator too. A clip is one PNG of its frames side by side; the first 16 are films
+    (.mp4) too.
     """
     device, ranks = open_device(args)
-    for target in chain(*targets_of(args)):
+    targets = [*chain(*targets_of(args))]
+    if args.npz and any(clip_settings(target.config) for target in targets):
+        raise UserError("--npz is for images, and these are clips: leave it out")
+    for target in targets:
         indices = range(target.settings.num_samples)
-        folder, _ = draw_samples(target, device, indices, ranks)
+        folder, settings = draw_samples(target, device, indices, ranks)
         if args.npz and ranks.main:
             file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
             shape = load_images(folder, [0]).shape[1:3]
             write_npz_images(file, image_chunks(folder, indices, 128), len(indices), shape)
             print(f"{file}: {len(indices):,} images as arr_0")
         if ranks.main:
-            print(f"{folder}: {len(indices):,} images", flush=True)
+            print(f"{folder}: {len(indices):,} {noun_of(settings)}", flush=True)
 
 
 def metrics(args: argparse.Namespace) -> None:

@@ -128,7 +128,7 @@ class TrainingBatch:
     x_0: Tensor  # scaled latents (B, C, h, w) in fp32
     text: dict[str, Tensor]  # of each text field (B, …), and what the network is told of the images
     tokens: Tensor | None  # of the teacher, (B, N, D)
-    grid: tuple[int, int] | None  # (h, w) of the tokens
+    grid: tuple[int, ...] | None  # (h, w) of the tokens, (f, h, w) of clips
 
 
 @dataclass
@@ -154,6 +154,8 @@ class TrainingBatches:
         self.table: TextTable | None = None if in_batches else text.on(self.device, self.dtype)
         self.labels = self.dataset.labels.to(self.device)  # (n,)
         self.grid = self.dataset.token_grid if self.teacher is None else self.grid
+        if self.grid is not None and len(self.dataset.latent_shape) == 4:
+            self.grid = (self.dataset.frames, *self.grid)
 
     def prompts(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the fields `(n, …)` of the prompts with these labels, on the device."""

@@ -1,4 +1,4 @@
-"""Write clips as films that any player shows, read them back, and lay out their frames in a picture."""
+"""Write clips as films that any player shows, read them back, and choose the frames that a picture shows."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -10,10 +10,12 @@ from PIL import Image
 
 from cache.clips import EXACT, clip_frames, clip_info
 from common.files import file_written_whole
+from evaluation.image_files import clip_by_clip, image_path
 
 # A constant quality at which compression is hardly seen; metrics are to be taken of the clips, not of these files.
 QUALITY = {"crf": "12", "preset": "medium"}
 GAP = 4  # px between the frames of a strip
+FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # As FFmpeg numbers the matrix, the primaries and the transfer of BT.709, and the range 16 to 235.
 BT709, LIMITED = 1, 1
 
@@ -41,6 +43,15 @@ def write_film(path: str | Path, clip: np.ndarray, fps: float) -> None:
         container.mux(stream.encode())
 
 
+def write_films(folder: Path, indices: Sequence[int], frames: int, fps: float) -> None:
+    """Write those of the films `{index:06d}.mp4` that are missing beside the first `FILMS` clips of a folder of samples."""
+    films = {i: image_path(folder, i).with_suffix(".mp4") for i in indices if i < FILMS}
+    lacking = {index: film for index, film in films.items() if not film.exists()}
+    clips = clip_by_clip(folder, [*lacking], frames)
+    for film, clip in zip(lacking.values(), clips, strict=True):
+        write_film(film, clip, fps)
+
+
 def read_film(path: str | Path) -> tuple[np.ndarray, float]:
     """Return all frames of a film, uint8 `(F, H, W, 3)`, and their rate; raises what `clip_frames` raises."""
     info = clip_info(path)
@@ -50,9 +61,7 @@ def read_film(path: str | Path) -> tuple[np.ndarray, float]:
 
 def write_strip(path: str | Path, clips: Sequence[np.ndarray], columns: int = 8) -> None:
     """Write a PNG with a row for each clip `(F, H, W, 3)`, of `columns` frames evenly spread from its first to its last."""
-    rows = [
-        clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)] for clip in clips
-    ]
+    rows = [clip[spread_frames(len(clip), columns)] for clip in clips]
     height, width = (max(row.shape[side] for row in rows) + GAP for side in (1, 2))
     sheet = Image.new("RGB", (max(map(len, rows)) * width - GAP, len(rows) * height - GAP), "white")
     for y, row in enumerate(rows):
@@ -60,3 +69,8 @@ def write_strip(path: str | Path, clips: Sequence[np.ndarray], columns: int = 8)
             sheet.paste(Image.fromarray(picture), (x * width, y * height))
     with file_written_whole(path) as file:
         sheet.save(file, "png")
+
+
+def spread_frames(frames: int, columns: int) -> list[int]:
+    """The numbers of `columns` frames, evenly spread from the first to the last; all where there are no more."""
+    return np.linspace(0, frames - 1, min(columns, frames)).round().astype(int).tolist()

@@ -1,5 +1,7 @@
 """Read and write images: samples as `{index:06d}.png`, each written whole or not at all, and any other folder of images.
 
+A clip is one PNG too, of its frames side by side, so that it is kept without loss and as a whole.
+
 Beside samples stands a log of the checksum of each, so that a picture that something else put there is found.
 """
 
@@ -26,6 +28,7 @@ from training.ranks import Ranks
 LOG = "images.jsonl"
 # A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
 WRITERS, WAITING = 4, 64
+WAITING_BYTES = 2**29  # of long clips fewer wait
 PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -90,11 +93,14 @@ class ImageWriter(AbstractContextManager):
         self._waiting: deque[Future] = deque()
 
     def save(self, images: np.ndarray, indices: Sequence[int]) -> None:
-        """Write (N, H, W, 3) uint8 images under their indices."""
+        """Write (N, H, W, 3) uint8 images, or (N, F, H, W, 3) clips, under their indices."""
+        if images.ndim == 5:
+            images = strips_of(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+        waiting = max(WRITERS, min(WAITING, WAITING_BYTES // images[0].nbytes))
         for index, image in zip(indices, images, strict=True):
-            self._settle(WAITING - 1)
+            self._settle(waiting - 1)
             written = self._writers.submit(_write_png, image_path(self._folder, int(index)), image)
             self._waiting.append(self._noting.submit(self._note, written))
 
@@ -151,6 +157,25 @@ def image_chunks(folder: str | Path, indices: Sequence[int], size: int) -> Itera
         images = _stacked([_rgb(path, data) for path, data in found.items()], folder, shape)
         shape = images.shape[1:]
         yield images
+
+
+def strips_of(clips: np.ndarray) -> np.ndarray:
+    """The frames of each clip (N, F, H, W, 3) side by side: (N, H, F·W, 3)."""
+    n, frames, height, width, _ = clips.shape
+    return clips.swapaxes(1, 2).reshape(n, height, frames * width, 3)
+
+
+def clips_of(strips: np.ndarray, frames: int) -> np.ndarray:
+    """The clips (N, F, H, W, 3) of `strips_of`."""
+    n, height, width, _ = strips.shape
+    if width % frames:
+        raise ValueError(f"{frames} frames do not stand side by side in {width} px")
+    return np.ascontiguousarray(strips.reshape(n, height, frames, -1, 3).swapaxes(1, 2))
+
+
+def clip_by_clip(folder: str | Path, indices: Sequence[int], frames: int) -> Iterator[np.ndarray]:
+    """The clips of these indices, (F, H, W, 3) uint8 one at a time; raises what `image_chunks` raises."""
+    return (clips_of(strips, frames)[0] for strips in image_chunks(folder, indices, 1))
 
 
 def watched(

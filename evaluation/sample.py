@@ -1,4 +1,4 @@
-"""Draw the images of a target from fixed seeds into a folder of their settings; only missing images are drawn."""
+"""Draw the images or clips of a target from fixed seeds into a folder of their settings; only what is missing is drawn."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
+from cache.films import write_films
 from cache.manifest import read_manifest
 from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
@@ -38,7 +39,7 @@ from models.aligned import AlignedModel
 from models.backbone import Backbone
 from models.latents import DECODED_ROWS, decode_images
 from models.pipeline_parts import SPACING, files_digest, weights_digest
-from training.kernels import keep_compiled, searched_convolutions
+from training.kernels import keep_compiled, searched_convolutions, to_channels_last
 from training.network import output_of
 from training.parts import family_for, load_run_model
 from training.ranks import Ranks
@@ -89,7 +90,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "prompts": text["details"].get("template"),  # None of captions
         "seed": given.seed,
         "latent_shape": stored_latent_shape(config),
-    }
+    } | clip_settings(config)
 
 
 def protocol_of(target: Target, settings: dict) -> dict:
@@ -105,6 +106,11 @@ def sample_folder(target: Target, settings: dict) -> Path:
     digest = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
     name = f"step{target.step:07d}_{target.weights}_{s['sampler']}{s['steps']}_cfg{s['cfg']:g}{only}_{digest}"
     return target.run.path / "samples" / name
+
+
+def noun_of(settings: dict) -> str:
+    """What is drawn by these settings."""
+    return "clips" if "frames" in settings else "images"
 
 
 def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
@@ -138,7 +144,7 @@ def draw_samples(
     missing = ranks.on_main(lambda: find_missing(folder, settings, indices))
     if missing:
         if ranks.main:
-            print_cost(target, len(missing))
+            print_cost(target, len(missing), noun_of(settings))
         image_sampler = ImageSampler.load(target, device) if image_sampler is None else image_sampler
         ranks.on_main(lambda: claim_folder(folder, settings, image_sampler.made_with()))
         own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
@@ -149,6 +155,8 @@ def draw_samples(
                 seeds = [settings["seed"] + i for i in part]
                 writer.save(image_sampler.draw(labels_of(settings, part), seeds), part)
         ranks.on_main(lambda: None)  # all have written theirs
+    if "frames" in settings:
+        ranks.on_main(lambda: write_films(folder, indices, settings["frames"], settings["fps"]))
     return folder, settings
 
 
@@ -158,8 +166,8 @@ def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[i
     return missing_images(folder, indices) if known is not None else list(indices)
 
 
-def print_cost(target: Target, count: int) -> None:
-    """Print how many forwards of the network it takes to draw `count` images."""
+def print_cost(target: Target, count: int, noun: str) -> None:
+    """Print how many forwards of the network it takes to draw `count` images or clips."""
     given, config = target.settings, target.config
     scheduler, spacing = solver_of(config, family_for(config))
     set_steps(scheduler, given.sampling_steps, spacing)
@@ -167,7 +175,7 @@ def print_cost(target: Target, count: int) -> None:
     each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
     sampler = family_for(config).sampler_of(given.sampler)
     tqdm.write(
-        f"{target.name}: {count:,} images to draw, {sampler} {given.sampling_steps} steps, guidance {given.cfg:g}: {each} "
+        f"{target.name}: {count:,} {noun} to draw, {sampler} {given.sampling_steps} steps, guidance {given.cfg:g}: {each} "
         f"forwards of the network each, {each * count:,} in all"
     )
 
@@ -232,14 +240,14 @@ class ImageSampler:
         dtype = compute_dtype(device, given.precision)
         model = load_run_model(target.run, target.step, device, weights=target.weights, dtype=dtype)
         if device.type == "cuda" and dtype == torch.bfloat16:
-            model.backbone.to(memory_format=torch.channels_last)
+            to_channels_last(model.backbone)
         if given.compile:
             keep_compiled()
             model.backbone.compile(dynamic=False)  # in place: its name and its digest stay
         return cls(model, config, TextReader(config.data.text))
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-        """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`."""
+        """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`, or clips `(n, F, H, W, 3)`."""
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
@@ -272,7 +280,13 @@ def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
     return scheduler, family.spacing(shape, steps, sampler)
 
 
+def clip_settings(config: Config) -> dict:
+    """`frames` and `fps` of the clips that a run was trained on; nothing of images."""
+    view = read_manifest(config.data.latents, "latents")["view"]
+    return {key: view[key] for key in ("frames", "fps") if key in view}
+
+
 def stored_latent_shape(config: Config) -> list[int]:
-    """`(C, h, w)` of the latents that a run was trained on."""
+    """`(C, h, w)` of the latents that a run was trained on, of clips `(C, f, h, w)`."""
     manifest = read_manifest(config.data.latents, "latents")
     return list(latent_shape(manifest["shape"], manifest["details"]))

@@ -14,7 +14,7 @@ from cache.manifest import ids_digest, read_manifest
 from cache.reader import FieldReader
 from cache.views import UnreadableImage, read_view
 from common.errors import UserError
-from common.sides import Sides, as_kept
+from common.sides import Sides, as_kept, height_width
 from configs.evaluation import Eval
 from configs.schema import Config
 from evaluation.image_files import files_in_chunks, image_chunks, image_files, watched
@@ -48,8 +48,10 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
     Their references are the given files (`eval.reference`), or are made of the training images once and kept beside `data.csv`.
     """
     extractors = load_extractors(config.eval.extractor, device, dinov2=config.eval.dinov2)
+    size = read_manifest(config.data.latents, "latents")["view"]["size"]
+    for extractor in extractors:
+        extractor.check_size(*height_width(size))
     if config.eval.reference:
-        size = read_manifest(config.data.latents, "latents")["view"]["size"]
         return match_references(extractors, config.eval.reference, size)
     paths, facts = training_images(config)
     suffixes = {e.protocol: f".{e.protocol}-{e.identity['weights_sha256'][:8]}.npz" for e in extractors}

@@ -5,6 +5,7 @@ compute in fp32, even under autocast, and return a scalar.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -238,6 +239,8 @@ class AlignmentLoss:
         and for each tap `cosine/TAP` in [−1, 1], which with neighbours is the similarity of `Neighbours`, and, unless w is
         0, `loss_manifold/TAP`.
         """
+        if grid is not None and math.prod(grid) != teacher.shape[1]:
+            raise ValueError(f"{teacher.shape[1]} tokens do not lie on a grid {tuple(grid)}")
         frames = grid[0] if grid is not None and len(grid) == 3 else 1
         if self.spatial_norm is not None:
             images = teacher.unflatten(1, (frames, -1))  # (B, f, N, D)

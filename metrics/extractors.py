@@ -14,6 +14,7 @@ from pydantic import Field, with_config
 from common.errors import UserError
 from common.pretrained import SAVED, PixelStatistics, load_pretrained, read_config
 from common.reading import read_record
+from common.sides import same_aspect
 from metrics.features import Extractor, Features, sha256_of
 from metrics.inception import find_weights, load_inception
 
@@ -61,17 +62,22 @@ class FolderExtractor(Extractor):
         self.model, self.size = model.eval().requires_grad_(False), size
         self.mean, self.std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (mean, std))
 
+    def check_size(self, height: int, width: int) -> None:
+        if not same_aspect((height, width), self.size):
+            raise UserError(
+                f"{self.protocol} takes images of the shape {self.size[1]} × {self.size[0]}, and {width} × {height} would be "
+                "squashed: measure them by eval.extractor=inception alone, whose protocols squash by themselves"
+            )
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) uint8 -> (b, 3, h, w), normalised.
 
         The whole image is resized to the network's size (bicubic, antialiased, not re-quantised), never cropped: what lies at
-        the border counts too. Raises ValueError for images of other proportions than the network's.
+        the border counts too. Raises `UserError` for images of other proportions than the network's.
         """
-        (height, width), (h, w) = images.shape[2:], self.size
-        if height * w != width * h:
-            raise ValueError(f"images {(height, width)} would be squashed to {self.size}")
+        self.check_size(*images.shape[2:])
         x = images.float()  # (b, 3, H, W) 0..255
-        if (height, width) != self.size:
+        if x.shape[2:] != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 255)
         return (x / 255 - self.mean) / self.std  # (b, 3, h, w)
 

@@ -46,6 +46,9 @@ class Extractor:
         """(b, 3, H, W) uint8 -> pool, logits and spatial, as in `Features`, or as many of the three as the protocol has."""
         raise NotImplementedError
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raise `UserError` where the protocol takes no images of this size."""
+
     def features(self, images: np.ndarray, batch_size: int = 64) -> Features:
         """(N, H, W, 3) uint8, N >= 1 -> features, in full fp32."""
         with full_precision(self.device):

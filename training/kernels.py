@@ -20,6 +20,13 @@ def searched_convolutions() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def to_channels_last(network: torch.nn.Module) -> None:
+    """Lay out the weights of 2-D convolutions with their channels last; those of 3-D ones, of clips, stay as they are."""
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+
+
 def keep_compiled() -> None:
     """Keep what torch.compile makes in `~/.cache/torch/inductor`, unless the user names a folder in `TORCHINDUCTOR_CACHE_DIR`.
 

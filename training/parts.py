@@ -32,6 +32,7 @@ from models.teachers.online import OnlineTeacher, load_decoder
 from models.teachers.table import load_teacher
 from training.checkpoint import WEIGHTS, checkpoints, load_weights, trained_file_of
 from training.frozen import keep_no_inputs
+from training.kernels import to_channels_last
 from training.masters import Masters
 from training.network import family_for, load_network
 from training.ranks import Ranks
@@ -87,7 +88,7 @@ def build_parts(config: Config) -> Parts:
         start_from(config.model, model)
     last = config.train.channels_last
     if (device.type == "cuda" and dtype == torch.bfloat16) if last is None else last:
-        model.backbone.to(memory_format=torch.channels_last)
+        to_channels_last(model.backbone)
     masters = Masters(model, dtype)  # converts the model to this dtype
     online = (
         build_online_teacher(config.teacher, family, dataset.latent_shape[0], device, dtype)
@@ -136,7 +137,7 @@ def open_cache(data: Data, teacher: Teacher, *, need_tokens: bool) -> AlignedDat
     """Open the cached training data, and check that its tokens were made by the teacher that the config names."""
     folder = data.tokens if teacher.source == "cached" else None
     dataset = AlignedDataset(data.csv, data.latents, folder, data.text, need_tokens=need_tokens)
-    if need_tokens and not covers(teacher.grid, dataset.latent_shape[-2:]):
+    if need_tokens and teacher.source != "backbone" and not covers(teacher.grid, dataset.latent_shape[-2:]):
         raise UserError(
             f"teacher.grid = {list(teacher.cells)} is not of the shape of latents {dataset.latent_shape}: give [height, width] "
             "of a grid whose cells are about as high as they are wide"

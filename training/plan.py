@@ -191,7 +191,7 @@ def planned_bytes(config: Config, model: AlignedModel, dtype: torch.dtype, saved
 
 
 def bytes_of_weights(config: Config, model: AlignedModel, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the memory of all weights, those of `model.quantize` in fewer bits, and what backward keeps of these."""
+    """Return the memory of all weights, those quantised in fewer bits, and what backward keeps of them in `dtype`."""
     every = [*model.parameters(), *model.buffers()]
     if config.model.quantize == "none":
         return sum(x.numel() * x.element_size() for x in every), 0.0

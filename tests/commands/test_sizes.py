@@ -15,10 +15,12 @@ from cache.image_list import read_samples
 from cache.reader import FieldReader
 from common.errors import UserError
 from configs.loading import load_config
+from evaluation.score import photographs, training_images
 from miniature.families import make_pipeline
 from models.families.table import family_of
 from models.teachers.table import load_teacher
 from training.parts import build_parts
+from training.run_folder import RunFolder
 
 WIDTH, HEIGHT = 64, 32
 GRID = (
@@ -142,6 +144,19 @@ def test_samples_and_pictures_have_the_size_of_the_training_images(run):
     evaluate.main(["pictures", str(run), "-o", str(run / "p.png")])
     assert (run / "p.png").exists()
     assert list((run / "previews").glob("*.png"))
+
+
+def test_the_reference_is_made_of_the_training_crops_and_a_network_of_squares_refuses_them(run, miniature):
+    config = RunFolder(run).config
+    paths, facts = training_images(config)
+    assert json.loads(json.dumps(facts))["size"] == [HEIGHT, WIDTH]
+    (chunk,) = photographs(paths, facts["size"])
+    expected = by_hand(paths[5]).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(chunk[5], expected)
+    with pytest.raises(
+        UserError, match="classifier takes images of the shape 32 × 32, and 64 × 32 would be squashed"
+    ):
+        evaluate.main(["metrics", str(run), f"eval.extractor={miniature / 'models/classifier'}"])
 
 
 def test_align_measures_on_the_coarser_grid_of_each_direction(run):

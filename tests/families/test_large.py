@@ -56,6 +56,23 @@ def test_the_comment_of_a_config_is_what_its_plan_says_without_a_base_model(name
     assert sizes == pytest.approx(SIZES[name], rel=0.02)
 
 
+def test_the_recipe_for_flux_on_a_small_card_fits_it():
+    """With a seventh of it to spare, as its comment says; in 4 bits it fits a smaller one."""
+    file = ROOT / "configs" / "small_flux.yaml"
+    told = re.findall(r"predicts ([\d.]+) GB", file.read_text())
+    saved = None
+    for more, card in (([], 24), (["model.quantize=nf4"], 16)):
+        config = load_config(file, more)
+        model, _ = model_of_shapes(config, torch.bfloat16)
+        if saved is None:
+            forward = forward_of(model, (16, 128, 128), (37, 37))
+            saved = saved_bytes(lambda forward=forward: forward(1), list(model.parameters()))
+        planned = sum(planned_bytes(config, model, torch.bfloat16, saved).values()) / 1e9
+        assert planned < 0.85 * card
+        assert f"{planned:.1f}" == told.pop(0)
+    assert not told
+
+
 @pytest.fixture(scope="module")
 def base_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")

@@ -8,6 +8,7 @@ import os
 import pytest
 import rows_cache
 import rows_captions
+import rows_clips
 import rows_limits
 import rows_models
 import rows_places
@@ -17,7 +18,16 @@ from filelock import FileLock
 from hostile import check, copy_house
 from house import build
 
-TABLES = (rows_records, rows_yaml, rows_models, rows_cache, rows_captions, rows_limits, rows_places)
+TABLES = (
+    rows_records,
+    rows_yaml,
+    rows_models,
+    rows_cache,
+    rows_captions,
+    rows_clips,
+    rows_limits,
+    rows_places,
+)
 CASES = [case for table in TABLES for case in table.rows()]
 QUICK = [case for number, case in enumerate(CASES) if number % 8 == 0]
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,3 +350,31 @@ def test_cells_are_resized_in_fp32_whatever_the_networks_precision(grid):
     """In bf16, the gradient of a cell is a sum over all that it reaches; a simulation loses 0.4 % of it, fp32 0.17 %."""
     x = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert resize_cells(x, grid).equal(resize_cells(x.float(), grid))
+
+
+@pytest.mark.parametrize(
+    ("cells", "grid"), [((2, 8), (5, 3)), ((7, 3), (4, 5)), ((8, 6), (3, 4)), ((2, 3), (5, 7))]
+)
+def test_each_direction_is_averaged_or_interpolated_by_itself_as_in_a_plain_loop(cells, grid):
+    """The teacher's grid may be finer than the features from top to bottom and coarser from left to right."""
+    x = torch.randn(1, 1, *cells, requires_grad=True)
+    rows, columns = (weights(n, m) for n, m in zip(cells, grid, strict=True))  # (H, h), (W, w)
+    found = resize_cells(x, grid)
+    torch.testing.assert_close(found[0, 0], rows @ x[0, 0] @ columns.T)
+    found.backward(torch.rand_like(found) + 0.1)
+    assert (x.grad > 0).all()
+
+
+def weights(n, m):
+    """(m, n) how much of each of n cells goes into each of m, cell by cell."""
+    found = torch.zeros(m, n)
+    for i in range(m):
+        if m <= n:
+            covered = range(math.floor(i * n / m), math.ceil((i + 1) * n / m))
+            for j in covered:
+                found[i, j] = 1 / len(covered)
+        else:
+            centre = min(max((i + 0.5) * n / m - 0.5, 0), n - 1)
+            below = min(math.floor(centre), n - 2)
+            found[i, below], found[i, below + 1] = below + 1 - centre, centre - below
+    return found

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from cache.reader import FieldReader
 from common.errors import UserError
+from common.sides import height_width
 from models.pipeline_parts import weights_digest
 from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 from models.teachers.dinov2_checkpoint import infer_config, load_checkpoint, shapes_of
@@ -395,11 +396,12 @@ class TestPositions:
         native = (
             encoder.model.embeddings.position_embeddings[:, 1:].reshape(1, GRID, GRID, -1).permute(0, 3, 1, 2)
         )
-        size = (encoder.grid, encoder.grid)
-        resized = F.interpolate(native, size=size, mode="bicubic", align_corners=False, antialias=antialias)
+        resized = F.interpolate(
+            native, size=height_width(encoder.grid), mode="bicubic", align_corners=False, antialias=antialias
+        )
         return resized.flatten(2).transpose(1, 2)  # (1, N, D)
 
-    @pytest.mark.parametrize("grid", [3, 7])
+    @pytest.mark.parametrize("grid", [3, 7, (3, 7)])
     @pytest.mark.parametrize(("registers", "antialias"), [(0, False), (4, True)])
     def test_what_is_reported_is_what_the_class_does(self, tmp_path, grid, registers, antialias):
         path = saved(tmp_path / "dinov2.pth", checkpoint(registers=registers))
@@ -407,7 +409,11 @@ class TestPositions:
         assert encoder.resampling == f"bicubic, antialias={antialias}"
         seen = []  # what the embeddings add to the patches, measured in the forward itself
         encoder.model.embeddings.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
-        encoder(images(grid))
+        height, width = height_width(grid)
+        assert (
+            encoder(images(max(height, width))[:, :, : height * PATCH, : width * PATCH]).shape[1]
+            == height * width
+        )
         (pixels, out) = seen[0]
         patches = encoder.model.embeddings.patch_embeddings(pixels)
         added = out[:, 1 + registers :] - patches

@@ -271,7 +271,9 @@ def test_a_network_is_aligned_on_clips_from_films_to_a_lora(house, tmp_path, cap
     train.main(
         ["--config", "configs/families/wan.yaml", *(f"{k}={v}" for k, v in (paths | settings).items())]
     )
-    assert "6 captioned clips, 3 different prompts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 captioned clips, 3 different prompts" in said
+    assert f"→ 3×{GRID}×{GRID};" in said  # the loss knows of frames, so that there are neighbours
     assert list((tmp_path / "run/export").rglob("*.safetensors"))
 
 

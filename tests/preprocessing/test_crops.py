@@ -85,6 +85,19 @@ def test_size_and_crop_are_those_worked_out_by_hand(name):
     assert size_and_crop(*((height, width) if turned else (width, height)), 64) == told
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "told"),
+    [
+        (800, 300, (300, 800, 0, 10, 32, 64)),
+        (300, 300, (300, 300, 16, 0, 32, 64)),
+        (64, 32, (32, 64, 0, 0, 32, 64)),
+    ],
+)
+def test_size_and_crop_of_a_view_that_is_no_square(width, height, told):
+    """A view of 64 × 32: 800 × 300 becomes 85 × 32 and loses 10 and 11 columns; 300 × 300 becomes 64 × 64 and loses 32 rows."""
+    assert size_and_crop(width, height, (32, 64)) == told
+
+
 def test_script_2_stores_them_behind_the_latents_of_families_that_are_told_them(captioned):
     root, _ = captioned
     reader, plain = (FieldReader(root / "train" / name, "latents") for name in ("latents", "plain"))

@@ -376,6 +376,18 @@ class TestViews:
             np.asarray(cut_view(Image.fromarray(pixels), 16)), pixels[:, 12:28]
         )  # no resampling
 
+    @pytest.mark.parametrize(
+        ("size", "box"), [((16, 40), (0, 3, 40, 19)), ((21, 7), (16, 0, 23, 22)), ((4, 8), (0, 1, 40, 21))]
+    )
+    def test_a_crop_of_any_shape_is_the_largest_central_one(self, size, box):
+        """`size` is height and width, `box` left, top, right and bottom."""
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (22, 40, 3), np.uint8))
+        expected = image.crop(box).resize(size[::-1], Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(cut_view(image, size)), np.asarray(expected))
+        # A teacher's own size has seldom the exact shape of the crop that it is to see.
+        expected = image.crop(box).resize((5, 3), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(cut_view(image, (3, 5), crop=size)), np.asarray(expected))
+
     def test_official_view_is_dinov2s_transform(self):
         """Resize(256, bicubic) + CenterCrop(224), written out."""
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))

@@ -9,7 +9,7 @@ from small_runs import stopped_at, train
 
 import train as train_script
 from evaluation.sample import ImageSampler
-from training.kernels import CACHE, keep_compiled
+from training.kernels import CACHE, keep_compiled, to_channels_last
 from training.state import TrainingState, average_step
 
 
@@ -85,3 +85,12 @@ def test_the_average_has_the_bits_of_emamodel(layout):
         assert ours.cur_decay_value == theirs.cur_decay_value
         for a, b in zip(ours.shadow_params, theirs.shadow_params, strict=True):
             assert torch.equal(a, b), step
+
+
+def test_channels_last_is_for_2_d_convolutions_and_leaves_3_d_ones_alone():
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv3d(4, 8, 3), torch.nn.Linear(4, 8))
+    before = [weight.clone() for weight in network.parameters()]
+    to_channels_last(network)
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert network[1].weight.is_contiguous()
+    assert all(map(torch.equal, network.parameters(), before))
