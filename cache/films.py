@@ -10,12 +10,10 @@ from PIL import Image
 
 from cache.clips import EXACT, clip_frames, clip_info
 from common.files import file_written_whole
-from evaluation.image_files import clip_by_clip, image_path
 
 # A constant quality at which compression is hardly seen; metrics are to be taken of the clips, not of these files.
 QUALITY = {"crf": "12", "preset": "medium"}
 GAP = 4  # px between the frames of a strip
-FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # As FFmpeg numbers the matrix, the primaries and the transfer of BT.709, and the range 16 to 235.
 BT709, LIMITED = 1, 1
 
@@ -41,15 +39,6 @@ def write_film(path: str | Path, clip: np.ndarray, fps: float) -> None:
             to = {"format": "yuv420p", "dst_colorspace": BT709, "dst_color_range": LIMITED}
             container.mux(stream.encode(frame.reformat(**to, interpolation=EXACT)))
         container.mux(stream.encode())
-
-
-def write_films(folder: Path, indices: Sequence[int], frames: int, fps: float) -> None:
-    """Write those of the films `{index:06d}.mp4` that are missing beside the first `FILMS` clips of a folder of samples."""
-    films = {i: image_path(folder, i).with_suffix(".mp4") for i in indices if i < FILMS}
-    lacking = {index: film for index, film in films.items() if not film.exists()}
-    clips = clip_by_clip(folder, [*lacking], frames)
-    for film, clip in zip(lacking.values(), clips, strict=True):
-        write_film(film, clip, fps)
 
 
 def read_film(path: str | Path) -> tuple[np.ndarray, float]:

@@ -19,6 +19,7 @@ from pydantic import with_config
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from cache.films import write_film
 from cache.views import UnreadableImage, opened_image, read_image_file
 from common.errors import UserError
 from common.files import write_atomically
@@ -26,6 +27,7 @@ from common.reading import RECORD, JsonLines, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
 LOG = "images.jsonl"
+FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
 WRITERS, WAITING = 4, 64
 WAITING_BYTES = 2**29  # of long clips fewer wait
@@ -229,3 +231,12 @@ def _rgb(path: Path, data: bytes) -> np.ndarray:
         if image.mode != "RGB":
             raise ValueError(f"a {image.mode} image, RGB is wanted")
         return np.asarray(image)
+
+
+def write_films(folder: Path, indices: Sequence[int], frames: int, fps: float) -> None:
+    """Write those of the films `{index:06d}.mp4` that are missing beside the first `FILMS` clips of a folder of samples."""
+    films = {i: image_path(folder, i).with_suffix(".mp4") for i in indices if i < FILMS}
+    lacking = {index: film for index, film in films.items() if not film.exists()}
+    clips = clip_by_clip(folder, [*lacking], frames)
+    for film, clip in zip(lacking.values(), clips, strict=True):
+        write_film(film, clip, fps)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
-from cache.films import write_films
 from cache.manifest import read_manifest
 from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
@@ -24,7 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
 from configs.schema import Config
-from evaluation.image_files import ImageWriter, missing_images, watched
+from evaluation.image_files import ImageWriter, missing_images, watched, write_films
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
