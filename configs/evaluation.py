@@ -23,6 +23,10 @@ class Eval(Section):
         None,
         "folder of a DINOv2 for a Fréchet distance beside the others; it favours models trained towards DINO",
     )
+    video_extractor: Place | None = knob(
+        None,
+        "folder of a video classifier such as VideoMAE, for a Fréchet distance of whole clips beside the others",
+    )
     reference: Annotated[tuple[FilePath, ...], AsTuple, OneNeedsNoList] = knob(
         (),
         "reference statistics, .npz: ADM's own file, or those of `reference` (several, in a shell: "

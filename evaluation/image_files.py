@@ -30,6 +30,7 @@ LOG = "images.jsonl"
 FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
 WRITERS, WAITING = 4, 64
+FILMS = 16  # clips of a folder that stand there as films too, for people
 WAITING_BYTES = 2**29  # of long clips fewer wait
 PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -178,6 +179,15 @@ def clips_of(strips: np.ndarray, frames: int) -> np.ndarray:
 def clip_by_clip(folder: str | Path, indices: Sequence[int], frames: int) -> Iterator[np.ndarray]:
     """The clips of these indices, (F, H, W, 3) uint8 one at a time; raises what `image_chunks` raises."""
     return (clips_of(strips, frames)[0] for strips in image_chunks(folder, indices, 1))
+
+
+def write_films(folder: Path, indices: Sequence[int], frames: int, fps: float) -> None:
+    """Write those of the films `{index:06d}.mp4` that are missing beside the first `FILMS` clips of a folder of samples."""
+    films = {i: image_path(folder, i).with_suffix(".mp4") for i in indices if i < FILMS}
+    lacking = {index: film for index, film in films.items() if not film.exists()}
+    clips = clip_by_clip(folder, [*lacking], frames)
+    for film, clip in zip(lacking.values(), clips, strict=True):
+        write_film(film, clip, fps)
 
 
 def watched(

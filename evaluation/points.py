@@ -12,6 +12,7 @@ from configs.evaluation import FEWEST_MEASURED
 from evaluation.image_files import image_path
 from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
+from evaluation.score_clips import ClipScorer, load_clip_scorer
 from evaluation.targets import Target
 from metrics.quality import METRICS
 from report.records import Point, format_value, points_file
@@ -37,6 +38,7 @@ def evaluate_point(
     *,
     kind: str,
     image_sampler: ImageSampler | None = None,
+    clip_scorer: ClipScorer | None = None,
 ) -> dict:
     """The point of a target under its settings: the one that was measured before, or a new one.
 
@@ -50,6 +52,8 @@ def evaluate_point(
         "bootstrap": settings.bootstrap,
         "judges": {scorer.extractor.protocol: scorer.identity for scorer in scorers},
     }
+    if clip_scorer is not None:
+        protocol["real_clips"] = clip_scorer.identity
     known = ranks.on_main(lambda: _find_known(target, recipe["model"], protocol, kind))
     if known is not None and known["kind"] == kind:
         return known
@@ -58,7 +62,9 @@ def evaluate_point(
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
         labels = labels_of(recipe, indices) if _has_classes(recipe) else None
-        metrics = measure(folder, indices, labels, scorers, settings, device, ranks)
+        metrics = measure(folder, indices, labels, scorers, settings, device, ranks, recipe.get("frames"))
+        if clip_scorer is not None:
+            metrics |= clip_scorer.compare(folder, indices, settings, ranks)
         measured = time.monotonic()
         known = {
             "target": target.run.name,
@@ -99,13 +105,14 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
         alike = [target for target in targets if target.settings == first.settings]
         if alike[0] is first:
             check_comparable(alike, device, ranks)
-    scorers = load_scorers(targets[0].config, device, ranks)
+    config = targets[0].config
+    scorers, clip_scorer = load_scorers(config, device, ranks), load_clip_scorer(config, device)
     judged = any("accuracy" in METRICS[scorer.extractor.protocol] for scorer in scorers)
     if ranks.main and judged and not _has_classes(image_settings(targets[0], device)):
         print("the prompts are captions and no classes: the accuracy by class is left out")
     points = []
     for target in targets:
-        point = evaluate_point(target, scorers, device, ranks, kind=kind)
+        point = evaluate_point(target, scorers, device, ranks, kind=kind, clip_scorer=clip_scorer)
         if ranks.main:
             print(f"{target.name}: {format_metrics(point['metrics'])}", flush=True)
         points.append(point)
@@ -159,6 +166,7 @@ class PeriodicEvaluation:
         precision = "bf16" if parts.model.dtype == torch.bfloat16 else "fp32"
         self.settings = config.eval.model_copy(update={"precision": precision, "compile": False})
         self.scorers = load_scorers(config, parts.device, parts.ranks)
+        self.clip_scorer = load_clip_scorer(config, parts.device)
         self.image_sampler = ImageSampler(parts.model, config, parts.dataset.text)
 
     def due(self, step: int) -> bool:
@@ -173,7 +181,7 @@ class PeriodicEvaluation:
         parts, target = self.parts, Target(run, state.step, "ema", self.settings)
         try:
             with parts.showing(state.ema.shadow_params):
-                how = {"kind": "curve", "image_sampler": self.image_sampler}
+                how = {"kind": "curve", "image_sampler": self.image_sampler, "clip_scorer": self.clip_scorer}
                 point = evaluate_point(target, self.scorers, parts.device, parts.ranks, **how)
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             if parts.ranks.world > 1 or not is_mendable(error):

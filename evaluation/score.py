@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache.image_list import read_samples
+from cache.image_list import Sample, clip_shape, read_samples
 from cache.manifest import ids_digest, read_manifest
 from cache.reader import FieldReader
 from cache.views import UnreadableImage, read_view
@@ -17,7 +17,8 @@ from common.errors import UserError
 from common.sides import Sides, as_kept, height_width
 from configs.evaluation import Eval
 from configs.schema import Config
-from evaluation.image_files import files_in_chunks, image_chunks, image_files, watched
+from evaluation.image_files import clip_by_clip, files_in_chunks, image_chunks, image_files, watched
+from evaluation.score_clips import read_clips
 from metrics.extractors import load_extractors
 from metrics.features import Extractor, FeatureSet
 from metrics.npz_images import iterate_npz_images, npz_image_shape
@@ -53,11 +54,11 @@ def load_scorers(config: Config, device: torch.device, ranks: Ranks) -> list[Sco
         extractor.check_size(*height_width(size))
     if config.eval.reference:
         return match_references(extractors, config.eval.reference, size)
-    paths, facts = training_images(config)
+    items, facts = training_images(config)
     suffixes = {e.protocol: f".{e.protocol}-{e.identity['weights_sha256'][:8]}.npz" for e in extractors}
     files = {protocol: config.data.csv.with_suffix(suffix) for protocol, suffix in suffixes.items()}
     if missing := [e for e in extractors if not ranks.on_main(files[e.protocol].exists)]:
-        build_references(missing, paths, facts, files, ranks)
+        build_references(missing, items, facts, files, ranks)
     return [Scorer(e, load_reference(files[e.protocol], e, facts)) for e in extractors]
 
 
@@ -94,20 +95,23 @@ def measure(
     settings: Eval,
     device: torch.device,
     ranks: Ranks,
+    frames: int | None = None,
 ) -> dict[str, dict]:
-    """{metric: {value, error, …}} of the images `indices` of a folder, in that order.
+    """{metric: {value, error, …}} of the images `indices` of a folder, in that order, or of all `frames` of its clips.
 
     `labels` are the classes that they show; None where they show captions, which have no accuracy by class.
 
     Several processes share the pass over the images, and the result equals that of one process.
     """
-    own_indices = list(indices)[ranks.rank :: ranks.world]
-    found = extract_features(scorers, image_chunks(folder, own_indices, CHUNK), len(indices), ranks)
+    own_indices, each = list(indices)[ranks.rank :: ranks.world], frames or 1
+    chunks = clip_by_clip(folder, own_indices, frames) if frames else image_chunks(folder, own_indices, CHUNK)
+    found = extract_features(scorers, chunks, each * len(indices), ranks)
     parts = ranks.gather([found])
 
     def scored() -> dict[str, dict]:
-        whole = [FeatureSet.interleave(of_scorer) for of_scorer in zip(*parts, strict=True)]
-        return score_all(whole, scorers, settings, device, labels)
+        whole = [FeatureSet.interleave(of_scorer, each) for of_scorer in zip(*parts, strict=True)]
+        shown = None if labels is None else np.repeat(labels, each)
+        return score_all(whole, scorers, settings, device, shown)
 
     return ranks.on_main(scored)
 
@@ -170,24 +174,30 @@ def make_references(
     """
     extractors = load_extractors(settings.extractor, device, dinov2=settings.dinov2)
     if source.is_file():
-        items = read_samples(source)
-        paths, ids = [item.img_path for item in items], [item.id for item in items]
+        items, facts = listed(read_samples(source), size, source)
     else:
-        paths = image_files(source)
-        ids = [str(path.relative_to(source)) for path in paths]
+        items = image_files(source)
+        facts = image_facts([str(path.relative_to(source)) for path in items], size, source)
     stem = out.name.removesuffix(".npz")
     files = {e.protocol: out.with_name(f"{stem}.{e.protocol}.npz") for e in extractors}
-    build_references(extractors, paths, image_facts(ids, size, source), files, ranks)
+    build_references(extractors, items, facts, files, ranks)
     return list(files.values())
 
 
-def training_images(config: Config) -> tuple[list[Path], dict]:
-    """The files of the training images, and the facts that a reference records of them."""
+def training_images(config: Config) -> tuple[list[Path] | list[Sample], dict]:
+    """`listed` of the training images or clips."""
     manifest = read_manifest(config.data.latents, "latents")
     cached = set(FieldReader(config.data.latents, "latents").ids)
     items = [item for item in read_samples(config.data.csv) if item.id in cached]
-    facts = image_facts([item.id for item in items], manifest["view"]["size"], config.data.csv)
-    return [item.img_path for item in items], facts
+    return listed(items, manifest["view"]["size"], config.data.csv)
+
+
+def listed(items: list[Sample], size: Sides, source: Path) -> tuple[list[Path] | list[Sample], dict]:
+    """The files of images, or the clips themselves, and the facts that a reference records of them."""
+    facts = image_facts([item.id for item in items], size, source)
+    if (clip := clip_shape(items)) is None:
+        return [item.img_path for item in items], facts
+    return items, facts | {"num_images": len(items) * clip[0], "frames": clip[0], "fps": clip[1]}
 
 
 def image_facts(ids: Sequence[str], size: Sides, source: Path) -> dict:
@@ -209,19 +219,20 @@ def photographs(paths: Sequence[Path], size: Sides) -> Iterator[np.ndarray]:
 
 def build_references(
     extractors: Sequence[Extractor],
-    paths: Sequence[Path],
+    items: Sequence[Path] | Sequence[Sample],
     facts: dict,
     files: Mapping[str, Path],
     ranks: Ranks,
 ) -> None:
-    """Write a reference for each extractor to the file of its protocol, from one reading of the images.
+    """Write a reference for each extractor to the file of its protocol, from one reading of the images or clips.
 
-    Each rank reads every n-th image.
+    Each rank reads every n-th of them. Each frame of a clip counts as an image.
     """
-    own_indices = np.arange(ranks.rank, len(paths), ranks.world)
-    builders = [ReferenceBuilder(len(paths)) for _ in extractors]
-    photos = photographs([paths[i] for i in own_indices], facts["size"])
-    for images in watched(photos, ranks, "real images", len(paths)):
+    own_items, frames, size = items[ranks.rank :: ranks.world], facts.get("frames", 1), facts["size"]
+    own_indices = np.arange(len(items) * frames).reshape(-1, frames)[ranks.rank :: ranks.world].ravel()
+    builders = [ReferenceBuilder(len(items) * frames) for _ in extractors]
+    real = read_clips(own_items, size) if "frames" in facts else photographs(own_items, size)
+    for images in watched(real, ranks, "real images", len(items) * frames):
         done, own_indices = own_indices[: len(images)], own_indices[len(images) :]
         for extractor, builder in zip(extractors, builders, strict=True):
             builder.add(extractor.features(images), done)

@@ -75,9 +75,15 @@ class FeatureSet:
         return self
 
     @classmethod
-    def interleave(cls, parts: "Sequence[FeatureSet]") -> "FeatureSet":
-        """Interleave the parts of n processes back into the order of the images: image i is image i // n of part i mod n."""
-        places = [np.arange(len(part)) * len(parts) + i for i, part in enumerate(parts)]
+    def interleave(cls, parts: "Sequence[FeatureSet]", frames: int = 1) -> "FeatureSet":
+        """Interleave the parts of n processes back into the order of the images: image i is image i // n of part i mod n.
+
+        Of clips, so many `frames` stay together.
+        """
+        places = []
+        for i, part in enumerate(parts):
+            clip, frame = np.divmod(np.arange(len(part)), frames)
+            places.append((clip * len(parts) + i) * frames + frame)
         order = np.argsort(np.concatenate(places))
         arrays = (_joined(parts, name) for name in ("pool", "logits", "labels"))
         pool, logits, labels = (None if array is None else array[order] for array in arrays)

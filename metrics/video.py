@@ -4,7 +4,7 @@ A clip is uint8 RGB `(F, H, W, 3)`. No value of a generated clip means anything 
 every measure is given beside that of real clips, and beside `motion`, which a still picture has none of.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import cv2
 import numpy as np
@@ -27,8 +27,8 @@ MEASURES = ("flicker", "warping_error", "motion", "difference")
 
 
 def compare_clips(
-    drawn: Iterable[np.ndarray],
-    real: Iterable[np.ndarray],
+    of_drawn: Mapping[str, np.ndarray],
+    of_real: Mapping[str, np.ndarray],
     *,
     drawn_features: np.ndarray | None = None,
     real_features: np.ndarray | None = None,
@@ -39,11 +39,11 @@ def compare_clips(
 ) -> dict[str, dict]:
     """All measures of drawn clips beside those of real ones: {name: {value, error, error_kind, real, notes}}.
 
-    Features of whole clips `(n, D)` give a Fréchet distance, which has no value of real clips alone; a teacher's features of
-    frames `(n, F, [N,] D)` give the temporal consistency. Errors are standard errors over clips, or by bootstrap. Names end
-    with the number of drawn clips.
+    `of_drawn` and `of_real` are what `measure_clips` gives. Features of whole clips `(n, D)` give a Fréchet distance, which has
+    no value of real clips alone; a teacher's features of frames `(n, F, [N,] D)` give the temporal consistency. Errors are
+    standard errors over clips, or by bootstrap. Names end with the number of drawn clips.
     """
-    of_drawn, of_real = measure_clips(drawn), measure_clips(real)
+    of_drawn, of_real = dict(of_drawn), dict(of_real)
     if drawn_frames is not None and real_frames is not None:
         of_drawn["consistency"], of_real["consistency"] = map(
             temporal_consistency, (drawn_frames, real_frames)

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.plain_text import code
 from common.stages import wall_seconds
 from report.material import Material, fold_commands, last_points
-from report.page import Block, Command, Figure, Heading, Paragraph, Table, write_page
+from report.page import Block, Command, Figure, Films, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
 from report.plots import plot_curves
 from report.section_alignment import alignment_section
@@ -42,12 +42,18 @@ def write_report(page: Path, material: Material) -> Path:
 
 
 def samples_section(material: Material) -> Iterator[Block]:
-    """Grids of the first samples of each run, and rows of pictures."""
+    """Grids of the first samples of each run, its clips as films, and rows of pictures."""
     if material.grids:
         yield Figure(
             plot_sample_grids(material.folder / "samples.png", material.grids, material.grid_columns),
             f"The first {len(next(iter(material.grids.values())))} samples of each run by the protocol of the results, not "
             "chosen: the same noise and class at the same place.",
+        )
+    if material.films:
+        yield Films(
+            material.films,
+            "Clips of each run by the protocol of the results, not chosen: the same noise for every run. Metrics are of the "
+            "lossless clips; these are compressed, and reduced to 256 px where they were larger.",
         )
     for number, pictures in enumerate(material.pictures):
         file = material.folder / f"pictures_{number}.png"

@@ -69,8 +69,10 @@ def draw_curves(
     first = next(iter(measured.values()))[0]
     metrics = list(first["metrics"])
     main = headline(metrics)
-    series = {m: {label: series_of(found, m) for label, found in curves.items()} for m in metrics}
-    levels = {m: {label: found[m]["value"] for label, found in last.items()} for m in metrics}
+    series = {
+        m: {run: found for run, points in curves.items() if (found := series_of(points, m))} for m in metrics
+    }
+    levels = {m: {label: found[m]["value"] for label, found in last.items() if m in found} for m in metrics}
     result = {"metric": main, "protocol": first["protocol"], "series": series, "baseline": baseline}
     result["levels"] = levels
     if curves:

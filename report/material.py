@@ -54,6 +54,7 @@ class Material:
     grids: Mapping[str, np.ndarray]  # samples (N, H, W, 3) uint8 by label
     grid_columns: Sequence[str]
     pictures: Sequence[Pictures]
+    films: Mapping[str, Path]  # samples of clips by their titles
     times: Sequence[StageEntry]
     command: str  # which makes the page
     folder: Path  # of its figures
@@ -84,13 +85,18 @@ def protocol_words(protocol: Mapping, scale: str | None = None) -> str:
     judged = []
     for name, judge in p["judges"].items():
         extractor, reference = judge["extractor"], judge["reference"]
-        images = f" ({reference['num_images']:,} real images)" if "num_images" in reference else ""
+        kind = "frames" if "frames" in reference else "images"
+        images = f" ({reference['num_images']:,} real {kind})" if "num_images" in reference else ""
         judged.append(
             f"{name}: {extractor['network']} {extractor['weights_sha256'][:8]}, {extractor['resize']}, "
             f"against {reference['name']}{images}"
         )
+    noun = f"clips of {p['frames']} frames at {p['fps']:g} a second," if "frames" in p else "samples"
+    if real := p.get("real_clips"):
+        network = f", {real['extractor']['network']}" if real["extractor"] else ""
+        judged.append(f"video: beside {real['clips']:,} real clips of {real['source']}{network}")
     return (
-        f"{p['num_samples']:,} samples of {WEIGHT_WORDS[p['weights']]} weights, {SAMPLER_NAMES[p['sampler']]} {p['steps']} "
+        f"{p['num_samples']:,} {noun} of {WEIGHT_WORDS[p['weights']]} weights, {SAMPLER_NAMES[p['sampler']]} {p['steps']} "
         f"steps{eta}, {guided}, {p['labels']} labels, seeds from {p['seed']}, {p['dtype']}. {'; '.join(judged)}."
     )
 

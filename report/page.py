@@ -1,11 +1,11 @@
-"""A page of results as ONE HTML file: pictures inside, no scripts, no request leaves the reader's machine."""
+"""A page of results as ONE HTML file: pictures and films inside, no scripts, no request leaves the reader's machine."""
 
 import base64
 import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,30 @@ class Figure:
 
 
 @dataclass
+class Films:
+    """mp4 files by their titles, embedded side by side as players, with a caption."""
+
+    files: Mapping[str, str | Path]
+    caption: str = ""
+
+    def html(self) -> str:
+        players = []
+        for title, path in self.files.items():
+            try:
+                data = Path(path).read_bytes()
+            except OSError as error:
+                raise UserError(f"{path} cannot be read as a film ({error})") from None
+            if data[4:8] != b"ftyp":
+                raise UserError(f"{path} is no mp4 file")
+            film = base64.b64encode(data).decode()
+            players.append(
+                f'<div><video controls loop muted playsinline src="data:video/mp4;base64,{film}"></video>'
+                f"<p>{_literal(title)}</p></div>"
+            )
+        return _captioned(f'<div class="card films">{"".join(players)}</div>', self.caption)
+
+
+@dataclass
 class Table:
     """A table; numbers are set to four significant digits, None as a dash."""
 
@@ -94,10 +118,10 @@ class Table:
         )
 
 
-Block = Heading | Paragraph | Command | Figure | Table
+Block = Heading | Paragraph | Command | Figure | Films | Table
 
 # No script, no request: the reader's browser enforces what this file promises.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5a646e; --paper: #fbfbfa; --card: #ffffff;
@@ -119,6 +143,9 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 figure { margin: 1.3rem 0 1.6rem; }
 .card { background: #ffffff; border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
         overflow-x: auto; width: fit-content; max-width: 100%; }
+.films { display: flex; flex-wrap: wrap; gap: .9rem; color: #1c2126; }
+.films div { width: 10.5rem; } .films video { display: block; width: 100%; }
+.films p { font-size: .8rem; line-height: 1.35; margin: .3rem 0 0; white-space: pre-line; }
 .card img { display: block; height: auto; max-width: 100%; }
 figcaption { color: var(--soft); font-size: .92rem; margin: .55rem 0 0; max-width: 46rem; }
 .scroll { overflow-x: auto; max-width: 100%; width: fit-content; background: var(--card);

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -12,6 +12,7 @@ from common.reading import RECORD, JsonLines, read_record
 
 HEADLINES = ("fid", "fd")
 DISTANCES = ("fid", "sfid", "fd", "kid")
+ARROWS = dict.fromkeys((*DISTANCES, "flicker", "warping_error"), "↓") | {"motion": "", "difference": ""}
 
 
 @with_config(RECORD)
@@ -22,6 +23,7 @@ class Metric(TypedDict):
     error: float | None
     error_kind: str | None
     notes: list[str]
+    real: NotRequired[float | None]  # of clips: the same of real ones
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
@@ -94,10 +96,16 @@ def lower_is_better(metric: str) -> bool:
     return kind_of(metric) in DISTANCES
 
 
+def arrow(metric: str) -> str:
+    """Where better values of a metric lie: "↓", "↑", or "" of what describes a clip and is best near that of real ones."""
+    return ARROWS.get(kind_of(metric), "↑")
+
+
 def format_value(found: Mapping) -> str:
-    """A metric's value, and its error where it has one."""
+    """A metric's value, its error where it has one, and the value of real clips."""
     error = "" if found["error"] is None else f" ± {found['error']:.2g}"
-    return f"{found['value']:.4g}{error}"
+    real = "" if found.get("real") is None else f" (real {found['real']:.4g})"
+    return f"{found['value']:.4g}{error}{real}"
 
 
 def headline(metrics: Sequence[str]) -> str:

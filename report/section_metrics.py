@@ -6,13 +6,14 @@ from common.plain_text import code
 from report.material import MADE_BY, Material, Runs, fold_commands, last_points, protocol_words
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_sweep
-from report.records import format_value, headline, kind_of, lower_is_better, protocols
+from report.records import arrow, format_value, headline, kind_of, protocols
 
 GUIDANCE = ("cfg", "guidance_interval", "guidance_space")  # the settings that differ within a sweep
 ERRORS = {
     "bootstrap": "of a bootstrap over images",
     "splits": "over splits (IS)",
     "subsets": "over subsets (KID)",
+    "clips": "of the mean over clips",
 }
 
 
@@ -36,7 +37,7 @@ def _table(points: Mapping[str, Mapping]) -> Table:
     rows = []
     for name in names:
         values = [_value(point["metrics"].get(name)) for point in points.values()]
-        rows.append([f"{name} {'↓' if lower_is_better(name) else '↑'}", *values])
+        rows.append([f"{name} {arrow(name)}".rstrip(), *values])
     for title, key in (("optimiser steps", "step"), ("images seen", "images_seen")):
         rows.append([title, *(f"{point[key]:,}" for point in points.values())])
     first = next(iter(points.values()))
@@ -52,7 +53,8 @@ def _table(points: Mapping[str, Mapping]) -> Table:
 def _value(found: Mapping | None) -> str | float | None:
     if found is None:
         return None
-    return found["value"] if found["error"] is None else format_value(found)
+    bare = found["error"] is None and found.get("real") is None
+    return found["value"] if bare else format_value(found)
 
 
 def _reading_note(point: Mapping) -> str:
@@ -66,6 +68,12 @@ def _reading_note(point: Mapping) -> str:
             note += f" For scale: two random halves of the real images are {value:.3g} apart ({name})."
     if "dinov2" in point["protocol"]["judges"]:
         note += " `dinov2_…` favours models that were trained towards DINO: it is read beside the others, never alone."
+    if "real_clips" in point["protocol"]:
+        note += (
+            " Metrics of images are of all frames of the clips. Those of `video_…` are of whole clips, beside real ones: "
+            "flicker of what stands still and difference in grey levels of 255, motion in pixels a frame. A still picture has "
+            "the least flicker and warping error, so both are read with motion."
+        )
     return note
 
 

@@ -1,22 +1,31 @@
 """Clips from a small video transformer: drawn, kept, resumed, shown and measured."""
 
+import base64
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import run_numbered
+import torch
+import transformers
+from conftest import demo_overrides, run_numbered
 from PIL import Image
 from small_films import write_film
 
 import evaluate
 import train
-from cache.clips import clip_info
+from cache.clips import clip_info, read_clip
+from cache.image_list import read_samples, write_samples
 from cache.text import shown_prompts
 from common.errors import UserError
-from evaluation.image_files import clips_of, load_images, strips_of
+from configs.loading import load_config
+from evaluation.image_files import clips_of, load_images, save_images, strips_of
+from evaluation.score import load_scorers, measure
+from evaluation.score_clips import load_clip_scorer
+from metrics.features import Features, FeatureSet
 from miniature.families import make_pipeline
+from training.ranks import Ranks
 
 SIZE, FRAMES, FPS, FILMS = 32, 5, 8, 6
 SETTINGS = ["eval.num_samples=4", "eval.sampling_steps=1", "eval.cfg=1", "eval.bootstrap=0"]
@@ -138,3 +147,116 @@ def test_previews_of_a_training_are_rows_of_frames(house, tmp_path):
     shown, names = json.loads(file.read_text()), shown_prompts(house / "text")
     assert shown["columns"] == [f"frame {i + 1}" for i in range(FRAMES)]
     assert list(shown["rows"]) == [f"{names[0]}, seed 0", f"{names[3]}, seed 1"]
+
+
+@pytest.fixture(scope="module")
+def judged(house, miniature):
+    """Settings of an image classifier and a video classifier, that see frames and clips."""
+    torch.manual_seed(0)
+    small = {
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    small |= {"num_frames": 4, "intermediate_size": 16, "num_labels": 5}
+    network = transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**small))
+    network.save_pretrained(house / "videomae")
+    wants = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 16, "width": 16}}
+    (house / "videomae/preprocessor_config.json").write_text(json.dumps(wants))
+    seen = {"extractor": miniature / "models/classifier", "video_extractor": house / "videomae"}
+    return [*SETTINGS, *(f"eval.{name}={path}" for name, path in seen.items())]
+
+
+def test_the_metrics_of_a_run_are_of_all_frames_and_of_whole_clips(house, drawn, judged, capsys):
+    evaluate.main(["metrics", str(house / "wan.yaml"), *judged])
+    (point,) = map(json.loads, (house / "run_base/eval/points.jsonl").read_text().splitlines())
+    assert {
+        "classifier_fd20",
+        "classifier_kid20",
+        "video_motion4",
+        "video_difference4",
+        "video_fd4",
+    } <= point["metrics"].keys()
+    assert point["distance_of_halves"].keys() == {"classifier"}
+    reference = point["protocol"]["judges"]["classifier"]["reference"]
+    assert (reference["num_images"], reference["frames"]) == (FILMS * FRAMES, FRAMES)
+    assert point["protocol"]["real_clips"]["clips"] == 4
+    assert "video_motion4" in capsys.readouterr().out
+    evaluate.main(["metrics", str(house / "wan.yaml"), *judged])
+    assert len((house / "run_base/eval/points.jsonl").read_text().splitlines()) == 1
+
+
+def test_drawn_clips_that_are_the_real_ones_measure_as_the_real_ones(house, judged, tmp_path):
+    count = [f"eval.num_samples={FILMS}"]
+    config = load_config(house / "wan.yaml", [*judged, *count])
+    ranks, device = Ranks(cpu=True), torch.device("cpu")
+    samples = read_samples(house / "list.csv")
+    real = np.stack(list(map(real_clip, samples)))
+    save_images(real, tmp_path, range(FILMS))
+    scorer = load_clip_scorer(config, device)
+    for _ in range(2):
+        found = scorer.compare(tmp_path, range(FILMS), config.eval, ranks)
+        assert {f"video_{name}{FILMS}" for name in ("motion", "difference", "flicker")} <= found.keys()
+        assert found.pop(f"video_fd{FILMS}", {"value": 0})["value"] == pytest.approx(0, abs=1e-6)
+        assert all(of["value"] == of["real"] for of in found.values())
+    scorers = load_scorers(config, device, ranks)
+    frames = measure(tmp_path, range(FILMS), None, scorers, config.eval, device, ranks, FRAMES)
+    assert frames[f"classifier_fd{FILMS * FRAMES}"]["value"] == pytest.approx(0, abs=1e-4)
+    assert frames[f"classifier_precision{FILMS * FRAMES}"]["value"] == 1
+    save_images(real[:, :1].repeat(FRAMES, 1), tmp_path / "still", range(FILMS))
+    still = scorer.compare(tmp_path / "still", range(FILMS), config.eval, ranks)
+    assert still[f"video_motion{FILMS}"]["value"] == 0 < still[f"video_motion{FILMS}"]["real"]
+
+
+def test_the_frames_of_the_clips_of_several_processes_come_back_in_order():
+    values = np.arange(5 * 3, dtype=np.float32).reshape(5, 3, 1)  # clips, frames, features
+    parts = [FeatureSet().add(Features(values[rank::2].reshape(-1, 1), None, None)) for rank in range(2)]
+    np.testing.assert_array_equal(FeatureSet.interleave(parts, 3).pool, values.reshape(-1, 1))
+
+
+def test_held_out_clips_are_the_real_ones_where_there_are_any_and_must_be_like_the_drawn(
+    house, judged, tmp_path
+):
+    samples = read_samples(house / "list.csv")
+    write_samples(tmp_path / "val.csv", samples[-2:])
+    config = load_config(house / "wan.yaml", [*judged, f"eval.csv={tmp_path / 'val.csv'}"])
+    scorer = load_clip_scorer(config, "cpu")
+    assert (list(scorer.clips), scorer.identity["source"]) == (samples[-2:], "val.csv")
+    short = (tmp_path / "val.csv").read_text().replace(f",{FRAMES},", f",{FRAMES - 1},")
+    (tmp_path / "val.csv").write_text(short)
+    with pytest.raises(UserError, match=r"val.csv does not list clips of 5 frames at 8 a second"):
+        load_clip_scorer(config, "cpu")
+
+
+def real_clip(sample):
+    return read_clip(sample.img_path, sample.start, sample.frames, sample.fps, SIZE)
+
+
+def test_a_network_for_clips_is_refused_for_images(miniature, tmp_path):
+    config = load_config(
+        "configs/demo.yaml", [*demo_overrides(miniature, tmp_path), "eval.video_extractor=x"]
+    )
+    with pytest.raises(UserError, match="the run is of images"):
+        load_clip_scorer(config, "cpu")
+
+
+def test_the_page_plays_films_and_shows_the_numbers_of_real_clips(house, drawn, judged, tmp_path):
+    evaluate.main(["metrics", str(house / "wan.yaml"), *judged])
+    evaluate.main(["report", str(house / "wan.yaml"), "-o", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    films = re.findall(r'<video controls loop muted playsinline src="data:video/mp4;base64,([^"]+)"', page)
+    assert len(films) == 3
+    (tmp_path / "a.mp4").write_bytes(base64.b64decode(films[0]))
+    about = clip_info(tmp_path / "a.mp4")
+    assert (about.frames, about.fps) == (FRAMES, FPS)
+    assert "media-src data:" in page
+    assert f"4 clips of {FRAMES} frames at {FPS} a second" in page
+    assert f"({FILMS * FRAMES} real frames)" in page
+    assert "beside 4 real clips of list.csv" in page
+    for row, arrow in (("video_motion4", ""), ("video_difference4", ""), ("video_fd4", " ↓")):
+        assert re.search(f"<td>{row}{arrow}</td><td[^>]*>[^<]+", page), row
+    assert re.search(r"video_motion4</td><td[^>]*>[^<]+\(real [0-9.e-]+\)", page)
+    strips = json.loads((tmp_path / "page_figures/pictures_0.json").read_text())
+    assert strips["columns"] == [f"frame {i + 1}" for i in range(FRAMES)]

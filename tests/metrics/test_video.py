@@ -111,7 +111,8 @@ def test_every_measure_stands_beside_that_of_real_clips():
     features = rng.normal(size=(3, 2)), rng.normal(size=(9, 2))
     frames = [frame_features(np.stack(clips)) for clips in (drawn, real)]
     found = compare_clips(
-        drawn, real, drawn_features=features[0], real_features=features[1], drawn_frames=frames[0], real_frames=frames[1]
+        measure_clips(drawn), measure_clips(real), drawn_features=features[0],
+        real_features=features[1], drawn_frames=frames[0], real_frames=frames[1]
     )  # fmt: skip
     names = {"flicker", "warping_error", "motion", "difference", "consistency", "fd"}
     assert found.keys() == {f"video_{name}3" for name in names}
@@ -128,7 +129,9 @@ def test_every_measure_stands_beside_that_of_real_clips():
 
 
 def test_where_nothing_stands_still_that_is_said():
-    entry = compare_clips([moving((3, 3), 3)], [moving((0, 0), 3)])["video_flicker1"]
+    entry = compare_clips(*(measure_clips([moving(shift, 3)]) for shift in ((3, 3), (0, 0))))[
+        "video_flicker1"
+    ]
     assert (entry["value"], entry["real"]) == (None, 0)
     assert entry["notes"] == ["1 of 1 clips have no pixel to measure"]
 

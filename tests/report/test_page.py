@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.plain_text import code
 from report import plots
 from report.ablation import plot_arms
-from report.page import Command, Figure, Heading, Paragraph, Table, write_page
+from report.page import Command, Figure, Films, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
 from report.plot_style import run_style
 
@@ -163,3 +163,10 @@ def test_tables_set_numbers_and_refuse_ragged_rows(tmp_path):
     with pytest.raises(UserError, match=r"missing\.png"):
         write_page(tmp_path / "q.html", title="t", lead="l", sections=[Figure(tmp_path / "missing.png")])
     assert not (tmp_path / "q.html").exists()
+
+
+def test_a_film_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no film at all")
+    for name, says in (("a.mp4", "is no mp4 file"), ("b.mp4", "cannot be read as a film")):
+        with pytest.raises(UserError, match=says):
+            write_page(tmp_path / "p.html", title="t", lead="l", sections=[Films({"x": tmp_path / name})])
