@@ -241,12 +241,3 @@ def _rgb(path: Path, data: bytes) -> np.ndarray:
         if image.mode != "RGB":
             raise ValueError(f"a {image.mode} image, RGB is wanted")
         return np.asarray(image)
-
-
-def write_films(folder: Path, indices: Sequence[int], frames: int, fps: float) -> None:
-    """Write those of the films `{index:06d}.mp4` that are missing beside the first `FILMS` clips of a folder of samples."""
-    films = {i: image_path(folder, i).with_suffix(".mp4") for i in indices if i < FILMS}
-    lacking = {index: film for index, film in films.items() if not film.exists()}
-    clips = clip_by_clip(folder, [*lacking], frames)
-    for film, clip in zip(lacking.values(), clips, strict=True):
-        write_film(film, clip, fps)
