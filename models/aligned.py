@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from method.alignment import GROUPS, AlignHead
 from models.backbone import Backbone
+from models.pipeline_parts import kept_exact
 from models.taps import Taps
 
 BACKBONE, HEADS = "backbone.", "heads."  # the first part of every trained weight's name
@@ -110,11 +111,18 @@ class AlignedModel(nn.Module):
             self.taps.remove()
             self.taps = own
 
+    def to(self, *args, **kwargs) -> "AlignedModel":
+        """As of any module, but the weights that the network's class wants in fp32 stay in fp32."""
+        with kept_exact(self.backbone):
+            return super().to(*args, **kwargs)
+
     @property
     def dtype(self) -> torch.dtype:
         """The network's precision; its own property of that name walks through all modules, a millisecond each time."""
+        exact = getattr(self.backbone, "_keep_in_fp32_modules", None) or ()
         # Weights of 4 bits lie in uint8.
-        return next(p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        weights = (p for name, p in self.backbone.named_parameters() if not {*exact} & {*name.split(".")})
+        return next(p.dtype for p in weights if p.is_floating_point())
 
     def get_aligned_tokens(self, grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Tokens `(B, N, D)` of each head on the teacher's grid (h, w), for the last forward that captured.

@@ -2,6 +2,8 @@
 
 import functools
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -40,8 +42,26 @@ def load_part(
     if dtype != torch.float32:
         options["torch_dtype"] = dtype
     loaded = load_pretrained(kind, base, f"{part} of {base}", part=part, revision=revision, **options)
-    # By nn.Module's own: diffusers' refuses quantised networks, and keeps layers that a class wants in fp32.
-    return torch.nn.Module.to(loaded, dtype) if isinstance(loaded, torch.nn.Module) else loaded
+    if not isinstance(loaded, torch.nn.Module):
+        return loaded
+    with kept_exact(loaded):
+        return torch.nn.Module.to(loaded, dtype)  # diffusers' own refuses quantised networks
+
+
+def exact_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights and buffers that the network's class in diffusers keeps in fp32 whatever its precision, by name."""
+    parts = getattr(network, "_keep_in_fp32_modules", None) or ()
+    named = (*network.named_parameters(), *network.named_buffers()) if parts else ()
+    return {name: x for name, x in named if any(part in name.split(".") for part in parts)}
+
+
+@contextmanager
+def kept_exact(network: torch.nn.Module) -> Iterator[None]:
+    """Let a conversion inside this block leave `exact_weights` in fp32."""
+    exact = [(x, x.data.float()) for x in exact_weights(network).values()]
+    yield
+    for x, values in exact:
+        x.data = values.to(x.device)
 
 
 def shapes_of_part(

@@ -48,7 +48,7 @@ def test_from_a_list_to_samples_that_the_stock_pipeline_draws_alike(
     base, cache = base_of(name), tmp_path / "cache"
     make_cache(miniature, listed, base, cache)
     settings = ["--config", f"configs/families/{name}.yaml", "--config", "configs/demo_quick.yaml"]
-    settings += [f"model.base={base}", f"data.csv={listed}", "data.batch_size=2", "optim.lr=0.01"]
+    settings += [f"model.base={base}", f"data.csv={listed}", "data.batch_size=2", "optim.lr=0.05"]
     settings += [f"data.{field}={cache / field}" for field in ("latents", "tokens", "text")]
 
     def train(run):
@@ -80,5 +80,6 @@ def test_from_a_list_to_samples_that_the_stock_pipeline_draws_alike(
     load_exported(stock, family, run.path / "export/ema")
     theirs = stock(**arguments, **options)[0]
     ours = np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) / 255 for i in range(SAMPLES)])
-    assert np.abs(ours - theirs).max() < 0.01
-    assert np.abs(ours - bare).max() > 0.02
+    # PNG files are rounded to 1/255; the stored text is the same.
+    assert np.abs(ours - theirs).max() < 0.003
+    assert np.abs(ours - bare).max() > 0.005

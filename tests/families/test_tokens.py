@@ -8,9 +8,10 @@ import torch
 from test_contract import CPU, PROMPTS, noise_of, taps_of
 from torch import nn
 
-from models.aligned import AlignedModel
+from models.aligned import AlignedModel, family_lora
 from models.families.sd15 import SD15
 from models.families.table import FAMILIES, family_of
+from models.pipeline_parts import exact_weights
 from models.transformer import Transformer
 
 TRANSFORMERS = [name for name, kind in FAMILIES.items() if issubclass(kind, Transformer)]
@@ -209,3 +210,25 @@ def test_hidreams_experts_are_trained_in_train_mode_alone(base_of):
         idle[mode] = [name for name, p in network.named_parameters() if p.grad is None]
     assert not [name for name in idle[True] if "experts" in name]
     assert [name for name in idle[False] if "experts" in name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_in_bf16_with_what_its_class_keeps_in_fp32(base_of, name):
+    family = family_of(base_of(name))
+    family.prepare_text([*PROMPTS, ""], CPU)
+    lora = family_lora(family, 4, 4, "auto")
+    model = AlignedModel(family, family.load_network(), ["auto"], 64, train="lora", lora=lora)
+    exact = exact_weights(model.backbone)
+    model.to(torch.bfloat16).train()
+    kinds = {x.dtype for n, x in model.backbone.named_parameters() if n not in exact}
+    assert kinds == {model.dtype} == {torch.bfloat16}
+    assert all(x.dtype == torch.float32 for x in exact.values())
+    x_t, t, text = (
+        noise_of(family),
+        family.path(noise_of(family).shape[1:]).spread(2),
+        family.encode_text(PROMPTS, CPU),
+    )
+    prediction = model.predict(x_t, t, text, capture=True)
+    assert prediction.isfinite().all()
+    prediction.float().square().mean().backward()
+    model.clear_hooks()
