@@ -65,6 +65,7 @@ class Backbone:
     patch: tuple[int, ...] = (1, 1)  # cells of the latents that make one token of the network
     loads_lora = True  # whether the pipeline has load_lora_weights
     forecast_assumes = ""  # what the plan says of `forecast`
+    frame_rate: float | None = None  # frames a second of the clips, where the network is told it
     guidance: float | None = None  # what a network with a guidance embedding is told; None where it has none
     # What `evaluate.py final` sets beside a run's own settings of sampling.
     final_settings: Mapping[str, object] = {}

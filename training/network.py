@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from cache.manifest import MANIFEST, read_manifest
 from common.errors import UserError
 from configs.schema import Config
 from configs.sections import Model
@@ -11,7 +12,7 @@ from models.families.table import family_of
 
 
 def family_for(config: Config) -> Backbone:
-    """Return the family of the config's base model, whose network is told `diffusion.guidance` where that is set.
+    """Return the family of the config's base model, whose network is told `diffusion.guidance` and the rate of the clips.
 
     Raises `UserError` where it is set for a family whose networks are told none.
     """
@@ -22,6 +23,8 @@ def family_for(config: Config) -> Backbone:
                 f"diffusion.guidance is for networks that are told a guidance scale; {family.name} is told none: leave it out"
             )
         family.guidance = guidance
+    if family.frame_rate is not None and (data := config.data.latents / MANIFEST).exists():
+        family.frame_rate = read_manifest(data.parent, "latents")["view"].get("fps", family.frame_rate)
     return family
 
 

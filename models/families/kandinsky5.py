@@ -25,7 +25,7 @@ class Kandinsky5Video(VideoTransformer):
     tags = ("kandinsky5", "crepa")
     pipeline = "Kandinsky5T2VPipeline"
     default_base = "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}  # noqa: RUF012 (never written to)
     text_fields = ("prompt_embeds_qwen", "prompt_embeds_clip", "")
     variable_text = ("prompt_embeds_qwen",)
     arguments = {  # noqa: RUF012

@@ -26,7 +26,7 @@ class LTXVideo(VideoTransformer):
     assumed_config = {}  # noqa: RUF012 (never written to)
     patch = (1, 1, 1)
     trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
-    frame_rate = 25  # of the clips, which the pipeline's call has by default
+    frame_rate = 25.0  # as the pipeline's call has it by default; a training takes that of its clips
     default_cells = (21, 16, 22)  # 161 frames of 512 × 704 px
     lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
     parts = {  # noqa: RUF012
