@@ -5,6 +5,7 @@ each metric with its null: `metrics/similarity_rows.py` defines them. Called by 
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from metrics.spatial import distances_on
 from models.aligned import AlignedModel
 from report.material import WEIGHT_WORDS
 from report.plot_alignment import plot_embedding, plot_timesteps
+from report.records import format_grid
 from training.parts import build_path, family_for, load_run_model
 from training.run_folder import this_command
 
@@ -126,8 +128,8 @@ def measure_alignment(
         "noise": "image i of the list has the noise of seed + i, at every timestep", "prompt": "null",
         "timesteps": list(timesteps), "num_timesteps": num_timesteps, "taps": list(grids), "main_tap": main_tap,
         "tap_grids": {tap: list(found) for tap, found in grids.items()},
-        "teacher_grid": list(config.teacher.cells), "cca_k": k, "cknna_k": CKNNA_K,
-        "spatial_distances": {tap: vars(distances_on(found)) for tap, found in grids.items()},
+        "teacher_grid": list(bench.teacher_grid), "cca_k": k, "cknna_k": CKNNA_K,
+        "spatial_distances": {tap: vars(distances_on(found[-2:])) for tap, found in grids.items()},
         "heldout_loss_diff": losses.get("run"), "heldout_loss_diff_base": losses.get("base"), "rows": rows,
         "teacher": {tap: side.metrics() for tap, side in sides.items()},
     }  # fmt: skip
@@ -141,7 +143,7 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
     weights = WEIGHT_WORDS.get(result["weights"], result["weights"])
     conditions = f"{result['num_images']} held-out images, {weights} weights, null prompt"
     plot_timesteps(folder / "align_timesteps.png", result, f"{name}, step {result['step']:,}: {conditions}")
-    h, w = result["tap_grids"][result["main_tap"]]
+    grid = format_grid(result["tap_grids"][result["main_tap"]])
     shown, tap = nearest_timestep(result["timesteps"]), result["main_tap"]
     called = {
         ("run", "head"): f"{name}: head's tokens",
@@ -151,7 +153,7 @@ def draw_alignment(folder: Path, target: Target, result: Mapping, sources: Sourc
     drawn = {called[key]: sources[key] for key in called if key in sources}
     for method in dict.fromkeys(("tsne", embedding)):
         title = (
-            f"Joint {EMBEDDINGS[method]} of tokens on the {h} × {w} cells of {tap}, timestep {shown}, held-out images\n"
+            f"Joint {EMBEDDINGS[method]} of tokens on the {grid} cells of {tap}, timestep {shown}, held-out images\n"
             "distances between clusters mean nothing"
         )
         panels = embed_sources(drawn, seed=result["seed"], method=method)
@@ -192,9 +194,9 @@ def check_timesteps(timesteps: Sequence[int], num_timesteps: int) -> tuple[int, 
 
 def _teacher_sides(bench: Bench, features, grids) -> tuple[dict[str, TeacherSide], int]:
     """The teacher's tokens on the grid of each tap (one object a grid), and the number of CCA's components."""
-    held, grid = bench.held, bench.config.teacher.cells
+    held, grid = bench.held, bench.teacher_grid
     widths = (held.teacher.shape[-1], *(x.shape[-1] for x in features.values()))
-    k = cca_components(len(held.teacher), min(h * w for h, w in grids.values()), *widths)
+    k = cca_components(len(held.teacher), min(map(prod, grids.values())), *widths)
     known = {"k": k, "seed": bench.seed}
     made = {g: TeacherSide.on(g, held.teacher, grid, held.classes, **known) for g in set(grids.values())}
     return {tap: made[found] for tap, found in grids.items()}, k
@@ -210,5 +212,5 @@ def _source(bench: Bench, side: TeacherSide, kind: str, projected: np.ndarray) -
     if kind == "tap":
         return Source(projected, side.tokens[test], classes)
     target = target_of(bench.config, torch.from_numpy(bench.held.teacher[test])).numpy()  # (n_test, N, D)
-    target = pool_tokens(target, bench.config.teacher.cells, side.grid)  # (n_test, T, D)
+    target = pool_tokens(target, bench.teacher_grid, side.grid)  # (n_test, T, D)
     return Source(projected[test], target, classes)

@@ -23,7 +23,7 @@ from method.objective import squared_error
 from method.paths import Path
 from method.sampler import initial_noise
 from metrics.similarity import mispair, pool_tokens
-from metrics.similarity_rows import NUM_IMAGES
+from metrics.similarity_rows import NUM_IMAGES, Grid
 from models.aligned import AlignedModel
 from training.parts import build_path, family_for
 
@@ -36,7 +36,8 @@ class HeldOut:
     """Images that nothing was trained on, and how many there were to choose from (`available`).
 
     Latents are (n, C, h, w), teacher tokens (n, N, D), classes (n,), or None of captioned images; the fields of the null
-    prompt are (…), and what the network is told of the images (n, 6).
+    prompt are (…), and what the network is told of the images (n, 6). Latents of clips are (n, C, f, h, w), and N counts the
+    tokens of all f frames.
     """
 
     latents: np.ndarray
@@ -79,7 +80,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
                 "held-out images with the options of the training images"
             )
     check_crops(latents.folder, latents.spec.view, tokens.folder, tokens.spec.view)
-    wanted = (prod(config.teacher.cells), config.teacher.dim)
+    frames = latents.spec.shape[1:-2]  # (f,) of clips
+    wanted = (prod((*frames, *config.teacher.cells)), config.teacher.dim)
     if (found := tokens.spec.shape) != wanted:
         makes = f"tokens {found}, the run's teacher makes {wanted}"
         raise UserError(f"{where.tokens} holds {makes}: run script 3 with that teacher")
@@ -127,6 +129,11 @@ class Bench:
     def path(self) -> Path:
         return build_path(self.config.diffusion, family_for(self.config), self.held.latents.shape[1:])
 
+    @property
+    def teacher_grid(self) -> Grid:
+        """The grid of the teacher's tokens."""
+        return *self.held.latents.shape[2:-2], *self.config.teacher.cells
+
     def batches(self) -> Iterator[tuple[int, Tensor, Tensor, dict[str, Tensor]]]:
         """(index of the first image, x_0, noise, text): (b, C, h, w), (b, C, h, w), fields (b, …)."""
         size = self.config.eval.batch_size
@@ -166,13 +173,13 @@ class HeadTokens:
 
 def read_taps(
     bench: Bench, model: AlignedModel, heads: Mapping[str, torch.nn.Module], timestep: int
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]], dict[str, HeadTokens]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Grid], dict[str, HeadTokens]]:
     """Read all taps in one forward a batch: {tap: features (n, T, C)}, {tap: grid}, and {tap: HeadTokens} for the given heads.
 
     The grid of T cells is the coarser one, of the tap's own and the teacher's: up-sampled cells hold no new information. Each
     batch is moved to the CPU at once, where the finer side is averaged over these cells.
     """
-    teacher, grid, n = bench.held.teacher, bench.config.teacher.cells, len(bench.held.latents)
+    teacher, grid, n = bench.held.teacher, bench.teacher_grid, len(bench.held.latents)
     other = mispair(np.arange(n), np.random.default_rng([bench.seed, 8]))  # (n,)
     features, grids, pooled, cosines = {}, {}, {}, {tap: np.empty((2, n)) for tap in heads}
     names = dict.fromkeys([*model.family.measured_taps(model.backbone), *heads])
@@ -181,10 +188,10 @@ def read_taps(
             rows = slice(start, start + len(x_0))
             t = bench.path.times(torch.full((len(x_0),), timestep, device=x_0.device))  # (b,)
             model.predict(bench.path(x_0, noise, t)[0], t, text, capture=True)
-            for tap, feature in model.taps.captured.items():  # (b, C, h, w)
-                own = tuple(feature.shape[-2:])
+            for tap, feature in model.taps.captured.items():  # (b, C, h, w) or (b, C, f, h, w)
+                own = tuple(feature.shape[2:])
                 grids[tap] = tuple(map(min, own, grid))
-                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, h*w, C)
+                cells = feature.float().flatten(2).transpose(1, 2).cpu().numpy()  # (b, [f*]h*w, C)
                 if not np.isfinite(cells).all():
                     raise UserError(
                         f"features of tap {tap} at timestep {timestep} are not finite: the run has diverged, choose an earlier "
@@ -203,9 +210,12 @@ def read_taps(
 
 
 def target_of(config: Config, teacher: Tensor) -> Tensor:
-    """The tokens that the heads are trained towards: the teacher's, normalised as the run's config says."""
+    """The tokens that the heads are trained towards: the teacher's, each frame normalised as the config says."""
     alpha = config.align.spatial_norm
-    return teacher if alpha is None else spatial_norm(teacher, alpha)
+    if alpha is None:
+        return teacher
+    images = teacher.unflatten(1, (-1, prod(config.teacher.cells)))  # (b, f, N, D)
+    return spatial_norm(images, alpha).flatten(1, 2)
 
 
 def _put(arrays: dict[str, np.ndarray], tap: str, rows: slice, values: np.ndarray, n: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import with_config
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -22,6 +24,7 @@ from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
 from common.reading import RECORD, read_record
+from common.sides import height_width, written
 from configs.schema import Config
 from evaluation.image_files import ImageWriter, missing_images, watched, write_films
 from evaluation.targets import Target
@@ -280,8 +283,18 @@ def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
 
 
 def clip_settings(config: Config) -> dict:
-    """`frames` and `fps` of the clips that a run was trained on; nothing of images."""
+    """`frames` and `fps` of the clips that a run was trained on; nothing of images.
+
+    Raises `UserError` where a clip has more pixels than PIL reads of one PNG.
+    """
     view = read_manifest(config.data.latents, "latents")["view"]
+    if view.get("frames", 1) * math.prod(height_width(view["size"])) > 2 * (
+        Image.MAX_IMAGE_PIXELS or math.inf
+    ):
+        raise UserError(
+            f"clips of {view['frames']} frames of {written(view['size'])} px are too large to be kept as one picture each: "
+            "train on shorter or smaller ones"
+        )
     return {key: view[key] for key in ("frames", "fps") if key in view}
 
 

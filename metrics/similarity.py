@@ -116,12 +116,22 @@ def paired_cosine(x: ndarray, y: ndarray) -> float:
     return float(total / (x.size / x.shape[-1]))
 
 
-def pool_tokens(tokens: ndarray, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> ndarray:
+def pool_tokens(tokens: ndarray, grid_from: tuple[int, ...], grid_to: tuple[int, ...]) -> ndarray:
     """Average tokens (N, h*w, D) over the cells of a coarser grid: (N, h'*w', D).
+
+    Of clips, (N, f*h*w, D) and grids (f, h, w), each frame is averaged like an image; both grids have the same frames.
 
     Exact by area, also where the grids do not divide (14 -> 8: a coarse cell weights each fine cell by their overlap). A finer
     grid is refused: up-sampled tokens add no samples.
     """
+    if len(grid_from) == 3:
+        if grid_from[0] != grid_to[0]:
+            raise ValueError(
+                f"grids {grid_from} and {grid_to} differ in their frames, which are never pooled"
+            )
+        images = tokens.reshape(len(tokens) * grid_from[0], -1, tokens.shape[-1])  # (N·f, h*w, D)
+        pooled = pool_tokens(images, grid_from[1:], grid_to[1:])
+        return pooled.reshape(len(tokens), -1, tokens.shape[-1])
     (h, w), (h_to, w_to) = grid_from, grid_to
     if tokens.ndim != 3 or tokens.shape[1] != h * w:
         raise ValueError(f"tokens must be (N, {h}*{w}, D), got {tokens.shape}")

@@ -3,6 +3,7 @@
 A row has `model` (run or base), `tap`, `timestep`, `features` (tap: the network's own, before the head; head: the head's
 tokens, after it) and `metrics`. Every metric compares with the teacher's tokens on the coarser of the tap's grid and the
 teacher's, over whose cells the finer side is averaged, except `cosine`, which is the token loss's own, on the teacher's grid.
+Of a clip the cells of all its latent frames are compared, and "an image" below is a clip, but for lds, cds and rmsc of a frame.
 
 | metric | of | what it is | its null |
 |---|---|---|---|
@@ -33,7 +34,7 @@ NUM_IMAGES = 1000  # unless another number is asked for; SD-1.5's three taps at 
 CKNNA_K = 10  # neighbours, as in REPA
 CCA_K = 64  # principal components a side, at most
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]  # (h, w) of an image, (f, h, w) of a clip
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TeacherSide:
     tokens: ndarray  # (n, T, D)
     components: ndarray  # (n, T, k), their principal components for CCA
     classes: ndarray | None  # (n,), those of the images; None where they have none
-    grid: Grid  # (h, w) of the T tokens
+    grid: Grid  # of the T tokens
     seed: int  # decides the split and all nulls
 
     @classmethod
@@ -128,7 +129,9 @@ def _both_sides(tokens: ndarray, teacher: TeacherSide) -> Metrics:
 
 
 def _one_side(tokens: ndarray, teacher: TeacherSide) -> Metrics:
-    found = spatial_metrics(tokens, teacher.grid, seed=teacher.seed)
+    h, w = teacher.grid[-2:]
+    images = tokens.reshape(-1, h * w, tokens.shape[-1])  # of a clip each frame
+    found = spatial_metrics(images, (h, w), seed=teacher.seed)
     metrics = {name: entry(**numbers) for name, numbers in found.items()}
     if teacher.classes is None:
         return metrics

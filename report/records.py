@@ -108,6 +108,12 @@ def format_value(found: Mapping) -> str:
     return f"{found['value']:.4g}{error}{real}"
 
 
+def format_grid(grid: Sequence[int]) -> str:
+    """A grid of cells in words: "4 × 4", of a clip "5 frames of 4 × 4"."""
+    *frames, height, width = grid
+    return "".join(f"{count} frames of " for count in frames) + f"{height} × {width}"
+
+
 def headline(metrics: Sequence[str]) -> str:
     """Of a point's metrics the Fréchet distance that is named first."""
     return next(name for name in metrics if kind_of(name) in HEADLINES)

@@ -8,6 +8,7 @@ from report.material import WEIGHT_WORDS, Material
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plot_style import timestep_axis
 from report.plots import plot_panels
+from report.records import format_grid
 
 # Metric of the main tap's own features, and what the table calls it.
 BEFORE_HEAD = {
@@ -55,11 +56,11 @@ def alignment_section(material: Material) -> Iterator[Block]:
     timestep = nearest_timestep(first["timesteps"])
     columns = _columns(alike)
     tap = first["main_tap"]
-    h, w = first["tap_grids"][tap]
+    grid = format_grid(first["tap_grids"][tap])
     yield _table(columns, first["teacher"][tap], timestep)
     probed = "probe" in first["teacher"][tap]  # captioned images have no classes
     yield Paragraph(
-        f"Features of the tap {tap} at timestep {timestep} on {h} × {w} cells, fixed noise, null prompt, "
+        f"Features of the tap {tap} at timestep {timestep} on {grid} cells, fixed noise, null prompt, "
         f"{first['num_images']} held-out images. What is fitted (CCA, the ridge map to the teacher's tokens"
         f"{', the linear probe for the class' * probed}) is fitted on {first['n_fit']} of them and reported on the other "
         f"{first['n_test']}. In brackets the null: images paired at random; {'for the probe shuffled labels; ' * probed}for "

@@ -130,6 +130,12 @@ def test_clips_are_not_written_for_adms_evaluator(house):
         evaluate.main(["sample", str(house / "wan.yaml"), "--npz", *SETTINGS])
 
 
+def test_clips_that_one_picture_cannot_hold_are_refused_before_they_are_drawn(house, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", FRAMES * SIZE**2 // 2 - 1)
+    with pytest.raises(UserError, match="clips of 5 frames of 32 px are too large to be kept as one picture"):
+        evaluate.main(["sample", str(house / "wan.yaml"), *SETTINGS, "eval.seed=3"])
+
+
 def test_a_picture_has_a_row_for_each_clip_and_a_column_for_each_frame(house, drawn, tmp_path):
     evaluate.main(
         ["pictures", str(house / "wan.yaml"), *SETTINGS, "--prompts", "0", "3", "-o", str(tmp_path / "p.png")]
