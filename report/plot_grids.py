@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from report.plot_style import DPI, pyplot, save_figure
 
 WIDEST = 2600  # px of a row of grids
 CELL_GAP = 8  # px between cells
+LETTER, LINE = 13, 28  # px of a letter and of a line of a caption
 COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
@@ -29,7 +31,9 @@ def plot_sample_grids(path: str | Path, grids: Mapping[str, np.ndarray], column_
     widest = WIDEST // min(len(grids), 2)
     canvases = {label: _canvas(images, columns, widest) for label, images in grids.items()}
     height, width = next(iter(canvases.values())).shape[:2]
-    cell, gap, top = width / columns, 48, 110
+    cell, gap = width / columns, 48
+    names = [fitted(name, cell) for name in column_labels]
+    top = 110 + more_lines(names)
     per_row = max(1, min(len(grids), (WIDEST + gap) // (width + gap)))
     rows = math.ceil(len(grids) / per_row)
     sheet = _Sheet(per_row * (width + gap) + gap, rows * (height + top) + gap)
@@ -37,7 +41,7 @@ def plot_sample_grids(path: str | Path, grids: Mapping[str, np.ndarray], column_
         left, y = gap + (i % per_row) * (width + gap), (i // per_row) * (height + top) + top
         sheet.picture(left, y, canvas)
         sheet.text(left, y - top + 28, label, fontsize=11, fontweight="bold", va="top")
-        for column, name in enumerate(column_labels):
+        for column, name in enumerate(names):
             sheet.text(left + (column + 0.5) * cell, y - 8, name, **COLUMN_LABEL)
     facts = {name: {"shape": list(x.shape), "sha256": _digest(x)} for name, x in grids.items()}
     data = {"runs": facts, "columns": columns, "column_labels": list(column_labels)}
@@ -58,18 +62,29 @@ def plot_rows(
     ]
     height, width = canvases[0].shape[:2]
     longest = max(len(line) for label in rows for line in label.split("\n"))
-    left, top, bottom = 40 + 15 * longest, 70, 70 if note else 24
+    names = [fitted(name, width / len(columns)) for name in columns]
+    left, top, bottom = 40 + 15 * longest, 70 + more_lines(names), 70 if note else 24
     sheet = _Sheet(left + max(width, 13 * len(note)) + 24, top + height * len(rows) + bottom)
     for i, (label, canvas) in enumerate(zip(rows, canvases, strict=True)):
         y = top + i * height
         sheet.picture(left, y, canvas)
         sheet.text(left - 16, y + (height - CELL_GAP) / 2, label, fontsize=9, ha="right", va="center")
     cell = width / len(columns)
-    for column, name in enumerate(columns):
+    for column, name in enumerate(names):
         sheet.text(left + column * cell + (cell - CELL_GAP) / 2, top - 12, name, **COLUMN_LABEL)
     sheet.text(left, sheet.height - 22, note, fontsize=8, color="#555555", va="bottom")
     facts = {label: [None if i is None else _digest(i) for i in images] for label, images in rows.items()}
     return save_figure(sheet.figure, path, {"rows": facts, "columns": list(columns), "note": note})
+
+
+def fitted(name: str, width: float) -> str:
+    """A caption in lines that fit above a column of `width` px, three at most."""
+    return textwrap.fill(name, max(6, int(width // LETTER)), max_lines=3, placeholder=" …")
+
+
+def more_lines(names: Sequence[str]) -> int:
+    """The px that captions of several lines need beyond one."""
+    return LINE * max(name.count("\n") for name in names) if names else 0
 
 
 class _Sheet:
