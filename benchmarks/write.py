@@ -29,7 +29,7 @@ from cache.views import read_view
 from common.arguments import Parser, between, positive
 from common.device import pick_device
 from preprocessing.encoders import latent_job, token_job
-from preprocessing.options import add_device_option, add_latent_options, add_teacher_options
+from preprocessing.options import add_device_option, add_latent_options, add_size_option, add_teacher_options
 from preprocessing.pipeline import FieldJob, encode_fields
 
 DINOV2 = {  # width, layers and heads of each
@@ -100,6 +100,7 @@ def job_of(name: str, weights: Path, out: Path, args: argparse.Namespace, *more:
         add_latent_options(parser)
         return latent_job(parser.parse_args([*common, "--base", str(weights)]), out)
     add_teacher_options(parser)
+    add_size_option(parser, "of the latents")
     return token_job(parser.parse_args([*common, "--teacher", str(weights)]), out)
 
 

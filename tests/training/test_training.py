@@ -293,7 +293,7 @@ def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factor
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("teacher.dim=96", r"tokens \(16, 64\), the config's teacher makes \(16, 96\)"),
+        ("teacher.dim=96", r"tokens \(16, 64\) on a grid .*, the config's teacher makes \(16, 96\)"),
         ("teacher.grid=5", "teacher.grid"),
         ("teacher.model=facebook/dinov2-large", "dinov2-mini, teacher.model says facebook/dinov2-large"),
         ("data.csv=nowhere.csv", "make it again with script 1"),
