@@ -233,6 +233,28 @@ class TestStream:
         assert read == [0, 1, 2]
         batches.close()
 
+    def test_waiting_for_the_gpu_to_take_earlier_batches_is_no_lack_of_data(self):
+        class Taken:
+            """An event of a copy that the GPU has not come to yet."""
+
+            @staticmethod
+            def synchronize():
+                time.sleep(0.05)
+
+        class Slow(BatchStream):
+            def _slot(self, count):
+                slot = super()._slot(count)
+                slot.copied = [Taken]
+                return slot
+
+        batches, size = [[i] for i in range(6)], {"x": 8}
+        behind = Slow(batches, lambda indices, raw: None, size, {}, threads=1, ahead=1)
+        assert len(list(behind)) == 6
+        assert behind.waited < 0.05
+        slow = BatchStream(batches, lambda indices, raw: time.sleep(0.05), size, {}, threads=1, ahead=1)
+        assert len(list(slow)) == 6
+        assert slow.waited > 0.15
+
     def test_a_failed_read_reaches_the_caller(self):
         def read(indices, raw):
             if indices == [2]:
