@@ -13,7 +13,7 @@ from report.plot_style import DPI, pyplot, save_figure
 
 WIDEST = 2600  # px of a row of grids
 CELL_GAP = 8  # px between cells
-LETTER, LINE = 13, 28  # px of a letter and of a line of a caption
+LETTER, LINE = 15, 28  # px of a letter and of a line of a caption
 COLUMN_LABEL = {"fontsize": 8.5, "ha": "center", "va": "bottom"}
 
 
