@@ -44,14 +44,12 @@ class Backbone:
     part: str  # the pipeline's part that is trained: "unet" or "transformer"
     # What the pipeline's encode_prompt returns, in order, by the names of its call's arguments; "" for what is not kept.
     text_fields: tuple[str, ...]
-    text_batch_dim: Mapping[
-        str, int
-    ] = {}  # of fields that have prompts along another dimension than the first
+    # Of fields that have prompts along another dimension than the first.
+    text_batch_dim: Mapping[str, int] = {}
     # {text field: its mask}, where what lies behind the mask has no influence: stored up to the longest prompt only.
     trimmed_text: Mapping[str, str] = {}
-    variable_text: tuple[
-        str, ...
-    ] = ()  # fields that are as long as the longest prompt; `text_shapes` has the most there can be
+    # Fields that are as long as the longest prompt; `text_shapes` has the most that there can be.
+    variable_text: tuple[str, ...] = ()
     noun: str  # what messages call the network: "U-Net"
     default_base: str  # the hub id of the family's usual base model
     assumed_config: dict  # of the network of `default_base`, for a forecast where its files are not at hand
@@ -160,9 +158,8 @@ class Backbone:
             return self.load(self.part, dtype=dtype)
         options = {"quantization_config": quantization_config(quantize, dtype, device)}
         if device is not None and device.type != "cpu":
-            options["device_map"] = {
-                "": str(device)
-            }  # with "cpu", diffusers would take the weights for offloaded
+            # With "cpu", diffusers would take the weights for offloaded.
+            options["device_map"] = {"": str(device)}
         return self.load(self.part, dtype=dtype, **options)
 
     def network_of_shapes(self, *, local: bool = False) -> tuple[nn.Module, bool]:

@@ -6,16 +6,17 @@ times and text before and after the network is in `pack`, `clock`, `conditions` 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
+from common.pretrained import read_config
 from method.paths import FlowPath, Path
 from models.backbone import FLOW_SETTINGS, Backbone
-from models.pipeline_parts import FLOW_SAMPLERS
+from models.pipeline_parts import FLOW_SAMPLERS, load_part
 from models.taps import Tap, TapError
 
 ATTENTION = ("to_q", "to_k", "to_v", r"to_out\.0")
@@ -151,12 +152,21 @@ class Transformer(Backbone):
     def own_output(self) -> str:
         return "flow" if self.flow else super().own_output
 
-    @property
+    @cached_property
     def scheduler(self):
-        """The base model's own scheduler; raises `UserError` where there is none."""
+        """The base model's own scheduler, of the class that its config names; raises `UserError` where there is none.
+
+        Each class keeps the shift under a name of its own, so that one would not find another's. A class that is none of
+        `FLOW_SAMPLERS`, such as that of a distilled model, is read as the Euler steps that it is made of.
+        """
         if not self.flow:
             return super().scheduler
-        return self.load("scheduler")
+        what = f"scheduler of {self.base}"
+        config = read_config(
+            self.base, "scheduler_config.json", what, part="scheduler", revision=self.revision
+        )
+        kind = FLOW_SAMPLERS[OWN_SAMPLERS.get(str(config.get("_class_name")), "euler")]
+        return load_part(self.base, "scheduler", kind, self.revision)
 
     def output_of(self, parameterization: str) -> str:
         if self.flow and parameterization != "auto":
@@ -254,6 +264,11 @@ def whole(hidden: Tensor, count: int, tap: str, *, before: int = 0) -> Tensor:
             f"tap {tap} has {hidden.shape[1]} tokens, {before} of text and {count} of the picture were expected"
         )
     return hidden[:, before:]
+
+
+def behind(hidden: Tensor, count: int, tap: str, text: int) -> Tensor:
+    """The `count` tokens of the picture: all of a double-stream block, those behind `text` others of a single-stream one."""
+    return whole(hidden, count, tap, before=text if hidden.shape[1] != count else 0)
 
 
 def checkpoint_blocks(network: nn.Module, paths: Iterable[str], on: bool) -> None:

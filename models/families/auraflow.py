@@ -6,7 +6,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
-from models.transformer import JOINT, Transformer, lora_of, whole
+from models.transformer import JOINT, Transformer, behind, lora_of
 
 TOKENS = 256  # of a prompt, in UMT5
 REGISTERS = 8
@@ -37,9 +37,7 @@ class AuraFlow(Transformer):
         return t.float()
 
     def picture(self, hidden: Tensor, count: int, text: Mapping[str, Tensor], tap: str) -> Tensor:
-        """Of a single-stream block, behind registers and text."""
-        before = REGISTERS + text["prompt_embeds"].shape[1]
-        return whole(hidden, count, tap, before=before if hidden.shape[1] != count else 0)
+        return behind(hidden, count, tap, REGISTERS + text["prompt_embeds"].shape[1])
 
     def text_shapes(self, network: nn.Module) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (TOKENS, network.config.joint_attention_dim)}

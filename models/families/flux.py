@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.transformer import JOINT, Transformer, checkpoint_blocks, lora_of, whole
+from models.transformer import JOINT, Transformer, behind, checkpoint_blocks, lora_of
 
 TOKENS = 512  # of a prompt, in T5
 
@@ -114,9 +114,7 @@ class Chroma(Flux):
         return super().conditions(network, x, text) | {"attention_mask": mask}
 
     def picture(self, hidden: Tensor, count: int, text: Mapping[str, Tensor], tap: str) -> Tensor:
-        """Of a single-stream block, behind the text."""
-        length = text["prompt_embeds"].shape[1]
-        return whole(hidden, count, tap, before=length if hidden.shape[1] != count else 0)
+        return behind(hidden, count, tap, text["prompt_embeds"].shape[1])
 
     def checkpoint(self, network: nn.Module, on: bool = True) -> None:
         """Block by block: the class itself forgets the mask of the single-stream blocks where it recomputes them."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.families.flux import TOKENS, check_guidance
 from models.latents import LatentCodec
-from models.transformer import ATTENTION, Transformer, lora_of, whole
+from models.transformer import ATTENTION, Transformer, behind, lora_of
 
 
 class Flux2(Transformer):
@@ -57,9 +57,7 @@ class Flux2(Transformer):
         }
 
     def picture(self, hidden: Tensor, count: int, text: Mapping[str, Tensor], tap: str) -> Tensor:
-        """Of a single-stream block, behind the text."""
-        length = text["prompt_embeds"].shape[1]
-        return whole(hidden, count, tap, before=length if hidden.shape[1] != count else 0)
+        return behind(hidden, count, tap, text["prompt_embeds"].shape[1])
 
     def mu_of(self, shape: Sequence[int], steps: int) -> float:
         h, w = self.cells(shape)

@@ -1,5 +1,6 @@
 """The table of families: how the family of a base model is found, and the config to start from."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,23 @@ def test_a_folder_of_no_family_is_one_line(tmp_path, content, said):
 def test_a_name_that_is_no_folder_and_no_hub_id_is_one_line():
     with pytest.raises(UserError, match="does not exist"):
         family_of("./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "solver", "shift"),
+    [
+        ({"_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0}, "unipc", 5.0),
+        ({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 4.0}, "dpm++", 4.0),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}, "euler", 2.0),
+        ({"_class_name": "FlowMatchLCMScheduler", "shift": 6.0}, "euler", 6.0),
+    ],
+)
+def test_a_flows_scheduler_is_read_as_its_own_config_says(tmp_path, config, solver, shift):
+    """Some base models of one family have one, some another; read as another class, the shift would be lost."""
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} | config
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    family = FAMILIES["hidream"](str(tmp_path))
+    assert family.sampler_of("auto") == solver
+    assert family.path((16, 8, 8)).shift == family.shift_of((16, 8, 8)) == shift
+    assert family.scheduler is family.scheduler
