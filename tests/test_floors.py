@@ -21,7 +21,6 @@ FLOORS = {
         "models.latents",
         "models.pipeline_parts",
         "models.taps",
-        "models.transformer",
     },
     "models.teachers": {"common", "models.latents", "models.pipeline_parts"},
     "metrics": {"common"},

@@ -6,7 +6,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
-from models.transformer import JOINT, Transformer, behind, lora_of
+from models.families.transformer import JOINT, Transformer, behind, lora_of
 
 TOKENS = 256  # of a prompt, in UMT5
 REGISTERS = 8

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.errors import UserError
-from models.transformer import JOINT, Transformer, behind, checkpoint_blocks, lora_of
+from models.families.transformer import JOINT, Transformer, behind, checkpoint_blocks, lora_of
 
 TOKENS = 512  # of a prompt, in T5
 

@@ -9,8 +9,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
 from models.families.flux import TOKENS, check_guidance
+from models.families.transformer import ATTENTION, Transformer, behind, lora_of
 from models.latents import LatentCodec
-from models.transformer import ATTENTION, Transformer, behind, lora_of
 
 
 class Flux2(Transformer):

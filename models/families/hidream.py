@@ -10,8 +10,8 @@ import transformers
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
 from torch import Tensor, nn
 
+from models.families.transformer import Transformer, lora_of
 from models.taps import TapError
-from models.transformer import Transformer, lora_of
 
 TOKENS = 128  # of a prompt, in T5 and in Llama
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from models.transformer import VideoTransformer, lora_of
+from models.families.transformer import VideoTransformer, lora_of
 
 TOKENS = 512  # of a prompt at most, in Qwen2.5-VL
 ATTENTION = ("to_query", "to_key", "to_value", r"self_attention\.out_layer", r"cross_attention\.out_layer")

@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor, nn
 
 from common.errors import UserError
+from models.families.transformer import ATTENTION, VideoTransformer, lora_of
 from models.latents import LatentCodec, frames_of_cell, pixels_of_cell
 from models.pipeline_parts import shapes_of_part
-from models.transformer import ATTENTION, VideoTransformer, lora_of
 
 TOKENS = 128  # of a prompt, in T5
 

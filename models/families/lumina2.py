@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from models.families.transformer import ATTENTION, Transformer, lora_of
 from models.taps import TapError
-from models.transformer import ATTENTION, Transformer, lora_of
 
 TOKENS = 256  # of a prompt, in Gemma
 

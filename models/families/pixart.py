@@ -6,7 +6,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
-from models.transformer import ATTENTION, Transformer, lora_of
+from models.families.transformer import ATTENTION, Transformer, lora_of
 
 TOKENS = 300  # of a prompt, in T5
 

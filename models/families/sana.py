@@ -4,7 +4,7 @@ import diffusers
 import transformers
 from torch import Tensor, nn
 
-from models.transformer import Transformer, lora_of
+from models.families.transformer import Transformer, lora_of
 
 TOKENS = 300  # of a prompt, in Gemma
 

@@ -4,7 +4,7 @@ import diffusers
 from torch import nn
 
 from models.families.sana import Sana
-from models.transformer import VideoTransformer
+from models.families.transformer import VideoTransformer
 
 
 class SanaVideo(VideoTransformer):

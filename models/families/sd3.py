@@ -6,7 +6,7 @@ import diffusers
 import transformers
 from torch import nn
 
-from models.transformer import JOINT, Transformer, lora_of
+from models.families.transformer import JOINT, Transformer, lora_of
 
 TOKENS = 77 + 256  # of a prompt, in CLIP and T5
 

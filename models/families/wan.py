@@ -4,7 +4,7 @@ import diffusers
 import transformers
 from torch import nn
 
-from models.transformer import ATTENTION, VideoTransformer, lora_of
+from models.families.transformer import ATTENTION, VideoTransformer, lora_of
 
 TOKENS = 512  # of a prompt, in UMT5
 

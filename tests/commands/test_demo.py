@@ -8,7 +8,7 @@ from fork_server import said, start
 
 from demo import NOTE, Demo
 from models.families.table import FAMILIES
-from models.transformer import VideoTransformer
+from models.families.transformer import VideoTransformer
 
 ROOT = Path(__file__).parents[2]
 NAMES = [name for name, kind in FAMILIES.items() if not issubclass(kind, VideoTransformer)]

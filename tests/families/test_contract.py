@@ -24,7 +24,7 @@ from miniature.parts import CELLS
 from models.aligned import AlignedModel, family_lora
 from models.backbone import Backbone
 from models.families.table import FAMILIES, family_of
-from models.transformer import Transformer, VideoTransformer
+from models.families.transformer import Transformer, VideoTransformer
 
 # A new family is one line here: the names of its official pipeline's solver that ends at x_0 exactly, or None where its own
 # does.

@@ -10,7 +10,7 @@ from method.objective import Objective
 from miniature.families import make_pipeline
 from models.aligned import AlignedModel
 from models.families.table import FAMILIES, family_of
-from models.transformer import VideoTransformer
+from models.families.transformer import VideoTransformer
 
 CPU = torch.device("cpu")
 VIDEO = [name for name, family in FAMILIES.items() if issubclass(family, VideoTransformer)]

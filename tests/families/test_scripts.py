@@ -17,7 +17,7 @@ import train as train_script
 from cache.text import TextReader, convert
 from method.sampler import initial_noise
 from models.families.table import FAMILIES, family_of
-from models.transformer import VideoTransformer
+from models.families.transformer import VideoTransformer
 from training.run_folder import RunFolder
 
 NAMES = [name for name, kind in FAMILIES.items() if not issubclass(kind, VideoTransformer)]

@@ -11,8 +11,8 @@ from torch import nn
 from models.aligned import AlignedModel, family_lora
 from models.families.sd15 import SD15
 from models.families.table import FAMILIES, family_of
+from models.families.transformer import Transformer
 from models.pipeline_parts import exact_weights
-from models.transformer import Transformer
 
 TRANSFORMERS = [name for name, kind in FAMILIES.items() if issubclass(kind, Transformer)]
 TRIMMED = [name for name, kind in FAMILIES.items() if kind.trimmed_text]
