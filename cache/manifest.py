@@ -66,6 +66,9 @@ class TextDetails(TypedDict):
     fields: dict[str, NamedField]
     # Fields cut behind the longest prompt, and the mask that says where that is.
     trimmed: NotRequired[dict[str, str]]
+    max_sequence_length: NotRequired[
+        Count
+    ]  # tokens of a prompt, where they are fewer than the pipeline's own
     template: NotRequired[Template]  # of the prompts of classes
 
 

@@ -5,7 +5,7 @@ models and their trainings are in `miniature/models.py` and `miniature/selfdisti
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
@@ -25,6 +25,7 @@ CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # they look like WordNet ids and sort in class order
 HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the scripts has something to cut
 IMAGES, CAPTIONED = "ILSVRC", "captioned"
+SHIFTED = ("bold", "turned")  # the same digits in thick strokes, and turned by a quarter to the left
 CAPTIONED_COUNT = 64
 CLASSES = "imagenet_classes.json"
 SETTINGS = "demo.json"
@@ -45,22 +46,24 @@ STEPS = {
     False: {"vae": 300, "text": 150, "teacher": 800, "classifier": 200, "selfdistilled": 1500},
     True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3, "selfdistilled": 3},
 }
+DIGITS = "sd3-digits"
 
 
-def make_images(out: Path, quick: bool, seed: int) -> None:
+def make_images(out: Path, quick: bool, seed: int, kind: str = IMAGES) -> None:
     """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
 
-    The split depends on the seed and keeps the shares of the classes. `quick` keeps twelve images per class and split.
+    The split depends on the seed and keeps the shares of the classes. `quick` keeps twelve images per class and split. `kind`
+    is the folder, and one of `SHIFTED` changes the digits so.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageFilter
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     indices = np.arange(len(digits.target))
     splits = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=seed)
-    with written_whole(out / IMAGES) as folder:
+    with written_whole(out / kind) as folder:
         for split, indices in zip(("train", "val"), splits, strict=True):
             for label, synset in enumerate(SYNSETS):
                 target = folder / "Data" / "CLS-LOC" / split / synset
@@ -69,6 +72,10 @@ def make_images(out: Path, quick: bool, seed: int) -> None:
                 for index in of_class[:12] if quick else of_class:
                     pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
                     digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+                    if kind == "bold":
+                        digit = digit.filter(ImageFilter.MaxFilter(5))
+                    elif kind == "turned":
+                        digit = digit.transpose(Image.Transpose.ROTATE_90)
                     canvas = Image.new("RGB", (WIDTH, HEIGHT))
                     canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))
                     canvas.save(target / f"{synset}_{index}.JPEG", quality=95)
@@ -181,14 +188,23 @@ def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str,
     return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
 
 
+def make_mmdit(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save a Stable Diffusion 3 folder of the miniature's trained parts and an untrained MMDiT."""
+    from miniature.mmdit import save_mmdit
+
+    save_mmdit(out / "models/sd15-mini", folder)
+    return {}
+
+
 # The order follows the cost of the models, so that two processes finish at about the same time.
 MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
     "dinov2-mini": make_teacher,
     "sd15-mini": make_stable_diffusion,
     "classifier": make_classifier,
     "dinov2-selfdistilled": make_self_distilled,  # last, so that the others keep their position, which decides their seed
+    DIGITS: make_mmdit,
 }
-OPTIONAL = ("dinov2-selfdistilled",)  # made on request only
+OPTIONAL = ("dinov2-selfdistilled", DIGITS)  # made on request only
 
 
 def make_family(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
@@ -204,11 +220,11 @@ def family_in(name: str) -> str:
     return name.strip(".").partition("-")[0]
 
 
-def wanted(out: Path, self_distilled: bool, family: str | None = None) -> list[str]:
-    """Return the names of the MODELS for `out`; an optional one is included if it is requested or already there."""
+def wanted(out: Path, asked: Sequence[str] = (), family: str | None = None) -> list[str]:
+    """Return the names of the MODELS for `out`; an optional one is included if it is asked for or already there."""
     if family is not None:
         return ["dinov2-mini", "classifier", f"{family}-mini"]
-    return [n for n in MODELS if n not in OPTIONAL or self_distilled or (out / "models" / n).is_dir()]
+    return [n for n in MODELS if n not in OPTIONAL or n in asked or (out / "models" / n).is_dir()]
 
 
 def floors_of(name: str) -> dict[str, float]:

@@ -48,6 +48,8 @@ class Backbone:
     text_batch_dim: Mapping[str, int] = {}
     # {text field: its mask}, where what lies behind the mask has no influence: stored up to the longest prompt only.
     trimmed_text: Mapping[str, str] = {}
+    # Tokens of a prompt, where the pipeline's call takes it and its own default is not wanted.
+    max_sequence_length: int | None = None
     # Fields that are as long as the longest prompt; `text_shapes` has the most that there can be.
     variable_text: tuple[str, ...] = ()
     noun: str  # what messages call the network: "U-Net"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.pretrained import load_pretrained
 
 LARGE = 10**9  # weights of a text encoder from which on it is loaded in bf16, as its authors run it
@@ -19,7 +20,8 @@ class PromptEncoder:
         family: a `Backbone`; `text_fields` names what its pipeline's `encode_prompt` returns.
         device: where the encoders run. On a GPU only the one that works is in its memory.
 
-    Raises `UserError` where a part cannot be loaded, or where the family's `check_text` refuses it.
+    Raises `UserError` where a part cannot be loaded, where the family's `check_text` refuses it, or where `max_sequence_length`
+    is set and means nothing to the pipeline, or is more than its own.
     """
 
     def __init__(self, family, device: torch.device):
@@ -32,6 +34,7 @@ class PromptEncoder:
             family.pipeline_class, family.base, f"pipeline {family.base}", revision=family.revision,
             **others | dict(family.load_options) | self.parts,
         )  # fmt: skip
+        check_length(family)
         if device.type == "cuda":
             self.pipeline.enable_model_cpu_offload(device=device)
 
@@ -52,6 +55,8 @@ class PromptEncoder:
         options = {name: call[name].default for name in takes if name in call}
         options |= {"prompt": list(prompts), "device": self.device, "num_images_per_prompt": 1}
         options |= {"do_classifier_free_guidance": True}
+        if self.family.max_sequence_length is not None:
+            options["max_sequence_length"] = self.family.max_sequence_length
         found = self.pipeline.encode_prompt(**{name: options[name] for name in takes if name in options})
         fields = {}
         for name, values in zip(self.family.text_fields, found, strict=True):
@@ -61,6 +66,16 @@ class PromptEncoder:
                 fields[name] = values.to(torch.uint8) if name.endswith("mask") else values
         text = {name: values for name, values in fields.items() if not name.startswith(NULL)}
         return text, {name: fields.get(NULL + name, rows)[0] for name, rows in text.items()}
+
+
+def check_length(family) -> None:
+    """Raise `UserError` where the family's `max_sequence_length` is set and cannot be."""
+    wanted = family.max_sequence_length
+    known = inspect.signature(family.pipeline_class.__call__).parameters.get("max_sequence_length")
+    if wanted is None or (known is not None and wanted <= known.default):
+        return
+    limit = "takes no such length" if known is None else f"makes at most {known.default} tokens by default"
+    raise UserError(f"--max-sequence-length {wanted}: {family.pipeline} {limit}; leave it out")
 
 
 def is_of_text(part: str) -> bool:

@@ -9,6 +9,8 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/dinov2-mini/                  the teacher
     OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
+    OUT/models/sd3-digits/                   with --transformer: a Stable Diffusion 3 folder; its small MMDiT is untrained
+    OUT/{bold,turned}/Data/CLS-LOC/...       with --transformer: the digits in thick strokes, and turned by a quarter
     OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
     OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
 
@@ -51,26 +53,24 @@ def main(argv: list[str] | None = None) -> None:
         help="with --quick: a tiny pipeline of this family instead of Stable Diffusion 1.5's",
     )
     add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
+    add("--transformer", action="store_true", help="also what the study of a transformer needs")
     args = parser.parse_args(argv)
 
     if args.family is not None:
         from models.families.table import family_named
 
         family_named(args.family)
-        if not args.quick or args.self_distilled:
-            parser.error("--family makes a pipeline of random weights: give --quick, and no --self-distilled")
+        if not args.quick or args.self_distilled or args.transformer:
+            parser.error(
+                "--family makes a pipeline of random weights: give --quick, and neither --self-distilled nor --transformer"
+            )
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings | ({"family": args.family} if args.family else {}))
-    names, quality = (
-        miniature.wanted(args.out, args.self_distilled, args.family),
-        args.out / miniature.QUALITY,
-    )
+    asked = ["dinov2-selfdistilled"] * args.self_distilled + [miniature.DIGITS] * args.transformer
+    names, quality = miniature.wanted(args.out, asked, args.family), args.out / miniature.QUALITY
+    images = [miniature.IMAGES, miniature.CAPTIONED, *miniature.SHIFTED * args.transformer]
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    whole = (
-        not missing
-        and quality.exists()
-        and all((args.out / images).is_dir() for images in (miniature.IMAGES, miniature.CAPTIONED))
-    )
+    whole = not missing and quality.exists() and all((args.out / folder).is_dir() for folder in images)
     if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:
         print(f"{args.out} is already complete")
         return
@@ -82,11 +82,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
     if not (args.out / miniature.CAPTIONED).is_dir():
         miniature.make_captioned(args.out, args.seed)
+    for kind in miniature.SHIFTED:
+        if kind in images and not (args.out / kind).is_dir():
+            miniature.make_images(args.out, **settings, kind=kind)
     if args.family is not None and not (args.out / "clips").is_dir():
         from miniature.clips import make_clips
 
         make_clips(args.out, CLIPS, miniature.CLASS_NAMES, args.seed)
-    make_models(missing, args.out, settings)
+    make_models([name for name in missing if name != miniature.DIGITS], args.out, settings)
+    # Its parts are those of another.
+    make_models([name for name in missing if name == miniature.DIGITS], args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
 

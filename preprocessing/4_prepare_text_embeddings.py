@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None, about: str | None = __doc__) -> None:
     add("--prompts", type=Path, metavar="FILE", help="further prompts, one a line")
     add("--out", type=Path, required=True, help="folder of the text; the same command resumes")
     add("--template", default="a photo of a {class_name}", help="prompt of a class (default '%(default)s')")
+    shorter = "tokens of a prompt, fewer than the pipeline's own: shorter text makes every step cheaper; sample with it too"
+    add("--max-sequence-length", type=between(1, 4096), metavar="N", help=shorter)
     add("--batch-size", type=between(1, 65_536), default=64, help="prompts encoded at a time (default 64)")
     dtype = "stored as (default: bfloat16 where the encoders compute in it or fp16 overflows, else float16)"
     add("--dtype", choices=["float16", "bfloat16", "float32"], help=dtype)

@@ -40,7 +40,9 @@ def make_text(args: Namespace) -> None:
     classes, others = listed["n_classes"], len(listed["prompts"]) - listed["n_classes"]
     print(f"{args.out}: prompts of {classes:,} classes, {others:,} others, and the null prompt")
     # The text encoders are kept by the family, and so let go of at the end.
-    encode_text(args, family_of(args.base, args.revision), listed, pick_device(args.device))
+    family = family_of(args.base, args.revision)
+    family.max_sequence_length = args.max_sequence_length
+    encode_text(args, family, listed, pick_device(args.device))
 
 
 def list_prompts(args: Namespace) -> Prompts:
@@ -118,6 +120,8 @@ def text_spec(
     source |= {name: version_of(package) for name, package in PACKAGES.items()}
     details = {} if args.class_names is None else {"template": args.template}
     details |= {"trimmed": dict(family.trimmed_text)} if family.trimmed_text else {}
+    if args.max_sequence_length is not None:
+        details |= {"max_sequence_length": args.max_sequence_length}
     return TextSpec.of(named, "text fields as the base model's pipeline makes them", source, details)
 
 

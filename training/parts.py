@@ -225,6 +225,14 @@ def build_model(
     return model
 
 
+def is_shorter(name: str, held: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a field of text differs from `shape` in its length alone, and is shorter."""
+    dim = -1 if name.endswith("mask") else -2
+    if len(held) != len(shape) or len(shape) < -dim:
+        return False
+    return held[dim] <= shape[dim] and (*held[:dim], shape[dim], *held[dim:][1:]) == tuple(shape)
+
+
 def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: AlignedDataset) -> None:
     """Check that the cached latents and text have the shapes that the network reads, and were made by its base model.
 
@@ -234,13 +242,14 @@ def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: Aligned
     reads = family.text_shapes(network)
     held = dataset.text.shapes
     trimmed = {*family.trimmed_text, *family.trimmed_text.values(), *family.variable_text}
+    if "max_sequence_length" in dataset.text.spec.details:
+        trimmed = {*reads}
     if held.keys() != reads.keys():
         refuse(
             f"{data.text} holds the text fields {', '.join(held)}, {base} reads {', '.join(reads)}", 4, base
         )
     for name, shape in reads.items():
-        cut = held[name][0] <= shape[0] and held[name][1:] == shape[1:]
-        if held[name] != shape and not (name in trimmed and cut):
+        if held[name] != shape and not (name in trimmed and is_shorter(name, held[name], shape)):
             refuse(
                 f"{data.text} holds {name} of shape {held[name]}, the {noun} of {base} reads {shape}", 4, base
             )

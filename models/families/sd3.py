@@ -57,6 +57,10 @@ class SD3(Transformer):
 
     own_sigmas = False
 
+    def check(self, network: nn.Module) -> None:
+        super().check(network)
+        self.patch = (network.config.patch_size,) * 2
+
     def mu_of(self, shape: Sequence[int], steps: int) -> float | None:
         h, w = self.cells(shape)
         return self.shifted_mu(h * w) if self.scheduler.config.get("use_dynamic_shifting") else None
