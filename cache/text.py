@@ -120,6 +120,14 @@ def drop_captions(
     return {name: torch.where(as_wide_as[name], null[name], values) for name, values in text.items()}
 
 
+def is_shorter(name: str, held: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a field of text differs from `shape` in its length alone, and is shorter."""
+    dim = -1 if name.endswith("mask") else -2
+    if len(held) != len(shape) or len(shape) < -dim:
+        return False
+    return held[dim] <= shape[dim] and (*held[:dim], shape[dim], *held[dim:][1:]) == tuple(shape)
+
+
 def table_bytes(shapes: Iterable[Sequence[int]], prompts: int, dtype: torch.dtype) -> int:
     """Return the bytes of `prompts` rows of fields of these shapes, and of the null prompt's."""
     return (prompts + 1) * sum(map(math.prod, shapes)) * dtype.itemsize

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cache.batch_stream import TrainingBatches
 from cache.dataset import AlignedDataset
-from cache.text import keeps_table, table_bytes
+from cache.text import is_shorter, keeps_table, table_bytes
 from common.device import compute_dtype, pick_device
 from common.errors import UserError
 from common.sides import covers
@@ -223,14 +223,6 @@ def build_model(
     if settings.gradient_checkpointing:
         model.checkpoint()
     return model
-
-
-def is_shorter(name: str, held: Sequence[int], shape: Sequence[int]) -> bool:
-    """Return whether a field of text differs from `shape` in its length alone, and is shorter."""
-    dim = -1 if name.endswith("mask") else -2
-    if len(held) != len(shape) or len(shape) < -dim:
-        return False
-    return held[dim] <= shape[dim] and (*held[:dim], shape[dim], *held[dim:][1:]) == tuple(shape)
 
 
 def check_fit(data: Data, family: Backbone, network: nn.Module, dataset: AlignedDataset) -> None:

@@ -5,10 +5,9 @@ import pytest
 import torch
 from conftest import run_numbered
 
-from cache.text import TextReader
+from cache.text import TextReader, is_shorter
 from common.errors import UserError
 from models.families.table import family_of
-from training.parts import is_shorter
 
 PROMPTS = ("a three", "a photo of a seven, drawn by hand")
 LENGTH = 6
