@@ -7,6 +7,7 @@ models and their trainings are in `miniature/models.py` and `miniature/selfdisti
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
 
@@ -105,13 +106,13 @@ def make_captioned(out: Path, seed: int) -> None:
         (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def load_images(out: Path, split: str) -> tuple["Tensor", "Tensor"]:
+def load_images(out: Path, split: str, kind: str = IMAGES) -> tuple["Tensor", "Tensor"]:
     """Return a split's centre-cropped images (N, 3, 32, 32) in [0, 1] and labels (N,), read from the JPEG files."""
     import numpy as np
     import torch
     from PIL import Image
 
-    files = sorted((out / IMAGES / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
+    files = sorted((out / kind / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
     left = (WIDTH - HEIGHT) // 2
     centre = (left, 0, left + HEIGHT, HEIGHT)
     pixels = np.stack([np.asarray(Image.open(file).crop(centre)) for file in files])  # (N, 32, 32, 3)
@@ -177,15 +178,30 @@ def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, 
     }
 
 
-def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+def make_classifier(out: Path, folder: Path, steps: dict[str, int], kind: str = IMAGES) -> dict[str, float]:
     """Save the ResNet that judges generated images; it shares neither architecture nor seed with the teacher."""
     from miniature import models as small
 
-    images, labels = load_images(out, "train")
+    images, labels = load_images(out, "train", kind)
     classifier = small.train_classifier(images, labels, CLASS_NAMES, steps["classifier"])
     classifier.save_pretrained(folder)
     _write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
-    return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
+    return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val", kind))}
+
+
+def make_judge_of(kind: str, out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the judge of digits that were changed, and measure what the teacher, which has not seen any, knows of them."""
+    from transformers import Dinov2Model
+
+    from miniature import models as small
+
+    measures = make_classifier(out, folder, steps, kind)
+    teacher = Dinov2Model.from_pretrained(out / "models/dinov2-mini").eval()
+    known = [
+        (small.teacher_tokens(teacher, x), y)
+        for x, y in (load_images(out, s, kind) for s in ("train", "val"))
+    ]
+    return measures | {"teacher_probe_on_these": small.measure_linear_probe(*known)}
 
 
 def make_mmdit(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
@@ -203,8 +219,10 @@ MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
     "classifier": make_classifier,
     "dinov2-selfdistilled": make_self_distilled,  # last, so that the others keep their position, which decides their seed
     DIGITS: make_mmdit,
+    **{f"classifier-{kind}": partial(make_judge_of, kind) for kind in SHIFTED},
 }
-OPTIONAL = ("dinov2-selfdistilled", DIGITS)  # made on request only
+DERIVED = tuple(MODELS)[4:]  # of other models' parts, or measured with them, and so made after them
+OPTIONAL = ("dinov2-selfdistilled", *DERIVED)  # made on request only
 
 
 def make_family(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:

@@ -10,6 +10,7 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
     OUT/models/sd3-digits/                   with --transformer: a Stable Diffusion 3 folder; its small MMDiT is untrained
+    OUT/models/classifier-{bold,turned}/     with --transformer: judges of these digits
     OUT/{bold,turned}/Data/CLS-LOC/...       with --transformer: the digits in thick strokes, and turned by a quarter
     OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
     OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     settings = {"seed": args.seed, "quick": args.quick}
     claim(args.out, settings | ({"family": args.family} if args.family else {}))
-    asked = ["dinov2-selfdistilled"] * args.self_distilled + [miniature.DIGITS] * args.transformer
+    asked = ["dinov2-selfdistilled"] * args.self_distilled + [*miniature.DERIVED] * args.transformer
     names, quality = miniature.wanted(args.out, asked, args.family), args.out / miniature.QUALITY
     images = [miniature.IMAGES, miniature.CAPTIONED, *miniature.SHIFTED * args.transformer]
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
@@ -89,9 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         from miniature.clips import make_clips
 
         make_clips(args.out, CLIPS, miniature.CLASS_NAMES, args.seed)
-    make_models([name for name in missing if name != miniature.DIGITS], args.out, settings)
-    # Its parts are those of another.
-    make_models([name for name in missing if name == miniature.DIGITS], args.out, settings)
+    for derived in (False, True):
+        made = [name for name in missing if (name in miniature.DERIVED) == derived]
+        make_models(made, args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
 
