@@ -1,6 +1,6 @@
 PYTHON ?= python3
 
-.PHONY: demo test test-full lint bench study
+.PHONY: demo test test-full lint bench study study-transformer
 
 demo: .venv/installed          ## the whole pipeline on the embedded miniature, and a page of results
 	.venv/bin/python demo.py
@@ -28,6 +28,28 @@ study: demo                    ## variants of the method on the miniature, 3 see
 	$(LARGER) --csv data/demo/val.csv --out data/demo/cache_64_val/latents
 	$(ABLATE) --base configs/study/base.yaml --out runs/study $(ARMS:%=configs/ablations/%.yaml) $(OWN_ARMS:%=configs/study/%.yaml)
 	$(ABLATE) --base configs/study/grid4.yaml --out runs/study_grid4 configs/ablations/baseline.yaml configs/ablations/urepa.yaml
+
+MMDIT_ARMS = repa linear token_gram quarter half last early_stop
+ADAPTED_ARMS = repa token_gram relation
+ENCODE = .venv/bin/python preprocessing/2_encode_vae_latents.py --base data/demo/models/sd3-digits --image-size 32 --workers 0
+MINI = --teacher data/demo/models/dinov2-mini --grid 4
+SAMPLED = .venv/bin/python preprocessing/1_sample_imagenet_subset.py
+MADE_TEXT = .venv/bin/python preprocessing/4_prepare_text_embeddings.py --base data/demo/models/sd3-digits
+
+study-transformer: demo        ## REPA on a small MMDiT from scratch, and its adaptation by LoRA to other digits, 3 seeds each (docs/study.md)
+	.venv/bin/python preprocessing/0_make_demo.py --out data/demo --transformer
+	$(ENCODE) --csv data/demo/train.csv --out data/demo/cache_mmdit/latents
+	$(ENCODE) --csv data/demo/val.csv --out data/demo/cache_mmdit_val/latents
+	$(MADE_TEXT) --class-names data/demo/imagenet_classes.json --template '{class_name}' --max-sequence-length 8 --out data/demo/cache_mmdit/text
+	$(ABLATE) --base configs/study/mmdit/base.yaml --out runs/study_mmdit configs/ablations/baseline.yaml $(MMDIT_ARMS:%=configs/study/mmdit/%.yaml)
+	.venv/bin/python export.py runs/study_mmdit/baseline/seed0 --pipeline
+	for kind in bold turned; do \
+	  $(SAMPLED) --imagenet data/demo/$$kind --split train --per-class 139 --out data/demo/$${kind}_train.csv && \
+	  $(SAMPLED) --imagenet data/demo/$$kind --split val --per-class 35 --out data/demo/$${kind}_val.csv && \
+	  $(ENCODE) --csv data/demo/$${kind}_train.csv --out data/demo/cache_$$kind/latents --fused data/demo/cache_$$kind/tokens $(MINI) && \
+	  $(ENCODE) --csv data/demo/$${kind}_val.csv --out data/demo/cache_$${kind}_val/latents --fused data/demo/cache_$${kind}_val/tokens $(MINI) && \
+	  $(ABLATE) --base configs/study/adapt/$$kind.yaml --out runs/study_$$kind configs/ablations/baseline.yaml $(ADAPTED_ARMS:%=configs/study/mmdit/%.yaml) || exit 1; \
+	done
 
 BENCHMARKS = 'read_cache.py warm' 'read_cache.py cold' 'read_cache.py full_size' token_encodings.py
 
