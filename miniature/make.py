@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from common.errors import UserError
 from common.files import write_json, written_whole
 from common.reading import RECORD
+from miniature import make_moving
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +159,7 @@ def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, 
     from miniature import selfdistilled as distilled
 
     teacher.save_pretrained(folder)
-    _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
+    small.write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
     (images, labels), (held_out, held_out_labels) = load_images(out, "train"), load_images(out, "val")
     known, tokens = small.teacher_tokens(teacher, images), small.teacher_tokens(teacher, held_out)
     return {
@@ -177,7 +178,7 @@ def make_classifier(out: Path, folder: Path, steps: dict[str, int]) -> dict[str,
     images, labels = load_images(out, "train")
     classifier = small.train_classifier(images, labels, CLASS_NAMES, steps["classifier"])
     classifier.save_pretrained(folder)
-    _write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
+    small.write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
     return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val"))}
 
 
@@ -204,16 +205,19 @@ def family_in(name: str) -> str:
     return name.strip(".").partition("-")[0]
 
 
-def wanted(out: Path, self_distilled: bool, family: str | None = None) -> list[str]:
-    """Return the names of the MODELS for `out`; an optional one is included if it is requested or already there."""
+def wanted(out: Path, self_distilled: bool, family: str | None = None, moving: bool = False) -> list[str]:
+    """Return the names of the models for `out`; an optional one is included if it is requested or already there."""
+    if moving:
+        return list(make_moving.MODELS)
     if family is not None:
         return ["dinov2-mini", "classifier", f"{family}-mini"]
     return [n for n in MODELS if n not in OPTIONAL or self_distilled or (out / "models" / n).is_dir()]
 
 
-def floors_of(name: str) -> dict[str, float]:
-    """Return the floors that a model's measures must reach."""
-    return {**FLOORS, **OWN_FLOORS.get(name, {})}
+def floors_of(name: str, *, own: bool = True) -> dict[str, float]:
+    """Return the floors that a model's measures must reach; without its `own`, those of all that are made with it."""
+    shared = make_moving.FLOORS if name in make_moving.MODELS else FLOORS
+    return {**shared, **(OWN_FLOORS.get(name, {}) if own else {})}
 
 
 @with_config(RECORD)
@@ -223,6 +227,7 @@ class Settings(TypedDict):
     seed: int
     quick: bool
     family: NotRequired[str]
+    moving: NotRequired[bool]
 
 
 @with_config(RECORD)
@@ -236,7 +241,7 @@ class Quality(Settings):
 
 
 def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:
-    """Build one of MODELS in `out/models/name`, with its `quality.json`, and return its measures and seconds.
+    """Build one of the models in `out/models/name`, with its `quality.json`, and return its measures and seconds.
 
     Raises UserError when a measure misses its floor, and then leaves no files. `quick` ignores the floors.
     """
@@ -244,10 +249,11 @@ def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]
 
     started = time.perf_counter()
     # Each model has its own seed, because the teacher and the classifier that judges must be independent.
-    places = list(MODELS)
-    random = reproducible(100 * seed + (places.index(name) if name in MODELS else len(places)))
+    places, made = [*MODELS, "a family's", *make_moving.MODELS], MODELS | make_moving.MODELS
+    random = reproducible(100 * seed + places.index(name if name in made else "a family's"))
+    steps = make_moving.STEPS if name in make_moving.MODELS else STEPS
     with _quiet(), random, written_whole(out / "models" / name) as folder:
-        measures = MODELS.get(name, make_family)(out, folder, STEPS[quick])
+        measures = made.get(name, make_family)(out, folder, steps[quick])
         floors = floors_of(name)
         missed = {key: value for key, value in measures.items() if value < floors.get(key, value)}
         if missed and not quick:
@@ -270,15 +276,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Write `preprocessor_config.json`, which tells users of the model its input size, mean and standard deviation."""
-    content = {
-        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": HEIGHT}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": HEIGHT, "width": HEIGHT},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
-    }  # fmt: skip
-    write_json(folder / "preprocessor_config.json", content)

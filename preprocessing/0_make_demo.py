@@ -10,12 +10,17 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
     OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
+    OUT/clips/{train,val}/                   with --moving, in a folder of its own: films, such as "a three moving left"
+    OUT/models/ltx-moving/                   with --moving: an LTX-Video folder; its transformer is untrained
+    OUT/models/dinov2-moving/                with --moving: the teacher of its frames
+    OUT/models/{digit,motion}-judge/         with --moving: independent classifiers, of frames and of whole clips
     OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
 
 After an interruption, run the same command again: it makes only what is missing. On one machine the same seed gives
 the same weights, byte for byte.
 
     python preprocessing/0_make_demo.py --out data/demo
+    python preprocessing/0_make_demo.py --out data/moving --moving
 """
 
 import multiprocessing
@@ -51,8 +56,15 @@ def main(argv: list[str] | None = None) -> None:
         help="with --quick: a tiny pipeline of this family instead of Stable Diffusion 1.5's",
     )
     add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
+    add(
+        "--moving",
+        action="store_true",
+        help="instead: films of moving digits and small models of videos, 5 minutes",
+    )
     args = parser.parse_args(argv)
 
+    if args.moving and (args.family is not None or args.self_distilled):
+        parser.error("--moving makes a folder of its own: leave out --family and --self-distilled")
     if args.family is not None:
         from models.families.table import family_named
 
@@ -60,35 +72,53 @@ def main(argv: list[str] | None = None) -> None:
         if not args.quick or args.self_distilled:
             parser.error("--family makes a pipeline of random weights: give --quick, and no --self-distilled")
     settings = {"seed": args.seed, "quick": args.quick}
-    claim(args.out, settings | ({"family": args.family} if args.family else {}))
-    names, quality = (
-        miniature.wanted(args.out, args.self_distilled, args.family),
-        args.out / miniature.QUALITY,
+    claim(
+        args.out,
+        settings | ({"family": args.family} if args.family else {"moving": True} if args.moving else {}),
     )
+    quality = args.out / miniature.QUALITY
+    names = miniature.wanted(args.out, args.self_distilled, args.family, args.moving)
+    pictures = ["clips"] if args.moving else [miniature.IMAGES, miniature.CAPTIONED]
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    whole = (
-        not missing
-        and quality.exists()
-        and all((args.out / images).is_dir() for images in (miniature.IMAGES, miniature.CAPTIONED))
-    )
+    whole = not missing and quality.exists() and all((args.out / folder).is_dir() for folder in pictures)
     if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:
         print(f"{args.out} is already complete")
         return
 
     started = time.perf_counter()
-    write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
-    if not (args.out / miniature.IMAGES).is_dir():
-        miniature.make_images(args.out, **settings)
-        print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
-    if not (args.out / miniature.CAPTIONED).is_dir():
-        miniature.make_captioned(args.out, args.seed)
-    if args.family is not None and not (args.out / "clips").is_dir():
-        from miniature.clips import make_clips
-
-        make_clips(args.out, CLIPS, miniature.CLASS_NAMES, args.seed)
+    if args.moving:
+        make_moving_clips(args.out, settings)
+    else:
+        make_pictures(args.out, settings, args.family)
     make_models(missing, args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
+
+
+def make_pictures(out: Path, settings: dict, family: str | None) -> None:
+    """Make what is missing of the images, and of a family's clips."""
+    started = time.perf_counter()
+    write_json(out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
+    if not (out / miniature.IMAGES).is_dir():
+        miniature.make_images(out, **settings)
+        print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
+    if not (out / miniature.CAPTIONED).is_dir():
+        miniature.make_captioned(out, settings["seed"])
+    if family is not None and not (out / "clips").is_dir():
+        from miniature.clips import make_clips
+
+        make_clips(out, CLIPS, miniature.CLASS_NAMES, settings["seed"])
+
+
+def make_moving_clips(out: Path, settings: dict) -> None:
+    """Make the films of moving digits, unless they are there."""
+    if (out / "clips").is_dir():
+        return
+    from miniature.moving import make_clips
+
+    started = time.perf_counter()
+    make_clips(out, miniature.CLASS_NAMES, **settings)
+    print(f"{'clips':<22}{time.perf_counter() - started:5.1f} s", flush=True)
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -149,7 +179,10 @@ def summarise(names: list[str], out: Path, settings: dict) -> None:
     files = {name: out / "models" / name / "quality.json" for name in names}
     models = {name: read_record(file, dict[str, float], AGAIN) for name, file in files.items()}
     own = {name: floors for name, floors in miniature.OWN_FLOORS.items() if name in names}
-    content = settings | {"floors_enforced": not settings["quick"], "floors": miniature.FLOORS}
+    content = settings | {
+        "floors_enforced": not settings["quick"],
+        "floors": miniature.floors_of(names[0], own=False),
+    }
     content |= ({"own_floors": own} if own else {}) | {"models": models}
     write_json(out / miniature.QUALITY, content)
     print(f"\n{'model':<22}{'measure':<24}{'value':>8}{'floor':>8}")
