@@ -32,7 +32,7 @@ study: demo                    ## variants of the method on the miniature, 3 see
 MOVING = data/moving
 SCRIPT = .venv/bin/python preprocessing
 LIST_CLIPS = $(SCRIPT)/1_sample_imagenet_subset.py --frames 13 --fps 8
-ENCODE_CLIPS = $(SCRIPT)/2_encode_vae_latents.py --base $(MOVING)/models/ltx-moving --teacher $(MOVING)/models/dinov2-moving --image-size 32 --grid 4 --workers 0
+ENCODE_CLIPS = $(SCRIPT)/2_encode_vae_latents.py --base $(MOVING)/models/ltx-moving --teacher $(MOVING)/models/dinov2-moving --image-size 32 --grid 4 --workers 0 --batch-size 32
 VERIFY_CLIPS = $(SCRIPT)/5_verify_cache.py --text $(MOVING)/cache/text --full
 MOVING_ARMS = per_frame crepa cumulative backbone relation
 

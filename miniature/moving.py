@@ -1,6 +1,6 @@
 """Digits in motion: films with captions, and the small trained models of a video pipeline, its teacher and its judges.
 
-`0_make_demo.py --moving` makes them. Every digit makes each motion once; train and val share no digit.
+`0_make_demo.py --moving` makes them. Every digit makes one motion, those of a class all in turn; train and val share no digit.
 """
 
 import json
@@ -21,7 +21,7 @@ from common.files import written_whole
 SIDE, DIGIT, WAY = 32, 22, 5
 FRAMES, FPS = 13, 8
 CLIPS, SPLITS = "clips", ("train", "val")  # folders
-QUICK = 20  # digits of each split that `quick` keeps
+QUICK = 40  # digits of each split that `quick` keeps
 # Where the digit goes, in x and y, from one end of its way to the other.
 MOTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1)}
 
@@ -67,17 +67,22 @@ def draw_clips(digits: Tensor, motions: Tensor) -> Tensor:
 
 
 def make_clips(out: Path, names: list[str], quick: bool, seed: int) -> None:
-    """Write OUT/clips/{train,val}/: a film of each digit in each motion, and metadata.jsonl: "a three moving left"."""
+    """Write OUT/clips/{train,val}/: a film of each digit, and metadata.jsonl with its caption, "a three moving left"."""
     with written_whole(out / CLIPS) as folder:
         for split, numbers in split_digits(seed, quick).items():
             (folder / split).mkdir()
-            lines = []
             digits, labels = digits_of(numbers)
-            for which, motion in enumerate(MOTIONS):
-                clips = draw_clips(digits, torch.full_like(labels, which))  # (N, 3, F, H, W)
-                pixels = (clips * 255).round().byte().movedim(1, -1).numpy()  # (N, F, H, W, 3)
-                for clip, label, number in zip(pixels, labels, numbers, strict=True):
-                    file = f"{number:04d}_{motion.split()[1]}.mp4"
-                    write_film(folder / split / file, clip, FPS)
-                    lines.append(json.dumps({"file_name": file, "text": f"a {names[label]} {motion}"}) + "\n")
+            earlier = (F.one_hot(labels).cumsum(0) - 1).gather(1, labels[:, None])[
+                :, 0
+            ]  # (N,) of the same class
+            motions = earlier % len(MOTIONS)
+            pixels = (
+                (draw_clips(digits, motions) * 255).round().byte().movedim(1, -1).numpy()
+            )  # (N, F, H, W, 3)
+            lines = []
+            for clip, label, which, number in zip(pixels, labels, motions, numbers, strict=True):
+                motion = list(MOTIONS)[which]
+                file = f"{number:04d}_{motion.split()[1]}.mp4"
+                write_film(folder / split / file, clip, FPS)
+                lines.append(json.dumps({"file_name": file, "text": f"a {names[label]} {motion}"}) + "\n")
             (folder / split / "metadata.jsonl").write_text("".join(lines))
