@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make whatever is missing under `--out`, then print the measured quality of each model."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    add("--out", type=Path, help="folder (default: data/demo, or data/moving with --moving)")
     add("--seed", type=between(0, 2**62), default=0, help="of split, weights and training (default: 0)")
     add("--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only")
     add(
@@ -71,11 +71,11 @@ def main(argv: list[str] | None = None) -> None:
         family_named(args.family)
         if not args.quick or args.self_distilled:
             parser.error("--family makes a pipeline of random weights: give --quick, and no --self-distilled")
+    if args.out is None:
+        args.out = Path("data/moving" if args.moving else "data/demo")
     settings = {"seed": args.seed, "quick": args.quick}
-    claim(
-        args.out,
-        settings | ({"family": args.family} if args.family else {"moving": True} if args.moving else {}),
-    )
+    kind = {"family": args.family} if args.family else {"moving": True} if args.moving else {}
+    claim(args.out, settings | kind)
     quality = args.out / miniature.QUALITY
     names = miniature.wanted(args.out, args.self_distilled, args.family, args.moving)
     pictures = ["clips"] if args.moving else [miniature.IMAGES, miniature.CAPTIONED]
