@@ -10,6 +10,7 @@ was stopped, and draws the results anew: OUT/table.md, results.json and arms.png
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from itertools import dropwhile, product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from common.stages import Record, Stage, run_chains
 from configs.evaluation import FEWEST_MEASURED, Eval
 from configs.loading import load_config, yaml_value
 from configs.schema import Config
-from metrics.extractors import load_extractors
+from metrics.extractors import load_extractors, load_video_classifier
 from metrics.similarity_rows import NUM_IMAGES, SHOWN_TIMESTEP, value_of
 from report.ablation import markdown, plot_arms, summarise
 from report.records import headline, kind_of, points_file, protocols, read_alignment
@@ -33,8 +34,18 @@ from training.run_folder import flat_settings, this_command
 # The measures that are compared, with their formats in the table.
 MEASURES = {"Fréchet distance ↓": ".2f", "class accuracy ↑": ".1%", "held-out loss ↓": ".4f"}
 MEASURES |= {"CKNNA ↑": ".3f", "CCA ↑": ".3f", "head cosine": ".3f"}
-DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓")
-PLOTTED = (*DIFFERENCES, "CKNNA ↑")
+# Of clips, the metrics of whole clips (docs/evaluation.md); those that describe a clip are best near the value of real ones.
+CLIP = "video_"
+OF_CLIPS = {
+    "accuracy of clips ↑": ("accuracy", ".1%"),
+    "Fréchet distance of clips ↓": ("fd", ".2f"),
+    "consistency": ("consistency", ".4f"),
+    "warping error": ("warping_error", ".5f"),
+    "flicker": ("flicker", ".3f"),
+    "motion": ("motion", ".3f"),
+}
+DIFFERENCES = ("Fréchet distance ↓", "held-out loss ↓", "consistency", "warping error", "flicker")
+PLOTTED = ("Fréchet distance ↓", "held-out loss ↓", "CKNNA ↑")
 
 # The settings, or whole sections, that two runs must share for a measure to be compared.
 IMAGES = ("eval.csv", "eval.latents")
@@ -47,10 +58,10 @@ CONDITIONS = {
     "Fréchet distance ↓": (*SAMPLES, "data.csv", "data.latents"),
     "class accuracy ↑": SAMPLES,
     "held-out loss ↓": (*IMAGES, "diffusion"),
-    "CKNNA ↑": (*IMAGES, "eval.tokens", "teacher"),
-    "CCA ↑": (*IMAGES, "eval.tokens", "teacher"),
+    "CKNNA ↑": (*IMAGES, "eval.tokens"),  # whatever a run was taught by
+    "CCA ↑": (*IMAGES, "eval.tokens"),
     "head cosine": (*IMAGES, "eval.tokens", "teacher", "align.spatial_norm"),
-}
+} | dict.fromkeys(OF_CLIPS, (*SAMPLES, "eval.csv"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,8 +90,9 @@ def main(argv: list[str] | None = None) -> None:
         run_chains([chain for chain in left if chain], jobs=args.jobs, logs=args.out / "logs", ended=ended)
     results = {arm: {seed: measures_of(runs[arm, seed]) for seed in args.seeds} for arm in arms}
     conditions = {arm: conditions_of(runs[arm, args.seeds[0]]) for arm in arms}
+    measured = {measure for seeds in results.values() for found in seeds.values() for measure in found}
     incomparable = {
-        arm: {measure for measure in MEASURES if found[measure] != conditions[reference][measure]}
+        arm: {measure for measure in measured if found[measure] != conditions[reference][measure]}
         for arm, found in conditions.items()
     }
     write_results(args, results, reference, incomparable, runs[reference, args.seeds[0]])
@@ -111,14 +123,12 @@ def check_measurable(arm: str, config: Config) -> None:
     for name in ("csv", "latents", "tokens"):
         if getattr(config.eval, name) is None:
             raise UserError(f"{arm} cannot be evaluated: set eval.{name} in the base config, or by --set")
-    if config.teacher.source == "backbone" and config.align.coeff > 0:
-        raise UserError(
-            f"{arm} has no outside teacher to be measured against (teacher.source=backbone): leave it out"
-        )
     if config.eval.num_samples < FEWEST_MEASURED:
         few = f"eval.num_samples = {config.eval.num_samples} is too few"
         raise UserError(f"{arm}: {few}: choose {FEWEST_MEASURED} or more")
     load_extractors(config.eval.extractor, "cpu", dinov2=config.eval.dinov2)
+    if config.eval.video_extractor is not None:
+        load_video_classifier(config.eval.video_extractor, "cpu")
 
 
 def stages_of_run(args: argparse.Namespace, file: Path, arm: str, seed: int, config: Config) -> list[Stage]:
@@ -147,22 +157,34 @@ def remaining_stages(stages: list[Stage], record: Record, config: Config) -> lis
     return list(dropwhile(record.of, stages))
 
 
-def measures_of(config: Config) -> dict[str, float | None]:
-    """The measures of a finished run at its last step, with its own evaluation settings."""
+def last_metrics(config: Config) -> dict[str, Mapping]:
+    """The metrics of a finished run at its last step, with its own evaluation settings."""
     folder, last, drawn = config.run / "eval", config.train.steps, config.eval
     sampler = family_for(config).sampler_of(drawn.sampler)
     same = {"sampler": sampler, "steps": drawn.sampling_steps, "cfg": drawn.cfg, "seed": drawn.seed}
     same |= {"labels": drawn.labels, "num_samples": drawn.num_samples, "weights": "ema"}
     points = [p for p in points_file(folder / "points.jsonl").read() if p["kind"] == "metrics"]
     ours = [p for p in points if p["step"] == last and same.items() <= p["protocol"].items()]
-    align = read_alignment(folder)
-    here = {"step": last, "timesteps": [SHOWN_TIMESTEP], "seed": drawn.seed}
+    if len(protocols(ours)) != 1:
+        raise UserError(changed(config))
+    return ours[-1]["metrics"]
+
+
+def changed(config: Config) -> str:
+    """What is said where a run's measures are not those that its stages left."""
+    again = f"delete it, and the same command measures {config.run} again"
+    return f"{config.run / 'eval'} was changed by other commands: {again}"
+
+
+def measures_of(config: Config) -> dict[str, float | None]:
+    """The measures of a finished run at its last step, with its own evaluation settings."""
+    metrics, align = last_metrics(config), read_alignment(config.run / "eval")
+    here = {"step": config.train.steps, "timesteps": [SHOWN_TIMESTEP], "seed": config.eval.seed}
     here["num_images"] = min(NUM_IMAGES, align["num_available"])
-    if len(protocols(ours)) != 1 or any(align.get(key) != value for key, value in here.items()):
-        again = f"delete it, and the same command measures {config.run} again"
-        raise UserError(f"{folder} was changed by other commands: {again}")
-    metrics = ours[-1]["metrics"]
-    accuracy = next((name for name in metrics if kind_of(name) == "accuracy"), None)  # a classifier's alone
+    if any(align.get(key) != value for key, value in here.items()):
+        raise UserError(changed(config))
+    of_images = (name for name in metrics if not name.startswith(CLIP))
+    accuracy = next((name for name in of_images if kind_of(name) == "accuracy"), None)  # a classifier's alone
     values = (
         metrics[headline(metrics)]["value"],
         None if accuracy is None else metrics[accuracy]["value"],
@@ -170,7 +192,14 @@ def measures_of(config: Config) -> dict[str, float | None]:
         *(value_of(align, metric) for metric in ("cknna", "cca")),
         value_of(align, "cosine", features="head"),
     )
-    return dict(zip(MEASURES, values, strict=True))
+    of_clips = {name: found["value"] for name, found in clip_metrics(metrics).items()}
+    return dict(zip(MEASURES, values, strict=True)) | of_clips
+
+
+def clip_metrics(metrics: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """Those of a point's metrics that are of whole clips, by the names that they have in the table."""
+    kinds = {kind_of(name): found for name, found in metrics.items() if name.startswith(CLIP)}
+    return {measure: kinds[kind] for measure, (kind, _) in OF_CLIPS.items() if kind in kinds}
 
 
 def conditions_of(config: Config) -> dict[str, dict]:
@@ -187,7 +216,9 @@ def write_results(
 ) -> None:
     """Write table.md, results.json and arms.png, and print the table. `config` is that of a run of the reference arm."""
     table = summarise(results, reference, incomparable)
-    text = markdown(table, MEASURES, DIFFERENCES)
+    measured = {name for rows in table.values() for name in rows}
+    measures = MEASURES | {name: form for name, (_, form) in OF_CLIPS.items() if name in measured}
+    text = markdown(table, measures, DIFFERENCES)
     drawn, sampler = config.eval, family_for(config).sampler_of(config.eval.sampler)
     note = (
         f"Mean ± standard error over {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}) at step "
@@ -195,6 +226,9 @@ def write_results(
         f"{Path(drawn.extractor).name} on {drawn.num_samples:,} samples ({sampler} {drawn.sampling_steps} steps, guidance "
         f"{drawn.cfg:g}); CKNNA and CCA of the main tap with the teacher at timestep {SHOWN_TIMESTEP}, held-out images."
     )
+    real = {name: found["real"] for name, found in clip_metrics(last_metrics(config)).items()}
+    if found := [f"{name} {value:{measures[name]}}" for name, value in real.items() if value is not None]:
+        note += f" Real clips have {', '.join(found)}."
     if any(incomparable.values()):
         note += f" †: measured under other settings than {reference}'s, not comparable with it."
     below = f"{plain_text.markdown(note)}\n\n{plain_text.code(this_command())}"

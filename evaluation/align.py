@@ -92,8 +92,10 @@ def measure_alignment(
     num_timesteps = build_path(config.diffusion, family_for(config), held.latents.shape[1:]).num_steps
     timesteps, main_tap = check_timesteps(timesteps, num_timesteps), main_tap_of(models)
     n, seed = len(held.latents), config.eval.seed
-    # A base model may have heads, but they were never trained.
-    heads = {name: dict(model.heads) if name == "run" else {} for name, model in models.items()}
+    # A base model may have heads, but they were never trained; and those of a run that was taught by its own block make
+    # tokens of that block, not of the outside teacher that all runs are compared with.
+    outside = config.teacher.source != "backbone"
+    heads = {name: dict(model.heads) if name == "run" and outside else {} for name, model in models.items()}
     rows, losses, sources, sides = [], {}, {}, {}
     forwards = -(-n // config.eval.batch_size) * (1 + len(timesteps))  # batches of one model
     steps = sum(forwards + len(timesteps) * (3 + len(found)) for found in heads.values())

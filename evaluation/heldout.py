@@ -57,13 +57,8 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
     too few images, and caches that do not fit the run.
     """
     where = config.eval
-    if config.teacher.source == "backbone" and config.align.coeff > 0:
-        raise UserError(
-            f"`align` compares with an outside teacher, and this run was taught by its own {config.teacher.block} "
-            "(teacher.source=backbone): leave `align` out for it"
-        )
     if None in (where.csv, where.latents, where.tokens):
-        needed = "eval.csv, eval.latents and eval.tokens (scripts 1–3 on val)"
+        needed = "eval.csv, eval.latents and eval.tokens, those of an outside teacher (scripts 1–3 on val)"
         raise UserError(f"`align` needs held-out images: set {needed}")
     latents, tokens = FieldReader(where.latents, "latents"), FieldReader(where.tokens, "tokens")
     online = config.teacher.source == "online"
@@ -73,7 +68,7 @@ def heldout_images(config: Config, num_images: int | None = None) -> HeldOut:
             "images with that --teacher"
         )
     pairs = [(latents, config.data.latents), (tokens, config.data.tokens)]
-    for held_out, trained in pairs[:1] if online else pairs:
+    for held_out, trained in pairs[: 1 if online or config.data.tokens is None else 2]:
         if not held_out.spec.agrees_with(FieldReader(trained, held_out.spec.field).spec):
             raise UserError(
                 f"{held_out.folder} and {trained} were made with another model, view or size: run the script on the "

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import torch
 from tqdm import tqdm
 
+from cache.text import TextReader
 from common.errors import UserError, is_mendable, one_line
 from configs.evaluation import FEWEST_MEASURED
 from evaluation.image_files import image_path
@@ -61,10 +62,12 @@ def evaluate_point(
         started = time.monotonic()
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
-        labels = labels_of(recipe, indices) if _has_classes(recipe) else None
-        metrics = measure(folder, indices, labels, scorers, settings, device, ranks, recipe.get("frames"))
+        prompts, labels = TextReader(target.config.data.text).prompts, labels_of(recipe, indices)
+        captions = [] if _has_classes(recipe) else [prompts[label] for label in labels]
+        frames = recipe.get("frames")
+        metrics = measure(folder, indices, captions or labels, scorers, settings, device, ranks, frames)
         if clip_scorer is not None:
-            metrics |= clip_scorer.compare(folder, indices, settings, ranks)
+            metrics |= clip_scorer.compare(folder, indices, settings, ranks, captions)
         measured = time.monotonic()
         known = {
             "target": target.run.name,
@@ -107,9 +110,12 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
             check_comparable(alike, device, ranks)
     config = targets[0].config
     scorers, clip_scorer = load_scorers(config, device, ranks), load_clip_scorer(config, device)
-    judged = any("accuracy" in METRICS[scorer.extractor.protocol] for scorer in scorers)
-    if ranks.main and judged and not _has_classes(image_settings(targets[0], device)):
-        print("the prompts are captions and no classes: the accuracy by class is left out")
+    judges = [scorer for scorer in scorers if "accuracy" in METRICS[scorer.extractor.protocol]]
+    if ranks.main and judges and not _has_classes(image_settings(targets[0], device)):
+        prompts = TextReader(config.data.text).prompts
+        if all(judge.intended(prompts) is None for judge in judges):
+            left_out = "the accuracy by class is left out"
+            print(f"the prompts are captions, and not each names one class of the classifier: {left_out}")
     points = []
     for target in targets:
         point = evaluate_point(target, scorers, device, ranks, kind=kind, clip_scorer=clip_scorer)

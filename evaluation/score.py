@@ -22,7 +22,7 @@ from evaluation.score_clips import read_clips
 from metrics.extractors import load_extractors
 from metrics.features import Extractor, FeatureSet
 from metrics.npz_images import iterate_npz_images, npz_image_shape
-from metrics.quality import score
+from metrics.quality import named_classes, score
 from metrics.reference import Reference, ReferenceBuilder, load_reference, protocol_of_file
 from training.ranks import Ranks
 
@@ -36,6 +36,12 @@ class Scorer:
 
     extractor: Extractor
     reference: Reference
+
+    def intended(self, shown: Sequence[int] | Sequence[str] | None) -> np.ndarray | None:
+        """The classes (N,) that images were to show: these, or those of the extractor that their captions name."""
+        if shown is None or not isinstance(shown[0], str):
+            return None if shown is None else np.asarray(shown)
+        return named_classes(shown, getattr(self.extractor, "names", ()))
 
     @property
     def identity(self) -> dict:
@@ -90,7 +96,7 @@ def match_references(extractors: Sequence[Extractor], files: Sequence[Path], siz
 def measure(
     folder: Path,
     indices: Sequence[int],
-    labels: Sequence[int] | None,
+    shown: Sequence[int] | Sequence[str] | None,
     scorers: Sequence[Scorer],
     settings: Eval,
     device: torch.device,
@@ -99,7 +105,8 @@ def measure(
 ) -> dict[str, dict]:
     """{metric: {value, error, …}} of the images `indices` of a folder, in that order, or of all `frames` of its clips.
 
-    `labels` are the classes that they show; None where they show captions, which have no accuracy by class.
+    `shown` are the classes that they show, or their captions, which have an accuracy by class where they name the classes of a
+    classifier (`named_classes`).
 
     Several processes share the pass over the images, and the result equals that of one process.
     """
@@ -110,8 +117,8 @@ def measure(
 
     def scored() -> dict[str, dict]:
         whole = [FeatureSet.interleave(of_scorer, each) for of_scorer in zip(*parts, strict=True)]
-        shown = None if labels is None else np.repeat(labels, each)
-        return score_all(whole, scorers, settings, device, shown)
+        of_frames = None if shown is None else np.repeat(shown, each).tolist()
+        return score_all(whole, scorers, settings, device, of_frames)
 
     return ranks.on_main(scored)
 
@@ -132,14 +139,14 @@ def score_all(
     scorers: Sequence[Scorer],
     settings: Eval,
     device: torch.device,
-    labels: Sequence[int] | None = None,
+    shown: Sequence[int] | Sequence[str] | None = None,
 ) -> dict[str, dict]:
-    """The metrics of all scorers; `labels` are the classes that the images were to show, None where they are unknown."""
-    intended = None if labels is None else np.asarray(labels)
-    how = {"bootstrap": settings.bootstrap, "seed": settings.seed, "intended": intended, "device": device}
+    """The metrics of all scorers; `shown` are the classes or captions of the images, None where they are unknown."""
+    how = {"bootstrap": settings.bootstrap, "seed": settings.seed, "device": device}
     metrics: dict[str, dict] = {}
     for scorer, features in zip(scorers, found, strict=True):
-        metrics |= score(features, scorer.reference, n=len(features), **how)
+        intended = scorer.intended(shown)
+        metrics |= score(features, scorer.reference, n=len(features), intended=intended, **how)
     return metrics
 
 

@@ -19,22 +19,24 @@ from configs.evaluation import Eval
 from configs.schema import Config
 from evaluation.image_files import clip_by_clip, watched
 from evaluation.sample import clip_settings
-from metrics.extractors import ClipExtractor, load_video_classifier
+from metrics.extractors import ClipExtractor, load_extractors, load_video_classifier
+from metrics.features import Extractor
+from metrics.quality import named_classes
 from metrics.video import MEASURES, compare_clips, measure_motion
 from training.ranks import Ranks
 
-Measures = dict[
-    str, np.ndarray
-]  # of clips, (n,) each, and their `features` (n, D) where a network gives them
+# Of clips, (n,) each, their `frames` (n, F, D), and their `features` (n, D) and `labels` where a network gives them.
+Measures = dict[str, np.ndarray]
 
 
 @dataclass
 class ClipScorer:
-    """Real clips, which are read once, and the network that gives features of whole clips, if there is one."""
+    """Real clips, which are read once, and the networks that see their frames and, if there is one, whole clips."""
 
     clips: Sequence[Sample]
     source: str  # the name of the list of these clips
     size: Sides
+    frame_extractor: Extractor
     extractor: ClipExtractor | None
     _real: Measures = field(default_factory=dict)
 
@@ -43,19 +45,28 @@ class ClipScorer:
         """Two results can be compared if this is equal for both."""
         ids = ids_digest([clip.id for clip in self.clips])
         extractor = None if self.extractor is None else self.extractor.identity
-        return {"source": self.source, "clips": len(self.clips), "ids_sha256": ids, "extractor": extractor}
+        found = {"source": self.source, "clips": len(self.clips), "ids_sha256": ids, "extractor": extractor}
+        return found | {"frame_extractor": self.frame_extractor.identity}
 
-    def compare(self, folder: Path, indices: Sequence[int], settings: Eval, ranks: Ranks) -> dict[str, dict]:
-        """{metric: {value, error, real, …}} of the clips `indices` of a folder. A measure that none of them has is left out."""
+    def compare(
+        self, folder: Path, indices: Sequence[int], settings: Eval, ranks: Ranks, shown: Sequence[str] = ()
+    ) -> dict[str, dict]:
+        """{metric: {value, error, real, …}} of the clips `indices` of a folder. A measure that none of them has is left out.
+
+        `shown` are the captions of these clips, which give an accuracy where each names one class of the network for clips.
+        """
         own = slice(ranks.rank, None, ranks.world)
         if not self._real:
             real = read_clips(self.clips[own], self.size)
             self._real = self._measure(real, len(self.clips), "real clips", ranks)
         mine = clip_by_clip(folder, list(indices)[own], self.clips[0].frames)
         drawn = self._measure(mine, len(indices), "clips", ranks)
-        features = {}
+        features = {"drawn_frames": drawn["frames"], "real_frames": self._real["frames"]}
         if self.extractor is not None:
-            features = {"drawn_features": drawn["features"], "real_features": self._real["features"]}
+            features |= {"drawn_features": drawn["features"], "real_features": self._real["features"]}
+            if shown:
+                features["intended"] = named_classes(shown, self.extractor.names)
+                features["predicted"] = drawn["labels"]
         of_drawn, of_real = ({name: found[name] for name in MEASURES} for found in (drawn, self._real))
         how = {"bootstrap": settings.bootstrap, "seed": settings.seed}
         found = ranks.on_main(lambda: compare_clips(of_drawn, of_real, **features, **how))
@@ -67,9 +78,10 @@ class ClipScorer:
         """The measures of `count` clips, of which this process is given every n-th, in their order."""
         rows = []
         for (clip,) in watched(([clip] for clip in clips), ranks, what, count):
-            row = measure_motion(clip)
+            row = measure_motion(clip) | {"frames": self.frame_extractor.features(clip).pool}  # (F, D)
             if self.extractor is not None:
-                row["features"] = self.extractor.features(clip[None]).pool[0]  # (D,)
+                found = self.extractor.features(clip[None])
+                row |= {"features": found.pool[0], "labels": found.labels[0]}  # (D,), ()
             rows.append(row)
         parts = ranks.gather([rows])
         whole = [parts[i % len(parts)][i // len(parts)] for i in range(count)]
@@ -99,7 +111,9 @@ def load_clip_scorer(config: Config, device: torch.device) -> ClipScorer | None:
     size = read_manifest(latents, "latents")["view"]["size"]
     network = config.eval.video_extractor
     extractor = None if network is None else load_video_classifier(network, device)
-    return ClipScorer(clips[: config.eval.num_samples], source.name, size, extractor)
+    # DINOv2, where it is given
+    of_frames = load_extractors(config.eval.extractor, device, dinov2=config.eval.dinov2)[-1]
+    return ClipScorer(clips[: config.eval.num_samples], source.name, size, of_frames, extractor)
 
 
 def read_clips(clips: Sequence[Sample], size: Sides) -> Iterator[np.ndarray]:

@@ -94,6 +94,7 @@ class ClassifierExtractor(FolderExtractor):
         if not linears:
             raise UserError(f"{type(model).__name__} has no linear layer with {outputs} outputs to read from")
         self.head = linears[-1]
+        self.names = [model.config.id2label[k] for k in range(outputs)]  # of the classes
 
     def read(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(b, 3, H, W) uint8 -> pool (b, D) and logits (b, K)."""

@@ -4,6 +4,9 @@ Inception Score, precision and recall as ADM's evaluator has them, KID as torch-
 different numbers of images are different measures, so both are part of a name: `adm_fid10k`, never a bare "FID".
 """
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -184,6 +187,18 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor):
     lengths = (b**2).sum(dim=1)  # (M,)
     for rows in a.split(ROWS):
         yield ((rows**2).sum(dim=1, keepdim=True) + lengths - 2 * rows @ b.T).clamp(min=0)
+
+
+def named_classes(prompts: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
+    """The class (N,) whose name stands in each prompt, as whole words; None where a prompt names none or several."""
+    patterns = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE) for name in names]
+    found = {
+        prompt: [k for k, one in enumerate(patterns) if one.search(prompt)]
+        for prompt in dict.fromkeys(prompts)
+    }
+    if any(len(classes) != 1 for classes in found.values()):
+        return None
+    return np.array([found[prompt][0] for prompt in prompts])
 
 
 def class_accuracy(predicted: np.ndarray, intended: np.ndarray) -> float:

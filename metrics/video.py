@@ -34,13 +34,16 @@ def compare_clips(
     real_features: np.ndarray | None = None,
     drawn_frames: np.ndarray | None = None,
     real_frames: np.ndarray | None = None,
+    intended: np.ndarray | None = None,
+    predicted: np.ndarray | None = None,
     bootstrap: int = BOOTSTRAP,
     seed: int = 0,
 ) -> dict[str, dict]:
     """All measures of drawn clips beside those of real ones: {name: {value, error, error_kind, real, notes}}.
 
     `of_drawn` and `of_real` are what `measure_clips` gives. Features of whole clips `(n, D)` give a Fréchet distance, which has
-    no value of real clips alone; a teacher's features of frames `(n, F, [N,] D)` give the temporal consistency. Errors are
+    no value of real clips alone; a teacher's features of frames `(n, F, [N,] D)` give the temporal consistency; the classes
+    that clips were to show and do show, `(n,)`, give an accuracy. Errors are
     standard errors over clips, or by bootstrap. Names end with the number of drawn clips.
     """
     of_drawn, of_real = dict(of_drawn), dict(of_real)
@@ -52,6 +55,9 @@ def compare_clips(
     results = {}
     for measure, values in of_drawn.items():
         results[metric_name("video", measure, n)] = _entry(values, of_real[measure])
+    if intended is not None and predicted is not None:
+        correct = _entry((intended == predicted).astype(float), np.empty(0))
+        results[metric_name("video", "accuracy", n)] = correct
     if drawn_features is not None and real_features is not None:
         pool, reference = np.asarray(drawn_features, np.float64), Moments().update(real_features)
         few = f"{len(pool)} clips for {pool.shape[1]} dimensions: a covariance needs more clips than that"

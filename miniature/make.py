@@ -17,17 +17,12 @@ from typing_extensions import TypedDict
 from common.errors import UserError
 from common.files import write_json, written_whole
 from common.reading import RECORD
+from miniature import make_moving
+from miniature.digits import CLASS_NAMES, IMAGES, SHIFTED, load_images
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import Dinov2Model
 
-CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # they look like WordNet ids and sort in class order
-HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the scripts has something to cut
-IMAGES, CAPTIONED = "ILSVRC", "captioned"
-SHIFTED = ("bold", "turned")  # the same digits in thick strokes, and turned by a quarter to the left
-CAPTIONED_COUNT = 64
 CLASSES = "imagenet_classes.json"
 SETTINGS = "demo.json"
 QUALITY = "models/quality.json"
@@ -48,76 +43,6 @@ STEPS = {
     True: {"vae": 3, "text": 5, "teacher": 3, "classifier": 3, "selfdistilled": 3},
 }
 DIGITS = "sd3-digits"
-
-
-def make_images(out: Path, quick: bool, seed: int, kind: str = IMAGES) -> None:
-    """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
-
-    The split depends on the seed and keeps the shares of the classes. `quick` keeps twelve images per class and split. `kind`
-    is the folder, and one of `SHIFTED` changes the digits so.
-    """
-    import numpy as np
-    from PIL import Image, ImageFilter
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    indices = np.arange(len(digits.target))
-    splits = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=seed)
-    with written_whole(out / kind) as folder:
-        for split, indices in zip(("train", "val"), splits, strict=True):
-            for label, synset in enumerate(SYNSETS):
-                target = folder / "Data" / "CLS-LOC" / split / synset
-                target.mkdir(parents=True)
-                of_class = sorted(int(i) for i in indices if digits.target[i] == label)
-                for index in of_class[:12] if quick else of_class:
-                    pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
-                    digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-                    if kind == "bold":
-                        digit = digit.filter(ImageFilter.MaxFilter(5))
-                    elif kind == "turned":
-                        digit = digit.transpose(Image.Transpose.ROTATE_90)
-                    canvas = Image.new("RGB", (WIDTH, HEIGHT))
-                    canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))
-                    canvas.save(target / f"{synset}_{index}.JPEG", quality=95)
-
-
-def make_captioned(out: Path, seed: int) -> None:
-    """Write `CAPTIONED_COUNT` of the digits, thin and bold, as PNG files with their captions in metadata.jsonl."""
-    import json
-
-    import numpy as np
-    from PIL import Image, ImageFilter
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    chosen = np.random.default_rng(seed).permutation(len(digits.target))[:CAPTIONED_COUNT]
-    with written_whole(out / CAPTIONED) as folder:
-        lines = []
-        for number, index in enumerate(chosen):
-            pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
-            digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-            weight = ("thin", "bold")[number % 2]
-            if weight == "bold":
-                digit = digit.filter(ImageFilter.MaxFilter(5))
-            digit.convert("RGB").save(folder / f"{number:03d}.png")
-            text = f"a handwritten {CLASS_NAMES[digits.target[index]]}, {weight}"
-            lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": text}) + "\n")
-        (folder / "metadata.jsonl").write_text("".join(lines))
-
-
-def load_images(out: Path, split: str, kind: str = IMAGES) -> tuple["Tensor", "Tensor"]:
-    """Return a split's centre-cropped images (N, 3, 32, 32) in [0, 1] and labels (N,), read from the JPEG files."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    files = sorted((out / kind / "Data" / "CLS-LOC" / split).glob("*/*.JPEG"))
-    left = (WIDTH - HEIGHT) // 2
-    centre = (left, 0, left + HEIGHT, HEIGHT)
-    pixels = np.stack([np.asarray(Image.open(file).crop(centre)) for file in files])  # (N, 32, 32, 3)
-    labels = torch.tensor([SYNSETS.index(file.parent.name) for file in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, labels
 
 
 def make_stable_diffusion(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
@@ -166,7 +91,7 @@ def _save_teacher(teacher: "Dinov2Model", out: Path, folder: Path) -> dict[str, 
     from miniature import selfdistilled as distilled
 
     teacher.save_pretrained(folder)
-    _write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
+    small.write_preprocessor(folder, small.IMAGENET_MEAN, small.IMAGENET_STD)
     (images, labels), (held_out, held_out_labels) = load_images(out, "train"), load_images(out, "val")
     known, tokens = small.teacher_tokens(teacher, images), small.teacher_tokens(teacher, held_out)
     return {
@@ -185,7 +110,7 @@ def make_classifier(out: Path, folder: Path, steps: dict[str, int], kind: str = 
     images, labels = load_images(out, "train", kind)
     classifier = small.train_classifier(images, labels, CLASS_NAMES, steps["classifier"])
     classifier.save_pretrained(folder)
-    _write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
+    small.write_preprocessor(folder, small.CLASSIFIER_MEAN, small.CLASSIFIER_STD)
     return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val", kind))}
 
 
@@ -238,16 +163,21 @@ def family_in(name: str) -> str:
     return name.strip(".").partition("-")[0]
 
 
-def wanted(out: Path, asked: Sequence[str] = (), family: str | None = None) -> list[str]:
-    """Return the names of the MODELS for `out`; an optional one is included if it is asked for or already there."""
+def wanted(
+    out: Path, asked: Sequence[str] = (), family: str | None = None, moving: bool = False
+) -> list[str]:
+    """Return the names of the models for `out`; an optional one is included if it is asked for or already there."""
+    if moving:
+        return list(make_moving.MODELS)
     if family is not None:
         return ["dinov2-mini", "classifier", f"{family}-mini"]
     return [n for n in MODELS if n not in OPTIONAL or n in asked or (out / "models" / n).is_dir()]
 
 
-def floors_of(name: str) -> dict[str, float]:
-    """Return the floors that a model's measures must reach."""
-    return {**FLOORS, **OWN_FLOORS.get(name, {})}
+def floors_of(name: str, *, own: bool = True) -> dict[str, float]:
+    """Return the floors that a model's measures must reach; without its `own`, those of all that are made with it."""
+    shared = make_moving.FLOORS if name in make_moving.MODELS else FLOORS
+    return {**shared, **(OWN_FLOORS.get(name, {}) if own else {})}
 
 
 @with_config(RECORD)
@@ -257,6 +187,7 @@ class Settings(TypedDict):
     seed: int
     quick: bool
     family: NotRequired[str]
+    moving: NotRequired[bool]
 
 
 @with_config(RECORD)
@@ -269,8 +200,16 @@ class Quality(Settings):
     models: dict[str, dict[str, float]]
 
 
+def place_of(name: str) -> int:
+    """Return what tells the seeds of the models of one folder apart."""
+    for first, models in ((0, MODELS), (5, make_moving.MODELS)):
+        if name in models:
+            return first + list(models).index(name)
+    return 4
+
+
 def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]:
-    """Build one of MODELS in `out/models/name`, with its `quality.json`, and return its measures and seconds.
+    """Build one of the models in `out/models/name`, with its `quality.json`, and return its measures and seconds.
 
     Raises UserError when a measure misses its floor, and then leaves no files. `quick` ignores the floors.
     """
@@ -278,10 +217,10 @@ def make_model(name: str, out: Path, quick: bool, seed: int) -> dict[str, float]
 
     started = time.perf_counter()
     # Each model has its own seed, because the teacher and the classifier that judges must be independent.
-    places = list(MODELS)
-    random = reproducible(100 * seed + (places.index(name) if name in MODELS else len(places)))
+    random, made = reproducible(100 * seed + place_of(name)), MODELS | make_moving.MODELS
+    steps = make_moving.STEPS if name in make_moving.MODELS else STEPS
     with _quiet(), random, written_whole(out / "models" / name) as folder:
-        measures = MODELS.get(name, make_family)(out, folder, STEPS[quick])
+        measures = made.get(name, make_family)(out, folder, steps[quick])
         floors = floors_of(name)
         missed = {key: value for key, value in measures.items() if value < floors.get(key, value)}
         if missed and not quick:
@@ -304,15 +243,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Write `preprocessor_config.json`, which tells users of the model its input size, mean and standard deviation."""
-    content = {
-        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
-        "do_resize": True, "size": {"shortest_edge": HEIGHT}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": HEIGHT, "width": HEIGHT},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
-    }  # fmt: skip
-    write_json(folder / "preprocessor_config.json", content)

@@ -7,6 +7,7 @@ Images are `(N, 3, 32, 32)` in [0, 1].
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from common.files import write_json
 from models.teachers.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, PATCH = 32, 8
@@ -162,15 +164,20 @@ def measure_token_cosine(tokens: Tensor) -> float:
     return ((gram.sum((1, 2)) - count) / (count * (count - 1))).mean().item()
 
 
-def train_classifier(
-    images: Tensor, labels: Tensor, names: list[str], steps: int
-) -> ResNetForImageClassification:
-    """Train a small ResNet on shifted digits, to judge generated images; it is not of the teacher's architecture or seed."""
+def build_classifier(names: list[str]) -> ResNetForImageClassification:
+    """Return a small untrained ResNet for classes of these names."""
     config = ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic",
         id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
     )  # fmt: skip
-    classifier = ResNetForImageClassification(config)
+    return ResNetForImageClassification(config)
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, names: list[str], steps: int
+) -> ResNetForImageClassification:
+    """Train a small ResNet on shifted digits, to judge generated images; it is not of the teacher's architecture or seed."""
+    classifier = build_classifier(names)
     x_all = F.pad(normalise(images, CLASSIFIER_MEAN, CLASSIFIER_STD), (2, 2, 2, 2), value=-1.0)
     classifier.train()
 
@@ -267,6 +274,18 @@ def measure_prompt_cosine(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, name
     pooled = encoder(class_prompts(tokenizer, PROMPTS[0], names)).pooler_output
     unit = F.normalize(pooled, dim=-1)  # (K + 1, 32)
     return (unit @ unit.mT - 2 * torch.eye(len(unit))).max().item()
+
+
+def write_preprocessor(folder: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Write `preprocessor_config.json`, which tells users of the model its input size, mean and standard deviation."""
+    content = {
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True,
+        "do_resize": True, "size": {"shortest_edge": SIZE}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(mean), "image_std": list(std),
+    }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", content)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import re
 import string
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -26,11 +27,12 @@ def clip_tokenizer(length: int = 77):
     return tokenizer
 
 
-def t5_tokenizer(length: int = 512):
-    """T5's, a unigram model of letters."""
+def t5_tokenizer(length: int = 512, words: Sequence[str] = ()):
+    """T5's, a unigram model of letters, and of these words."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -2.0)]
     letters = [(letter, -3.0) for letter in CHARACTERS if letter != " "]
-    return transformers.T5TokenizerFast(vocab=special + letters, extra_ids=0, model_max_length=length)
+    whole = [(f"\u2581{word}", -1.0) for word in words]
+    return transformers.T5TokenizerFast(vocab=special + letters + whole, extra_ids=0, model_max_length=length)
 
 
 def gemma_tokenizer():

@@ -13,12 +13,17 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/classifier-{bold,turned}/     with --transformer: judges of these digits
     OUT/{bold,turned}/Data/CLS-LOC/...       with --transformer: the digits in thick strokes, and turned by a quarter
     OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
+    OUT/clips/{train,val}/                   with --moving, in a folder of its own: films, such as "a three moving left"
+    OUT/models/ltx-moving/                   with --moving: an LTX-Video folder; its transformer is untrained
+    OUT/models/dinov2-moving/                with --moving: the teacher of its frames
+    OUT/models/{digit,motion}-judge/         with --moving: independent classifiers, of frames and of whole clips
     OUT/models/quality.json                  the measured quality of each model, its floor, and the seconds it took
 
 After an interruption, run the same command again: it makes only what is missing. On one machine the same seed gives
 the same weights, byte for byte.
 
     python preprocessing/0_make_demo.py --out data/demo
+    python preprocessing/0_make_demo.py --out data/moving --moving
 """
 
 import multiprocessing
@@ -26,6 +31,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -35,6 +41,7 @@ from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import write_json
 from common.reading import read_record
+from miniature import digits
 from miniature import make as miniature
 
 CLIPS = 20  # films of digits in motion, with --family
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make whatever is missing under `--out`, then print the measured quality of each model."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    add("--out", type=Path, help="folder (default: data/demo, or data/moving with --moving)")
     add("--seed", type=between(0, 2**62), default=0, help="of split, weights and training (default: 0)")
     add("--quick", action="store_true", help="a few images and steps, floors not enforced: for tests only")
     add(
@@ -55,8 +62,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--self-distilled", action="store_true", help="also a second teacher, trained without labels")
     add("--transformer", action="store_true", help="also what the study of a transformer needs")
+    add(
+        "--moving",
+        action="store_true",
+        help="instead: films of moving digits and small models of videos, 5 minutes",
+    )
     args = parser.parse_args(argv)
 
+    if args.moving and (args.family is not None or args.self_distilled or args.transformer):
+        parser.error(
+            "--moving makes a folder of its own: leave out --family, --self-distilled and --transformer"
+        )
     if args.family is not None:
         from models.families.table import family_named
 
@@ -65,36 +81,61 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(
                 "--family makes a pipeline of random weights: give --quick, and neither --self-distilled nor --transformer"
             )
+    if args.out is None:
+        args.out = Path("data/moving" if args.moving else "data/demo")
     settings = {"seed": args.seed, "quick": args.quick}
-    claim(args.out, settings | ({"family": args.family} if args.family else {}))
+    kind = {"family": args.family} if args.family else {"moving": True} if args.moving else {}
+    claim(args.out, settings | kind)
+    quality = args.out / miniature.QUALITY
     asked = ["dinov2-selfdistilled"] * args.self_distilled + [*miniature.DERIVED] * args.transformer
-    names, quality = miniature.wanted(args.out, asked, args.family), args.out / miniature.QUALITY
-    images = [miniature.IMAGES, miniature.CAPTIONED, *miniature.SHIFTED * args.transformer]
+    names = miniature.wanted(args.out, asked, args.family, args.moving)
+    images = [digits.IMAGES, digits.CAPTIONED, *digits.SHIFTED * args.transformer]
+    pictures = ["clips"] if args.moving else images
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
-    whole = not missing and quality.exists() and all((args.out / folder).is_dir() for folder in images)
+    whole = not missing and quality.exists() and all((args.out / folder).is_dir() for folder in pictures)
     if whole and list(read_record(quality, miniature.Quality, AGAIN)["models"]) == names:
         print(f"{args.out} is already complete")
         return
 
     started = time.perf_counter()
-    write_json(args.out / miniature.CLASSES, dict(enumerate(miniature.CLASS_NAMES)))
-    if not (args.out / miniature.IMAGES).is_dir():
-        miniature.make_images(args.out, **settings)
-        print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
-    if not (args.out / miniature.CAPTIONED).is_dir():
-        miniature.make_captioned(args.out, args.seed)
-    for kind in miniature.SHIFTED:
-        if kind in images and not (args.out / kind).is_dir():
-            miniature.make_images(args.out, **settings, kind=kind)
-    if args.family is not None and not (args.out / "clips").is_dir():
-        from miniature.clips import make_clips
-
-        make_clips(args.out, CLIPS, miniature.CLASS_NAMES, args.seed)
+    if args.moving:
+        make_moving_clips(args.out, settings)
+    else:
+        make_pictures(args.out, settings, args.family, images)
     for derived in (False, True):
         made = [name for name in missing if (name in miniature.DERIVED) == derived]
         make_models(made, args.out, settings)
     summarise(names, args.out, settings)
     print(f"{args.out} is complete, {time.perf_counter() - started:.0f} s")
+
+
+def make_pictures(out: Path, settings: dict, family: str | None, images: Sequence[str]) -> None:
+    """Make what is missing of the folders of `images`, and of a family's clips."""
+    started = time.perf_counter()
+    write_json(out / miniature.CLASSES, dict(enumerate(digits.CLASS_NAMES)))
+    for kind in images:
+        if (out / kind).is_dir():
+            continue
+        if kind == digits.CAPTIONED:
+            digits.make_captioned(out, settings["seed"])
+        else:
+            digits.make_images(out, **settings, kind=kind)
+    print(f"{'images':<22}{time.perf_counter() - started:5.1f} s", flush=True)
+    if family is not None and not (out / "clips").is_dir():
+        from miniature.clips import make_clips
+
+        make_clips(out, CLIPS, digits.CLASS_NAMES, settings["seed"])
+
+
+def make_moving_clips(out: Path, settings: dict) -> None:
+    """Make the films of moving digits, unless they are there."""
+    if (out / "clips").is_dir():
+        return
+    from miniature.moving import make_clips
+
+    started = time.perf_counter()
+    make_clips(out, digits.CLASS_NAMES, **settings)
+    print(f"{'clips':<22}{time.perf_counter() - started:5.1f} s", flush=True)
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -155,7 +196,10 @@ def summarise(names: list[str], out: Path, settings: dict) -> None:
     files = {name: out / "models" / name / "quality.json" for name in names}
     models = {name: read_record(file, dict[str, float], AGAIN) for name, file in files.items()}
     own = {name: floors for name, floors in miniature.OWN_FLOORS.items() if name in names}
-    content = settings | {"floors_enforced": not settings["quick"], "floors": miniature.FLOORS}
+    content = settings | {
+        "floors_enforced": not settings["quick"],
+        "floors": miniature.floors_of(names[0], own=False),
+    }
     content |= ({"own_floors": own} if own else {}) | {"models": models}
     write_json(out / miniature.QUALITY, content)
     print(f"\n{'model':<22}{'measure':<24}{'value':>8}{'floor':>8}")

@@ -255,6 +255,29 @@ def test_what_cannot_be_compared_is_marked_and_has_no_difference(ablation):
     assert "†" in found["note"]
 
 
+def test_an_arm_that_its_own_block_taught_is_compared_with_the_outside_teacher(ablation):
+    own = {"teacher": {"source": "backbone", "block": "dec_first"}, "align": {"head": "linear"}}
+    _, found = ablation({"baseline": {"align": {"coeff": 0}}, "own": own})
+    rows = found["summary"]["own"]
+    assert rows["CKNNA ↑"]["comparable"] is True
+    assert "difference" in rows["CKNNA ↑"]
+    assert "head cosine" not in rows
+
+
+def test_metrics_of_whole_clips_have_columns_of_their_own():
+    entry = {"value": 0.5, "error": None, "error_kind": None, "notes": [], "real": 0.25}
+    names = [
+        "classifier_fd16",
+        "classifier_accuracy16",
+        "video_accuracy4",
+        "video_warping_error4",
+        "video_fd1k",
+    ]
+    found = ablate.clip_metrics(dict.fromkeys(names, entry))
+    assert list(found) == ["accuracy of clips ↑", "Fréchet distance of clips ↓", "warping error"]
+    assert ablate.clip_metrics(dict.fromkeys(names[:2], entry)) == {}
+
+
 @pytest.mark.parametrize(
     "options",
     [

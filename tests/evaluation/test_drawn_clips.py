@@ -204,7 +204,8 @@ def test_drawn_clips_that_are_the_real_ones_measure_as_the_real_ones(house, judg
     scorer = load_clip_scorer(config, device)
     for _ in range(2):
         found = scorer.compare(tmp_path, range(FILMS), config.eval, ranks)
-        assert {f"video_{name}{FILMS}" for name in ("motion", "difference", "flicker")} <= found.keys()
+        names = ("motion", "difference", "flicker", "consistency")
+        assert {f"video_{name}{FILMS}" for name in names} <= found.keys()
         assert found.pop(f"video_fd{FILMS}", {"value": 0})["value"] == pytest.approx(0, abs=1e-6)
         assert all(of["value"] == of["real"] for of in found.values())
     scorers = load_scorers(config, device, ranks)
@@ -214,6 +215,29 @@ def test_drawn_clips_that_are_the_real_ones_measure_as_the_real_ones(house, judg
     save_images(real[:, :1].repeat(FRAMES, 1), tmp_path / "still", range(FILMS))
     still = scorer.compare(tmp_path / "still", range(FILMS), config.eval, ranks)
     assert still[f"video_motion{FILMS}"]["value"] == 0 < still[f"video_motion{FILMS}"]["real"]
+    same = still[f"video_consistency{FILMS}"]
+    assert same["real"] < same["value"] == pytest.approx(1)
+
+
+def test_captions_that_name_the_classes_of_the_judges_give_accuracies(house, judged, tmp_path):
+    config = load_config(house / "wan.yaml", [*judged, f"eval.num_samples={FILMS}"])
+    ranks, device = Ranks(cpu=True), torch.device("cpu")
+    real = np.stack(list(map(real_clip, read_samples(house / "list.csv"))))
+    save_images(real, tmp_path, range(FILMS))
+    clips, (frames,) = load_clip_scorer(config, device), load_scorers(config, device, ranks)
+    clips.extractor.names, seen = (
+        ["left", "right", "up", "down", "still"],
+        clips.extractor.features(real).labels,
+    )
+    captions = [f"it goes {clips.extractor.names[label]}" for label in seen]
+    found = clips.compare(tmp_path, range(FILMS), config.eval, ranks, captions)
+    assert found[f"video_accuracy{FILMS}"]["value"] == 1
+    assert not any("accuracy" in name for name in clips.compare(tmp_path, range(FILMS), config.eval, ranks))
+    of_frames = frames.extractor.features(real.reshape(-1, *real.shape[2:])).labels.reshape(FILMS, FRAMES)
+    named = ["a seven"] * FILMS
+    right = (of_frames == frames.extractor.names.index("seven")).mean()
+    measured = measure(tmp_path, range(FILMS), named, [frames], config.eval, device, ranks, FRAMES)
+    assert measured[f"classifier_accuracy{FILMS * FRAMES}"]["value"] == pytest.approx(right)
 
 
 def test_the_frames_of_the_clips_of_several_processes_come_back_in_order():

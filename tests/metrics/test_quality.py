@@ -386,3 +386,14 @@ def test_class_accuracy_is_the_share_of_hits():
     assert metrics.class_accuracy(np.array([0, 1, 2, 2]), np.array([0, 1, 1, 2])) == 0.75
     with pytest.raises(ValueError, match="labels"):
         metrics.class_accuracy(np.array([0, 1]), np.array([0]))
+
+
+def test_the_class_that_a_caption_names_is_found_by_whole_words():
+    names = ["one", "two", "moving left"]
+    prompts = ["a two", "One, bold", "stones moving left", "a two"]
+    assert metrics.named_classes(prompts, names).tolist() == [1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("prompt", ["a stone", "one or two", ""])
+def test_captions_that_name_no_class_or_several_have_none(prompt):
+    assert metrics.named_classes(["a one", prompt], ["one", "two"]) is None

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPTokenizer, Dinov2Model, ResNetForImageClassification
 
 from common.errors import UserError
+from miniature import digits
 from miniature import make as miniature
 
 make_demo = importlib.import_module("preprocessing.0_make_demo")
@@ -66,7 +67,7 @@ def test_images_lie_in_imagenets_layout_and_the_splits_share_none(demo: Path) ->
     names = {}
     for split in ("train", "val"):
         folders = sorted((demo / "ILSVRC" / "Data" / "CLS-LOC" / split).iterdir())
-        assert [folder.name for folder in folders] == miniature.SYNSETS == sorted(miniature.SYNSETS)
+        assert [folder.name for folder in folders] == digits.SYNSETS == sorted(digits.SYNSETS)
         assert [len(list(folder.glob(f"{folder.name}_*.JPEG"))) for folder in folders] == [12] * 10
         names[split] = {path.name for folder in folders for path in folder.iterdir()}
     assert not names["train"] & names["val"]
@@ -76,7 +77,7 @@ def test_images_lie_in_imagenets_layout_and_the_splits_share_none(demo: Path) ->
 
 
 def test_every_digit_is_kept_and_split_80_to_20(tmp_path: Path) -> None:
-    miniature.make_images(tmp_path, quick=False, seed=0)
+    digits.make_images(tmp_path, quick=False, seed=0)
     counts = [
         len(list((tmp_path / "ILSVRC/Data/CLS-LOC" / split).glob("*/*.JPEG"))) for split in ("train", "val")
     ]
@@ -84,7 +85,7 @@ def test_every_digit_is_kept_and_split_80_to_20(tmp_path: Path) -> None:
 
 
 def test_images_are_loaded_with_the_centre_crop(demo: Path) -> None:
-    images, labels = miniature.load_images(demo, "val")
+    images, labels = digits.load_images(demo, "val")
     assert images.shape == (120, 3, 32, 32)
     assert labels.tolist() == sorted([*range(10)] * 12)
     file = sorted((demo / "ILSVRC/Data/CLS-LOC/val/n00000000").iterdir())[0]
@@ -123,7 +124,7 @@ def test_the_scheduler_is_sd15s_with_v_prediction(pipeline) -> None:
 
 
 def test_scaled_latents_have_unit_std(demo: Path, pipeline) -> None:
-    images, _ = miniature.load_images(demo, "train")
+    images, _ = digits.load_images(demo, "train")
     with torch.no_grad():
         latents = pipeline.vae.encode(2 * images - 1).latent_dist.mode() * pipeline.vae.config.scaling_factor
     assert latents.shape == (120, 4, 16, 16)
@@ -144,10 +145,10 @@ def test_the_tokenizer_pads_to_77_and_knows_every_character(demo: Path) -> None:
 
 def test_prompts_of_different_classes_become_distinct_under_the_full_training() -> None:
     small = importlib.import_module("miniature.models")
-    tokenizer = small.build_tokenizer(miniature.CLASS_NAMES)
+    tokenizer = small.build_tokenizer(digits.CLASS_NAMES)
     with small.reproducible(0):
-        encoder = small.train_text_encoder(tokenizer, miniature.CLASS_NAMES, miniature.STEPS[False]["text"])
-    separation = 1 - small.measure_prompt_cosine(tokenizer, encoder, miniature.CLASS_NAMES)
+        encoder = small.train_text_encoder(tokenizer, digits.CLASS_NAMES, miniature.STEPS[False]["text"])
+    separation = 1 - small.measure_prompt_cosine(tokenizer, encoder, digits.CLASS_NAMES)
     assert separation >= miniature.FLOORS["prompt_separation"]
 
 

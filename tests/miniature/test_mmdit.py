@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image, ImageFilter
 from transformers import CLIPTextModel
 
-from miniature import make
+from miniature import digits, make
 from models.aligned import AlignedModel
 from models.families.table import family_of
 
@@ -76,7 +76,7 @@ def test_features_are_cells_of_the_patches_that_the_network_has(demo) -> None:
     assert model.get_aligned_tokens((4, 4))["block2"].shape == (2, 16, 64)
 
 
-@pytest.mark.parametrize("kind", make.SHIFTED)
+@pytest.mark.parametrize("kind", digits.SHIFTED)
 def test_the_changed_digits_are_the_same_ones(demo, kind) -> None:
     for split in ("train", "val"):
         files = sorted((demo / "ILSVRC/Data/CLS-LOC" / split).glob("*/*"))

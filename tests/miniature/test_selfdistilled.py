@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from miniature import digits
 from miniature import make as miniature
 from miniature import selfdistilled as distilled
 from miniature.models import reproducible
@@ -46,7 +47,7 @@ def both(tmp_path_factory) -> Path:
 
 def test_the_encoder_reads_the_folder_and_gives_16_tokens(both: Path) -> None:
     teacher = load_teacher(str(both / "models" / NAME), grid=4)
-    images, _ = miniature.load_images(both, "val")
+    images, _ = digits.load_images(both, "val")
     tokens = teacher(images[:5])
     assert tokens.shape == (5, 16, 64)
     assert tokens.isfinite().all()
@@ -124,7 +125,7 @@ def test_its_floors_are_its_own(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_same_seed_same_weights_and_other_seed_other_weights(both: Path) -> None:
-    images, _ = miniature.load_images(both, "train")
+    images, _ = digits.load_images(both, "train")
 
     def weights(seed: int) -> Tensor:
         with reproducible(seed):
