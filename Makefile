@@ -67,7 +67,7 @@ study-moving: .venv/installed  ## CREPA's variants on moving digits, 3 seeds eac
 	$(SCRIPT)/4_prepare_text_embeddings.py --csv $(MOVING)/train.csv --base $(MOVING)/models/ltx-moving --out $(MOVING)/cache/text
 	$(VERIFY_CLIPS) --csv $(MOVING)/train.csv --latents $(MOVING)/cache/latents --tokens $(MOVING)/cache/tokens
 	$(VERIFY_CLIPS) --csv $(MOVING)/val.csv --latents $(MOVING)/cache_val/latents --tokens $(MOVING)/cache_val/tokens
-	$(ABLATE) --base configs/study/moving.yaml --out runs/study_moving configs/ablations/baseline.yaml $(MOVING_ARMS:%=configs/study/moving_%.yaml)
+	$(ABLATE) --base configs/study/moving/base.yaml --out runs/study_moving configs/ablations/baseline.yaml $(MOVING_ARMS:%=configs/study/moving/%.yaml)
 
 BENCHMARKS = 'read_cache.py warm' 'read_cache.py cold' 'read_cache.py full_size' token_encodings.py
 
