@@ -1,4 +1,4 @@
-"""Official pipelines and text encoders of the tiny base models, loaded once a process: a test gets copies of what it changes."""
+"""Official pipelines and text encoders of the tiny base models, loaded once a process: tests get copies of what they change."""
 
 import functools
 from copy import copy, deepcopy
