@@ -44,7 +44,13 @@ def make_cache(miniature, csv, base, cache) -> None:
     run_numbered("4_prepare_text_embeddings", *classes, "--out", cache / "text")
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The scripts run on these in test_crops.py, test_large.py, test_sizes.py and test_demo.py too.
+ELSEWHERE = ("sdxl", "flux", "sd3", "sana")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in ELSEWHERE else name for name in NAMES]
+)
 def test_from_a_list_to_samples_that_the_stock_pipeline_draws_alike(
     name, base_of, miniature, listed, tmp_path, monkeypatch
 ):
