@@ -28,8 +28,8 @@ def fork_server():
 
 
 def few_points() -> None:
-    """Let pictures of alignment place 120 points from here on: t-SNE of 800, as users see them, takes seconds a picture."""
-    importlib.import_module("metrics.embedding").TOKENS = 60
+    """Let pictures of alignment place 40 points from here on: t-SNE of 800, as users see them, takes seconds a picture."""
+    importlib.import_module("metrics.embedding").TOKENS = 20
 
 
 def start(command: str, folder: Path, name: str = "", environment: dict[str, str] | None = None):
