@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import demo_overrides, small_model
+from conftest import demo_overrides, small_model, thin_model
 from small_runs import CONFIG, ROOT, train
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,8 +73,8 @@ def test_the_recipe_for_a_small_card_fits_it():
 
 
 def small_forward(train, checkpointing=False):
-    """A small network that keeps attention's N×N matrix to itself, as on a GPU."""
-    model = small_model(train=train).to("meta")
+    """A thin network that keeps attention's N×N matrix to itself, as on a GPU."""
+    model = thin_model(train).to("meta")
     if checkpointing:
         model.checkpoint()
     inputs = [(4, 16, 16), (), (5, 32)]
