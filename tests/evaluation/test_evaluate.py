@@ -554,7 +554,10 @@ class TestReport:
         assert "Other measurements" in text
         assert "seeds from 5" in text
 
-    def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(self, runs):
+    def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(
+        self, runs, monkeypatch
+    ):
+        monkeypatch.setattr("evaluation.align.draw_alignment", lambda *_: None)
         for run in ("urepa", "baseline"):
             evaluate("align", runs / run, "--timesteps", 100)
         before = (runs / "urepa" / "eval" / "align.json").read_bytes()
