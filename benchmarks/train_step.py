@@ -171,7 +171,7 @@ def reset_memory(device: torch.device) -> None:
 
 def matmul_rate(device: torch.device) -> float:
     """Operations per second of a large matrix product, bf16 on a GPU."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return max(2 * n**3 / seconds_of(lambda: a @ b, device, calls=20) for _ in range(5))
 

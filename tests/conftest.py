@@ -22,6 +22,12 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_points():
+    """In this process as in those of the fork server."""
+    importlib.import_module("fork_server").few_points()
+
+
 def small_unet(seed: int = 0):
     """SD-1.5's U-Net in its block types, small in its widths; 16×16 latents give a 2×2 mid-block."""
     import torch

@@ -27,6 +27,11 @@ def fork_server():
     return context
 
 
+def few_points() -> None:
+    """Let pictures of alignment place 40 points from here on: t-SNE of 800, as users see them, takes seconds a picture."""
+    importlib.import_module("metrics.embedding").TOKENS = 20
+
+
 def start(command: str, folder: Path, name: str = "", environment: dict[str, str] | None = None):
     """Start a command, as one would type it, with its working folder, in a session of its own.
 

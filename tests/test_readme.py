@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import train
 from ablate import DIFFERENCES, MEASURES
 from benchmarks.gpu_check import PARTS
 from benchmarks.report import PAGES as BENCHMARKED
@@ -92,12 +93,16 @@ def test_there_are_commands_to_try():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_real_run_asks_for_its_data_and_for_nothing_else(command, tmp_path, monkeypatch):
     """Without ImageNet each ends in the one line that says what is missing; a wrong option would end in argparse's.
-    A plan needs no data."""
+    A plan needs no data; test_plan.py and test_large.py print some.
+    """
     _, script, *arguments = shlex.split(command, comments=True)
     arguments = [
         str(ROOT / argument) if argument.startswith("configs/") else argument for argument in arguments
     ]
     monkeypatch.chdir(tmp_path)
     module = script.removesuffix(".py").replace("/", ".")
+    planned = []
+    monkeypatch.setattr(train, "print_plan", planned.append)
     with nullcontext() if "--plan" in arguments else pytest.raises(UserError):
         importlib.import_module(module).main(arguments)
+    assert len(planned) == ("--plan" in arguments)

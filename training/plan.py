@@ -107,10 +107,17 @@ def forward_of(model: AlignedModel, shape: tuple[int, ...], grid: tuple[int, int
 def step_flops(config: Config) -> tuple[float, float]:
     """Return the operations of one step on one process: of its results, and with what gradient checkpointing computes again.
 
-    The count takes a second, and is kept for each kind of model.
+    The count takes a second, and is kept for each kind of model, whatever the schedules and weights of its losses.
     """
-    shape = shape_of_latents(config)
-    key = (config.model, config.align, config.teacher, shape)
+    shape, align = shape_of_latents(config), config.align
+    key = (
+        config.model,
+        align.taps if align.coeff > 0 else (),
+        align.head,
+        align.head_hidden,
+        config.teacher,
+        shape,
+    )
     if key not in _COUNTED:
         model, _ = model_of_shapes(config, torch.float32)
         forward = forward_of(model, shape, config.teacher.cells)

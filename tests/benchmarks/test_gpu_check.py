@@ -25,7 +25,19 @@ def run(monkeypatch, folder, *arguments) -> int:
     return 0
 
 
-def test_every_proof_that_a_cpu_can_make_passes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "proofs",
+    [
+        # That every block compiles is shown in test_compile.py too.
+        pytest.param(
+            [p for p in gpu_proofs.PROOFS if p != gpu_proofs.every_block_compiles_with_checkpointing],
+            id="most",
+        ),
+        pytest.param(gpu_proofs.PROOFS, id="all", marks=pytest.mark.thorough),
+    ],
+)
+def test_every_proof_that_a_cpu_can_make_passes(proofs, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_proofs, "PROOFS", proofs)
     assert run(monkeypatch, tmp_path, "--part", "proof") == 0
     found = json.loads((tmp_path / "gpu_check_proof.json").read_text())
     notes = {row["proof"]: row.get("note") for row in found["rows"]}
@@ -34,7 +46,7 @@ def test_every_proof_that_a_cpu_can_make_passes(tmp_path, monkeypatch):
     ]  # fmt: skip
     proven = {target["what"].partition(":")[0] for target in found["targets"]}
     assert proven == {name for name, note in notes.items() if note is None}
-    assert len(proven) == 7
+    assert len(proven) == len(proofs) - len(gpu_proofs.NEED_A_GPU)
     assert all(found[name] for name in ("machine", "command", "date"))
     assert not list(tmp_path.glob("benchmark-*"))
 

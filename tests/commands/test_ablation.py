@@ -164,6 +164,7 @@ def test_a_set_is_trained_measured_and_tabulated_and_the_second_call_repeats_not
     ]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ablate, "run_chains", in_this_process)  # each process would import torch again
+    monkeypatch.setattr("evaluation.align.draw_alignment", lambda *_: None)  # test_evaluate.py looks at it
     ablate.main(list(map(str, arguments)))
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(first["results"]) == {"a", "b"}
@@ -197,6 +198,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(tmp_path, arguments, s
 def ablation(miniature, tmp_path, monkeypatch):
     """Run an ablation of overlays {name: settings} in this process; returns what was run, in order."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("evaluation.align.draw_alignment", lambda *_: None)
     settings = [
         o
         for o in demo_overrides(miniature, "unused", "train.steps=2", "eval.num_samples=12")

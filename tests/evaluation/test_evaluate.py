@@ -45,12 +45,6 @@ def drawn(run) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-@pytest.fixture(autouse=True)
-def few_points(monkeypatch):
-    """t-SNE of 800 points takes most of a second, of 120 next to nothing."""
-    monkeypatch.setattr("metrics.embedding.TOKENS", 60)
-
-
 @pytest.fixture(scope="module")
 def trained(miniature, tmp_path_factory):
     """Two runs with checkpoints at 2, 4, 6, and a config for their bare base model; not to be changed."""
@@ -560,7 +554,10 @@ class TestReport:
         assert "Other measurements" in text
         assert "seeds from 5" in text
 
-    def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(self, runs):
+    def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(
+        self, runs, monkeypatch
+    ):
+        monkeypatch.setattr("evaluation.align.draw_alignment", lambda *_: None)
         for run in ("urepa", "baseline"):
             evaluate("align", runs / run, "--timesteps", 100)
         before = (runs / "urepa" / "eval" / "align.json").read_bytes()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from loaded import codec_of
 from torch import Tensor
 
 from method.sampler import is_flow
@@ -51,7 +52,7 @@ def name_of(family) -> str:
 
 def size_of(family, shape) -> dict[str, int]:
     """The arguments of a pipeline's call that say the size of latents `(…, h, w)`."""
-    codec = family.load_codec()
+    codec = codec_of(family.base)
     size = {"height": shape[-2] * codec.down, "width": shape[-1] * codec.down}
     if len(shape) == 5:
         name = "frames" if name_of(family) == "sanavideo" else "num_frames"

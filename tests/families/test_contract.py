@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from loaded import CPU, PROMPTS, prepared, shapes_of, stock_of, text_of
 from official import (
     SCALES,
     as_oracle,
@@ -46,22 +47,11 @@ EXACT_SOLVERS = {
     "sanavideo": "FlowMatchEulerDiscreteScheduler",
     "kandinsky5_video": None,
 }
-CPU = torch.device("cpu")
-PROMPTS = ["a photo of a three", "a drawing of a two"]
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request, base_of) -> Backbone:
-    found = family_of(base_of(request.param))
-    found.prepare_text([*PROMPTS, ""], CPU)
-    return found
-
-
-def stock_of(family):
-    """The family's own pipeline of diffusers."""
-    pipeline = family.pipeline_class.from_pretrained(family.base, **family.load_options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return prepared(family_of(base_of(request.param)))
 
 
 @pytest.fixture
@@ -76,7 +66,7 @@ def frames_of(family, count: int) -> list[int]:
 
 def noise_of(family, count=2, wide=2) -> torch.Tensor:
     """Noise `(n, C, h, wide·h)`, not square: height and width must not be confused."""
-    C, *_ = family.latent_shape(family.load_network())
+    C, *_ = family.latent_shape(shapes_of(family.base))
     h = CELLS // 2 if isinstance(family, Transformer) else CELLS
     return torch.randn(
         count, C, *frames_of(family, 2), h, wide * h, generator=torch.Generator().manual_seed(0)
@@ -84,7 +74,7 @@ def noise_of(family, count=2, wide=2) -> torch.Tensor:
 
 
 def taps_of(family) -> tuple[str, ...]:
-    return family.measured_taps(family.network_of_shapes()[0])
+    return family.measured_taps(shapes_of(family.base))
 
 
 def model_of(family, taps=(), train="full", **options) -> AlignedModel:
@@ -96,7 +86,7 @@ def inputs(family, count=2):
     """x_t `(n, C, h, w)`, timesteps `(n,)` and text of `count` prompts."""
     x_t = noise_of(family, count)
     path = family.path(x_t.shape[1:])
-    return x_t, path.spread(count), family.encode_text(PROMPTS[:count], CPU)
+    return x_t, path.spread(count), text_of(family, count)
 
 
 def exact_scheduler(family, stock):
@@ -216,7 +206,7 @@ def check_sampler(family, stock, cfg=1.0):
 
 
 def test_the_fields_of_text_have_the_shapes_that_the_family_gives(family):
-    shapes = family.text_shapes(family.load_network())
+    shapes = family.text_shapes(shapes_of(family.base))
     family.prepare_text([*PROMPTS, ""], CPU)
     text, null = family.encode_text(["a photo of a three", ""], CPU), family.null_text(CPU)
     for name in family.variable_text:
@@ -303,6 +293,9 @@ def test_what_is_trained_is_named_alike_in_every_family_and_the_network_stays_st
 
 
 def test_lora_is_loaded_by_the_stock_pipeline_and_changes_its_network_alike(family, stock, tmp_path):
+    x_t, t, text = inputs(family)
+    with torch.no_grad():
+        bare = own_output(family, stock, x_t, t, text)
     for targets in family.lora_targets:
         lora = family_lora(family, 4, 8, targets)
         model = AlignedModel(family, family.load_network(), (), 64, train="lora", lora=lora).eval()
@@ -310,18 +303,16 @@ def test_lora_is_loaded_by_the_stock_pipeline_and_changes_its_network_alike(fami
             torch.nn.init.normal_(parameter, std=0.2)
         model.export(tmp_path / targets)
         load_exported(stock, family, tmp_path / targets)
-        x_t, t, text = inputs(family)
         with torch.no_grad():
             theirs = own_output(family, stock, x_t, t, text)
             torch.testing.assert_close(theirs, model.predict(x_t, t, text))
-            bare = model_of(family).eval().predict(x_t, t, text)
         assert (theirs - bare).abs().max() > 1e-3
         if family.loads_lora:
             stock.unload_lora_weights()
 
 
 def test_the_size_of_images_is_that_of_the_latents(family):
-    codec, shape = family.load_codec(), family.latent_shape(family.load_network())
+    codec, shape = family.load_codec(), family.latent_shape(shapes_of(family.base))
     if isinstance(family, VideoTransformer):
         pytest.skip("the size of clips is chosen by the user")
     side = family.image_size(codec)
@@ -360,13 +351,13 @@ def test_kohyas_names_of_lora_are_those_that_the_stock_pipeline_reads(family, st
     """diffusers' own reader of kohya's files maps the names back."""
     if family.kohya_base is None:
         pytest.skip("kohya's tools do not know this family")
+    x_t, t, text = inputs(family)
     for targets in family.lora_targets:
         lora = family_lora(family, 4, 8, targets)
         model = AlignedModel(family, family.load_network(), (), 64, train="lora", lora=lora).eval()
         for parameter in model.trained_parameters().values():
             torch.nn.init.normal_(parameter, std=0.2)
         stock.load_lora_weights(kohya_weights(model, alpha=8.0, dtype=torch.float32))
-        x_t, t, text = inputs(family)
         with torch.no_grad():
             theirs = own_output(family, stock, x_t, t, text)
             torch.testing.assert_close(theirs, model.predict(x_t, t, text))

@@ -18,7 +18,7 @@ from common.errors import UserError
 from configs.loading import load_config
 from evaluation.sample import image_settings
 from evaluation.targets import Target
-from miniature.families import CELLS, make_pipeline
+from miniature.families import CELLS
 from models.aligned import AlignedModel, family_lora
 from models.families.table import FAMILIES, family_of
 from training.parts import build_parts, family_for
@@ -35,7 +35,7 @@ SIZES = {
     "auraflow": (6.8, 31.5), "lumina2": (2.6, 14.7), "wan": (1.42, 23.6), "ltxvideo": (1.9, 29.4),
     "sanavideo": (1.91, 22.9), "kandinsky5_video": (2.15, 34.6),
 }  # fmt: skip
-QUICK = ("sd15", "pixart", "sana")
+QUICK = ("sd15", "sana")
 
 
 @pytest.mark.parametrize(
@@ -71,18 +71,6 @@ def test_the_recipe_for_flux_on_a_small_card_fits_it():
         assert planned < 0.85 * card
         assert f"{planned:.1f}" == told.pop(0)
     assert not told
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("large")
-
-    def base(name: str) -> str:
-        if not (folder / name).exists():
-            make_pipeline(name, folder / name)
-        return str(folder / name)
-
-    return base
 
 
 def lora_model(family, network):

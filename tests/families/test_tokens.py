@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_contract import CPU, PROMPTS, noise_of, taps_of
+from loaded import CPU, LONG, PROMPTS, prepared
+from test_contract import noise_of, taps_of
 from torch import nn
 
 from models.aligned import AlignedModel, family_lora
@@ -19,8 +20,6 @@ TRIMMED = [name for name, kind in FAMILIES.items() if kind.trimmed_text]
 VALUES = r"(to_v|to_v_t|add_v_proj|to_value)$"  # what attention mixes, for text and picture
 # Their feed-forward is a convolution, so the neighbours of a cell move too.
 CONVOLVED = ("sana", "sanavideo")
-# In a batch with PROMPTS[0], the text is ragged where the network cuts it at its mask.
-LONG = "a much longer prompt, of many more words than the other one has"
 
 
 @contextmanager
@@ -94,22 +93,16 @@ def check_tokens(family, tall=False):
                 assert row.max() < 1e-6, (tap, cell)
 
 
-def prepared(base):
-    family = family_of(base)
-    family.prepare_text([*PROMPTS, LONG, ""], CPU)
-    return family
-
-
 @pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_patch_of_the_latents_moves_its_own_cell_of_the_features_and_no_other(base_of, name, tall):
-    check_tokens(prepared(base_of(name)), tall)
+    check_tokens(prepared(family_of(base_of(name)), LONG), tall)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [name for name, kind in FAMILIES.items() if issubclass(kind, SD15)])
 def test_the_features_of_a_unet_keep_height_and_width(base_of, name):
-    family = family_of(base_of(name))
+    family = prepared(family_of(base_of(name)))
     network = family.load_network()
     down = 2 ** (len(network.config.block_out_channels) - 1)
     x_t = torch.randn(1, 4, 8 * down, 4 * down, generator=torch.Generator().manual_seed(0))
@@ -132,7 +125,7 @@ def test_the_families_whose_text_is_trimmed():
 @torch.no_grad()
 @pytest.mark.parametrize("name", TRIMMED)
 def test_what_lies_behind_the_mask_of_the_text_moves_nothing_and_may_be_left_out(base_of, name):
-    family = prepared(base_of(name))
+    family = prepared(family_of(base_of(name)), LONG)
     network = family.load_network().eval()
     x_t = noise_of(family)
     t, text = family.path(x_t.shape[1:]).spread(2), family.encode_text([PROMPTS[0], LONG], CPU)
@@ -151,7 +144,7 @@ def test_what_lies_behind_the_mask_of_the_text_moves_nothing_and_may_be_left_out
 
 def test_text_that_the_network_reads_to_its_end_is_not_trimmed(base_of):
     """FLUX.1 attends to the padding too."""
-    family = family_of(base_of("flux"))
+    family = prepared(family_of(base_of("flux")))
     network, x_t = family.load_network().eval(), noise_of(family)
     t, text = family.path(x_t.shape[1:]).spread(2), family.encode_text(PROMPTS, CPU)
     with torch.no_grad():
@@ -173,7 +166,7 @@ def gradients(family, x_t, t, text, *, recompute: bool):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_without_checkpointing(base_of, name):
-    family = prepared(base_of(name))
+    family = prepared(family_of(base_of(name)), LONG)
     x_t = noise_of(family)
     t, text = family.path(x_t.shape[1:]).spread(2), family.encode_text([PROMPTS[0], LONG], CPU)
     (prediction, plain), (again, recomputed) = (
@@ -189,7 +182,7 @@ def test_gradients_are_those_without_checkpointing(base_of, name):
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_prediction_is_the_same_in_train_mode(base_of, name):
-    check_modes(prepared(base_of(name)))
+    check_modes(prepared(family_of(base_of(name)), LONG))
 
 
 @torch.no_grad()
@@ -201,7 +194,7 @@ def check_modes(family):
 
 
 def test_hidreams_experts_are_trained_in_train_mode_alone(base_of):
-    family = family_of(base_of("hidream"))
+    family = prepared(family_of(base_of("hidream")))
     x_t, text = noise_of(family), family.encode_text(PROMPTS, CPU)
     idle = {}
     for mode in (True, False):
@@ -214,8 +207,7 @@ def test_hidreams_experts_are_trained_in_train_mode_alone(base_of):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_in_bf16_with_what_its_class_keeps_in_fp32(base_of, name):
-    family = family_of(base_of(name))
-    family.prepare_text([*PROMPTS, ""], CPU)
+    family = prepared(family_of(base_of(name)))
     lora = family_lora(family, 4, 4, "auto")
     model = AlignedModel(family, family.load_network(), ["auto"], 64, train="lora", lora=lora)
     exact = exact_weights(model.backbone)

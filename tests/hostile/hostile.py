@@ -16,7 +16,7 @@ from fork_server import said, start
 PATIENCE = 5.0  # seconds on an idle machine, within which a command must have said what is wrong
 # What a refused command may write: locks, and nothing else.
 LOCKS = (".lock",)
-LARGE = 2**18  # bytes
+LARGE = 2**14  # bytes
 
 
 @dataclass(frozen=True)

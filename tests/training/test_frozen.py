@@ -17,8 +17,8 @@ def gradients(batch, *, keeps, layout=torch.contiguous_format, compiled=False):
     if not keeps:
         keep_no_inputs(model.backbone)
     model.backbone.to(memory_format=layout)
-    if compiled:
-        model.backbone.compile(backend="aot_eager", dynamic=False)
+    if compiled:  # one block, which has every kind of convolution: the whole network would take half a minute
+        model.backbone.down_blocks[2].compile(backend="aot_eager", dynamic=False)
     losses = []
 
     def forward():
@@ -40,6 +40,7 @@ def test_gradients_keep_their_bits_and_less_is_kept(batch, layout, compiled):
     ours, less = gradients(batch, keeps=False, layout=layout, compiled=compiled)
     assert usual.keys() == ours.keys()
     assert all(torch.equal(usual[name], ours[name]) for name in usual)
+    assert counters["stats"]["unique_graphs"] == 2 * compiled
     assert not counters["graph_break"]
     assert compiled or less < 0.95 * plenty
     torch.compiler.reset()

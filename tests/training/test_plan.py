@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import demo_overrides, small_model
+from conftest import demo_overrides, small_model, thin_model
 from small_runs import CONFIG, ROOT, train
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +22,7 @@ from training.plan import (
     saved_bytes,
     step_flops,
 )
+from training.plan_count import StepCost
 from training.plan_time import count_work, seconds_by_kind
 
 
@@ -72,8 +73,8 @@ def test_the_recipe_for_a_small_card_fits_it():
 
 
 def small_forward(train, checkpointing=False):
-    """A small network that keeps attention's N×N matrix to itself, as on a GPU."""
-    model = small_model(train=train).to("meta")
+    """A thin network that keeps attention's N×N matrix to itself, as on a GPU."""
+    model = thin_model(train).to("meta")
     if checkpointing:
         model.checkpoint()
     inputs = [(4, 16, 16), (), (5, 32)]
@@ -240,6 +241,23 @@ def test_what_checkpointing_computes_again_counts_for_the_hardware_alone(miniatu
     meter.step()
     line = meter.read()
     assert (line["mfu"], line["hfu"], line["tflop_per_s"]) == (0.15, 0.2, 2)
+
+
+def test_operations_are_counted_anew_for_another_model_and_not_for_another_schedule(
+    miniature, tmp_path, monkeypatch
+):
+    counted = []
+    monkeypatch.setattr("training.plan._COUNTED", {})
+    monkeypatch.setattr(
+        "training.plan.count_step", lambda forward: counted.append(forward) or StepCost(1, 1, {})
+    )
+    for times, *more in (
+        (1, "align.coeff=0.8"), (1, "align.coeff=0.5", "align.warmup_steps=2", "align.manifold_coeff=0"),
+        (2, "align.coeff=0"), (3, "align.taps=[enc_last,mid]"), (4, "align.head=mlp"), (5, "model.train=lora"),
+        (6, "align.head=mlp", "align.head_hidden=8"), (7, "teacher.grid=5"),
+    ):  # fmt: skip
+        step_flops(load_config(CONFIG, demo_overrides(miniature, tmp_path / "run", *more)))
+        assert len(counted) == times, more
 
 
 def test_a_paused_meter_counts_no_time(monkeypatch):
