@@ -51,22 +51,10 @@ study-transformer: demo        ## REPA on a small MMDiT from scratch, and its ad
 	  $(ABLATE) --base configs/study/adapt/$$kind.yaml --out runs/study_$$kind configs/ablations/baseline.yaml $(ADAPTED_ARMS:%=configs/study/mmdit/%.yaml) || exit 1; \
 	done
 
-MOVING = data/moving
-SCRIPT = .venv/bin/python preprocessing
-LIST_CLIPS = $(SCRIPT)/1_sample_imagenet_subset.py --frames 13 --fps 8
-ENCODE_CLIPS = $(SCRIPT)/2_encode_vae_latents.py --base $(MOVING)/models/ltx-moving --teacher $(MOVING)/models/dinov2-moving --image-size 32 --grid 4 --workers 0 --batch-size 32
-VERIFY_CLIPS = $(SCRIPT)/5_verify_cache.py --text $(MOVING)/cache/text --full
 MOVING_ARMS = per_frame crepa cumulative backbone relation
 
 study-moving: .venv/installed  ## CREPA's variants on moving digits, 3 seeds each: an hour on a CPU; goes on where it stopped
-	$(SCRIPT)/0_make_demo.py --out $(MOVING) --moving
-	$(LIST_CLIPS) --videos $(MOVING)/clips/train --out $(MOVING)/train.csv
-	$(LIST_CLIPS) --videos $(MOVING)/clips/val --out $(MOVING)/val.csv
-	$(ENCODE_CLIPS) --csv $(MOVING)/train.csv --out $(MOVING)/cache/latents --fused $(MOVING)/cache/tokens
-	$(ENCODE_CLIPS) --csv $(MOVING)/val.csv --out $(MOVING)/cache_val/latents --fused $(MOVING)/cache_val/tokens
-	$(SCRIPT)/4_prepare_text_embeddings.py --csv $(MOVING)/train.csv --base $(MOVING)/models/ltx-moving --out $(MOVING)/cache/text
-	$(VERIFY_CLIPS) --csv $(MOVING)/train.csv --latents $(MOVING)/cache/latents --tokens $(MOVING)/cache/tokens
-	$(VERIFY_CLIPS) --csv $(MOVING)/val.csv --latents $(MOVING)/cache_val/latents --tokens $(MOVING)/cache_val/tokens
+	.venv/bin/python demo.py --moving
 	$(ABLATE) --base configs/study/moving/base.yaml --out runs/study_moving configs/ablations/baseline.yaml $(MOVING_ARMS:%=configs/study/moving/%.yaml)
 
 BENCHMARKS = 'read_cache.py warm' 'read_cache.py cold' 'read_cache.py full_size' token_encodings.py

@@ -1,11 +1,12 @@
 """The whole pipeline on the embedded miniature: the real scripts, one after the other, and a page of results.
 
     make demo                                  # or: python demo.py
+    python demo.py --moving                    # films of moving digits, with CREPA and without: a quarter of an hour
     python demo.py --family sdxl --quick       # the same stages on a tiny pipeline of another family
 
 With --family the network is that family's own, with random weights: its images are noise, and the page shows that every stage
 works. Each stage is a command that can be pasted. A second call runs only what is missing; one that was killed goes on where it
-stopped. To start over, delete data/demo and runs/demo.
+stopped. To start over, delete data/demo and runs/demo (data/moving and runs/demo_moving; data/demo_NAME and runs/demo_NAME).
 """
 
 import hashlib
@@ -104,26 +105,50 @@ CLIP_GROUPS = [
     ("align", "evaluate.py align {arms} --timesteps 500 --num-images 16", "{runs}/baseline/eval/align.json"),
     QUICK_GROUPS[-1],
 ]  # fmt: skip
+MOVING_ARMS = [{"arm": "crepa", "without": " align.neighbours=1"}, ARMS[1]]
+# Of the trained miniature of clips.
+MOVING_GROUPS = [
+    ("moving digits and small models", "preprocessing/0_make_demo.py --out {data} --moving", "{data}/models/quality.json"),
+    ("list {split}",
+     "preprocessing/1_sample_imagenet_subset.py --videos {data}/clips/{split} --frames 13 --fps 8 --out {data}/{split}.csv",
+     "{data}/{split}.csv"),
+    ("latents and tokens {split}",
+     "preprocessing/2_encode_vae_latents.py --csv {data}/{split}.csv --base {base} --image-size 32 --workers 0 --batch-size 32 "
+     "--out {data}/{cache}/latents --fused {data}/{cache}/tokens --teacher {teacher} --grid 4",
+     "{data}/{cache}/tokens/manifest.json"),
+    ("text",
+     "preprocessing/4_prepare_text_embeddings.py --csv {data}/train.csv {data}/val.csv --base {base} --out {data}/cache/text",
+     "{data}/cache/text/manifest.json"),
+    GROUPS[5],
+    GROUPS[6],
+    ("final", "evaluate.py final {arms} --sweep", "{runs}/baseline/eval/points.jsonl"),
+    ("align", "evaluate.py align {arms}", "{runs}/baseline/eval/align.json"),
+    ("page", "evaluate.py report {arms} -o {page} --times {record}", "{page}"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The folders and the stages of one demo: of the trained miniature, or of a family's tiny pipeline."""
+    """The folders and the stages of one demo: of a trained miniature, of images or clips, or of a family's tiny pipeline."""
 
     family: str | None
-    clips: bool = False  # whether the family is one of videos
+    clips: bool = False  # whether it is one of videos
 
     @property
     def data(self) -> Path:
-        return Path("data/demo" if self.family is None else f"data/demo_{self.family}")
+        if self.family is None:
+            return Path("data/moving" if self.clips else "data/demo")
+        return Path(f"data/demo_{self.family}")
 
     @property
     def runs(self) -> Path:
-        return Path("runs/demo" if self.family is None else f"runs/demo_{self.family}")
+        return Path("runs") / {"demo": "demo", "moving": "demo_moving"}.get(self.data.name, self.data.name)
 
     @property
     def config(self) -> Path:
-        return Path("configs/demo.yaml" if self.family is None else "configs/demo_quick.yaml")
+        if self.family is None:
+            return Path("configs/study/moving/base.yaml" if self.clips else "configs/demo.yaml")
+        return Path("configs/demo_quick.yaml")
 
     @property
     def logs(self) -> Path:
@@ -139,28 +164,32 @@ class Demo:
 
     @property
     def arms(self) -> list[dict]:
-        return ARMS if self.family is None else QUICK_ARMS
+        trained = MOVING_ARMS if self.clips else ARMS
+        return trained if self.family is None else QUICK_ARMS
 
     @property
     def names(self) -> dict[str, object]:
         """What the commands of the stages are filled with."""
-        data = self.data
+        data, name = self.data, self.family or ("ltx" if self.clips else "sd15")
+        kind = "moving" if self.family is None and self.clips else "mini"
         fields = {"data.csv": "train.csv", "eval.csv": "val.csv", "data.text": "cache/text"}
         for section, cache in (("data", "cache"), ("eval", "cache_val")):
             fields |= {f"{section}.{field}": f"{cache}/{field}" for field in ("latents", "tokens")}
         fields["eval.extractor"] = "models/classifier"
         return {
             "data": data, "runs": self.runs, "page": self.page, "record": self.record, "config": self.config,
-            "family": self.family, "base": data / f"models/{self.family or 'sd15'}-mini",
-            "teacher": data / "models/dinov2-mini", "note": NOTE,
+            "family": self.family, "base": data / f"models/{name}-{kind}",
+            "teacher": data / f"models/dinov2-{kind}", "note": NOTE,
             "arms": " ".join(f"{self.runs}/{arm['arm']}" for arm in self.arms),
             "caches": " ".join(f"{key}={data / path}" for key, path in fields.items()),
         }  # fmt: skip
 
     def stages(self) -> list[list[Stage]]:
         """The groups of stages in order."""
-        quick = CLIP_GROUPS if self.clips else QUICK_GROUPS
-        groups, splits = (GROUPS, SPLITS) if self.family is None else (quick, QUICK_SPLITS)
+        if self.family is None:
+            groups, splits = MOVING_GROUPS if self.clips else GROUPS, SPLITS
+        else:
+            groups, splits = CLIP_GROUPS if self.clips else QUICK_GROUPS, QUICK_SPLITS
         found = []
         for name, command, product in groups:
             variants = splits if "{split}" in name else self.arms if "{arm}" in name else [{}]
@@ -175,12 +204,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="random weights and ten steps: minutes become seconds"
     )
+    parser.add_argument("--moving", action="store_true", help="the trained miniature of clips")
     args = parser.parse_args(argv)
-    if (args.family is None) == args.quick:
+    if (args.family is None) == args.quick or (args.moving and args.quick):
         parser.error(
-            "--family NAME and --quick go together; without both, the trained miniature of SD-1.5 is shown"
+            "--family NAME and --quick go together; without both, a trained miniature is shown: of SD-1.5, or with --moving"
         )
-    clips = False
+    clips = args.moving
     if args.family is not None:
         from models.families.table import family_named
 
