@@ -33,7 +33,7 @@ MMDIT_ARMS = repa linear token_gram quarter half last early_stop
 ADAPTED_ARMS = repa token_gram relation
 ENCODE = .venv/bin/python preprocessing/2_encode_vae_latents.py --base data/demo/models/sd3-digits --image-size 32 --workers 0
 MINI = --teacher data/demo/models/dinov2-mini --grid 4
-SAMPLED = .venv/bin/python preprocessing/1_sample_imagenet_subset.py
+SAMPLED = .venv/bin/python preprocessing/1_sample_imagenet_subset.py --imagenet data/demo/turned
 MADE_TEXT = .venv/bin/python preprocessing/4_prepare_text_embeddings.py --base data/demo/models/sd3-digits
 
 study-transformer: demo        ## REPA on a small MMDiT from scratch, and its adaptation by LoRA to other digits, 3 seeds each (docs/study.md)
@@ -43,13 +43,11 @@ study-transformer: demo        ## REPA on a small MMDiT from scratch, and its ad
 	$(MADE_TEXT) --class-names data/demo/imagenet_classes.json --template '{class_name}' --max-sequence-length 8 --out data/demo/cache_mmdit/text
 	$(ABLATE) --base configs/study/mmdit/base.yaml --out runs/study_mmdit configs/ablations/baseline.yaml $(MMDIT_ARMS:%=configs/study/mmdit/%.yaml)
 	.venv/bin/python export.py runs/study_mmdit/baseline/seed0 --pipeline
-	for kind in bold turned; do \
-	  $(SAMPLED) --imagenet data/demo/$$kind --split train --per-class 139 --out data/demo/$${kind}_train.csv && \
-	  $(SAMPLED) --imagenet data/demo/$$kind --split val --per-class 35 --out data/demo/$${kind}_val.csv && \
-	  $(ENCODE) --csv data/demo/$${kind}_train.csv --out data/demo/cache_$$kind/latents --fused data/demo/cache_$$kind/tokens $(MINI) && \
-	  $(ENCODE) --csv data/demo/$${kind}_val.csv --out data/demo/cache_$${kind}_val/latents --fused data/demo/cache_$${kind}_val/tokens $(MINI) && \
-	  $(ABLATE) --base configs/study/adapt/$$kind.yaml --out runs/study_$$kind configs/ablations/baseline.yaml $(ADAPTED_ARMS:%=configs/study/mmdit/%.yaml) || exit 1; \
-	done
+	$(SAMPLED) --split train --per-class 139 --out data/demo/turned_train.csv
+	$(SAMPLED) --split val --per-class 35 --out data/demo/turned_val.csv
+	$(ENCODE) --csv data/demo/turned_train.csv --out data/demo/cache_turned/latents --fused data/demo/cache_turned/tokens $(MINI)
+	$(ENCODE) --csv data/demo/turned_val.csv --out data/demo/cache_turned_val/latents --fused data/demo/cache_turned_val/tokens $(MINI)
+	$(ABLATE) --base configs/study/adapt/turned.yaml --out runs/study_turned configs/ablations/baseline.yaml $(ADAPTED_ARMS:%=configs/study/mmdit/%.yaml)
 
 MOVING_ARMS = per_frame crepa cumulative backbone relation
 

@@ -202,6 +202,12 @@ def clip_metrics(metrics: Mapping[str, Mapping]) -> dict[str, Mapping]:
     return {measure: kinds[kind] for measure, (kind, _) in OF_CLIPS.items() if kind in kinds}
 
 
+def measures_of_table(table: Mapping[str, Mapping]) -> dict[str, str]:
+    """The measures of the columns of a table of arms, with their formats."""
+    measured = {name for rows in table.values() for name in rows}
+    return MEASURES | {name: form for name, (_, form) in OF_CLIPS.items() if name in measured}
+
+
 def conditions_of(config: Config) -> dict[str, dict]:
     """For each measure the settings that decide whether it can be compared."""
     flat = flat_settings(config)
@@ -216,8 +222,7 @@ def write_results(
 ) -> None:
     """Write table.md, results.json and arms.png, and print the table. `config` is that of a run of the reference arm."""
     table = summarise(results, reference, incomparable)
-    measured = {name for rows in table.values() for name in rows}
-    measures = MEASURES | {name: form for name, (_, form) in OF_CLIPS.items() if name in measured}
+    measures = measures_of_table(table)
     text = markdown(table, measures, DIFFERENCES)
     drawn, sampler = config.eval, family_for(config).sampler_of(config.eval.sampler)
     note = (

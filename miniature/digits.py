@@ -12,7 +12,7 @@ CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "e
 SYNSETS = [f"n{digit:08d}" for digit in range(10)]  # they look like WordNet ids and sort in class order
 HEIGHT, WIDTH = 32, 40  # not square, so that the centre crop of the scripts has something to cut
 IMAGES, CAPTIONED = "ILSVRC", "captioned"
-SHIFTED = ("bold", "turned")  # the same digits in thick strokes, and turned by a quarter to the left
+TURNED = "turned"  # the same digits, turned by a quarter to the left
 CAPTIONED_COUNT = 64
 
 
@@ -20,10 +20,10 @@ def make_images(out: Path, quick: bool, seed: int, kind: str = IMAGES) -> None:
     """Write scikit-learn's 1797 handwritten digits as JPEG files in ImageNet's layout, 80 % train and 20 % val.
 
     The split depends on the seed and keeps the shares of the classes. `quick` keeps twelve images per class and split. `kind`
-    is the folder, and one of `SHIFTED` changes the digits so.
+    is the folder, `ILSVRC` or `TURNED`.
     """
     import numpy as np
-    from PIL import Image, ImageFilter
+    from PIL import Image
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -39,9 +39,7 @@ def make_images(out: Path, quick: bool, seed: int, kind: str = IMAGES) -> None:
                 for index in of_class[:12] if quick else of_class:
                     pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)  # (8, 8)
                     digit = Image.fromarray(pixels).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-                    if kind == "bold":
-                        digit = digit.filter(ImageFilter.MaxFilter(5))
-                    elif kind == "turned":
+                    if kind == TURNED:
                         digit = digit.transpose(Image.Transpose.ROTATE_90)
                     canvas = Image.new("RGB", (WIDTH, HEIGHT))
                     canvas.paste(digit.convert("RGB"), ((WIDTH - HEIGHT) // 2, 0))

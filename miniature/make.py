@@ -7,7 +7,6 @@ models and their trainings are in `miniature/models.py` and `miniature/selfdisti
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
 
@@ -18,7 +17,7 @@ from common.errors import UserError
 from common.files import write_json, written_whole
 from common.reading import RECORD
 from miniature import make_moving
-from miniature.digits import CLASS_NAMES, IMAGES, SHIFTED, load_images
+from miniature.digits import CLASS_NAMES, IMAGES, TURNED, load_images
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
@@ -114,19 +113,17 @@ def make_classifier(out: Path, folder: Path, steps: dict[str, int], kind: str = 
     return {"classifier_accuracy": small.measure_accuracy(classifier, *load_images(out, "val", kind))}
 
 
-def make_judge_of(kind: str, out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
-    """Save the judge of digits that were changed, and measure what the teacher, which has not seen any, knows of them."""
+def make_judge_of_turned(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
+    """Save the judge of turned digits, and measure what the teacher, which has not seen any, knows of them."""
     from transformers import Dinov2Model
 
     from miniature import models as small
 
-    measures = make_classifier(out, folder, steps, kind)
+    measures = make_classifier(out, folder, steps, TURNED)
     teacher = Dinov2Model.from_pretrained(out / "models/dinov2-mini").eval()
-    known = [
-        (small.teacher_tokens(teacher, x), y)
-        for x, y in (load_images(out, s, kind) for s in ("train", "val"))
-    ]
-    return measures | {"teacher_probe_on_these": small.measure_linear_probe(*known)}
+    shown = (load_images(out, split, TURNED) for split in ("train", "val"))
+    known = [(small.teacher_tokens(teacher, images), labels) for images, labels in shown]
+    return measures | {"teacher_probe_on_turned": small.measure_linear_probe(*known)}
 
 
 def make_mmdit(out: Path, folder: Path, steps: dict[str, int]) -> dict[str, float]:
@@ -144,7 +141,7 @@ MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
     "classifier": make_classifier,
     "dinov2-selfdistilled": make_self_distilled,  # last, so that the others keep their position, which decides their seed
     DIGITS: make_mmdit,
-    **{f"classifier-{kind}": partial(make_judge_of, kind) for kind in SHIFTED},
+    "classifier-turned": make_judge_of_turned,
 }
 DERIVED = tuple(MODELS)[4:]  # of other models' parts, or measured with them, and so made after them
 OPTIONAL = ("dinov2-selfdistilled", *DERIVED)  # made on request only

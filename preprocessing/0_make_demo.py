@@ -10,8 +10,8 @@ It needs only a CPU and about a minute, and writes:
     OUT/models/classifier/                   an independent classifier, which judges generated images
     OUT/models/dinov2-selfdistilled/         with --self-distilled: a teacher made without labels, 2 minutes
     OUT/models/sd3-digits/                   with --transformer: a Stable Diffusion 3 folder; its small MMDiT is untrained
-    OUT/models/classifier-{bold,turned}/     with --transformer: judges of these digits
-    OUT/{bold,turned}/Data/CLS-LOC/...       with --transformer: the digits in thick strokes, and turned by a quarter
+    OUT/turned/Data/CLS-LOC/...              with --transformer: the digits, turned by a quarter
+    OUT/models/classifier-turned/            with --transformer: the judge of these
     OUT/models/NAME-mini/                    with --family NAME --quick: a tiny pipeline of that family instead, untrained
     OUT/clips/{train,val}/                   with --moving, in a folder of its own: films, such as "a three moving left"
     OUT/models/ltx-moving/                   with --moving: an LTX-Video folder; its transformer is untrained
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     quality = args.out / miniature.QUALITY
     asked = ["dinov2-selfdistilled"] * args.self_distilled + [*miniature.DERIVED] * args.transformer
     names = miniature.wanted(args.out, asked, args.family, args.moving)
-    images = [digits.IMAGES, digits.CAPTIONED, *digits.SHIFTED * args.transformer]
+    images = [digits.IMAGES, digits.CAPTIONED, *[digits.TURNED] * args.transformer]
     pictures = ["clips"] if args.moving else images
     missing = [name for name in names if not (args.out / "models" / name).is_dir()]
     whole = not missing and quality.exists() and all((args.out / folder).is_dir() for folder in pictures)

@@ -9,6 +9,8 @@ from torch import nn
 from models.families.transformer import JOINT, Transformer, lora_of
 
 TOKENS = 77 + 256  # of a prompt, in CLIP and T5
+LAYERS = [rf"attn\.{name}" for name in JOINT]
+FEED_FORWARD = [rf"{stream}\.net\.{layer}" for stream in ("ff", "ff_context") for layer in (r"0\.proj", "2")]
 
 
 class SD3(Transformer):
@@ -42,7 +44,10 @@ class SD3(Transformer):
         "prompt_embeds": "encoder_hidden_states",
         "pooled_prompt_embeds": "pooled_projections",
     }
-    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}  # noqa: RUF012
+    lora_targets = {  # noqa: RUF012
+        "attention": lora_of(LAYERS),
+        "attention+ff": lora_of([*LAYERS, *FEED_FORWARD]),
+    }
     parts = {  # noqa: RUF012
         "transformer": lambda: diffusers.SD3Transformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
