@@ -113,7 +113,9 @@ def test_a_teacher_that_cannot_teach_is_one_line(tmp_path, tap, block, said):
         )
 
 
-def test_a_training_needs_no_tokens_and_is_not_measured_against_any(miniature, tmp_path, capsys):
+def test_a_training_needs_no_tokens_and_is_compared_with_an_outside_teacher_of_held_out_images(
+    miniature, tmp_path, capsys
+):
     overrides = demo_overrides(miniature, tmp_path / "run", *OWN, "align.manifold=relation")
     train_script.main(["--config", CONFIG, *overrides])
     said = capsys.readouterr().out
@@ -122,8 +124,11 @@ def test_a_training_needs_no_tokens_and_is_not_measured_against_any(miniature, t
     run = RunFolder(tmp_path / "run")
     lines = run.metrics()
     assert all(0 < line["loss_token"] < 2 and line["loss_manifold"] > 0 for line in lines)
-    with pytest.raises(UserError, match="taught by its own dec_first"):
-        heldout_images(run.config)
+    held = heldout_images(run.config)
+    assert held.tokens.shape == (len(held.latents), 16, 64)
+    bare = run.config.model_copy(update={"eval": run.config.eval.model_copy(update={"tokens": None})})
+    with pytest.raises(UserError, match=r"eval\.tokens, those of an outside teacher"):
+        heldout_images(bare)
 
 
 def test_a_stopped_training_goes_on_bit_for_bit(miniature, tmp_path, monkeypatch):
