@@ -125,7 +125,7 @@ def test_a_training_needs_no_tokens_and_is_compared_with_an_outside_teacher_of_h
     lines = run.metrics()
     assert all(0 < line["loss_token"] < 2 and line["loss_manifold"] > 0 for line in lines)
     held = heldout_images(run.config)
-    assert held.tokens.shape == (len(held.latents), 16, 64)
+    assert held.teacher.shape == (len(held.latents), 16, 64)
     bare = run.config.model_copy(update={"eval": run.config.eval.model_copy(update={"tokens": None})})
     with pytest.raises(UserError, match=r"eval\.tokens, those of an outside teacher"):
         heldout_images(bare)
