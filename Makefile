@@ -51,7 +51,7 @@ study-transformer: demo        ## REPA on a small MMDiT from scratch, and its ad
 
 MOVING_ARMS = per_frame crepa cumulative backbone relation
 
-study-moving: .venv/installed  ## CREPA's variants on moving digits, 3 seeds each: an hour on a CPU; goes on where it stopped
+study-moving: .venv/installed  ## CREPA's variants on moving digits, 3 seeds each: an hour and a half on a CPU; goes on where it stopped
 	.venv/bin/python demo.py --moving
 	$(ABLATE) --base configs/study/moving/base.yaml --out runs/study_moving configs/ablations/baseline.yaml $(MOVING_ARMS:%=configs/study/moving/%.yaml)
 
