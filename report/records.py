@@ -119,6 +119,14 @@ def headline(metrics: Sequence[str]) -> str:
     return next(name for name in metrics if kind_of(name) in HEADLINES)
 
 
+def _only_a_reason_is_text(metrics: dict[str, dict]) -> dict[str, dict]:
+    """`reason` says why a metric has no value, such as features that have collapsed."""
+    for name, found in metrics.items():
+        if text := [key for key, value in found.items() if isinstance(value, str) and key != "reason"]:
+            raise ValueError(f"{name}.{text[0]} is no number")
+    return metrics
+
+
 @with_config(RECORD)
 class AlignmentRow(TypedDict):
     """The metrics {name: {value, null, …}} of one model's features at one tap and timestep, before or after the head."""
@@ -127,7 +135,7 @@ class AlignmentRow(TypedDict):
     tap: str
     timestep: int
     features: str
-    metrics: dict[str, dict[str, float | int | None]]
+    metrics: Annotated[dict[str, dict[str, float | int | str | None]], AfterValidator(_only_a_reason_is_text)]
 
 
 @with_config(RECORD)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Annotation, Text
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from common.errors import UserError
 from common.plain_text import code
@@ -16,6 +17,7 @@ from report.ablation import plot_arms
 from report.page import Command, Figure, Films, Heading, Paragraph, Table, write_page
 from report.plot_grids import plot_rows, plot_sample_grids
 from report.plot_style import run_style
+from report.records import AlignmentRow
 
 RUNS = {"baseline": ([0, 1, 2], [3.0, 2.0, 1.5]), "aligned": ([0, 1, 2], [3.0, float("nan"), 1.0])}
 
@@ -170,3 +172,12 @@ def test_a_film_that_is_none_is_one_line(tmp_path):
     for name, says in (("a.mp4", "is no mp4 file"), ("b.mp4", "cannot be read as a film")):
         with pytest.raises(UserError, match=says):
             write_page(tmp_path / "p.html", title="t", lead="l", sections=[Films({"x": tmp_path / name})])
+
+
+def test_a_metric_without_a_value_has_a_reason_and_no_other_text():
+    row = {"model": "base", "tap": "block2", "timestep": 250, "features": "backbone"}
+    cca = {"value": None, "null": None, "reason": "k must be in [1, 16]"}
+    adapter = TypeAdapter(AlignmentRow)
+    assert adapter.validate_python(row | {"metrics": {"cca": cca}})["metrics"]["cca"] == cca
+    with pytest.raises(ValidationError, match=r"cca\.value is no number"):
+        adapter.validate_python(row | {"metrics": {"cca": cca | {"value": "high"}}})
