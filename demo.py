@@ -121,7 +121,7 @@ MOVING_GROUPS = [
      "{data}/cache/text/manifest.json"),
     GROUPS[5],
     GROUPS[6],
-    ("final", "evaluate.py final {arms} --sweep", "{runs}/baseline/eval/points.jsonl"),
+    ("metrics", "evaluate.py metrics {arms}", "{runs}/baseline/eval/points.jsonl"),
     ("align", "evaluate.py align {arms}", "{runs}/baseline/eval/align.json"),
     ("page", "evaluate.py report {arms} -o {page} --times {record}", "{page}"),
 ]  # fmt: skip
