@@ -66,9 +66,8 @@ class TextDetails(TypedDict):
     fields: dict[str, NamedField]
     # Fields cut behind the longest prompt, and the mask that says where that is.
     trimmed: NotRequired[dict[str, str]]
-    max_sequence_length: NotRequired[
-        Count
-    ]  # tokens of a prompt, where they are fewer than the pipeline's own
+    # Tokens of a prompt, where they are fewer than the pipeline's own.
+    max_sequence_length: NotRequired[Count]
     template: NotRequired[Template]  # of the prompts of classes
 
 
