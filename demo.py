@@ -1,7 +1,7 @@
 """The whole pipeline on the embedded miniature: the real scripts, one after the other, and a page of results.
 
     make demo                                  # or: python demo.py
-    python demo.py --moving                    # films of moving digits, with CREPA and without: a quarter of an hour
+    python demo.py --moving                    # films of moving digits, with CREPA and without: ten minutes
     python demo.py --family sdxl --quick       # the same stages on a tiny pipeline of another family
 
 With --family the network is that family's own, with random weights: its images are noise, and the page shows that every stage
@@ -142,7 +142,7 @@ class Demo:
 
     @property
     def runs(self) -> Path:
-        return Path("runs") / {"demo": "demo", "moving": "demo_moving"}.get(self.data.name, self.data.name)
+        return Path("runs") / ("demo_moving" if self.data.name == "moving" else self.data.name)
 
     @property
     def config(self) -> Path:

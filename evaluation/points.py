@@ -62,8 +62,10 @@ def evaluate_point(
         started = time.monotonic()
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
-        prompts, labels = TextReader(target.config.data.text).prompts, labels_of(recipe, indices)
-        captions = [] if _has_classes(recipe) else [prompts[label] for label in labels]
+        labels, captions = labels_of(recipe, indices), []
+        if not _has_classes(recipe):
+            prompts = TextReader(target.config.data.text).prompts
+            captions = [prompts[label] for label in labels]
         frames = recipe.get("frames")
         metrics = measure(folder, indices, captions or labels, scorers, settings, device, ranks, frames)
         if clip_scorer is not None:

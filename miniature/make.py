@@ -139,7 +139,7 @@ MODELS: dict[str, Callable[[Path, Path, dict[str, int]], dict[str, float]]] = {
     "dinov2-mini": make_teacher,
     "sd15-mini": make_stable_diffusion,
     "classifier": make_classifier,
-    "dinov2-selfdistilled": make_self_distilled,  # last, so that the others keep their position, which decides their seed
+    "dinov2-selfdistilled": make_self_distilled,  # behind the others, which keep their position: it decides the seed
     DIGITS: make_mmdit,
     "classifier-turned": make_judge_of_turned,
 }

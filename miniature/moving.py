@@ -72,13 +72,11 @@ def make_clips(out: Path, names: list[str], quick: bool, seed: int) -> None:
         for split, numbers in split_digits(seed, quick).items():
             (folder / split).mkdir()
             digits, labels = digits_of(numbers)
-            earlier = (F.one_hot(labels).cumsum(0) - 1).gather(1, labels[:, None])[
-                :, 0
-            ]  # (N,) of the same class
+            # How many digits of its class come before each, (N,).
+            earlier = (F.one_hot(labels).cumsum(0) - 1).gather(1, labels[:, None]).squeeze(1)
             motions = earlier % len(MOTIONS)
-            pixels = (
-                (draw_clips(digits, motions) * 255).round().byte().movedim(1, -1).numpy()
-            )  # (N, F, H, W, 3)
+            clips = (draw_clips(digits, motions) * 255).round().byte()  # (N, 3, F, H, W)
+            pixels = clips.movedim(1, -1).numpy()
             lines = []
             for clip, label, which, number in zip(pixels, labels, motions, numbers, strict=True):
                 motion = list(MOTIONS)[which]

@@ -26,6 +26,7 @@ class PromptEncoder:
 
     def __init__(self, family, device: torch.device):
         self.family, self.device = family, device
+        check_length(family)  # before gigabytes of encoders are loaded
         index = family.pipeline_class._get_signature_keys(family.pipeline_class)[0]
         self.parts = {name: load_text_part(family, name) for name in family.parts if is_of_text(name)}
         family.check_text(self.parts)
@@ -34,7 +35,6 @@ class PromptEncoder:
             family.pipeline_class, family.base, f"pipeline {family.base}", revision=family.revision,
             **others | dict(family.load_options) | self.parts,
         )  # fmt: skip
-        check_length(family)
         if device.type == "cuda":
             self.pipeline.enable_model_cpu_offload(device=device)
 
