@@ -74,13 +74,12 @@ def _font():
     return font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
 
 
-def draw_texts(figure) -> None:
-    """Make all texts of a figure drawable, and draw them, so that their places are known."""
+def make_drawable(figure) -> None:
+    """Make all texts of a figure `drawable`."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_text(drawable(text.get_text()))
-    figure.canvas.draw()
 
 
 def save_figure(figure, path: str | Path, data: dict) -> Path:
@@ -88,7 +87,7 @@ def save_figure(figure, path: str | Path, data: dict) -> Path:
     import matplotlib.pyplot as plt
 
     path, buffer = Path(path), io.BytesIO()
-    draw_texts(figure)
+    make_drawable(figure)
     figure.savefig(buffer, format="png", dpi=DPI)
     plt.close(figure)
     text = json.dumps(data, ensure_ascii=False, allow_nan=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from report.plot_style import LEGEND, draw_texts, plain, pyplot, run_styles, save_figure
+from report.plot_style import LEGEND, make_drawable, plain, pyplot, run_styles, save_figure
 
 SMOOTH = 9  # points of the running mean of a loss
 LABEL_LINE = 0.058  # height of a line of labels in units of the axes
@@ -160,7 +160,8 @@ def _label_ends(axes, ends: list[tuple[str, float, float, str]]) -> None:
 
     if not ends:
         return
-    draw_texts(axes.figure)
+    make_drawable(axes.figure)
+    axes.figure.draw_without_rendering()  # which finds the places of its parts
     to_axes = axes.transAxes.inverted()
     heights = [to_axes.transform(axes.transData.transform(end[1:3]))[1] for end in ends]
     order = np.argsort(heights, kind="stable")

@@ -23,9 +23,9 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_points():
+def work_little():
     """In this process as in those of the fork server."""
-    importlib.import_module("fork_server").few_points()
+    importlib.import_module("fork_server").work_little()
 
 
 def small_unet(seed: int = 0):

@@ -3,7 +3,7 @@
 import gc
 import importlib
 
-from fork_server import COMMANDS, SCRIPTS, few_points
+from fork_server import COMMANDS, SCRIPTS, work_little
 
 for name in (*COMMANDS, *SCRIPTS.values(), "preprocessing.encoders"):
     importlib.import_module(name)
@@ -14,5 +14,5 @@ for name in (
     "transformers.models.dinov2.modeling_dinov2",
 ):
     importlib.import_module(name)
-few_points()
+work_little()
 gc.freeze()  # a forked process need not walk through what is imported

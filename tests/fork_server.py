@@ -27,9 +27,13 @@ def fork_server():
     return context
 
 
-def few_points() -> None:
-    """Let pictures of alignment place 40 points from here on: t-SNE of 800, as users see them, takes seconds a picture."""
+def work_little() -> None:
+    """From here on, place 40 points by t-SNE (800, as users see them, take seconds a picture) and draw 4 samples at once.
+
+    Tests draw two to twenty samples, and on a CPU a forward always has the same rows.
+    """
     importlib.import_module("metrics.embedding").TOKENS = 20
+    importlib.import_module("method.sampler").CPU_ROWS = 4
 
 
 def start(command: str, folder: Path, name: str = "", environment: dict[str, str] | None = None):
