@@ -24,8 +24,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("## The tree")[1].split("```")[1]
 TRACKED = [
     path
-    for path in ROOT.rglob("*")
-    if path.is_file() and not {".venv", ".git", "runs", "data"} & set(path.relative_to(ROOT).parts)
+    for top in ROOT.iterdir()
+    if top.name not in {".venv", ".git", "runs", "data"}
+    for path in [top, *top.rglob("*")]
+    if path.is_file() and not {"runs", "data"} & set(path.relative_to(ROOT).parts)
 ]
 PAGES = [ROOT / "preprocessing" / "README.md", ROOT / "docs" / "method.md"]
 COMMANDS = [

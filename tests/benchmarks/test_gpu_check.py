@@ -28,9 +28,13 @@ def run(monkeypatch, folder, *arguments) -> int:
 @pytest.mark.parametrize(
     "proofs",
     [
-        # That every block compiles is shown in test_compile.py too.
+        # What compiled blocks compute, and that each is compiled, is shown in test_compile.py too.
         pytest.param(
-            [p for p in gpu_proofs.PROOFS if p != gpu_proofs.every_block_compiles_with_checkpointing],
+            [
+                proof
+                for proof in gpu_proofs.PROOFS
+                if proof not in (gpu_proofs.losses_agree, gpu_proofs.every_block_compiles_with_checkpointing)
+            ],
             id="most",
         ),
         pytest.param(gpu_proofs.PROOFS, id="all", marks=pytest.mark.thorough),

@@ -15,7 +15,7 @@ NAMES = [name for name, kind in FAMILIES.items() if not issubclass(kind, VideoTr
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "sana" else pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]
+    "name", [name if name == "pixart" else pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]
 )
 def test_the_quick_demo_of_a_family_ends_with_a_page_that_says_what_it_is(name, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -40,9 +40,9 @@ def fresh_compiler(monkeypatch):
 @pytest.mark.parametrize(
     ("train", "checkpointing"),
     [
-        ("lora", False),
-        ("full", True),
-        pytest.param("lora", True, marks=pytest.mark.thorough),
+        ("lora", True),
+        pytest.param("lora", False, marks=pytest.mark.thorough),
+        pytest.param("full", True, marks=pytest.mark.thorough),
         pytest.param("full", False, marks=pytest.mark.thorough),
     ],
 )

@@ -225,24 +225,35 @@ def test_a_launcher_that_starts_one_process_of_two_is_found_out(miniature, tmp_p
     assert "started one, as it does where it sees no second GPU: use torchrun" in said(tmp_path, "2")[1]
 
 
-def test_the_launched_script_logs_once_and_refuses_in_one_line(miniature, tmp_path):
-    run = tmp_path / "run"
-    launcher = [
+def by_torchrun(words, folder):
+    """Run train_sd15.py by the launcher itself; returns what both ranks print to stdout."""
+    command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
     ]
     found = subprocess.run(
-        [*launcher, "train_sd15.py", *arguments(miniature, run)],
+        [*command, "train_sd15.py", *words],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("self-test") == found.stdout.count("is complete") == 1
-    assert "4 images each, 2 processes" in found.stdout
+    return found.stdout
+
+
+def by_fork_server(words, folder):
+    """Run it in two ranks with a launcher's environment, without the launcher's and their imports."""
+    assert run_both(shlex.join(["train_sd15", *words]), folder) == [0, 0], said(folder, "0")[1]
+    return "".join(said(folder, str(rank))[0] for rank in (0, 1))
+
+
+@pytest.mark.parametrize("launched", [by_fork_server, pytest.param(by_torchrun, marks=pytest.mark.thorough)])
+def test_the_launched_script_logs_once_and_refuses_in_one_line(miniature, tmp_path, launched):
+    run = tmp_path / "run"
+    printed = launched(arguments(miniature, run), tmp_path)
+    assert printed.count("self-test") == printed.count("is complete") == 1
+    assert "4 images each, 2 processes" in printed
     assert [line["step"] for line in RunFolder(run).metrics()] == list(range(1, 9))
     assert (run / "export" / "ema").is_dir()
     codes = run_both(shlex.join(["train_sd15", *arguments(miniature, run, "optim.lr=0.5")]), tmp_path)
