@@ -56,14 +56,18 @@ def trained(miniature, tmp_path_factory):
     return root
 
 
+def copy_runs(source: Path, folder: Path) -> Path:
+    """Copy the runs and what was measured of them."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    settings = yaml.safe_load((source / "plain.yaml").read_text())
+    (folder / "plain.yaml").write_text(yaml.safe_dump(settings | {"run": str(folder / "plain")}))
+    return folder
+
+
 @pytest.fixture
 def runs(trained, tmp_path):
     """A copy of them, of which nothing is measured yet."""
-    for name in ("urepa", "baseline"):
-        shutil.copytree(trained / name, tmp_path / name)
-    settings = yaml.safe_load((trained / "plain.yaml").read_text())
-    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(settings | {"run": str(tmp_path / "plain")}))
-    return tmp_path
+    return copy_runs(trained, tmp_path)
 
 
 def auto_reference(miniature) -> Path:
@@ -490,20 +494,34 @@ class TestPictures:
 
 
 class TestReport:
-    def test_it_holds_everything_with_its_protocol_and_command_and_asks_for_nothing(self, runs, monkeypatch):
-        three = [runs / "urepa", runs / "baseline", runs / "plain.yaml"]
-        evaluate("curve", *three, "--out", runs / "curve")
+    @pytest.fixture(scope="class")
+    def evaluated(self, trained, tmp_path_factory):
+        """A copy with curves, a sweep and alignment; not to be changed."""
+        root = copy_runs(trained, tmp_path_factory.mktemp("evaluated"))
+        three = [root / name for name in ("urepa", "baseline", "plain.yaml")]
+        evaluate("curve", *three, "--out", root / "curve")
         evaluate("final", *three[:2], "eval.sampling_steps=3", "eval.num_samples=12", "--sweep", 1, 3)
         for run in three[:2]:
-            evaluate("align", run, "--timesteps", 100, 500)
+            evaluate("align", run, "--timesteps", 100)
+        return root
+
+    @pytest.fixture
+    def measured(self, evaluated, tmp_path):
+        """A copy of that."""
+        return copy_runs(evaluated, tmp_path)
+
+    def test_it_holds_everything_with_its_protocol_and_command_and_asks_for_nothing(
+        self, measured, monkeypatch
+    ):
         no_drawing(monkeypatch)
-        evaluate("report", *three, "-o", runs / "report.html")
-        page = (runs / "report.html").read_text()
+        three = [measured / name for name in ("urepa", "baseline", "plain.yaml")]
+        evaluate("report", *three, "-o", measured / "report.html")
+        page = (measured / "report.html").read_text()
         assert page.count("data:image/png;base64,") >= 12
         words = re.sub(r"base64,[^\"]+", "", page)  # megabytes of random letters hold any word
         assert "http" not in words.replace("http-equiv", "")  # self-contained
         text = html.unescape(re.sub(r"[\s\\]+", " ", words))
-        for point in (p for run in ("urepa", "baseline") for p in points(runs / run) if p["step"] == 6):
+        for point in (p for run in ("urepa", "baseline") for p in points(measured / run) if p["step"] == 6):
             assert " ".join(point["command"].split()) in text
             for name, found in point["metrics"].items():
                 if point["kind"] != "sweep":
@@ -511,10 +529,10 @@ class TestReport:
                     assert f"{found['value']:.4g}" in text
         for phrase in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
             assert phrase in text
-        aligned = json.loads((runs / "urepa" / "eval" / "align.json").read_text())
+        aligned = json.loads((measured / "urepa" / "eval" / "align.json").read_text())
         row = next(r for r in aligned["rows"] if (r["model"], r["tap"], r["timestep"]) == ("run", "mid", 100))
         assert f"{row['metrics']['cknna']['value']:.3f} ({row['metrics']['cknna']['null']:.3f})" in text
-        folder = runs / "report_figures"
+        folder = measured / "report_figures"
         names = {path.stem for path in folder.glob("*.png")}
         assert {"curve", "curve_all", "samples", "sweep_fd", "align_runs", "loss_diff"} <= names
         assert names == {path.stem for path in folder.glob("*.json")}  # each beside its numbers
@@ -528,45 +546,35 @@ class TestReport:
         assert "Not measured by this protocol: baseline" in page
         assert "Not measured: urepa, baseline" in page
 
-    def test_two_sweeps_are_two_figures_and_other_protocols_other_tables(self, runs):
-        for steps, count in ((2, 20), (3, 12)):
-            evaluate(
-                "final",
-                runs / "urepa",
-                f"eval.sampling_steps={steps}",
-                f"eval.num_samples={count}",
-                "--sweep",
-                1,
-                3,
-            )
-        evaluate("metrics", runs / "urepa", "eval.seed=5")
-        evaluate("curve", runs / "urepa", "--out", runs / "curve")
-        evaluate("report", runs / "urepa", "-o", runs / "report.html")
+    def test_two_sweeps_are_two_figures_and_other_protocols_other_tables(self, measured):
+        evaluate("final", measured / "urepa", "eval.sampling_steps=2", "eval.num_samples=20", "--sweep", 1, 3)
+        evaluate("metrics", measured / "urepa", "eval.seed=5")
+        evaluate("report", measured / "urepa", "-o", measured / "report.html")
         drawn = [
-            json.loads(path.read_text()) for path in sorted((runs / "report_figures").glob("sweep_*.json"))
+            json.loads(path.read_text())
+            for path in sorted((measured / "report_figures").glob("sweep_*.json"))
         ]
         assert sorted(figure["xlabel"].split()[0] for figure in drawn) == [
             "classifier_is12",
             "classifier_is20",
         ]
         assert all(figure["series"]["urepa"]["scales"] == [1.0, 3.0] for figure in drawn)
-        text = (runs / "report.html").read_text()
+        text = (measured / "report.html").read_text()
         assert "Other measurements" in text
         assert "seeds from 5" in text
 
     def test_another_checkpoints_alignment_replaces_nothing_and_other_conditions_are_left_out(
-        self, runs, monkeypatch
+        self, measured, monkeypatch
     ):
         monkeypatch.setattr("evaluation.align.draw_alignment", lambda *_: None)
-        for run in ("urepa", "baseline"):
-            evaluate("align", runs / run, "--timesteps", 100)
-        before = (runs / "urepa" / "eval" / "align.json").read_bytes()
-        evaluate("align", runs / "urepa", "--timesteps", 100, "--checkpoint", 2)
-        assert (runs / "urepa" / "eval" / "align.json").read_bytes() == before
-        assert json.loads((runs / "urepa" / "eval" / "step-0000002" / "align.json").read_text())["step"] == 2
-        evaluate("align", runs / "baseline", "--timesteps", 100, "eval.seed=3")
-        evaluate("report", runs / "urepa", runs / "baseline", "-o", runs / "report.html")
-        assert "other conditions than urepa, so not shown: baseline" in (runs / "report.html").read_text()
+        urepa, baseline = measured / "urepa", measured / "baseline"
+        before = (urepa / "eval" / "align.json").read_bytes()
+        evaluate("align", urepa, "--timesteps", 100, "--checkpoint", 2)
+        assert (urepa / "eval" / "align.json").read_bytes() == before
+        assert json.loads((urepa / "eval" / "step-0000002" / "align.json").read_text())["step"] == 2
+        evaluate("align", baseline, "--timesteps", 100, "eval.seed=3")
+        evaluate("report", urepa, baseline, "-o", measured / "report.html")
+        assert "other conditions than urepa, so not shown: baseline" in (measured / "report.html").read_text()
 
     def test_images_that_were_trained_on_are_not_held_out(self, runs, miniature):
         config = runs / "urepa" / "config.yaml"
@@ -576,11 +584,11 @@ class TestReport:
         with pytest.raises(UserError, match="is not held out"):
             evaluate("align", runs / "urepa", "--timesteps", 100)
 
-    def test_two_protocols_are_never_mixed_in_a_table(self, runs):
-        evaluate("curve", runs / "urepa", "--out", runs / "curve")
-        evaluate("curve", runs / "baseline", "--out", runs / "curve", "eval.sampling_steps=3")
-        evaluate("report", runs / "urepa", runs / "baseline", "-o", runs / "report.html")
-        curve = json.loads((runs / "report_figures" / "curve.json").read_text())
+    def test_two_protocols_are_never_mixed_in_a_table(self, measured):
+        (measured / "baseline" / "eval" / "points.jsonl").unlink()
+        evaluate("curve", measured / "baseline", "--out", measured / "curve", "eval.sampling_steps=3")
+        evaluate("report", measured / "urepa", measured / "baseline", "-o", measured / "report.html")
+        curve = json.loads((measured / "report_figures" / "curve.json").read_text())
         assert set(curve["series"]["classifier_fd20"]) == {"urepa"}
 
 
