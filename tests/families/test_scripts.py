@@ -44,8 +44,8 @@ def make_cache(miniature, csv, base, cache) -> None:
     run_numbered("4_prepare_text_embeddings", *classes, "--out", cache / "text")
 
 
-# The scripts run on these in test_crops.py, test_large.py, test_sizes.py and test_demo.py too.
-ELSEWHERE = ("sdxl", "flux", "sd3", "sana")
+# The scripts run on these in test_crops.py, test_large.py, test_sizes.py and test_demo.py too, or on their siblings.
+ELSEWHERE = ("sdxl", "flux", "sd3", "pixart", "kolors", "chroma", "sana")
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_a_reference_whose_writing_fails_leaves_nothing(saved, monkeypatch):
 
 
 def test_a_file_of_adms_suite_gives_its_own_moments_and_the_features_of_its_images(adm, features, tmp_path):
-    mu, sigma, mu_s, sigma_s = np.zeros(DIM), np.eye(DIM), np.zeros(2023), np.eye(2023)
+    mu, sigma, mu_s, sigma_s = np.zeros(5), np.eye(5), np.zeros(7), np.eye(7)
     np.savez(tmp_path / "a.npz", arr_0=IMAGES[:10], mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
     reference = load_reference(tmp_path / "a.npz", adm, FACTS)
     np.testing.assert_array_equal(reference.pool.cov, sigma)
@@ -229,7 +229,7 @@ def test_a_covariance_of_fewer_images_than_dimensions_is_one_although_rounding_l
     ],
 )
 def test_a_file_of_adms_suite_with_what_no_images_have_is_one_line(adm, tmp_path, key, change):
-    arrays = {"mu": np.zeros(DIM), "sigma": np.eye(DIM), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    arrays = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(7), "sigma_s": np.eye(7)}
     arrays["sigma_s"][0, 0] = 0  # semi-definite
     np.savez(tmp_path / "good.npz", **arrays)
     load_reference(tmp_path / "good.npz", adm)

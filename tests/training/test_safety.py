@@ -155,19 +155,29 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
-    miniature, unbroken, tmp_path, capsys, damage
-):
-    run = RunFolder(shutil.copytree(unbroken.path, tmp_path / "run"))
-    shutil.rmtree(run.checkpoint_folder / "step-0000006")  # as if killed between 4 and 6
+def killed_after_4(unbroken, folder, damage) -> RunFolder:
+    """A run as a kill between its checkpoints of steps 4 and 6 leaves it, with damage to that of step 4."""
+    run = RunFolder(shutil.copytree(unbroken.path, folder))
+    shutil.rmtree(run.checkpoint_folder / "step-0000006")
     DAMAGES[damage](run.checkpoint_folder / "step-0000004")
     shutil.copytree(run.checkpoint_folder / "step-0000002", run.checkpoint_folder / "step-0000002-mine")
-    capsys.readouterr()
+    return run
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(unbroken, tmp_path, capsys, damage):
+    run = killed_after_4(unbroken, tmp_path / "run", damage)
+    assert checkpoint.newest_whole(run.checkpoint_folder).name == "step-0000002"
+    assert f"step-000000{5 if damage == 'renamed' else 4} is damaged" in capsys.readouterr().out
+    assert run.checkpoint_steps() == [2]
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_equals_the_undisturbed_one(
+    miniature, unbroken, tmp_path, capsys
+):
+    run = killed_after_4(unbroken, tmp_path / "run", "flipped")
     resumed = train(miniature, run.path)
-    said = capsys.readouterr().out
-    assert f"step-000000{5 if damage == 'renamed' else 4} is damaged" in said
-    assert "steps 2 to 6" in said
+    assert "steps 2 to 6" in capsys.readouterr().out
     assert_same_run(resumed, unbroken)
     assert resumed.checkpoint_steps() == [2, 4, 6]
 
