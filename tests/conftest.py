@@ -8,8 +8,10 @@ import gc
 import importlib
 
 import pytest
+from fork_server import collect_rarely
 
 TEXT_WIDTH, TEACHER_DIM, TEACHER_GRID = 32, 64, 4
+collect_rarely()
 
 
 def pytest_collection_finish():

@@ -3,7 +3,9 @@
 import gc
 import importlib
 
-from fork_server import COMMANDS, SCRIPTS, work_little
+from fork_server import COMMANDS, SCRIPTS, collect_rarely, work_little
+
+collect_rarely()
 
 for name in (*COMMANDS, *SCRIPTS.values(), "preprocessing.encoders"):
     importlib.import_module(name)

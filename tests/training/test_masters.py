@@ -84,7 +84,7 @@ def test_bf16_gradients_point_where_fp32_ones_do(batch):
     assert found[1].norm() / found[0].norm() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.thorough), "full"])
 def test_a_bf16_run_resumes_exactly_and_keeps_fp32_checkpoints(miniature, tmp_path, monkeypatch, mode):
     knobs = ["train.precision=bf16", f"model.train={mode}", "model.lora_rank=4"]
     whole = resumes_exactly(miniature, tmp_path, monkeypatch, *knobs)
@@ -95,10 +95,12 @@ def test_a_bf16_run_resumes_exactly_and_keeps_fp32_checkpoints(miniature, tmp_pa
 
 
 def test_channels_last_changes_the_layout_and_not_the_mathematics(miniature, tmp_path):
-    plain = train(miniature, tmp_path / "plain", "train.steps=2")
-    last = train(miniature, tmp_path / "last", "train.steps=2", "train.channels_last=true")
+    steps = ["train.steps=2", "train.checkpoint_every=2"]
+    plain = train(miniature, tmp_path / "plain", *steps)
+    last = train(miniature, tmp_path / "last", *steps, "train.channels_last=true")
+    found = tensors(last, 2)
     for name, value in tensors(plain, 2).items():
-        torch.testing.assert_close(tensors(last, 2)[name], value, rtol=1e-2, atol=5e-4)
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=5e-4)
     parts = build_parts(config(miniature, tmp_path / "x", "train.channels_last=true"))
     assert parts.model.backbone.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 

@@ -86,7 +86,7 @@ def small_forward(train, checkpointing=False):
     return forward
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.thorough)])
 def test_the_kinds_of_work_are_all_operations_and_those_that_checkpointing_repeats(train):
     plain = count_step(small_forward(train))
     repeated = count_step(small_forward(train, checkpointing=True))
