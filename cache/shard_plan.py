@@ -10,13 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import with_config
-from typing_extensions import TypedDict
-
 from cache.manifest import MANIFEST, SETTINGS, Settings, check_same, read_settings
 from common.errors import UserError
 from common.files import open_lock, write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 
 PLAN = "plan.json"
 SHARD_SIZE = 10_000
@@ -24,8 +21,7 @@ LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@with_config(RECORD)
-class Plan(TypedDict):
+class Plan(JsonRecord):
     """plan.json."""
 
     shards: list[list[str]]  # the ids of each

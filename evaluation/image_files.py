@@ -15,15 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pydantic import with_config
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from cache.films import write_film
 from cache.views import UnreadableImage, opened_image, read_image_file
 from common.errors import UserError
 from common.files import write_atomically
-from common.reading import RECORD, JsonLines, UnreadableFile, read_bytes
+from common.reading import JsonLines, JsonRecord, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
 LOG = "images.jsonl"
@@ -36,8 +34,7 @@ PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-@with_config(RECORD)
-class DrawnImage(TypedDict):
+class DrawnImage(JsonRecord):
     """A line of images.jsonl: a sample's file name and the CRC-32 of its bytes."""
 
     name: str

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import with_config
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
@@ -23,7 +21,7 @@ from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 from common.sides import height_width, written
 from configs.schema import Config
 from evaluation.image_files import ImageWriter, missing_images, watched, write_films
@@ -182,8 +180,7 @@ def print_cost(target: Target, count: int, noun: str) -> None:
     )
 
 
-@with_config(RECORD)
-class SamplesManifest(TypedDict):
+class SamplesManifest(JsonRecord):
     """manifest.json of a folder of samples."""
 
     settings: dict[str, Any]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from pydantic import Field, with_config
+from pydantic import Field
 
 from common.errors import UserError
 from common.pretrained import SAVED, PixelStatistics, load_pretrained, read_config
@@ -27,7 +27,6 @@ Side = Annotated[int, Field(gt=0)]
 Size = Side | dict[str, Side | None]
 
 
-@with_config(strict=True)
 class Preparation(PixelStatistics):
     """What is read of preprocessor_config.json; sizes are in pixels."""
 

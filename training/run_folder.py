@@ -24,12 +24,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, with_config
-from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
+from pydantic import AfterValidator
 
 from common.errors import UserError
 from common.files import open_lock, write_atomically, write_json
-from common.reading import RECORD, JsonLines, read_record
+from common.reading import JsonLines, JsonRecord, read_record
 from configs.loading import knobs, load_config, resolved_yaml, yaml_value
 from configs.schema import Config
 from training.checkpoint import checkpoints, step_of
@@ -56,8 +55,7 @@ OPERATIONAL = (
 POINTS, FORGOTTEN = Path("eval/points.jsonl"), Path("eval/forgotten_points.jsonl")
 
 
-@with_config(RECORD)
-class Change(TypedDict):
+class Change(JsonRecord):
     """Settings that were changed when a run was resumed."""
 
     from_step: int
@@ -65,8 +63,7 @@ class Change(TypedDict):
     changed: list[str]
 
 
-@with_config(RECORD)
-class RunRecord(TypedDict):
+class RunRecord(JsonRecord):
     """run.json."""
 
     command: str
@@ -76,8 +73,7 @@ class RunRecord(TypedDict):
     changes: NotRequired[list[Change]]
 
 
-@with_config(RECORD)
-class Skipped(TypedDict):
+class Skipped(JsonRecord):
     """A line of skipped.jsonl; `images` are ids."""
 
     step: int
