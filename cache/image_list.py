@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -87,21 +88,14 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
 
 def _moments_of(start: str, fps: str, frames: str, where: str) -> dict[str, float | int]:
     """Return the three numbers of a clip; raises `UserError` where one is none, or is out of range."""
-    try:
-        found = {"start": float(start), "fps": float(fps), "frames": int(frames)}
-        sound = (
-            0 <= found["start"] < math.inf
-            and 0 < found["fps"] <= MAX_FPS
-            and 0 < found["frames"] <= MAX_FRAMES
-        )
-    except ValueError:
-        sound = False
-    if not sound:
-        raise UserError(
-            f"{where} the clip {start!r:.40}, {fps!r:.40}, {frames!r:.40}: start is in seconds, fps 0 to {MAX_FPS} and "
-            f"frames 1 to {MAX_FRAMES}"
-        )
-    return found
+    with suppress(ValueError):
+        seconds, rate, count = float(start), float(fps), int(frames)
+        if 0 <= seconds < math.inf and 0 < rate <= MAX_FPS and 0 < count <= MAX_FRAMES:
+            return {"start": seconds, "fps": rate, "frames": count}
+    raise UserError(
+        f"{where} the clip {start!r:.40}, {fps!r:.40}, {frames!r:.40}: start is in seconds, fps 0 to {MAX_FPS} and "
+        f"frames 1 to {MAX_FRAMES}"
+    )
 
 
 def clip_shape(samples: Sequence[Sample]) -> tuple[int, float] | None:

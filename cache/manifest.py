@@ -24,6 +24,7 @@ from common.sides import height_width, same_aspect, written
 
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 UNREADABLE_COLUMNS = ("id", "shard", "problem")
+FOLDER_AGAIN = "restore it, or delete the folder and run the script that wrote it again"
 Count = Annotated[int, Field(ge=0)]
 Rectangle = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -150,17 +151,15 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         raise UserError(f"{path} contradicts itself ({wrong}): {remedy}")
     if (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
         settings = read_settings(path.parent)
-        if other := [
-            entry.name for entry in fields(FieldSpec) if settings[entry.name] != manifest[entry.name]
-        ]:
-            raise UserError(f"{path} is not this folder's own (another {other[0]} than {SETTINGS}): {remedy}")
+        for name in (entry.name for entry in fields(FieldSpec)):
+            if settings[name] != manifest[name]:
+                raise UserError(f"{path} is not this folder's own (another {name} than {SETTINGS}): {remedy}")
     return manifest
 
 
 def read_settings(folder: Path) -> Settings:
     """Return what a field's folder is meant for."""
-    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
-    return read_record(folder / SETTINGS, AnySettings, remedy)
+    return read_record(folder / SETTINGS, AnySettings, FOLDER_AGAIN)
 
 
 def _contradiction(manifest: dict) -> str | None:

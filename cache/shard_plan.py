@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cache.manifest import MANIFEST, SETTINGS, Settings, check_same, read_settings
+from cache.manifest import FOLDER_AGAIN, MANIFEST, SETTINGS, Settings, check_same, read_settings
 from common.errors import UserError
 from common.files import open_lock, write_json
 from common.reading import JsonRecord, read_record
@@ -51,8 +51,7 @@ def check_settings(folder: Path, settings: dict, shard_size: int | None) -> Sett
 def read_plan(folder: Path) -> list[list[str]]:
     """Return the ids of every shard, in order; the list is empty for a new folder."""
     path = folder / PLAN
-    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
-    return read_record(path, Plan, remedy)["shards"] if path.exists() else []
+    return read_record(path, Plan, FOLDER_AGAIN)["shards"] if path.exists() else []
 
 
 def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:

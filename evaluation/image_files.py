@@ -25,7 +25,6 @@ from common.reading import JsonLines, JsonRecord, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
 LOG = "images.jsonl"
-FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
 WRITERS, WAITING = 4, 64
 FILMS = 16  # clips of a folder that stand there as films too, for people
