@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -266,12 +266,7 @@ def this_command() -> str:
 
 
 def _provenance() -> dict:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"command": this_command(), "started": started, "versions": versions}
 
