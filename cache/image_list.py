@@ -23,6 +23,7 @@ CAPTIONED = ["id", "img_path", "prompt"]
 CLIPS = ["id", "img_path", "start", "fps", "frames", "prompt"]
 MAX_FRAMES, MAX_FPS = 10_000, 1000
 BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # line breaks and control characters too
+AGAIN = "make it again with script 1"
 LONGEST_PROMPT = 10_000  # characters; text encoders read some hundreds
 
 
@@ -47,9 +48,7 @@ class Sample:
 def read_samples(path: str | Path) -> list[Sample]:
     """Read the CSV of script 1; raises `UserError` when it is missing, empty or malformed, or contains an id twice."""
     samples = []
-    for line, (key, img_path, *rest) in read_csv(
-        path, (COLUMNS, CAPTIONED, CLIPS), "make it again with script 1"
-    ):
+    for line, (key, img_path, *rest) in read_csv(path, (COLUMNS, CAPTIONED, CLIPS), AGAIN):
         where = f"line {line} of {path} has"
         if len(rest) != 2:
             *moments, prompt = rest
@@ -67,7 +66,7 @@ def read_samples(path: str | Path) -> list[Sample]:
             raise UserError(f"{where} the id {key!r:.60}, which is empty or has control characters")
         samples.append(Sample(key, img_path, **about))
     if not samples:
-        raise UserError(f"{path} lists no images; make it again with script 1")
+        raise UserError(f"{path} lists no images; {AGAIN}")
     clip_shape(samples)
     if twice := [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]:
         raise UserError(f"{path} names the id {twice[0]} twice; ids are keys and must be unique")

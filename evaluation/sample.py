@@ -206,8 +206,7 @@ def read_samples_manifest(
     """The manifest of a folder, or None; raises `UserError` where it is damaged, or where it has other settings or weights."""
     if not os.path.lexists(folder / MANIFEST):
         return None
-    remedy = f"move {folder} away, it is drawn again"
-    known = read_record(folder / MANIFEST, SamplesManifest, remedy)
+    known = read_record(folder / MANIFEST, SamplesManifest, f"move {folder} away, it is drawn again")
     if known["settings"] != settings or made_with not in (None, known["made_with"]):
         raise UserError(
             f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
@@ -250,19 +249,10 @@ class ImageSampler:
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
+        how |= {"shape": stored_latent_shape(self.config), "spacing": self.spacing}
         prompts = convert(self.text.rows(labels), self.device, torch.float32)  # {field: (n, …)}
-        shape = stored_latent_shape(self.config)
         with searched_convolutions():  # every forward has the same rows
-            latents = sample_latents(
-                self.model.predict,
-                self.scheduler,
-                prompts,
-                self.null,
-                seeds,
-                shape=shape,
-                spacing=self.spacing,
-                **how,
-            )
+            latents = sample_latents(self.model.predict, self.scheduler, prompts, self.null, seeds, **how)
             return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:
