@@ -62,8 +62,13 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
     return data
 
 
-def read_text(path: str | Path, limit: int = LIMIT) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark and with \\n as line ends; raises `UserError` as above."""
+def read_text(path: str | Path, limit: int = LIMIT, *, remedy: str | None = None) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark and with \\n as line ends; raises `UserError` as above.
+
+    `remedy` says what to do where there is no file.
+    """
+    if remedy is not None and not os.path.lexists(path):
+        raise UnreadableFile(f"cannot read {path}, which does not exist: {remedy}")
     try:
         text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
