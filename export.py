@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator, with_config
+from pydantic import AfterValidator
 from safetensors.torch import save_file
-from typing_extensions import TypedDict
 
 from common.arguments import Parser, between
 from common.errors import UserError, run_script
 from common.files import locked, write_json, written_whole
 from common.plain_text import code, code_block, markdown, printable, quoted
 from common.pretrained import load_pretrained
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 from configs.loading import resolved_yaml
 from method.paths import SCHEDULER_TYPES
 from models.aligned import AlignedModel
@@ -120,8 +119,7 @@ def _inside(name: str) -> str:
     return name
 
 
-@with_config(RECORD)
-class MadeFrom(TypedDict):
+class MadeFrom(JsonRecord):
     """made_from.json: the checkpoint of an export, and the files that the export wrote, {path in the folder: bytes}."""
 
     checkpoint: str

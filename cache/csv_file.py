@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,9 +30,7 @@ def csv_rows(path: str | Path, remedy: str) -> Iterator[tuple[int, list[str]]]:
 
     Raises `UserError` with line and `remedy` where a row has more or fewer fields than the header.
     """
-    if not os.path.lexists(path):
-        raise UserError(f"cannot read {path}, which does not exist: {remedy}")
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path, remedy=remedy), newline=""), strict=True)
     try:
         header = next(rows, None)
         if header is None:

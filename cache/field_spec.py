@@ -6,20 +6,18 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, with_config
+from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from cache.encodings import ENCODINGS
-from common.reading import RECORD
+from common.reading import JsonRecord
 
 FORMAT, VERSION = "urepa-cache", 3
 CROP_BYTES = 6 * 4  # six numbers in int32
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-@with_config(RECORD)
-class NamedField(TypedDict):
+class NamedField(JsonRecord):
     """One of the named fields of the text."""
 
     shape: list[Size]  # of one prompt

@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -22,6 +23,7 @@ CAPTIONED = ["id", "img_path", "prompt"]
 CLIPS = ["id", "img_path", "start", "fps", "frames", "prompt"]
 MAX_FRAMES, MAX_FPS = 10_000, 1000
 BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")  # line breaks and control characters too
+AGAIN = "make it again with script 1"
 LONGEST_PROMPT = 10_000  # characters; text encoders read some hundreds
 
 
@@ -46,9 +48,7 @@ class Sample:
 def read_samples(path: str | Path) -> list[Sample]:
     """Read the CSV of script 1; raises `UserError` when it is missing, empty or malformed, or contains an id twice."""
     samples = []
-    for line, (key, img_path, *rest) in read_csv(
-        path, (COLUMNS, CAPTIONED, CLIPS), "make it again with script 1"
-    ):
+    for line, (key, img_path, *rest) in read_csv(path, (COLUMNS, CAPTIONED, CLIPS), AGAIN):
         where = f"line {line} of {path} has"
         if len(rest) != 2:
             *moments, prompt = rest
@@ -66,7 +66,7 @@ def read_samples(path: str | Path) -> list[Sample]:
             raise UserError(f"{where} the id {key!r:.60}, which is empty or has control characters")
         samples.append(Sample(key, img_path, **about))
     if not samples:
-        raise UserError(f"{path} lists no images; make it again with script 1")
+        raise UserError(f"{path} lists no images; {AGAIN}")
     clip_shape(samples)
     if twice := [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]:
         raise UserError(f"{path} names the id {twice[0]} twice; ids are keys and must be unique")
@@ -87,21 +87,14 @@ def write_samples(path: str | Path, samples: Sequence[Sample]) -> None:
 
 def _moments_of(start: str, fps: str, frames: str, where: str) -> dict[str, float | int]:
     """Return the three numbers of a clip; raises `UserError` where one is none, or is out of range."""
-    try:
-        found = {"start": float(start), "fps": float(fps), "frames": int(frames)}
-        sound = (
-            0 <= found["start"] < math.inf
-            and 0 < found["fps"] <= MAX_FPS
-            and 0 < found["frames"] <= MAX_FRAMES
-        )
-    except ValueError:
-        sound = False
-    if not sound:
-        raise UserError(
-            f"{where} the clip {start!r:.40}, {fps!r:.40}, {frames!r:.40}: start is in seconds, fps 0 to {MAX_FPS} and "
-            f"frames 1 to {MAX_FRAMES}"
-        )
-    return found
+    with suppress(ValueError):
+        seconds, rate, count = float(start), float(fps), int(frames)
+        if 0 <= seconds < math.inf and 0 < rate <= MAX_FPS and 0 < count <= MAX_FRAMES:
+            return {"start": seconds, "fps": rate, "frames": count}
+    raise UserError(
+        f"{where} the clip {start!r:.40}, {fps!r:.40}, {frames!r:.40}: start is in seconds, fps 0 to {MAX_FPS} and "
+        f"frames 1 to {MAX_FRAMES}"
+    )
 
 
 def clip_shape(samples: Sequence[Sample]) -> tuple[int, float] | None:

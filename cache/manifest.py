@@ -13,18 +13,18 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import Field, with_config
-from typing_extensions import TypedDict
+from pydantic import Field
 
 from cache.encodings import ENCODINGS
 from cache.field_spec import FORMAT, VERSION, FieldSpec, NamedField, Size, TextSpec
 from common.errors import UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 from common.sides import height_width, same_aspect, written
 
 MANIFEST, SETTINGS, UNREADABLE = "manifest.json", "settings.json", "unreadable.csv"
 UNREADABLE_COLUMNS = ("id", "shard", "problem")
+FOLDER_AGAIN = "restore it, or delete the folder and run the script that wrote it again"
 Count = Annotated[int, Field(ge=0)]
 Rectangle = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -32,8 +32,7 @@ ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{5,}\.lmdb$")]  # in the 
 Template = Annotated[str, Field(pattern=r"\{class_name\}")]
 
 
-@with_config(RECORD)
-class View(TypedDict, total=False):
+class View(JsonRecord, total=False):
     """The crop that the model saw, of a clip the moments too; the text has none. Sides: one of a square, or [height, width]."""
 
     kind: str
@@ -47,8 +46,7 @@ class View(TypedDict, total=False):
     frames_of_teacher: Literal["middle", "mean"]
 
 
-@with_config(RECORD)
-class ImageDetails(TypedDict, total=False):
+class ImageDetails(JsonRecord, total=False):
     """What only latents have."""
 
     posterior: Literal["mode", "sample", "moments"]
@@ -59,8 +57,7 @@ class ImageDetails(TypedDict, total=False):
     size_and_crop: Literal[True]  # stored behind each value, see `FieldSpec.size_and_crop`
 
 
-@with_config(RECORD)
-class TextDetails(TypedDict):
+class TextDetails(JsonRecord):
     """What only the text has."""
 
     fields: dict[str, NamedField]
@@ -71,8 +68,7 @@ class TextDetails(TypedDict):
     template: NotRequired[Template]  # of the prompts of classes
 
 
-@with_config(RECORD)
-class Specification(TypedDict):
+class Specification(JsonRecord):
     """A `FieldSpec` as JSON."""
 
     format: Literal[FORMAT]
@@ -86,14 +82,12 @@ class Specification(TypedDict):
     details: ImageDetails
 
 
-@with_config(RECORD)
 class Settings(Specification):
     """settings.json of latents and tokens."""
 
     shard_size: Size
 
 
-@with_config(RECORD)
 class TextSettings(Settings):
     """settings.json of the text."""
 
@@ -101,8 +95,7 @@ class TextSettings(Settings):
     details: TextDetails
 
 
-@with_config(RECORD)
-class ShardEntry(TypedDict):
+class ShardEntry(JsonRecord):
     """A finished shard."""
 
     file: ShardName
@@ -111,7 +104,6 @@ class ShardEntry(TypedDict):
     checksum: Count
 
 
-@with_config(RECORD)
 class ImageManifest(Specification):
     """manifest.json of latents and tokens."""
 
@@ -122,7 +114,6 @@ class ImageManifest(Specification):
     seal: Sha256
 
 
-@with_config(RECORD)
 class TextManifest(ImageManifest):
     """manifest.json of the text."""
 
@@ -160,17 +151,15 @@ def read_manifest(folder: str | Path, field: str) -> dict:
         raise UserError(f"{path} contradicts itself ({wrong}): {remedy}")
     if (path.parent / SETTINGS).exists():  # the manifest may be a copy from another cache
         settings = read_settings(path.parent)
-        if other := [
-            entry.name for entry in fields(FieldSpec) if settings[entry.name] != manifest[entry.name]
-        ]:
-            raise UserError(f"{path} is not this folder's own (another {other[0]} than {SETTINGS}): {remedy}")
+        for name in (entry.name for entry in fields(FieldSpec)):
+            if settings[name] != manifest[name]:
+                raise UserError(f"{path} is not this folder's own (another {name} than {SETTINGS}): {remedy}")
     return manifest
 
 
 def read_settings(folder: Path) -> Settings:
     """Return what a field's folder is meant for."""
-    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
-    return read_record(folder / SETTINGS, AnySettings, remedy)
+    return read_record(folder / SETTINGS, AnySettings, FOLDER_AGAIN)
 
 
 def _contradiction(manifest: dict) -> str | None:

@@ -8,21 +8,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import with_config
-from typing_extensions import TypedDict
-
 from cache.lmdb_pages import DamagedFile, value_ranges
 from cache.manifest import Sha256
 from common.errors import UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 
 PARTIAL, BEGUN = ".lmdb.partial", ".begun"
 PAGE = min(32768, os.sysconf("SC_PAGE_SIZE"))  # of LMDB, in bytes
 
 
-@with_config(RECORD)
-class Begun(TypedDict):
+class Begun(JsonRecord):
     """shard-00000.begun."""
 
     settings_sha256: Sha256

@@ -10,13 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pydantic import with_config
-from typing_extensions import TypedDict
-
-from cache.manifest import MANIFEST, SETTINGS, Settings, check_same, read_settings
+from cache.manifest import FOLDER_AGAIN, MANIFEST, SETTINGS, Settings, check_same, read_settings
 from common.errors import UserError
 from common.files import open_lock, write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 
 PLAN = "plan.json"
 SHARD_SIZE = 10_000
@@ -24,8 +21,7 @@ LOCK_TAKEN = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@with_config(RECORD)
-class Plan(TypedDict):
+class Plan(JsonRecord):
     """plan.json."""
 
     shards: list[list[str]]  # the ids of each
@@ -55,8 +51,7 @@ def check_settings(folder: Path, settings: dict, shard_size: int | None) -> Sett
 def read_plan(folder: Path) -> list[list[str]]:
     """Return the ids of every shard, in order; the list is empty for a new folder."""
     path = folder / PLAN
-    remedy = f"restore it, or delete {folder} and run the script that wrote it again"
-    return read_record(path, Plan, remedy)["shards"] if path.exists() else []
+    return read_record(path, Plan, FOLDER_AGAIN)["shards"] if path.exists() else []
 
 
 def extend_plan(folder: Path, ids: Sequence[str], shard_size: int) -> list[list[str]]:

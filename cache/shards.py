@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
-from pydantic import with_config
 from torch import Tensor
 
 from cache.csv_file import write_csv
@@ -43,14 +42,13 @@ from cache.reader import row_checksum
 from cache.shard_plan import NumberedLocks, check_settings, extend_plan, read_plan, shard_path
 from common.errors import UserError
 from common.files import sync_folder, write_json
-from common.reading import RECORD, read_record
+from common.reading import read_record
 
 MAX_KEY_BYTES = 511
 PAGE_HEADER = 16
 PLANNING = 0  # the number of the lock for the folder's JSON files; shard n has lock n + 1
 
 
-@with_config(RECORD)
 class Sealed(ShardEntry):
     """shard-00000.json."""
 

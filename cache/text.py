@@ -22,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import with_config
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from cache.manifest import SETTINGS, Count, TextSpec, check_same, digest_of, read_manifest, read_settings
 from cache.reader import FieldReader
@@ -32,7 +30,7 @@ from cache.shard_plan import SHARD_SIZE
 from cache.shards import FieldWriter
 from common.errors import UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 
 PROMPTS, OLD_TABLE = "prompts.json", "text.safetensors"
 NULL = "null"  # the key of the null prompt
@@ -41,8 +39,7 @@ TABLE_BYTES = 2 * 10**9  # data.text_on_device=auto: the largest table that is k
 WIDTH = 32  # letters of a caption above a picture
 
 
-@with_config(RECORD)
-class Prompts(TypedDict):
+class Prompts(JsonRecord):
     """prompts.json."""
 
     n_classes: Count  # so many of the prompts, the first, belong to classes

@@ -2,8 +2,8 @@
 
 `open_regular`, `read_bytes` and `read_text` open regular files alone, and the last two take no more than a bound of bytes, so
 that a FIFO, a device or a file of the wrong kind is one line and not a hang. `read_record` reads a JSON file that this program
-wrote, by the schema that stands where it is written: a TypedDict with `RECORD` as its config. `JsonLines` does the same for
-logs of one JSON object a line.
+wrote, by the schema that stands where it is written: a `JsonRecord`. `JsonLines` does the same for logs of one JSON object a
+line.
 """
 
 import codecs
@@ -16,17 +16,22 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
 
 from common.errors import UserError
 from common.files import write_atomically
 
-# pydantic's settings of a schema: no other keys, no "3" for 3.
-RECORD = ConfigDict(extra="forbid", strict=True)
 LIMIT = 2**28  # bytes: the largest file that is read whole, a CSV of two million images
 T = TypeVar("T")
+_adapter = functools.cache(TypeAdapter)  # from a schema; it takes milliseconds to make
+
+
+@with_config(ConfigDict(extra="forbid", strict=True))
+class JsonRecord(TypedDict):
+    """What schemas of our JSON files inherit: no other keys than they name, no "3" for 3."""
 
 
 class UnreadableFile(UserError):
@@ -57,8 +62,13 @@ def read_bytes(path: str | Path, limit: int = LIMIT) -> bytes:
     return data
 
 
-def read_text(path: str | Path, limit: int = LIMIT) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark and with \\n as line ends; raises `UserError` as above."""
+def read_text(path: str | Path, limit: int = LIMIT, *, remedy: str | None = None) -> str:
+    """Return the text of a UTF-8 file, without a byte order mark and with \\n as line ends; raises `UserError` as above.
+
+    `remedy` says what to do where there is no file.
+    """
+    if remedy is not None and not os.path.lexists(path):
+        raise UnreadableFile(f"cannot read {path}, which does not exist: {remedy}")
     try:
         text = read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,11 +181,6 @@ class JsonLines(Generic[T]):
     def _encoded(self, lines: Iterable[T]) -> bytes:
         texts = (json.dumps(line, ensure_ascii=False, allow_nan=self._allow_nan) for line in lines)
         return "".join(f"{text}\n" for text in texts).encode()
-
-
-@functools.cache
-def _adapter(schema: Any) -> TypeAdapter:
-    return TypeAdapter(schema)
 
 
 def _complaint(error: ValidationError) -> str:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NotRequired
 
-from pydantic import Field, with_config
-from typing_extensions import TypedDict
+from pydantic import Field
 
 from common.errors import ENDING, UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +35,7 @@ class Stage:
         return f"python {self.command}"
 
 
-@with_config(RECORD)
-class StageEntry(TypedDict):
+class StageEntry(JsonRecord):
     """A stage that has finished; `config` is the demo's, and so is `group`, the number of those that ran side by side."""
 
     stage: str

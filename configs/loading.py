@@ -76,25 +76,22 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
     """Check a mapping of settings against the schema, after applying dotted `key=value` overrides."""
-    given, wanted, implied = set(), [], {}
+    wanted, implied = [], {}
     for override in overrides:
         settings, also = _parse_override(override)
         wanted += ((override, *setting) for setting in settings.items())
         implied |= also
-    said = {key for _, key, _ in wanted}
-    wanted += ((key, key, value) for key, value in implied.items() if key not in said)
+    given = {key for _, key, _ in wanted}
+    wanted += ((key, key, value) for key, value in implied.items() if key not in given)
     for override, key, value in wanted:
         node = data
         *sections, name = key.split(".")
         for section in sections:
-            if section not in node:
-                node[section] = {}
-            node = node[section]
+            node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise UserError(f"'{override:.80}': {section} is a value, not a section")
         node[name] = value
-        given.add(key)
-    return _checked(data, given, where)
+    return _checked(data, given | implied.keys(), where)
 
 
 def _parse_override(override: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,26 +8,23 @@ Beside samples stands a log of the checksum of each, so that a picture that some
 import io
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pydantic import with_config
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from cache.films import write_film
 from cache.views import UnreadableImage, opened_image, read_image_file
 from common.errors import UserError
 from common.files import write_atomically
-from common.reading import RECORD, JsonLines, UnreadableFile, read_bytes
+from common.reading import JsonLines, JsonRecord, UnreadableFile, read_bytes
 from training.ranks import Ranks
 
 LOG = "images.jsonl"
-FILMS = 16  # clips of a folder of samples that stand there as films too, for people
 # A PNG of 512 px takes 74 ms of one core, most of it in zlib, which other threads do not wait for; 64 of them are 50 MB.
 WRITERS, WAITING = 4, 64
 FILMS = 16  # clips of a folder that stand there as films too, for people
@@ -36,8 +33,7 @@ PNG_END = b"IEND\xaeB`\x82"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-@with_config(RECORD)
-class DrawnImage(TypedDict):
+class DrawnImage(JsonRecord):
     """A line of images.jsonl: a sample's file name and the CRC-32 of its bytes."""
 
     name: str
@@ -148,18 +144,18 @@ def image_chunks(folder: str | Path, indices: Sequence[int], size: int) -> Itera
 
     Raises `UserError` for missing, foreign or unreadable files and for mixed sizes, so that no metric is taken of fewer images.
     """
-    drawn, shape = _checksums(folder), None
-    for start in range(0, len(indices), size):
-        paths = [image_path(folder, i) for i in indices[start : start + size]]
-        found = {path: _read_sample(path, drawn) for path in paths}
+    drawn = _checksums(folder)
+
+    def read(part: Sequence[int]) -> list[np.ndarray]:
+        found = {path: _read_sample(path, drawn) for path in (image_path(folder, i) for i in part)}
         if missing := [path.name for path, data in found.items() if data is None]:
             raise UserError(
-                f"{folder} lacks {len(missing)} of the {len(paths)} images asked for (first: {missing[0]}); "
+                f"{folder} lacks {len(missing)} of the {len(found)} images asked for (first: {missing[0]}); "
                 "sample them first, or ask for fewer"
             )
-        images = _stacked([_rgb(path, data) for path, data in found.items()], folder, shape)
-        shape = images.shape[1:]
-        yield images
+        return [_rgb(path, data) for path, data in found.items()]
+
+    yield from _stacked(indices, size, read, folder)
 
 
 def strips_of(clips: np.ndarray) -> np.ndarray:
@@ -211,20 +207,18 @@ def image_files(folder: Path) -> list[Path]:
 
 def files_in_chunks(files: Sequence[Path], size: int) -> Iterator[np.ndarray]:
     """Images of one size, `size` files at a time, (n, H, W, 3) uint8; raises `UserError` for a file that is none."""
-    shape = None
-    for start in range(0, len(files), size):
-        part = [_read_rgb(path) for path in files[start : start + size]]
-        images = _stacked(part, files[start].parent, shape)
-        shape = images.shape[1:]
-        yield images
+    yield from _stacked(files, size, lambda part: list(map(_read_rgb, part)), files[0].parent)
 
 
-def _stacked(images: list[np.ndarray], folder: str | Path, shape: tuple | None) -> np.ndarray:
-    """(n, H, W, 3); raises `UserError` unless all have one shape, that of earlier images if that is given."""
-    sizes = {image.shape for image in images} | ({shape} if shape else set())
-    if len(sizes) > 1:
-        raise UserError(f"{folder} mixes image sizes {sorted(sizes)}: all must have one")
-    return np.stack(images)  # (n, H, W, 3)
+def _stacked(items: Sequence, size: int, read: Callable, folder: str | Path) -> Iterator[np.ndarray]:
+    """What `read` makes of `size` items at a time, (n, H, W, 3); raises `UserError` unless all images have one shape."""
+    shapes = set()
+    for start in range(0, len(items), size):
+        images = read(items[start : start + size])
+        shapes |= {image.shape for image in images}
+        if len(shapes) > 1:
+            raise UserError(f"{folder} mixes image sizes {sorted(shapes)}: all must have one")
+        yield np.stack(images)  # (n, H, W, 3)
 
 
 def _read_rgb(path: Path) -> np.ndarray:

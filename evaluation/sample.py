@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import with_config
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from cache.dataset import latent_shape
 from cache.manifest import read_manifest
@@ -23,7 +21,7 @@ from cache.text import TextReader, convert, read_text_manifest, text_digest
 from common.device import compute_dtype
 from common.errors import UserError
 from common.files import write_json
-from common.reading import RECORD, read_record
+from common.reading import JsonRecord, read_record
 from common.sides import height_width, written
 from configs.schema import Config
 from evaluation.image_files import ImageWriter, missing_images, watched, write_films
@@ -182,8 +180,7 @@ def print_cost(target: Target, count: int, noun: str) -> None:
     )
 
 
-@with_config(RECORD)
-class SamplesManifest(TypedDict):
+class SamplesManifest(JsonRecord):
     """manifest.json of a folder of samples."""
 
     settings: dict[str, Any]
@@ -209,8 +206,7 @@ def read_samples_manifest(
     """The manifest of a folder, or None; raises `UserError` where it is damaged, or where it has other settings or weights."""
     if not os.path.lexists(folder / MANIFEST):
         return None
-    remedy = f"move {folder} away, it is drawn again"
-    known = read_record(folder / MANIFEST, SamplesManifest, remedy)
+    known = read_record(folder / MANIFEST, SamplesManifest, f"move {folder} away, it is drawn again")
     if known["settings"] != settings or made_with not in (None, known["made_with"]):
         raise UserError(
             f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
@@ -253,19 +249,10 @@ class ImageSampler:
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
+        how |= {"shape": stored_latent_shape(self.config), "spacing": self.spacing}
         prompts = convert(self.text.rows(labels), self.device, torch.float32)  # {field: (n, …)}
-        shape = stored_latent_shape(self.config)
         with searched_convolutions():  # every forward has the same rows
-            latents = sample_latents(
-                self.model.predict,
-                self.scheduler,
-                prompts,
-                self.null,
-                seeds,
-                shape=shape,
-                spacing=self.spacing,
-                **how,
-            )
+            latents = sample_latents(self.model.predict, self.scheduler, prompts, self.null, seeds, **how)
             return decode_images(self.codec, latents)
 
     def made_with(self) -> dict:

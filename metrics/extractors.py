@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from pydantic import Field, with_config
+from pydantic import Field
 
 from common.errors import UserError
 from common.pretrained import SAVED, PixelStatistics, load_pretrained, read_config
@@ -27,7 +27,6 @@ Side = Annotated[int, Field(gt=0)]
 Size = Side | dict[str, Side | None]
 
 
-@with_config(strict=True)
 class Preparation(PixelStatistics):
     """What is read of preprocessor_config.json; sizes are in pixels."""
 
@@ -157,7 +156,7 @@ class Dinov2Extractor(FolderExtractor):
 
 def load_classifier(path: Path, device: torch.device) -> Extractor:
     """Load an image classifier from a transformers folder; raises `UserError` for a folder of anything else."""
-    kind = _architecture(path)
+    kind, _ = _config(path)
     if kind.startswith("Dinov2"):
         raise UserError(
             f"{path} holds {kind!r}: DINOv2 is given beside another extractor, never alone, since a run aligned with DINOv2 "
@@ -168,46 +167,41 @@ def load_classifier(path: Path, device: torch.device) -> Extractor:
             f"{path} holds {kind!r}; a feature extractor is 'inception', a .pth of Inception's weights, or a transformers "
             "folder of an image classifier (config.json, model.safetensors, preprocessor_config.json)"
         )
-    preparation = read_record(path / PREPARATION, Preparation, SAVED)
-    size = _network_size(path, preparation)
+    preparation = _preparation(path)
     model, sha256 = _load(transformers.AutoModelForImageClassification, path)
-    mean, std = preparation["image_mean"], preparation["image_std"]
-    return ClassifierExtractor(model.to(device), sha256, mean=mean, std=std, size=size)
+    return ClassifierExtractor(model.to(device), sha256, **preparation)
 
 
 def load_video_classifier(path: str | Path, device: str | torch.device) -> ClipExtractor:
     """Load a video classifier from a transformers folder; raises `UserError` for a folder of anything else."""
-    path, kind = _folder(path), _architecture(_folder(path))
+    path = _folder(path)
+    kind, config = _config(path)
     if not kind.endswith("ForVideoClassification"):
         raise UserError(
             f"{path} holds {kind!r}; a transformers folder of a video classifier, such as VideoMAEForVideoClassification, was "
             "expected"
         )
-    preparation, config = read_record(path / PREPARATION, Preparation, SAVED), _read(path, "config.json")
+    preparation = _preparation(path)
     frames = config.get("num_frames", config.get("frames_per_clip"))
     if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
         raise UserError(f"{path / 'config.json'} gives no usable num_frames: {frames!r:.40}")
     model, sha256 = _load(transformers.AutoModelForVideoClassification, path)
-    mean, std, size = preparation["image_mean"], preparation["image_std"], _network_size(path, preparation)
-    return ClipExtractor(model.to(device), sha256, frames=frames, mean=mean, std=std, size=size)
+    return ClipExtractor(model.to(device), sha256, frames=frames, **preparation)
 
 
 def load_dinov2(path: Path, device: torch.device) -> Extractor:
     """Load DINOv2 from a transformers folder; raises `UserError` for a folder of anything else."""
-    kind = _architecture(path)
+    kind, config = _config(path)
     if kind not in ("Dinov2Model", "Dinov2WithRegistersModel"):
         raise UserError(f"{path} holds {kind!r}; a transformers folder of a Dinov2Model was expected")
-    native = _read(path, "config.json").get("image_size", DINOV2_SIDE)
+    native = config.get("image_size", DINOV2_SIDE)
     if not isinstance(native, int) or native < 1:
         raise UserError(f"{path / 'config.json'} gives no usable image_size: {native!r}")
-    mean, std, size = IMAGENET_MEAN, IMAGENET_STD, (min(DINOV2_SIDE, native),) * 2
-    if (path / PREPARATION).exists():
-        preparation = read_record(path / PREPARATION, Preparation, SAVED)
-        mean, std = preparation["image_mean"], preparation["image_std"]
-        if native < DINOV2_SIDE:  # a small model: what it was trained on
-            size = _network_size(path, preparation)
+    preparation = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "size": (min(DINOV2_SIDE, native),) * 2}
+    if (path / PREPARATION).exists():  # a small model takes what it was trained on
+        preparation |= _preparation(path, sized=native < DINOV2_SIDE)
     model, sha256 = _load(transformers.AutoModel, path)
-    return Dinov2Extractor(model.to(device), sha256, mean=mean, std=std, size=size)
+    return Dinov2Extractor(model.to(device), sha256, **preparation)
 
 
 def _load(loader: type, path: Path) -> tuple[torch.nn.Module, str]:
@@ -223,27 +217,29 @@ def _folder(setting: str | Path) -> Path:
     return Path(setting)
 
 
-def _architecture(path: Path) -> str:
-    """The architecture that the folder's config.json names, or the words that say what is missing."""
+def _config(path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture that the folder's config.json names, or the words that say what is missing, and all that is in it."""
     if not (path / "config.json").exists():
-        return "no config.json"
-    match _read(path, "config.json").get("architectures"):
+        return "no config.json", {}
+    config = read_config(str(path), "config.json", f"extractor {path}")
+    match config.get("architectures"):
         case [str(kind), *_]:
-            return kind
-        case _:
-            return "no architecture"
+            return kind, config
+    return "no architecture", config
 
 
-def _network_size(path: Path, preparation: Preparation) -> tuple[int, int]:
-    """(height, width) of the images that the network was trained on: the crop if there is one, else the resize."""
-    size = preparation.get("crop_size", preparation.get("size", {}))
-    if isinstance(size, int):
-        return size, size
-    height, width = (size.get(side, size.get("shortest_edge")) for side in ("height", "width"))
+def _preparation(path: Path, *, sized: bool = True) -> dict[str, Any]:
+    """The mean and std of the folder's preprocessor_config.json and, where `sized`, the size (height, width).
+
+    That is the size of the images that the network was trained on: of the crop if there is one, else of the resize.
+    """
+    found = read_record(path / PREPARATION, Preparation, SAVED)
+    statistics = {"mean": found["image_mean"], "std": found["image_std"]}
+    if not sized:
+        return statistics
+    size = found.get("crop_size", found.get("size", {}))
+    sides = {"shortest_edge": size} if isinstance(size, int) else size
+    height, width = (sides.get(side, sides.get("shortest_edge")) for side in ("height", "width"))
     if height is None or width is None:
         raise UserError(f"{path / PREPARATION} gives no usable size: {size!r}")
-    return height, width
-
-
-def _read(path: Path, file: str) -> dict[str, Any]:
-    return read_config(str(path), file, f"extractor {path}")
+    return statistics | {"size": (height, width)}

@@ -10,12 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired
 
-from pydantic import with_config
-from typing_extensions import TypedDict
-
 from common.errors import UserError
 from common.files import write_json, written_whole
-from common.reading import RECORD
+from common.reading import JsonRecord
 from miniature import make_moving
 from miniature.digits import CLASS_NAMES, IMAGES, TURNED, load_images
 
@@ -177,8 +174,7 @@ def floors_of(name: str, *, own: bool = True) -> dict[str, float]:
     return {**shared, **(OWN_FLOORS.get(name, {}) if own else {})}
 
 
-@with_config(RECORD)
-class Settings(TypedDict):
+class Settings(JsonRecord):
     """demo.json: what decides the content of the folder."""
 
     seed: int
@@ -187,7 +183,6 @@ class Settings(TypedDict):
     moving: NotRequired[bool]
 
 
-@with_config(RECORD)
 class Quality(Settings):
     """models/quality.json: the measures of each model, and the floors that they reach."""
 

@@ -10,7 +10,6 @@ In all of them the number of a class is the position of its synset in sorted ord
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -35,9 +34,7 @@ def read_synsets(path: str | Path) -> list[str]:
 
 def read_classes(path: str | Path) -> list[tuple[str | None, str]]:
     """Return (synset, name) of every class, in the order of class numbers; the synset is None in a file of names only."""
-    if not os.path.lexists(path):
-        raise UserError(f"cannot read {path}, which does not exist: {FORMATS}")
-    text = read_text(path, LIMIT).strip()
+    text = read_text(path, LIMIT, remedy=FORMATS).strip()
     if not text:
         raise UserError(f"{path} is empty: {FORMATS}")
     classes = _from_json(path, text) if text[0] in "{[" else _from_lines(path, text)

@@ -17,20 +17,7 @@ from common.reading import parse_record, read_text
 # The same extensions as in torchvision's ImageFolder.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 METADATA = ("metadata.csv", "metadata.jsonl")  # as the imagefolder of the datasets library has them
-FILM_EXTENSIONS = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".webm",
-    ".mkv",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".flv",
-    ".gif",
-)
+FILM_TYPES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 ROW = "give each file a row with its file_name and its text"
 
 
@@ -43,7 +30,7 @@ class Kind:
     extensions: tuple[str, ...]
 
 
-IMAGES, FILMS = Kind("--images", "image", EXTENSIONS), Kind("--videos", "film", FILM_EXTENSIONS)
+IMAGES, FILMS = Kind("--images", "image", EXTENSIONS), Kind("--videos", "film", FILM_TYPES)
 
 
 @with_config(ConfigDict(strict=True))
@@ -66,18 +53,17 @@ def find_captions(folder: Path, kind: Kind = IMAGES) -> dict[str, str] | None:
     files = files_below(folder, kind)
     images = [name for name in files if not name.lower().endswith(".txt")]
     texts = {os.path.splitext(name)[0]: name for name in files if name.lower().endswith(".txt")}
-    captioned = [name for name in images if os.path.splitext(name)[0] in texts]
+    text_of = {name: texts[stem] for name in images if (stem := os.path.splitext(name)[0]) in texts}
     if metadata := [folder / name for name in METADATA if os.path.lexists(folder / name)]:
         if len(metadata) > 1:
             raise UserError(f"{folder} holds both {' and '.join(METADATA)}: move one of them away")
         print(f"{folder}: captions of {metadata[0].name}")
         captions = read_metadata(metadata[0])
         orphans = sorted(captions.keys() - set(images))
-    elif captioned:
+    elif text_of:
         print(f"{folder}: captions of the .txt beside each {kind.noun}")
-        captions = {name: read_caption(folder / texts[os.path.splitext(name)[0]]) for name in captioned}
-        stems = {os.path.splitext(name)[0] for name in captioned}
-        orphans = [name for stem, name in texts.items() if stem not in stems]
+        captions = {name: read_caption(folder / text) for name, text in text_of.items()}
+        orphans = sorted(set(texts.values()) - set(text_of.values()))
     elif kind is IMAGES and any(os.sep in name for name in images):
         print(f"{folder}: no captions, so each folder is a class")
         return None

@@ -8,15 +8,14 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from common.reading import RECORD, JsonLines, read_record
+from common.reading import JsonLines, JsonRecord, read_record
 
 HEADLINES = ("fid", "fd")
 DISTANCES = ("fid", "sfid", "fd", "kid")
 ARROWS = dict.fromkeys((*DISTANCES, "flicker", "warping_error"), "↓") | {"motion": "", "difference": ""}
 
 
-@with_config(RECORD)
-class Metric(TypedDict):
+class Metric(JsonRecord):
     """One metric's value, with its standard error and how that was found."""
 
     value: float
@@ -51,8 +50,7 @@ def _has_a_distance(metrics: dict[str, Metric]) -> dict[str, Metric]:
     return metrics
 
 
-@with_config(RECORD)
-class Point(TypedDict):
+class Point(JsonRecord):
     """The metrics of one checkpoint under one protocol: a line of points.jsonl."""
 
     target: str
@@ -127,8 +125,7 @@ def _only_a_reason_is_text(metrics: dict[str, dict]) -> dict[str, dict]:
     return metrics
 
 
-@with_config(RECORD)
-class AlignmentRow(TypedDict):
+class AlignmentRow(JsonRecord):
     """The metrics {name: {value, null, …}} of one model's features at one tap and timestep, before or after the head."""
 
     model: str
@@ -138,8 +135,7 @@ class AlignmentRow(TypedDict):
     metrics: Annotated[dict[str, dict[str, float | int | str | None]], AfterValidator(_only_a_reason_is_text)]
 
 
-@with_config(RECORD)
-class Alignment(TypedDict):
+class Alignment(JsonRecord):
     """align.json, which `measure_alignment` makes."""
 
     step: int

@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import torch
-from pydantic import with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from common.errors import UserError
 from common.files import write_json, written_whole
-from common.reading import RECORD, UnreadableFile, read_record
+from common.reading import JsonRecord, UnreadableFile, read_record
 from training.optimizers import flat_state, load_flat_state
 
 TRAINED, EMA, OPTIMIZER = "trained.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -108,16 +106,14 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-@with_config(RECORD)
-class Fingerprint(TypedDict):
+class Fingerprint(JsonRecord):
     """Size and CRC-32 of a file."""
 
     bytes: int
     crc32: int
 
 
-@with_config(RECORD)
-class State(TypedDict):
+class State(JsonRecord):
     """state.json."""
 
     step: int

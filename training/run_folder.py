@@ -20,16 +20,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
-from pydantic import AfterValidator, with_config
-from typing_extensions import TypedDict  # pydantic takes typing's only from Python 3.12 on
+from pydantic import AfterValidator
 
 from common.errors import UserError
 from common.files import open_lock, write_atomically, write_json
-from common.reading import RECORD, JsonLines, read_record
+from common.reading import JsonLines, JsonRecord, read_record
 from configs.loading import knobs, load_config, resolved_yaml, yaml_value
 from configs.schema import Config
 from training.checkpoint import checkpoints, step_of
@@ -56,8 +55,7 @@ OPERATIONAL = (
 POINTS, FORGOTTEN = Path("eval/points.jsonl"), Path("eval/forgotten_points.jsonl")
 
 
-@with_config(RECORD)
-class Change(TypedDict):
+class Change(JsonRecord):
     """Settings that were changed when a run was resumed."""
 
     from_step: int
@@ -65,8 +63,7 @@ class Change(TypedDict):
     changed: list[str]
 
 
-@with_config(RECORD)
-class RunRecord(TypedDict):
+class RunRecord(JsonRecord):
     """run.json."""
 
     command: str
@@ -76,8 +73,7 @@ class RunRecord(TypedDict):
     changes: NotRequired[list[Change]]
 
 
-@with_config(RECORD)
-class Skipped(TypedDict):
+class Skipped(JsonRecord):
     """A line of skipped.jsonl; `images` are ids."""
 
     step: int
@@ -270,12 +266,7 @@ def this_command() -> str:
 
 
 def _provenance() -> dict:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return {"command": this_command(), "started": started, "versions": versions}
 

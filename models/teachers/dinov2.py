@@ -1,11 +1,6 @@
 """DINOv2 as a teacher, with and without registers (arXiv 2304.07193, 2309.16588)."""
 
-import math
-
-import torch
-
-from common.sides import height_width
-from models.teachers.encoder import TeacherEncoder, find_resampling
+from models.teachers.encoder import TeacherEncoder
 
 # The pixel statistics DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -26,11 +21,7 @@ class DINOv2Encoder(TeacherEncoder):
         return {} if self.used_mean_and_std == self.mean_and_std else super().normalisation
 
     @property
-    @torch.no_grad()
     def resampling(self) -> str:
         """`Dinov2Model` and `Dinov2WithRegistersModel` differ."""
-        positions = self.model.embeddings.position_embeddings  # (1, 1 + n, D)
-        grid, size = height_width(self.grid), height_width(self.size)
-        like = positions.new_empty(1, 1 + math.prod(grid), self.dim)
-        used = self.model.embeddings.interpolate_pos_encoding(like, *size)  # (1, 1 + N, D)
-        return find_resampling(positions[:, 1:], used[:, 1:], grid)
+        embeddings = self.model.embeddings
+        return self.find_resampling(embeddings, embeddings.position_embeddings)  # (1, 1 + n, D)

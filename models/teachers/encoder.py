@@ -103,6 +103,28 @@ class TeacherEncoder(nn.Module):
         hidden = self.hidden_states((images - self.mean) / self.std)  # (B, prefix + N, D)
         return self.check_tokens(hidden[:, self.num_prefix :])  # (B, N, D)
 
+    @torch.no_grad()
+    def find_resampling(self, embeddings: nn.Module, positions: Tensor) -> str:
+        """Name the resampling by which `embeddings` turn `positions (1, prefix + n, D)` of a square into those of the grid.
+
+        It is found by comparing the two with known resamplings, because classes of transformers differ, and its versions may
+        differ too.
+        """
+        grid = height_width(self.grid)
+        side = math.isqrt(positions.shape[1])
+        prefix = positions.shape[1] - side**2  # 1 where CLS has a position
+        like = positions.new_empty(1, prefix + math.prod(grid), self.dim)
+        used = embeddings.interpolate_pos_encoding(like, *height_width(self.size))[:, prefix:]  # (1, N, D)
+        native = positions[:, prefix:]  # (1, n, D)
+        if used.equal(native):
+            return "none (native grid)"
+        square = native.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        for antialias in (False, True):
+            resized = F.interpolate(square, grid, mode="bicubic", antialias=antialias)
+            if used.allclose(resized.flatten(2).mT, atol=1e-5):
+                return f"bicubic, antialias={antialias}"
+        return "unrecognised"
+
     def check_tokens(self, tokens: Tensor) -> Tensor:
         """Return the tokens; raises ValueError unless they are `(B, N, D)`, one for each cell of the grid and more than one.
 
@@ -112,20 +134,3 @@ class TeacherEncoder(nn.Module):
         if len(found) != 3 or found[1:] != (n, self.dim) or n == 1:
             raise ValueError(f"the teacher must return (B, {n}, {self.dim}) patch tokens, got {found}")
         return tokens
-
-
-def find_resampling(native: Tensor, used: Tensor, grid: tuple[int, int]) -> str:
-    """Name the resampling that turned the positions `native (1, n, D)` of a square into `used (1, N, D)` of a grid (h, w).
-
-    It is found by comparing the two with known resamplings, because classes of transformers differ, and its versions may
-    differ too.
-    """
-    if used.equal(native):
-        return "none (native grid)"
-    side = math.isqrt(native.shape[1])
-    square = native.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-    for antialias in (False, True):
-        resized = F.interpolate(square, grid, mode="bicubic", antialias=antialias)
-        if used.allclose(resized.flatten(2).mT, atol=1e-5):
-            return f"bicubic, antialias={antialias}"
-    return "unrecognised"

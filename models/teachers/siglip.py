@@ -4,16 +4,13 @@ Both have one architecture and one `model_type`, "siglip". SigLIP 2's NaFlex mod
 of images and are no teachers here.
 """
 
-import math
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
 from common.pretrained import foreign_files, load_pretrained
-from common.sides import height_width
-from models.teachers.encoder import TeacherEncoder, find_resampling
+from models.teachers.encoder import TeacherEncoder
 
 
 class SigLIPEncoder(TeacherEncoder):
@@ -39,11 +36,6 @@ class SigLIPEncoder(TeacherEncoder):
         return self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
 
     @property
-    @torch.no_grad()
     def resampling(self) -> str:
         embeddings = self.model.embeddings
-        positions = embeddings.position_embedding.weight[None]  # (1, n, D)
-        grid, size = height_width(self.grid), height_width(self.size)
-        like = positions.new_empty(1, math.prod(grid), self.dim)
-        used = embeddings.interpolate_pos_encoding(like, *size)  # (1, N, D)
-        return find_resampling(positions, used, grid)
+        return self.find_resampling(embeddings, embeddings.position_embedding.weight[None])  # (1, n, D)

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Literal, NotRequired
 
-from pydantic import with_config
-
 from common.errors import UserError
 from common.pretrained import PixelStatistics, read_config, read_optional
 from common.sides import Sides
@@ -21,7 +19,6 @@ TEACHERS: tuple[type[TeacherEncoder], ...] = (
 )
 
 
-@with_config(strict=True)
 class Preparation(PixelStatistics):
     """What a teacher's preprocessor_config.json must say."""
 

@@ -6,15 +6,12 @@ import os
 from typing import NotRequired
 
 import pytest
-from pydantic import with_config
-from typing_extensions import TypedDict
 
 from common.errors import UserError
-from common.reading import RECORD, JsonLines, read_bytes, read_record, read_text
+from common.reading import JsonLines, JsonRecord, read_bytes, read_record, read_text
 
 
-@with_config(RECORD)
-class Line(TypedDict):
+class Line(JsonRecord):
     step: int
     loss: NotRequired[float]
 
