@@ -112,14 +112,15 @@ def cut_view(
         box = largest_box(*image.size, size if crop is None else crop)
         return _central(image, *box).resize(height_width(size)[::-1], Image.Resampling.BICUBIC)
     if view == "official":
-        shorter = round(size * OFFICIAL_RESIZE)
+        side, _ = height_width(size)  # a square's
+        shorter = round(side * OFFICIAL_RESIZE)
         # As torchvision does, truncate the longer side and round the position of the crop.
-        sides = [shorter * side // min(image.size) for side in image.size]
+        sides = [shorter * length // min(image.size) for length in image.size]
         try:
             check_memory(*sides)
         except ValueError as error:
             raise UnreadableImage(f"{image.width} × {image.height} pixels, resized: {error}") from None
-        return _central(image.resize(sides, Image.Resampling.BICUBIC), size, size)
+        return _central(image.resize(sides, Image.Resampling.BICUBIC), side, side)
     raise ValueError(f"view must be one of aligned, official, not {view!r}")
 
 

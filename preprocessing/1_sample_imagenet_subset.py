@@ -172,7 +172,7 @@ def choose_captioned(
 def choose_of_classes(args: argparse.Namespace) -> tuple[list[Sample], list[Sample], str]:
     """Return the chosen images of every class that has enough, those held out, and what they are."""
     root = args.imagenet or args.images
-    folder = find_split(root, args.split or "train") if args.imagenet else root
+    folder = find_split(root, "train" if args.split is None else args.split) if args.imagenet else root
     classes = args.classes or find_beside(root, SYNSETS)
     # The file is read before the long scan, so that damage is reported at once.
     synsets = read_synsets(classes) if classes else None

@@ -13,6 +13,7 @@ import torch
 from conftest import image_tree, run_numbered, sample
 from fork_server import fork_server
 from PIL import Image
+from torchvision import transforms
 
 from cache.image_list import read_samples
 from cache.manifest import read_manifest
@@ -111,6 +112,18 @@ class TestValues:
             mode = vae.encode(pixels * 2 - 1).latent_dist.mode()[0] * vae.config.scaling_factor
         cached = FieldReader(miniature / "cache" / "latents", "latents").read([chosen.id])[0].float()
         assert (cached - mode).abs().max() < 2e-3 * mode.abs().max()
+
+    def test_the_teacher_may_see_its_official_view(self, miniature, tmp_path):
+        tokens(miniature, miniature / "train.csv", tmp_path / "tokens", "--view", "official")
+        reader, chosen = FieldReader(tmp_path / "tokens", "tokens"), read_samples(miniature / "train.csv")[7]
+        assert reader.spec.view == {"kind": "official", "size": 32, "patch": 8, "grid": 4}
+        # DINOv2's evaluation transform at 32 px.
+        resize = transforms.Resize(round(32 * 256 / 224), transforms.InterpolationMode.BICUBIC)
+        seen = transforms.Compose([resize, transforms.CenterCrop(32), transforms.ToTensor()])
+        pixels = seen(Image.open(chosen.img_path).convert("RGB"))[None]
+        teacher = load_teacher(str(miniature / "models" / "dinov2-mini"), grid=4)
+        expected = torch.nn.functional.normalize(teacher(pixels), dim=-1)[0]
+        assert (reader.read([chosen.id])[0].float() - expected).abs().max() < 1e-3
 
     def test_what_is_kept_of_the_posterior(self, miniature, undisturbed, tmp_path):
         csv, ids = miniature / "train.csv", [s.id for s in read_samples(miniature / "train.csv")]
