@@ -28,6 +28,11 @@ def fork_server():
     return context
 
 
+def context_of(method: str):
+    """The context of a start method; that of "forkserver" has its imports done, and shares as little as "spawn"."""
+    return fork_server() if method == "forkserver" else multiprocessing.get_context(method)
+
+
 def collect_rarely() -> None:
     """Let garbage be collected a hundredth as often: modules make many objects and little garbage, a tenth of the time."""
     gc.set_threshold(100_000, 50, 1000)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from fork_server import context_of
 
 from cache.batch_stream import BatchStream
 from cache.dataset import AlignedDataset, latents_of
@@ -135,12 +136,12 @@ class TestItems:
         assert abs(drawn[0].std() - 0.25) < 0.02
         assert std.shape == mean.shape
 
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    @pytest.mark.parametrize("method", ["fork", "forkserver"])
     def test_any_dataloader_can_use_it(self, miniature, method):
         dataset = open_dataset(miniature)
         here = dataset.__getitems__([3, 1])  # the files are open when workers start
         loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=[[3, 1], [2, 5]], num_workers=2, multiprocessing_context=method
+            dataset, batch_sampler=[[3, 1], [2, 5]], num_workers=2, multiprocessing_context=context_of(method)
         )
         there = next(iter(loader))
         for name in ("latent", "dino_tokens", "prompt_embeds", "class_id"):

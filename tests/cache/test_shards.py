@@ -12,6 +12,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from fork_server import context_of
 
 from cache import reader as reader_module
 from cache.lmdb_pages import DamagedFile, value_ranges
@@ -411,9 +412,9 @@ class TestSeveralWriters:
         owned = [FieldWriter(tmp_path, SPEC, IDS, shard_size=4, part=(i, 2)).mine for i in range(2)]
         assert sorted(owned[0] + owned[1]) == [0, 1, 2]
 
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    @pytest.mark.parametrize("method", ["fork", "forkserver"])
     def test_two_writers_cannot_share_a_shard(self, tmp_path, method):
-        context = multiprocessing.get_context(method)
+        context = context_of(method)
         first, said = FieldWriter(tmp_path, SPEC, IDS, shard_size=4, part=(0, 2)), context.Queue()
         first.pending(3)
         for part, expected in (((0, 1), "another process is writing"), ((1, 2), "free")):
@@ -619,12 +620,12 @@ def test_a_full_disk_is_one_line_and_what_was_durable_stays(tmp_path):
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    @pytest.mark.parametrize("method", ["fork", "forkserver"])
     def test_an_open_reader_works_in_child_processes(self, tmp_path, method):
         write(tmp_path)
         reader = FieldReader(tmp_path, "latents")
         reader.read(IDS[:1])  # opened here first
-        context = multiprocessing.get_context(method)
+        context = context_of(method)
         queue = context.Queue()
         child = context.Process(target=read_in_child, args=(reader, IDS[4:8], queue))
         child.start()

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import ALL_TAPS, small_model, small_unet, thin_model, thin_unet
+from conftest import ALL_TAPS, small_model, small_unet, thin_model
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 
 from method.alignment import AlignHead, AlignmentLoss, token_loss
@@ -20,14 +20,13 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def test_a_tap_on_a_unet_that_was_already_compiled_and_called_is_an_error(batch):
-    latents, timesteps, text, _ = batch
-    unet = thin_unet()
-    unet.compile(backend="eager")
-    unet(latents, timesteps, text)
-    taps = Taps(unet, {"mid": Tap("mid_block.resnets.1")})
+def test_a_tap_on_a_network_that_was_already_compiled_and_called_is_an_error():
+    network, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(1, 2)
+    network.compile(backend="eager")
+    network(x)
+    taps = Taps(network, {"first": Tap("0")})
     with pytest.raises(TapError, match="compiled and called before"), taps.recording():
-        unet(latents, timesteps, text)
+        network(x)
 
 
 @pytest.mark.thorough  # test_alignment_that_comes_and_goes_compiles_twice_and_no_more looks at the same
