@@ -20,11 +20,22 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+class OfBlocks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).sin()
+        return x
+
+
 def test_a_tap_on_a_network_that_was_already_compiled_and_called_is_an_error():
-    network, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(1, 2)
+    network, x = OfBlocks(), torch.ones(1, 2)
     network.compile(backend="eager")
     network(x)
-    taps = Taps(network, {"first": Tap("0")})
+    taps = Taps(network, {"first": Tap("blocks.0")})
     with pytest.raises(TapError, match="compiled and called before"), taps.recording():
         network(x)
 
