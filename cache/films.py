@@ -1,19 +1,16 @@
-"""Write clips as films that any player shows, read them back, and choose the frames that a picture shows."""
+"""Write clips as films that any player shows, and choose the frames that a picture shows."""
 
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
 
-from cache.clips import EXACT, clip_frames, clip_info
+from cache.clips import EXACT
 from common.files import file_written_whole
 
 # A constant quality at which compression is hardly seen; metrics are to be taken of the clips, not of these files.
 QUALITY = {"crf": "12", "preset": "medium"}
-GAP = 4  # px between the frames of a strip
 # As FFmpeg numbers the matrix, the primaries and the transfer of BT.709, and the range 16 to 235.
 BT709, LIMITED = 1, 1
 
@@ -39,25 +36,6 @@ def write_film(path: str | Path, clip: np.ndarray, fps: float) -> None:
             to = {"format": "yuv420p", "dst_colorspace": BT709, "dst_color_range": LIMITED}
             container.mux(stream.encode(frame.reformat(**to, interpolation=EXACT)))
         container.mux(stream.encode())
-
-
-def read_film(path: str | Path) -> tuple[np.ndarray, float]:
-    """Return all frames of a film, uint8 `(F, H, W, 3)`, and their rate; raises what `clip_frames` raises."""
-    info = clip_info(path)
-    frames = [np.asarray(frame) for frame in clip_frames(path, 0, info.frames, info.fps)]
-    return np.stack(frames), info.fps
-
-
-def write_strip(path: str | Path, clips: Sequence[np.ndarray], columns: int = 8) -> None:
-    """Write a PNG with a row for each clip `(F, H, W, 3)`, of `columns` frames evenly spread from its first to its last."""
-    rows = [clip[spread_frames(len(clip), columns)] for clip in clips]
-    height, width = (max(row.shape[side] for row in rows) + GAP for side in (1, 2))
-    sheet = Image.new("RGB", (max(map(len, rows)) * width - GAP, len(rows) * height - GAP), "white")
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (x * width, y * height))
-    with file_written_whole(path) as file:
-        sheet.save(file, "png")
 
 
 def spread_frames(frames: int, columns: int) -> list[int]:

@@ -5,6 +5,8 @@ import fractions
 import av
 import numpy as np
 
+from cache.clips import clip_frames, clip_info
+
 LEVEL = 10
 
 
@@ -58,3 +60,9 @@ def write_sound(path):
 def numbers(pixels):
     """The number in the file of each frame `(F, H, W, 3)`."""
     return [round((picture.mean() - LEVEL) / LEVEL) for picture in np.asarray(pixels, np.float64)]
+
+
+def read_film(path):
+    """All frames of a film, uint8 `(F, H, W, 3)`, and its rate."""
+    info = clip_info(path)
+    return np.stack(list(map(np.asarray, clip_frames(path, 0, info.frames, info.fps)))), info.fps

@@ -3,10 +3,10 @@
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage
+from small_films import read_film
 
-from cache.films import GAP, read_film, write_film, write_strip
+from cache.films import write_film
 
 
 def clip(frames=9, height=48, width=64):
@@ -53,13 +53,3 @@ def test_what_is_no_clip_is_refused_and_leaves_no_file(tmp_path):
         with pytest.raises(ValueError, match="a clip is"):
             write_film(tmp_path / "a.mp4", wrong, 8)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_strip_has_a_row_for_each_clip_from_its_first_to_its_last_frame(tmp_path):
-    a, b = clip(9), clip(3, 32, 32)
-    write_strip(tmp_path / "s.png", [a, b], columns=4)
-    sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    assert sheet.shape == (2 * (48 + GAP) - GAP, 4 * (64 + GAP) - GAP, 3)
-    assert (sheet[:48, :64] == a[0]).all()
-    assert (sheet[:48, -64:] == a[-1]).all()
-    assert (sheet[52:84, 136:168] == b[2]).all()

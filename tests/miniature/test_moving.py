@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LTXPipeline
+from small_films import read_film
 
-from cache.films import read_film
 from metrics.extractors import load_classifier, load_video_classifier
 from miniature import make_moving, moving
 from miniature import moving_models as models
