@@ -20,12 +20,12 @@ class AuraFlow(Transformer):
     pipeline = "AuraFlowPipeline"
     default_base = "fal/AuraFlow-v0.3"
     # Its pipeline draws images of 1024 px, whatever the sample_size.
-    assumed_config = {"sample_size": 128, "pos_embed_max_size": 9216}  # noqa: RUF012 (never written to)
+    assumed_config = {"sample_size": 128, "pos_embed_max_size": 9216}
     text_fields = ("prompt_embeds", "", "negative_prompt_embeds", "")
-    arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    arguments = {"prompt_embeds": "encoder_hidden_states"}
     block_lists = ("joint_transformer_blocks", "single_transformer_blocks")
-    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}
+    parts = {
         "transformer": lambda: diffusers.AuraFlowTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.UMT5EncoderModel,

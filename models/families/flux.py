@@ -20,17 +20,17 @@ class Flux(Transformer):
     tags = ("flux", "repa")
     pipeline = "FluxPipeline"
     default_base = "black-forest-labs/FLUX.1-dev"
-    assumed_config = {"guidance_embeds": True}  # noqa: RUF012 (never written to)
+    assumed_config = {"guidance_embeds": True}
     text_fields = ("prompt_embeds", "pooled_prompt_embeds", "")
-    arguments = {  # noqa: RUF012
+    arguments = {
         "prompt_embeds": "encoder_hidden_states",
         "pooled_prompt_embeds": "pooled_projections",
     }
     block_lists = ("transformer_blocks", "single_transformer_blocks")
-    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}  # noqa: RUF012
+    lora_targets = {"attention": lora_of([rf"attn\.{name}" for name in JOINT])}
     guidance = 3.5  # as in diffusers' own training examples
     default_cells = 128
-    parts = {  # noqa: RUF012
+    parts = {
         "transformer": lambda: diffusers.FluxTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.CLIPTextModel,
@@ -93,13 +93,13 @@ class Chroma(Flux):
     tags = ("chroma", "repa")
     pipeline = "ChromaPipeline"
     default_base = "lodestones/Chroma1-HD"
-    assumed_config = {}  # noqa: RUF012
+    assumed_config = {}
     text_fields = (
         "prompt_embeds", "", "prompt_attention_mask", "negative_prompt_embeds", "", "negative_prompt_attention_mask",
     )  # fmt: skip
-    arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    arguments = {"prompt_embeds": "encoder_hidden_states"}
     guidance = None
-    parts = {  # noqa: RUF012
+    parts = {
         "transformer": lambda: diffusers.ChromaTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.T5EncoderModel,

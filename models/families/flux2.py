@@ -20,15 +20,15 @@ class Flux2(Transformer):
     tags = ("flux-2", "repa")
     pipeline = "Flux2Pipeline"
     default_base = "black-forest-labs/FLUX.2-dev"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {}
     text_fields = ("prompt_embeds", "")
-    arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    arguments = {"prompt_embeds": "encoder_hidden_states"}
     patch = (1, 1)  # the VAE's latents are patches already
     block_lists = ("transformer_blocks", "single_transformer_blocks")
-    lora_targets = {"attention": lora_of([*ATTENTION, "to_qkv_mlp_proj"])}  # noqa: RUF012
+    lora_targets = {"attention": lora_of([*ATTENTION, "to_qkv_mlp_proj"])}
     guidance = 3.5
     default_cells = 64
-    parts = {  # noqa: RUF012
+    parts = {
         "transformer": lambda: diffusers.Flux2Transformer2DModel,
         "vae": lambda: diffusers.AutoencoderKLFlux2,
         "text_encoder": lambda: transformers.Mistral3ForConditionalGeneration,

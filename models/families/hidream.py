@@ -23,7 +23,7 @@ class HiDream(Transformer):
     tags = ("hidream", "repa")
     pipeline = "HiDreamImagePipeline"
     default_base = "HiDream-ai/HiDream-I1-Full"
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "patch_size": 2,
         "in_channels": 16,
         "out_channels": 16,
@@ -44,8 +44,8 @@ class HiDream(Transformer):
         for name in ("prompt_embeds_t5", "prompt_embeds_llama3", "pooled_prompt_embeds")
         for prefix in ("", "negative_")
     )
-    text_batch_dim = {"prompt_embeds_llama3": 1}  # noqa: RUF012
-    arguments = {  # noqa: RUF012
+    text_batch_dim = {"prompt_embeds_llama3": 1}
+    arguments = {
         "prompt_embeds_t5": "encoder_hidden_states_t5",
         "prompt_embeds_llama3": "encoder_hidden_states_llama3",
         "pooled_prompt_embeds": "pooled_embeds",
@@ -54,10 +54,10 @@ class HiDream(Transformer):
     sign = -1
     block_lists, stream = ("double_stream_blocks", "single_stream_blocks"), 0
     own_sigmas = False
-    lora_targets = {"attention": lora_of(["to_q", "to_k", "to_v", "to_out"])}  # noqa: RUF012
+    lora_targets = {"attention": lora_of(["to_q", "to_k", "to_v", "to_out"])}
     default_cells = 128
     forecast_assumes = "each expert gets as many tokens as the others"
-    parts = {  # noqa: RUF012
+    parts = {
         "transformer": lambda: diffusers.HiDreamImageTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.CLIPTextModelWithProjection,

@@ -25,17 +25,17 @@ class Kandinsky5Video(VideoTransformer):
     tags = ("kandinsky5", "crepa")
     pipeline = "Kandinsky5T2VPipeline"
     default_base = "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"
-    assumed_config = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}  # noqa: RUF012 (never written to)
+    assumed_config = {"in_visual_dim": 16, "out_visual_dim": 16, "visual_cond": True}
     text_fields = ("prompt_embeds_qwen", "prompt_embeds_clip", "")
     variable_text = ("prompt_embeds_qwen",)
-    arguments = {  # noqa: RUF012
+    arguments = {
         "prompt_embeds_qwen": "encoder_hidden_states",
         "prompt_embeds_clip": "pooled_projections",
     }
     block_lists = ("visual_transformer_blocks",)
     default_cells = (31, 64, 96)  # 121 frames of 512 × 768 px
-    lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    lora_targets = {"attention": lora_of(ATTENTION)}
+    parts = {
         "transformer": lambda: diffusers.Kandinsky5Transformer3DModel,
         "vae": lambda: diffusers.AutoencoderKLHunyuanVideo,
         "text_encoder": lambda: transformers.Qwen2_5_VLForConditionalGeneration,

@@ -23,13 +23,13 @@ class LTXVideo(VideoTransformer):
     tags = ("ltx-video", "crepa")
     pipeline = "LTXPipeline"
     default_base = "Lightricks/LTX-Video"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {}
     patch = (1, 1, 1)
-    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}
     frame_rate = 25.0  # as the pipeline's call has it by default; a training takes that of its clips
     default_cells = (21, 16, 22)  # 161 frames of 512 × 704 px
-    lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    lora_targets = {"attention": lora_of(ATTENTION)}
+    parts = {
         "transformer": lambda: diffusers.LTXVideoTransformer3DModel,
         "vae": lambda: diffusers.AutoencoderKLLTXVideo,
         "text_encoder": lambda: transformers.T5EncoderModel,

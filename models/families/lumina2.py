@@ -20,7 +20,7 @@ class Lumina2(Transformer):
     tags = ("lumina2", "repa")
     pipeline = "Lumina2Pipeline"
     default_base = "Alpha-VLLM/Lumina-Image-2.0"
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "sample_size": 128,
         "in_channels": 16,
         "hidden_size": 2304,
@@ -34,10 +34,10 @@ class Lumina2(Transformer):
     }
     forecast_assumes = f"each prompt has {TOKENS} tokens"
     sign = -1
-    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}
     block_lists = ("layers",)
-    lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    lora_targets = {"attention": lora_of(ATTENTION)}
+    parts = {
         "transformer": lambda: diffusers.Lumina2Transformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.Gemma2Model,

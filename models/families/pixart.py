@@ -18,7 +18,7 @@ class PixArt(Transformer):
     tags = ("pixart-sigma", "repa")
     pipeline = "PixArtSigmaPipeline"
     default_base = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "sample_size": 128,
         "caption_channels": 4096,
         "use_additional_conditions": False,
@@ -26,9 +26,9 @@ class PixArt(Transformer):
         "out_channels": 8,
     }
     flow, loads_lora = False, False
-    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
-    lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}
+    lora_targets = {"attention": lora_of(ATTENTION)}
+    parts = {
         "transformer": lambda: diffusers.PixArtTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.T5EncoderModel,

@@ -16,11 +16,11 @@ class Sana(Transformer):
     tags = ("sana", "repa")
     pipeline = "SanaPipeline"
     default_base = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {}
     patch = (1, 1)
-    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}  # noqa: RUF012
-    lora_targets = {"attention": lora_of(["to_q", "to_k", "to_v", r"to_out\.0"])}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    trimmed_text = {"prompt_embeds": "prompt_attention_mask"}
+    lora_targets = {"attention": lora_of(["to_q", "to_k", "to_v", r"to_out\.0"])}
+    parts = {
         "transformer": lambda: diffusers.SanaTransformer2DModel,
         "vae": lambda: diffusers.AutoencoderDC,
         "text_encoder": lambda: transformers.Gemma2Model,

@@ -14,7 +14,7 @@ class SanaVideo(VideoTransformer):
     tags = ("sana-video", "crepa")
     pipeline = "SanaVideoPipeline"
     default_base = "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"
-    assumed_config = {}  # noqa: RUF012 (never written to)
+    assumed_config = {}
     default_cells = (21, 60, 104)  # 81 frames of 480 × 832 px
     lora_targets, trimmed_text = Sana.lora_targets, Sana.trimmed_text
     parts = Sana.parts | {

@@ -26,23 +26,23 @@ class SD15(Backbone):
     pipeline, part, noun = "StableDiffusionPipeline", "unet", "U-Net"
     text_fields = ("prompt_embeds", "negative_prompt_embeds")
     default_base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assumed_config = {"sample_size": 64, "cross_attention_dim": 768}  # noqa: RUF012 (never written to)
+    assumed_config = {"sample_size": 64, "cross_attention_dim": 768}
     down_blocks = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_blocks = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     # All at the lowest resolution: (B, 1280, 8, 8) for a 64×64 latent. dec_first is read before the upsampler of up_blocks.0,
     # whose own output is already 16×16.
-    blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
+    blocks = {"enc_last": "down_blocks.3", "mid": "mid_block", "dec_first": "up_blocks.0"}
     # Anchored regular expressions: a list of suffixes would match the whole U-Net. down_blocks.3 and up_blocks.0 hold no
     # attention.
-    lora_targets = {  # noqa: RUF012
+    lora_targets = {
         "attention+conv": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0|conv1|conv2)$",
         "attention": rf"^{ALIGNED_BLOCKS}\..*\.(to_q|to_k|to_v|to_out\.0)$",
     }
-    load_options = {"safety_checker": None, "requires_safety_checker": False}  # noqa: RUF012
+    load_options = {"safety_checker": None, "requires_safety_checker": False}
     kohya_base = "sd_v1"
     # The plan's final numbers.
-    final_settings = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    final_settings = {"eval.sampling_steps": 250, "eval.cfg": 7.5, "eval.guidance_high": 0.7}
+    parts = {
         "unet": lambda: diffusers.UNet2DConditionModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.CLIPTextModel,

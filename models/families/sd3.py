@@ -20,7 +20,7 @@ class SD3(Transformer):
     tags = ("stable-diffusion-3", "repa")
     pipeline = "StableDiffusion3Pipeline"
     default_base = "stabilityai/stable-diffusion-3.5-medium"
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "sample_size": 128,
         "num_layers": 24,
         "attention_head_dim": 64,
@@ -40,15 +40,15 @@ class SD3(Transformer):
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
     )
-    arguments = {  # noqa: RUF012
+    arguments = {
         "prompt_embeds": "encoder_hidden_states",
         "pooled_prompt_embeds": "pooled_projections",
     }
-    lora_targets = {  # noqa: RUF012
+    lora_targets = {
         "attention": lora_of(LAYERS),
         "attention+ff": lora_of([*LAYERS, *FEED_FORWARD]),
     }
-    parts = {  # noqa: RUF012
+    parts = {
         "transformer": lambda: diffusers.SD3Transformer2DModel,
         "vae": lambda: diffusers.AutoencoderKL,
         "text_encoder": lambda: transformers.CLIPTextModelWithProjection,

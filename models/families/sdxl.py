@@ -31,7 +31,7 @@ class SDXL(SD15):
     image_conditions = ("time_ids",)
     down_blocks = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     up_blocks = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "sample_size": 128,
         "down_block_types": down_blocks,
         "up_block_types": up_blocks,
@@ -45,14 +45,14 @@ class SDXL(SD15):
         "projection_class_embeddings_input_dim": 2816,
     }
     # (B, 1280, 32, 32) for a 128×128 latent. Unlike those of SD-1.5, the outer two blocks end in a transformer.
-    blocks = {"enc_last": "down_blocks.2", "mid": "mid_block", "dec_first": "up_blocks.0"}  # noqa: RUF012
-    lora_targets = {  # noqa: RUF012
+    blocks = {"enc_last": "down_blocks.2", "mid": "mid_block", "dec_first": "up_blocks.0"}
+    lora_targets = {
         "attention+conv": rf"^(mid_block|down_blocks\.2|up_blocks\.0)\..*\.({ATTENTION}|conv1|conv2)$",
         "attention": rf".*\.{ATTENTION}$",  # of the whole network, as other trainers have it
     }
-    load_options = {}  # noqa: RUF012
+    load_options = {}
     kohya_base = "sdxl_base_v1-0"
-    final_settings = {}  # noqa: RUF012
+    final_settings = {}
     parts = SD15.parts | {
         "text_encoder_2": lambda: transformers.CLIPTextModelWithProjection,
         "tokenizer_2": lambda: transformers.CLIPTokenizer,

@@ -16,18 +16,18 @@ class Wan(VideoTransformer):
     tags = ("wan", "crepa")
     pipeline = "WanPipeline"
     default_base = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assumed_config = {  # noqa: RUF012 (never written to)
+    assumed_config = {
         "num_attention_heads": 12,
         "attention_head_dim": 128,
         "ffn_dim": 8960,
         "num_layers": 30,
     }
     text_fields = ("prompt_embeds", "negative_prompt_embeds")
-    arguments = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    arguments = {"prompt_embeds": "encoder_hidden_states"}
     block_lists = ("blocks",)
     default_cells = (21, 60, 104)  # 81 frames of 480 × 832 px
-    lora_targets = {"attention": lora_of(ATTENTION)}  # noqa: RUF012
-    parts = {  # noqa: RUF012
+    lora_targets = {"attention": lora_of(ATTENTION)}
+    parts = {
         "transformer": lambda: diffusers.WanTransformer3DModel,
         "vae": lambda: diffusers.AutoencoderKLWan,
         "text_encoder": lambda: transformers.UMT5EncoderModel,
