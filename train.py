@@ -131,11 +131,11 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
             seed = seed_of("noise", config.seed, state.step, ranks.rank)
             generator = torch.Generator(parts.device).manual_seed(seed)
             # λ, and whether the heads are evaluated: also where a cutoff has set λ to 0 and still measures the similarity.
-            coeff, aligned = coefficient(state.step), coefficient.needs_teacher(state.step)
+            coeff, heads = coefficient(state.step), coefficient.evaluates_heads(state.step)
             for _ in range(config.optim.accumulate):
                 batch = next(batches)
-                terms = loss_of(parts, batch, generator, coeff, aligned)
-                backward(parts, state, batch, terms, aligned)
+                terms = loss_of(parts, batch, generator, coeff, heads)
+                backward(parts, state, batch, terms, heads)
             state.update()
             meter.step()
             bar.update()
@@ -164,10 +164,10 @@ def take_steps(parts: Parts, run: RunFolder, state: TrainingState, stream: Batch
                 break
 
 
-def loss_of(parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, aligned: bool) -> Terms:
-    """The terms of a batch's loss (`Objective`), at λ = `coeff`; `aligned` evaluates the heads."""
-    outside = aligned and parts.model.teacher_block is None
-    ready = parts.batches(batch, generator, with_tokens=outside)
+def loss_of(parts: Parts, batch: Batch, generator: torch.Generator, coeff: float, heads: bool) -> Terms:
+    """The terms of a batch's loss (`Objective`), at λ = `coeff`; `heads` says whether the heads are evaluated."""
+    with_tokens = heads and parts.model.teacher_block is None
+    ready = parts.batches(batch, generator, with_tokens=with_tokens)
     return parts.loss(
         parts.model,
         ready.x_0,
@@ -176,17 +176,17 @@ def loss_of(parts: Parts, batch: Batch, generator: torch.Generator, coeff: float
         grid=ready.grid,
         generator=generator,
         align_coeff=coeff,
-        measure=aligned,
+        measure=heads,
     )
 
 
-def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, aligned: bool) -> None:
+def backward(parts: Parts, state: TrainingState, batch: Batch, terms: Terms, heads: bool) -> None:
     """Gradients of a batch, and what is learnt from its terms."""
     errors, timesteps = (terms[name] for name in PER_IMAGE)  # (B,) each
     # Where no head was evaluated there is no alignment loss to average, and its 0 would pass for a perfect one.
-    logged = terms.keys() - set(PER_IMAGE) if aligned else {"loss", "loss_diff"}
+    logged = terms.keys() - set(PER_IMAGE) if heads else {"loss", "loss_diff"}
     scalars = {name: value for name, value in terms.items() if name in logged}
-    if aligned:
+    if heads:
         # Before backward: the next step reads the similarity, and would wait for all that was launched before it.
         parts.coefficient.observe(similarity_of(terms))
     state.backward(scalars, batch.indices, errors)

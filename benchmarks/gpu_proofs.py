@@ -211,7 +211,9 @@ def an_export_draws_our_image(bench: Bench) -> list[dict]:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     pipe.set_progress_bar_config(disable=True)
     text = TextReader(ours.config.data.text)
-    prompt, null = (convert(fields, bench.device, torch.float32) for fields in (text.rows([1]), text.null))
+    prompt, null = (
+        convert(fields, bench.device, torch.float32) for fields in (text.fields_of([1]), text.null)
+    )
     shape = (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
     prompts = prompt | {f"negative_{name}": values[None] for name, values in null.items()}
 

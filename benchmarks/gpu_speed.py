@@ -155,7 +155,7 @@ def sampling_rows(bench: Bench) -> list[dict]:
     target_of_base = Target(RunFolder.of_base_model(config), 0, "base", config.eval)
     sampler = ImageSampler.load(target_of_base, bench.device)
     labels, seeds = [n % len(sampler.text) for n in range(count)], range(count)
-    text = sampler.text.rows(labels)["prompt_embeds"].to(bench.device)
+    text = sampler.text.fields_of(labels)["prompt_embeds"].to(bench.device)
     dtype, network = sampler.model.dtype, sampler.model.backbone
     shape = (network.config.in_channels, *[network.config.sample_size] * 2)
     noise = initial_noise(list(seeds), shape, bench.device)

@@ -148,7 +148,7 @@ class TrainingBatches:
     _: KW_ONLY
     caption_dropout: float  # the share of captions replaced by the null prompt, for classifier-free guidance
     teacher: Callable[[Tensor], Tensor] | None = None  # from x_0 to tokens (B, N, D); None: the cached tokens
-    grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`
+    grid: tuple[int, int] | None = None  # (h, w) of the tokens of `teacher`; cached tokens bring their own
     image_conditions: Sequence[str] = ()  # the names under which the network is told size and crop of images
 
     def __post_init__(self):
@@ -164,8 +164,8 @@ class TrainingBatches:
     def prompts(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the fields `(n, …)` of the prompts with these labels, on the device."""
         if self.table is None:
-            return convert(self.dataset.text.rows(labels), self.device, self.dtype)
-        return self.table.rows(labels.to(self.device))
+            return convert(self.dataset.text.fields_of(labels), self.device, self.dtype)
+        return self.table.fields_of(labels.to(self.device))
 
     def conditions(self, raw: Tensor) -> dict[str, Tensor]:
         """Return what the network is told of the images of these bytes of latents: fp32 `(B, 6)`, or nothing."""
@@ -179,7 +179,7 @@ class TrainingBatches:
         if self.table is None:
             text = convert(batch.on(self.device, "text"), self.device, self.dtype)
         else:
-            text = self.table.rows(self.labels[batch.indices_on(self.device)])
+            text = self.table.fields_of(self.labels[batch.indices_on(self.device)])
         # New memory, of the buffers too. A dropped caption is the null prompt of the same image.
         text = drop_captions(text, self.null, self.caption_dropout, generator) | self.conditions(raw)
         if not with_tokens:

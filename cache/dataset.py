@@ -21,11 +21,11 @@ class AlignedDataset(Dataset):
     """An item for each image or clip: `latent (C, [f,] h, w)`, `dino_tokens ([f·]N, D)`, text fields such as `prompt_embeds`,
     and its label.
 
+    Items are for any DataLoader; training calls `read_batch` instead, which reads stored bytes and is several times faster.
     Where script 2 stored them, `size_and_crop (6,)` too (`cache.views.size_and_crop`).
     Latents and tokens are joined by id. An image of the CSV that either cache lacks is left out; `left_out` is the number of
     such images. `labels (n,)` are the labels of the text: the classes of a list of classes, which items call `class_id`, or the
-    numbers of the prompts of a captioned list, which items call `label`. The dataset works with any DataLoader and any start
-    method of processes. Training calls `read_batch` instead, which reads stored bytes and is several times faster.
+    numbers of the prompts of a captioned list, which items call `label`. The dataset works with any start method of processes.
 
     Raises `UserError` when a field is missing, is unfinished or does not fit the others.
     """
@@ -47,7 +47,7 @@ class AlignedDataset(Dataset):
             )
         self.text = TextReader(text)
         listed = read_samples(csv_path)
-        self._check_moments(clip_shape(listed), csv_path)
+        self._check_frames(clip_shape(listed), csv_path)
         cached = set(self.latents.ids)
         if self.tokens is not None:
             cached &= set(self.tokens.ids)
@@ -64,7 +64,7 @@ class AlignedDataset(Dataset):
             self.readers["dino_tokens"] = self.tokens
         self._rows = {name: reader.rows(self.ids) for name, reader in self.readers.items()}
 
-    def _check_moments(self, clip: tuple[int, float] | None, csv_path: str | Path) -> None:
+    def _check_frames(self, clip: tuple[int, float] | None, csv_path: str | Path) -> None:
         """Raise `UserError` unless both fields are of the frames that the list names, and of none where it lists images."""
         for reader in filter(None, (self.latents, self.tokens)):
             view = reader.spec.view or {}
@@ -120,7 +120,7 @@ class AlignedDataset(Dataset):
             values["latent"] = self.x_0(values["latent"])  # (1, C, h, w)
             if (told := self.size_and_crop(raw["latent"][i][None])) is not None:
                 values["size_and_crop"] = told
-            item = {name: value[0] for name, value in (values | self.text.rows([label])).items()}
+            item = {name: value[0] for name, value in (values | self.text.fields_of([label])).items()}
             items.append(item | {"label" if self.captioned else "class_id": label})
         return items
 

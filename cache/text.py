@@ -2,7 +2,7 @@
 
     text = TextReader("data/imagenet/text")
     text.prompts[1], text.null["prompt_embeds"]     # "a photo of a goldfish", (L, C)
-    text.rows([1, 0])["prompt_embeds"]              # (2, L, C), read from the shards
+    text.fields_of([1, 0])["prompt_embeds"]              # (2, L, C), read from the shards
     table = text.on(device, dtype)                  # the rows of all prompts, in memory
 
 Beside the shards, `prompts.json` lists the prompts by label: those of the classes in the order of the classes, captions in the
@@ -53,7 +53,7 @@ class TextTable:
 
     fields: dict[str, Tensor]
 
-    def rows(self, labels: Tensor) -> dict[str, Tensor]:
+    def fields_of(self, labels: Tensor) -> dict[str, Tensor]:
         """Return the fields `(B, …)` of the prompts with these labels."""
         return {name: values[labels] for name, values in self.fields.items()}
 
@@ -91,7 +91,7 @@ class TextReader:
         """Return the rows `(B,)` of the shards that hold the prompts with these labels."""
         return self._rows[np.asarray(labels)]
 
-    def rows(self, labels: Tensor | Sequence[int]) -> dict[str, Tensor]:
+    def fields_of(self, labels: Tensor | Sequence[int]) -> dict[str, Tensor]:
         """Read the fields `(B, …)` of the prompts with these labels, in the types in which they are stored."""
         raw = torch.empty(len(labels), self.spec.value_bytes, dtype=torch.uint8)
         self.reader.read_rows(self.rows_of(labels), raw.numpy())
@@ -99,7 +99,7 @@ class TextReader:
 
     def on(self, device: torch.device, dtype: torch.dtype) -> TextTable:
         """Return the text of all prompts on a device, converted as by `convert`."""
-        return TextTable(convert(self.rows(range(len(self))), device, dtype))
+        return TextTable(convert(self.fields_of(range(len(self))), device, dtype))
 
 
 def convert(fields: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

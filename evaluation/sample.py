@@ -28,10 +28,10 @@ from evaluation.image_files import ImageWriter, missing_images, watched, write_f
 from evaluation.targets import Target
 from method.sampler import (
     balanced_labels,
+    forward_rows,
     forwards_per_image,
     guidance_plan,
     random_labels,
-    rows_of,
     sample_latents,
     set_steps,
 )
@@ -81,7 +81,7 @@ def image_settings(target: Target, device: torch.device) -> dict:
         },
         "dtype": str(compute_dtype(device, given.precision)).removeprefix("torch."),
         "device": device.type,
-        "rows": rows_of(device, given.batch_size),
+        "rows": forward_rows(device, given.batch_size),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,  # they share out sums
         "compile": given.compile,
         "labels": given.labels,
@@ -248,9 +248,9 @@ class ImageSampler:
         """Images of these classes from the noise of these seeds, uint8 `(n, H, W, 3)`, or clips `(n, F, H, W, 3)`."""
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
-        how |= {"steps": given.sampling_steps, "rows": rows_of(self.device, given.batch_size)}
+        how |= {"steps": given.sampling_steps, "rows": forward_rows(self.device, given.batch_size)}
         how |= {"shape": stored_latent_shape(self.config), "spacing": self.spacing}
-        prompts = convert(self.text.rows(labels), self.device, torch.float32)  # {field: (n, …)}
+        prompts = convert(self.text.fields_of(labels), self.device, torch.float32)  # {field: (n, …)}
         with searched_convolutions():  # every forward has the same rows
             latents = sample_latents(self.model.predict, self.scheduler, prompts, self.null, seeds, **how)
             return decode_images(self.codec, latents)

@@ -12,8 +12,9 @@ from torch import Tensor
 class CoefficientSchedule:
     """The schedule of λ: a linear warm-up from 0 to `coeff`, then a decay to `coeff_end`, then `coeff_end` until the end.
 
-    The decay is counted from the end of the warm-up: 100 warm-up and 5000 decay steps end at step 5100. `decay_steps = 0`
-    stretches it to `total_steps`. From `cutoff_step` on (0 = never) λ is 0.
+    Where the schedule is "constant", λ stays `coeff` instead. The decay is counted from the end of the warm-up: 100 warm-up
+    and 5000 decay steps end at step 5100. `decay_steps = 0` stretches it to `total_steps`. From `cutoff_step` on
+    (0 = never) λ is 0.
     """
 
     coeff: float
@@ -131,7 +132,7 @@ class Coefficient:
         """Return λ at `step`. Steps must be asked for in their order."""
         return 0.0 if self.cutoff is not None and self.cutoff.off else self.schedule(step)
 
-    def needs_teacher(self, step: int) -> bool:
+    def evaluates_heads(self, step: int) -> bool:
         """Whether this step must evaluate the heads, for the alignment loss or only to measure the similarity."""
         if self.schedule(step) == 0:
             return False

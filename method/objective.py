@@ -53,8 +53,8 @@ class Objective:
             measure: evaluate the heads even where λ is 0; the alignment is then not part of `loss` and has no gradient.
         """
         coeff = self.align_coeff if align_coeff is None else align_coeff
-        aligned = coeff > 0 or measure
-        if aligned and tokens is None and model.teacher_block is None:
+        heads = coeff > 0 or measure
+        if heads and tokens is None and model.teacher_block is None:
             raise ValueError("the alignment needs the teacher's tokens")
         noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device, generator=generator)
         t = self.path.draw(len(x_0), x_0.device, generator)  # (B,)
@@ -64,7 +64,7 @@ class Objective:
         errors = squared_error(model.predict(x_t, t, text, capture=True), target, weight)  # (B,)
         loss_diff = errors.mean()
         per_image = {"errors": errors.detach(), "timesteps": t}
-        if not aligned:
+        if not heads:
             model.clear_hooks()
             zero = loss_diff.new_zeros(())
             return dict(zip(TERMS, (loss_diff, loss_diff, zero, zero, zero), strict=True)) | per_image

@@ -125,7 +125,7 @@ def sample_latents(
     if steps < 1 or cfg < 1 or (rows is not None and rows < 1):
         raise ValueError(f"steps, cfg and rows must be at least 1, got {steps}, {cfg} and {rows}")
     device = first.device
-    rows = rows_of(device, len(first)) if rows is None else rows
+    rows = forward_rows(device, len(first)) if rows is None else rows
     null = {name: x.expand(rows, *x.shape) for name, x in null_text.items()}  # (R, …)
     found = []
     for start in range(0, len(first), rows):
@@ -164,7 +164,7 @@ def guidance_plan(scheduler, cfg: float, low: float, high: float, space: str) ->
     return guided_steps(scheduler.alphas_cumprod, scheduler.timesteps, low=low, high=high, space=space)
 
 
-def rows_of(device: torch.device, batch_size: int) -> int:
+def forward_rows(device: torch.device, batch_size: int) -> int:
     """Return the number of samples in a forward: `batch_size` on a GPU, always `CPU_ROWS` on a CPU."""
     return CPU_ROWS if device.type == "cpu" else batch_size
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check_classes(checks, samples, text)
     labels = random.Random(0).sample(range(len(text)), min(args.samples, len(text)))
-    for name, values in text.rows(labels).items():
+    for name, values in text.fields_of(labels).items():
         what = f"text {name} {tuple(values.shape)} of random prompts is finite"
         checks(values.isfinite().all().item(), what)
     check_views(checks, latents.spec, tokens.spec)

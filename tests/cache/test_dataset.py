@@ -71,7 +71,9 @@ class TestItems:
         assert set(item) == {"latent", "dino_tokens", "prompt_embeds", "class_id"}
         assert item["latent"].shape == (4, 16, 16)
         assert item["dino_tokens"].shape == (16, 64)
-        assert item["prompt_embeds"].equal(dataset.text.rows([int(item["class_id"])])["prompt_embeds"][0])
+        assert item["prompt_embeds"].equal(
+            dataset.text.fields_of([int(item["class_id"])])["prompt_embeds"][0]
+        )
         assert len(dataset.text) == 10
         stored = TextReader(miniature / "cache" / "text")
         assert stored.null["prompt_embeds"].shape == (77, 32)

@@ -71,16 +71,16 @@ def test_named_fields_and_masks_are_read_as_they_were_written(tmp_path):
     names = [f"class {i}" for i in range(9)]
     text = write(tmp_path, listed_of(names), shard_size=4)
     assert SPEC.value_bytes == 24
-    assert text.rows(range(9)).keys() == NAMED.keys()
+    assert text.fields_of(range(9)).keys() == NAMED.keys()
     assert {name: values.dtype for name, values in text.null.items()} == TYPES
     expected = values_of(text.prompts)
     for labels in (range(9), [7, 0, 7], torch.tensor([3]), [8]):
-        assert equal(text.rows(labels), {n: v[torch.as_tensor([*labels])] for n, v in expected.items()})
+        assert equal(text.fields_of(labels), {n: v[torch.as_tensor([*labels])] for n, v in expected.items()})
     assert equal(text.null, NULL_ROW)
     assert text.shapes == {"mask": (3,), "embeds": (3, 1), "pooled": (2,), "more": (1, 3)}
     table = text.on(CPU, torch.float32)
-    assert table.rows(torch.tensor([2]))["embeds"].equal(expected["embeds"][[2]].float())
-    assert table.rows(torch.tensor([2]))["mask"].dtype == torch.uint8
+    assert table.fields_of(torch.tensor([2]))["embeds"].equal(expected["embeds"][[2]].float())
+    assert table.fields_of(torch.tensor([2]))["mask"].dtype == torch.uint8
     assert text.reader.damaged_shards() == []
 
 
@@ -96,7 +96,7 @@ def test_equal_prompts_are_stored_once_and_labels_keep_the_order_of_classes(tmp_
     text = write(tmp_path, listed_of(["crane", "tench", "crane"]))
     assert text.manifest["num_samples"] == 3  # and the null prompt
     assert len(text) == text.n_classes == 3
-    rows = text.rows([0, 1, 2])
+    rows = text.fields_of([0, 1, 2])
     assert rows["more"][0].equal(rows["more"][2])
     assert not rows["more"][0].equal(rows["more"][1])
     assert text.label_of == {"a photo of a crane": 0, "a photo of a tench": 1}
@@ -104,7 +104,7 @@ def test_equal_prompts_are_stored_once_and_labels_keep_the_order_of_classes(tmp_
 
 def test_the_null_prompt_is_not_the_prompt_without_a_letter(tmp_path):
     text = write(tmp_path, listed_of(captions=["", "a dog"]))
-    assert not text.rows([0])["pooled"][0].equal(text.null["pooled"])
+    assert not text.fields_of([0])["pooled"][0].equal(text.null["pooled"])
 
 
 def test_a_longer_list_adds_shards_and_moves_no_label(tmp_path):
@@ -117,7 +117,7 @@ def test_a_longer_list_adds_shards_and_moves_no_label(tmp_path):
     assert json.loads((tmp_path / "prompts.json").read_text()) == longer
     assert TextReader(tmp_path).prompts == first.prompts  # while the new rows are being made
     text = write(tmp_path, longer)
-    assert equal(text.rows(range(5)), values_of(longer["prompts"]))
+    assert equal(text.fields_of(range(5)), values_of(longer["prompts"]))
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
     assert len(after) == 2 * 3
     assert before.items() <= after.items()
@@ -129,7 +129,7 @@ def test_two_parts_are_written_by_two_writers(tmp_path):
     with pytest.raises(UserError, match="is not finished"):
         TextReader(tmp_path)
     write_text(tmp_path, SPEC, listed, values_of(listed["prompts"]), NULL_ROW, part=(0, 2))
-    assert equal(TextReader(tmp_path).rows(range(7)), values_of("abcdefg"))
+    assert equal(TextReader(tmp_path).fields_of(range(7)), values_of("abcdefg"))
 
 
 def test_the_digest_is_that_of_prompts_and_numbers_and_not_of_shards(tmp_path):

@@ -80,7 +80,7 @@ def test_from_a_list_to_samples_that_the_stock_pipeline_draws_alike(
     evaluate.main(["sample", str(run.path), *drawn])
     (folder,) = (run.path / "samples").iterdir()
     text, cpu = TextReader(cache / "text"), torch.device("cpu")
-    rows, null = (convert(x, cpu, torch.float32) for x in (text.rows(range(SAMPLES)), text.null))
+    rows, null = (convert(x, cpu, torch.float32) for x in (text.fields_of(range(SAMPLES)), text.null))
     side = SIZE // family.load_codec().down
     shape = family.latent_shape(family.load_network())[0], side, side
     stock.scheduler = family.sampling_scheduler(family.own_output, family.sampler_of("auto"), steps, shape)

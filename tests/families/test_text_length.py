@@ -33,7 +33,7 @@ def text_of(base_of, tmp_path_factory):
 def test_the_text_is_what_the_pipeline_makes_with_this_length(text_of, base_of) -> None:
     text, stock = text_of("sd3"), diffusers.StableDiffusion3Pipeline.from_pretrained(base_of("sd3"))
     expected = stock.encode_prompt(list(PROMPTS), None, None, max_sequence_length=LENGTH)
-    found = text.rows([text.label_of[prompt] for prompt in PROMPTS])
+    found = text.fields_of([text.label_of[prompt] for prompt in PROMPTS])
     torch.testing.assert_close(found["prompt_embeds"], expected[0])
     torch.testing.assert_close(found["pooled_prompt_embeds"], expected[2])
     torch.testing.assert_close(text.null["prompt_embeds"], expected[1][0])

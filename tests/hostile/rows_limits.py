@@ -61,7 +61,7 @@ def classes_named(name):
     def spoil(folder):
         text = TextReader(folder / "cache/text")
         prompts = [f"a photo of a {name}", *text.prompts[1:]]
-        fields, null = text.rows(range(len(text))), text.null
+        fields, null = text.fields_of(range(len(text))), text.null
         shutil.rmtree(text.folder)
         listed = {"n_classes": text.n_classes, "synsets": text.synsets, "prompts": prompts}
         write_text(text.folder, text.spec, listed, fields, null)

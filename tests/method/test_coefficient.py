@@ -104,17 +104,17 @@ def test_a_permanent_cutoff_stays_and_a_recoverable_one_comes_back(mode, after):
 
 def test_a_cutoff_silences_the_schedule_and_asks_for_nothing_more():
     coefficient = Coefficient(schedule(), SimilarityCutoff(0.5, ema_decay=0.0))
-    assert (coefficient(0), coefficient.needs_teacher(0)) == (0.8, True)
+    assert (coefficient(0), coefficient.evaluates_heads(0)) == (0.8, True)
     coefficient.observe(torch.tensor(0.6))
     assert coefficient(1) == 0
-    assert not any(coefficient.needs_teacher(step) for step in range(1, 30))
+    assert not any(coefficient.evaluates_heads(step) for step in range(1, 30))
 
 
 def test_a_recoverable_cutoff_measures_every_k_steps_and_comes_back():
     cutoff = SimilarityCutoff(0.5, ema_decay=0.0, mode="recoverable", every=4)
     coefficient = Coefficient(schedule(), cutoff)
     coefficient.observe(torch.tensor(0.6))
-    assert [step for step in range(1, 13) if coefficient.needs_teacher(step)] == [4, 8, 12]
+    assert [step for step in range(1, 13) if coefficient.evaluates_heads(step)] == [4, 8, 12]
     coefficient.observe(torch.tensor(0.2))
     assert coefficient(5) == 0.8
 
@@ -123,8 +123,8 @@ def test_the_schedule_is_asked_first():
     """While the schedule itself says 0 nothing is measured, recoverable or not."""
     cutoff = SimilarityCutoff(0.5, ema_decay=0.0, mode="recoverable", every=1)
     coefficient = Coefficient(schedule(warmup_steps=2, cutoff_step=5), cutoff)
-    assert [step for step in range(8) if coefficient.needs_teacher(step)] == [1, 2, 3, 4]
-    assert not Coefficient(schedule(coeff=0.0)).needs_teacher(3)
+    assert [step for step in range(8) if coefficient.evaluates_heads(step)] == [1, 2, 3, 4]
+    assert not Coefficient(schedule(coeff=0.0)).evaluates_heads(3)
 
 
 @pytest.mark.parametrize("mode", ["permanent", "recoverable"])

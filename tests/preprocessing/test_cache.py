@@ -152,7 +152,7 @@ class TestValues:
         text = TextReader(miniature / "cache" / "text")
         names = json.loads((miniature / "imagenet_classes.json").read_text())
         assert text.prompts == [f"a photo of a {names[str(i)]}" for i in range(10)]
-        assert text.rows(range(10))["prompt_embeds"].shape == (10, 77, 32)
+        assert text.fields_of(range(10))["prompt_embeds"].shape == (10, 77, 32)
         assert text.null["prompt_embeds"].shape == (77, 32)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

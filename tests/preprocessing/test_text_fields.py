@@ -95,7 +95,7 @@ def test_classes_and_further_prompts_of_the_real_encoder(miniature, tmp_path):
     assert text.n_classes == 3
     family = family_of(base)
     expected = family.encode_text(text.prompts, CPU)["prompt_embeds"].half()
-    assert (text.rows(range(5))["prompt_embeds"].float() - expected.float()).abs().max() < 2e-3
+    assert (text.fields_of(range(5))["prompt_embeds"].float() - expected.float()).abs().max() < 2e-3
     assert text.null["prompt_embeds"].equal(family.null_text(CPU)["prompt_embeds"].half())
     source = text.spec.source
     assert source["model"] == base
@@ -116,7 +116,7 @@ def test_captions_in_order_of_appearance_trimmed_to_the_longest_prompt(fake, tmp
     assert "the longest prompt has 4 positions in mask" in said
     assert text.shapes == {"embeds": (4, 2), "mask": (4,), "pooled": (2,)}
     assert text.spec.details["trimmed"] == {"embeds": "mask"}
-    whole, stored = fake("x").encode_text(text.prompts, CPU), text.rows(range(12))
+    whole, stored = fake("x").encode_text(text.prompts, CPU), text.fields_of(range(12))
     assert whole["mask"].sum(1).max() == 4
     for name in whole:
         assert stored[name].float().equal(whole[name][:, :4].float() if name != "pooled" else whole[name])
@@ -159,7 +159,7 @@ def test_the_type_in_which_fields_are_stored(fake, tmp_path, facts, options, sto
     assert kinds == {"embeds": stored, "pooled": stored, "mask": "uint8"}
     assert text.spec.source["precision"] == ("bf16" if "dtype" in facts else "fp32")
     expected = fake("x").encode_text(text.prompts, CPU)["pooled"].to(getattr(torch, stored))
-    assert text.rows(range(11))["pooled"].equal(expected)
+    assert text.fields_of(range(11))["pooled"].equal(expected)
     # A folder keeps its types, whatever the first prompts of a longer list would ask for.
     fake.scale = 1e-3
     more = captions(tmp_path / "b.csv", ["tiny", *PROMPTS])

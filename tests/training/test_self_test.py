@@ -278,7 +278,7 @@ def rewrite_text(miniature, folder, change):
     """Store the miniature's text with other embeddings: `change` gets those of the prompts and that of the null prompt."""
     text = TextReader(miniature / "cache" / "text")
     listed = {"n_classes": text.n_classes, "synsets": text.synsets, "prompts": text.prompts}
-    values, null = text.rows(range(len(text)))["prompt_embeds"], text.null["prompt_embeds"]
+    values, null = text.fields_of(range(len(text)))["prompt_embeds"], text.null["prompt_embeds"]
     write_text(folder, text.spec, listed, {"prompt_embeds": change(values, null)}, text.null)
 
 
