@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from common.errors import UserError
 from common.files import expand_home
@@ -151,7 +152,7 @@ def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        place = ".".join(str(part) for part in error.errors()[0]["loc"] if isinstance(part, str))
+        place = _key_of(error.errors()[0], levels=2)
         by_hand = place in given or any(key.startswith(f"{place}.") for key in given)
         raise UserError(f"{'' if by_hand else f'{where}: '}{_first_problem(error)}") from None
 
@@ -219,7 +220,7 @@ def _unknown_key(key: str) -> str:
 def _first_problem(error: ValidationError, prefix: str = "") -> str:
     """The first of pydantic's complaints, as one line that says what to do; `prefix` is the section that was checked."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    place = _key_of(problem, levels=1 if prefix else 2)
     key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
@@ -234,3 +235,8 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
         message += ": write a number in quotes, such as '\"7\"'"
     of_one_key = key in knobs() or (key and problem["type"] != "value_error")
     return f"{key} = {problem['input']!r:.80}: {message}" if of_one_key else message
+
+
+def _key_of(problem: ErrorDetails, levels: int) -> str:
+    """The dotted key of a complaint, without the kind that pydantic adds where a value may be of several."""
+    return ".".join([part for part in problem["loc"] if isinstance(part, str)][:levels])

@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.reading import JsonRecord, read_record
 from common.sides import height_width, written
+from configs.evaluation import Eval
 from configs.schema import Config
 from evaluation.image_files import ImageWriter, missing_images, watched, write_films
 from evaluation.targets import Target
@@ -53,7 +54,10 @@ def image_settings(target: Target, device: torch.device) -> dict:
     config, given = target.config, target.settings
     text = read_text_manifest(config.data.text)
     family = family_for(config)
-    guided, sampler = given.cfg > 1, family.sampler_of(given.sampler)
+    guided, sampler = given.cfg > 1, sampler_of(given, family)
+    network, trained = config.model, target.weights != "base"
+    scale = network.lora_alpha / network.lora_rank if trained and network.train == "lora" else 1.0
+    unusual = {"lora_scale": (scale, 1.0), "quantize": (network.quantize, "none")}
     return {
         "model": {
             "base": config.model.base,
@@ -63,6 +67,8 @@ def image_settings(target: Target, device: torch.device) -> dict:
             "weights": target.weights,
             "weights_sha256": target.weights_sha256,
             "parameterization": output_of(config),
+            # Only where they are unusual, so that samples of other runs keep their folders.
+            **{name: value for name, (value, usual) in unusual.items() if value != usual},
         },
         "sampler": sampler,
         "steps": given.sampling_steps,
@@ -173,7 +179,7 @@ def print_cost(target: Target, count: int, noun: str) -> None:
     set_steps(scheduler, given.sampling_steps, spacing)
     interval = given.guidance_low, given.guidance_high
     each = forwards_per_image(guidance_plan(scheduler, given.cfg, *interval, given.guidance_space))
-    sampler = family_for(config).sampler_of(given.sampler)
+    sampler = sampler_of(given, family_for(config))
     tqdm.write(
         f"{target.name}: {count:,} {noun} to draw, {sampler} {given.sampling_steps} steps, guidance {given.cfg:g}: {each} "
         f"forwards of the network each, {each * count:,} in all"
@@ -264,9 +270,17 @@ class ImageSampler:
 def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
     """The scheduler by which a run's settings draw, and the further arguments of `set_steps`."""
     shape, steps = stored_latent_shape(config), config.eval.sampling_steps
-    sampler = family.sampler_of(config.eval.sampler)
+    sampler = sampler_of(config.eval, family)
     scheduler = family.sampling_scheduler(output_of(config), sampler, steps, shape)
     return scheduler, family.spacing(shape, steps, sampler)
+
+
+def sampler_of(given: Eval, family: Backbone) -> str:
+    """The sampler that these settings choose; raises `UserError` where it cannot do what they ask for."""
+    sampler = family.sampler_of(given.sampler)
+    if given.eta and sampler != "ddim":
+        raise UserError(f"eval.eta is DDIM's, and {family.name} is sampled by {sampler}: set eval.eta=0")
+    return sampler
 
 
 def clip_settings(config: Config) -> dict:

@@ -12,7 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from common.errors import UserError
-from common.pretrained import check_files, foreign_files, load_pretrained, read_config
+from common.pretrained import check_files, foreign_files, load_pretrained, local_folder, read_config
 
 # Settings of eval.sampler, and how all of them space their steps.
 SAMPLERS = {
@@ -88,11 +88,10 @@ def files_digest(base: str, part: str, revision: str | None = None) -> str:
 
     Of a local folder the safetensors that `load_part` reads count. Read once in a process.
     """
-    folder = Path(base) / part
-    if not folder.is_dir():
+    if local_folder(base) is None:
         found = try_to_load_from_cache(base, "scheduler/scheduler_config.json", revision=revision or "main")
         return Path(found).parents[1].name if isinstance(found, str) else str(revision)
-    check_files(folder, network=True)
+    check_files(folder := Path(base) / part, network=True)
     files, digest = sorted(folder.glob("*.safetensors")), hashlib.sha256()
     for file in (file for file in files if "." not in file.name.split(".", 1)[1]):  # no .fp16., no .non_ema.
         with open(file, "rb") as opened:

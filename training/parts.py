@@ -91,9 +91,7 @@ def build_parts(config: Config) -> Parts:
         to_channels_last(model.backbone)
     masters = Masters(model, dtype)  # converts the model to this dtype
     online = (
-        build_online_teacher(config.teacher, family, dataset.latent_shape[0], device, dtype)
-        if aligned
-        else None
+        build_online_teacher(config.teacher, family, dataset.latent_shape, device, dtype) if aligned else None
     )
     batches = TrainingBatches(
         dataset,
@@ -170,23 +168,27 @@ def check_neighbours(align: Align, shape: Sequence[int]) -> None:
 
 
 def build_online_teacher(
-    settings: Teacher, family: Backbone, channels: int, device: torch.device, dtype: torch.dtype
+    settings: Teacher, family: Backbone, shape: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> OnlineTeacher | None:
-    """Build the teacher of `teacher.source=online`, which decodes latents of `channels` and computes in `dtype`.
+    """Build the teacher of `teacher.source=online`, which decodes latents of `shape (C, h, w)` and computes in `dtype`.
 
     Returns None for other sources.
     """
     if settings.source != "online":
         return None
+    if len(shape) == 4:
+        raise UserError(
+            "teacher.source=online is for images, and the latents are of clips: set teacher.source=cached (script 3)"
+        )
     encoder = load_teacher(settings.model, settings.grid, settings.revision)
     if encoder.dim != settings.dim:
         raise UserError(
             f"teacher {settings.model} has width {encoder.dim}, teacher.dim says {settings.dim}: set teacher.dim={encoder.dim}"
         )
     codec = family.load_codec() if settings.decoder is None else LatentCodec(load_decoder(settings.decoder))
-    if codec.channels != channels:
+    if codec.channels != shape[0]:
         raise UserError(
-            f"teacher.decoder {settings.decoder} decodes {codec.channels} channels, the latents have {channels}"
+            f"teacher.decoder {settings.decoder} decodes {codec.channels} channels, the latents have {shape[0]}"
         )
     return OnlineTeacher(codec, encoder, bf16=dtype == torch.bfloat16).to(device)
 

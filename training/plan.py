@@ -168,7 +168,7 @@ def plan_online_teacher(config: Config, family: Backbone, shape: tuple[int, ...]
     if config.teacher.source != "online" or config.align.coeff == 0:
         return 0.0
     try:
-        teacher = build_online_teacher(config.teacher, family, shape[0], torch.device("meta"), torch.float32)
+        teacher = build_online_teacher(config.teacher, family, shape, torch.device("meta"), torch.float32)
     except UserError as error:
         say("online teacher", f"not counted: {error}")
         return 0.0

@@ -80,6 +80,8 @@ class Transformer(Backbone):
             raise UserError(
                 f"the network of {self.base} is no {self.network_class.__name__}: check model.base"
             )
+        if not self.blocks(network):
+            raise UserError(f"the network of {self.base} has no blocks: check its config")
 
     def forward(self, network: nn.Module, x_t: Tensor, t: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         given = {
@@ -192,19 +194,30 @@ class Transformer(Backbone):
         elif "shift" not in chosen:
             # Where the shift depends on the size, diffusers' examples train without one.
             dynamic = config.get("use_dynamic_shifting", False)
-            chosen["shift"] = 1.0 if dynamic else config.get("shift", config.get("flow_shift", 1.0))
+            chosen["shift"] = 1.0 if dynamic else self.own_shift
         return FlowPath(**chosen)
 
     def mu_of(self, shape: Sequence[int], steps: int) -> float | None:
         """The mu that the pipeline hands to its scheduler for latents of `shape (C, …)`; None where it hands none."""
         return None
 
+    @property
+    def own_shift(self) -> float:
+        """The fixed shift s of the base model's scheduler; raises `UserError` where it is none."""
+        config = self.scheduler.config
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        if not (isinstance(shift, int | float) and 0 < shift < math.inf):
+            raise UserError(
+                f"scheduler of {self.base} has shift = {shift}, a number above 0 was expected: mend its config"
+            )
+        return shift
+
     def shift_of(self, shape: Sequence[int], steps: int = 50) -> float:
         """The shift s by which the pipeline samples latents of `shape (C, …)`."""
         config = self.scheduler.config
         if config.get("use_dynamic_shifting") and (mu := self.mu_of(shape, steps)) is not None:
             return math.exp(mu)
-        return config.get("shift", config.get("flow_shift", 1.0))
+        return self.own_shift
 
     def shifted_mu(self, tokens: int) -> float:
         """The mu of the scheduler's config for a number of tokens, on a line through two points, as Flux has it."""

@@ -130,6 +130,13 @@ def test_clips_are_not_written_for_adms_evaluator(house):
         evaluate.main(["sample", str(house / "wan.yaml"), "--npz", *SETTINGS])
 
 
+def test_what_a_flow_or_clips_cannot_have_is_refused(house, tmp_path):
+    with pytest.raises(UserError, match=r"eval\.eta is DDIM's, and Wan 2\.1 is sampled by"):
+        evaluate.main(["sample", str(house / "wan.yaml"), *SETTINGS, "eval.eta=0.5"])
+    with pytest.raises(UserError, match=r"teacher\.source=online is for images"):
+        train.main(["--config", str(house / "wan.yaml"), f"run={tmp_path}/run", "align.coeff=0.5"])
+
+
 def test_clips_that_one_picture_cannot_hold_are_refused_before_they_are_drawn(house, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", FRAMES * SIZE**2 // 2 - 1)
     with pytest.raises(UserError, match="clips of 5 frames of 32 px are too large to be kept as one picture"):

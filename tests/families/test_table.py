@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from common.errors import UserError
@@ -69,3 +70,18 @@ def test_a_flows_scheduler_is_read_as_its_own_config_says(tmp_path, config, solv
     assert family.sampler_of("auto") == solver
     assert family.path((16, 8, 8)).shift == family.shift_of((16, 8, 8)) == shift
     assert family.scheduler is family.scheduler
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0])
+def test_a_scheduler_whose_shift_is_none_is_one_line(tmp_path, shift):
+    (tmp_path / "scheduler").mkdir()
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"has shift = {shift}"):
+        FAMILIES["sd3"](str(tmp_path)).path((16, 8, 8))
+
+
+def test_a_network_without_blocks_is_one_line():
+    network = diffusers.SD3Transformer2DModel(num_layers=0, attention_head_dim=4, num_attention_heads=1)
+    with pytest.raises(UserError, match="has no blocks"):
+        FAMILIES["sd3"]("base").check(network)

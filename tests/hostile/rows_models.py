@@ -1,6 +1,7 @@
 """Folders of models: damaged, of another kind, with code of their own, or not there at all."""
 
 import json
+import shutil
 import struct
 
 from hostile import Case
@@ -158,6 +159,8 @@ def rows():
             "extractor": SCORE + f" 'eval.extractor={name}'",
         }.items():
             yield Case(f"no {what} at {name}", nothing, command, (name.removesuffix("/").removeprefix("~/"),))
+    gone = lambda folder: shutil.rmtree(folder / BASE / "vae")  # noqa: E731
+    yield Case("a base without its VAE, of a run", gone, SCORE, ("has no vae/ folder",))
     links = both(
         remove(f"{BASE}/unet/config.json"),
         lambda folder: (folder / BASE / "unet/config.json").symlink_to("config.json"),

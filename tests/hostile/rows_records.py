@@ -1,7 +1,7 @@
 """JSON that this program wrote, damaged or edited by hand."""
 
-from hostile import Case
-from spoil import cut, drop_key, edit, edit_line, fifo, set_key, write
+from hostile import Case, run
+from spoil import both, cut, drop_key, edit, edit_line, fifo, replace, set_key, write
 
 POINTS, METRICS, ALIGN = "runs/a/eval/points.jsonl", "runs/a/metrics.jsonl", "runs/a/eval/align.json"
 # Each record, the command that reads it, and one of its keys of type int.
@@ -86,4 +86,16 @@ def rows():
             f"align.json has {to!r} as {key}", edit(ALIGN, set_key(key, to=to)), report, ("align.json",)
         )
     edited = edit("runs/a/checkpoints/step-0000006/state.json", set_key("ema_step", to=3))
+    sample = "evaluate sample runs/lora eval.num_samples=4"
+    scaled = both(
+        lambda folder: run(sample, folder, 60), replace("runs/lora/config.yaml", "alpha: 4", "alpha: 8")
+    )
+    yield Case(
+        "a run's LoRA scale was edited", scaled, sample, ("4 images",), goes_on=True, check=_two_folders
+    )
     yield Case("a state was edited", edited, "export runs/a", ("step-0000006",))
+
+
+def _two_folders(folder):
+    """What was drawn by another scale is not taken for what this one draws."""
+    assert len(list((folder / "runs/lora/samples").iterdir())) == 2

@@ -153,6 +153,7 @@ def rows():
         "train --config a.yaml run=runs/b train.steps.x=3": "train.steps",
         "train --config a.yaml run=runs/b =3": "=3",
         "train --config a.yaml run=runs/b align.coeff": "align.coeff",
+        "train --config a.yaml run=runs/b diffusion.shift=.inf": "error: diffusion.shift = inf",
         "train --config a.yaml run=": "run",
         "train --config a.yaml run=3": "run",
         "train --config a.yaml --allow-change nothing.known": "nothing.known",
