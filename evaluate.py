@@ -33,7 +33,7 @@ from evaluation.points import evaluate_all, format_metrics, points_of
 from evaluation.report import make_report
 from evaluation.sample import clip_settings, draw_samples, noun_of
 from evaluation.score import make_references, measure_images
-from evaluation.targets import Target, find_baseline, find_targets, labels_for, open_run
+from evaluation.targets import Target, find_baseline, find_targets, open_run, run_labels
 from metrics.embedding import check_installed
 from metrics.npz_images import write_npz_images
 from report.curves import draw_curves, format_speedup
@@ -71,14 +71,14 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--npz is for images, and these are clips: leave it out")
     for target in targets:
         indices = range(target.settings.num_samples)
-        folder, settings = draw_samples(target, device, indices, ranks)
+        folder, recipe = draw_samples(target, device, indices, ranks)
         if args.npz and ranks.main:
             file = folder.with_name(f"{folder.name}_{len(indices)}.npz")
             shape = load_images(folder, [0]).shape[1:3]
             write_npz_images(file, image_chunks(folder, indices, 128), len(indices), shape)
             print(f"{file}: {len(indices):,} images as arr_0")
         if ranks.main:
-            print(f"{folder}: {len(indices):,} {noun_of(settings)}", flush=True)
+            print(f"{folder}: {len(indices):,} {noun_of(recipe)}", flush=True)
 
 
 def metrics(args: argparse.Namespace) -> None:
@@ -117,7 +117,7 @@ def reference(args: argparse.Namespace) -> None:
 
 
 def curve(args: argparse.Namespace) -> None:
-    """Measure every checkpoint's moving average, and draw metrics against steps and images seen.
+    """Measure every checkpoint (its moving average, or with --raw its weights), and draw metrics against steps and images seen.
 
     All runs by one protocol, the cheap one of the first run's eval settings (configs/A.yaml: 10,000 images, 50 steps), with the
     same seeds and labels. Points are lines of RUN/eval/points.jsonl, also those that training measured (train.eval_every).
@@ -126,7 +126,7 @@ def curve(args: argparse.Namespace) -> None:
     device, ranks = open_device(args)
     groups = targets_of(args, alike=True)
     runs = [group[0].run for group in groups]
-    runs = dict(zip(labels_for(runs), runs, strict=True))
+    runs = dict(zip(run_labels(runs), runs, strict=True))
     baseline = find_baseline(runs, args.baseline)
     points = evaluate_all([*chain(*groups)], device, ranks, kind="curve")
     if ranks.main:
@@ -188,7 +188,7 @@ def pictures(args: argparse.Namespace) -> None:
         raise UserError(f"{beside} is there, and the picture's data would replace it: choose another -o")
     device, _ = open_device(args)
     groups = targets_of(args, alike=True)
-    labels = labels_for([group[0].run for group in groups], [group[-1].step for group in groups])
+    labels = run_labels([group[0].run for group in groups], [group[-1].step for group in groups])
     print(draw_pictures(args.out, dict(zip(labels, groups, strict=True)), device, args.prompts))
 
 

@@ -10,7 +10,7 @@ import torch
 from cache.films import spread_frames
 from cache.text import find_prompts, shown_prompts
 from evaluation.image_files import clips_of, load_images
-from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_settings, labels_of
+from evaluation.sample import ImageSampler, draw_samples, evenly_spread, image_recipe, labels_of
 from evaluation.targets import Target
 from report.plot_grids import plot_rows, plot_sample_grids
 from training.parts import Parts
@@ -37,14 +37,14 @@ def draw_pictures(
     folder = first.run.config.data.text
     names = shown_prompts(folder)
     shown = find_prompts(folder, wanted, "--prompts") if wanted else evenly_spread(len(names), COLUMNS)
-    settings = image_settings(first, device)
-    indices = [first_of_class(settings, label) for label in shown]
+    recipe = image_recipe(first, device)
+    indices = [first_of_class(recipe, label) for label in shown]
 
     def images(target: Target) -> list[np.ndarray]:
         folder, _ = draw_samples(target, device, indices, ranks)
         return list(load_images(folder, indices))
 
-    if frames := settings.get("frames"):
+    if frames := recipe.get("frames"):
         clips = {
             label if len(targets) == 1 else f"{label}, step {target.step:,}": clips_of(
                 np.stack(images(target)), frames
@@ -55,7 +55,7 @@ def draw_pictures(
         columns, rows = frame_names(frames), {}
         for i, index in enumerate(indices):
             for label, found in clips.items():
-                name = f"{label}\n{names[shown[i]]}, seed {settings['seed'] + index}"
+                name = f"{label}\n{names[shown[i]]}, seed {recipe['seed'] + index}"
                 rows[name] = list(found[i][spread_frames(frames, COLUMNS)])
     elif all(len(targets) == 1 for targets in groups.values()):
         columns = [names[label] for label in shown]
@@ -67,9 +67,9 @@ def draw_pictures(
         for label, targets in groups.items():
             drawn = {target.step: images(target) for target in targets}
             for i, index in enumerate(indices if wanted else indices[:3]):
-                name = f"{label}\n{names[shown[i]]}, seed {settings['seed'] + index}"
+                name = f"{label}\n{names[shown[i]]}, seed {recipe['seed'] + index}"
                 rows[name] = [drawn[step][i] if step in drawn else None for step in steps]
-    note = f"{settings['sampler']} {settings['steps']} steps, guidance {settings['cfg']:g}, seeds from {settings['seed']}"
+    note = f"{recipe['sampler']} {recipe['steps']} steps, guidance {recipe['cfg']:g}, seeds from {recipe['seed']}"
     return plot_rows(file, rows, columns, note)
 
 
@@ -78,10 +78,10 @@ def frame_names(frames: int) -> list[str]:
     return [f"frame {number + 1}" for number in spread_frames(frames, COLUMNS)]
 
 
-def first_of_class(settings: dict, label: int) -> int:
+def first_of_class(recipe: dict, label: int) -> int:
     """The index of the first image that shows a class."""
-    bound = 100 * settings["classes"]  # random labels: more than enough
-    return labels_of(settings, range(bound)).index(label) if settings["labels"] == "random" else label
+    bound = 100 * recipe["classes"]  # random labels: more than enough
+    return labels_of(recipe, range(bound)).index(label) if recipe["labels"] == "random" else label
 
 
 class Previews:

@@ -11,7 +11,7 @@ from cache.text import TextReader
 from common.errors import UserError, is_mendable, one_line
 from configs.evaluation import FEWEST_MEASURED
 from evaluation.image_files import image_path
-from evaluation.sample import ImageSampler, draw_samples, image_settings, labels_of, protocol_of
+from evaluation.sample import ImageSampler, draw_samples, image_recipe, labels_of, protocol_of
 from evaluation.score import Scorer, load_scorers, measure
 from evaluation.score_clips import ClipScorer, load_clip_scorer
 from evaluation.targets import Target
@@ -46,7 +46,7 @@ def evaluate_point(
     A point is a line of RUN/eval/points.jsonl: `kind` (curve, final, sweep, metrics), `step`, `images_seen`, `protocol` (two
     points can be compared if theirs are equal), `metrics` {name: {value, error, …}}, and how it was made.
     """
-    recipe, settings = image_settings(target, device), target.settings
+    recipe, settings = image_recipe(target, device), target.settings
     indices = range(settings.num_samples)
     protocol = protocol_of(target, recipe) | {
         "num_samples": settings.num_samples,
@@ -55,10 +55,10 @@ def evaluate_point(
     }
     if clip_scorer is not None:
         protocol["real_clips"] = clip_scorer.identity
-    known = ranks.on_main(lambda: _find_known(target, recipe["model"], protocol, kind))
-    if known is not None and known["kind"] == kind:
-        return known
-    if known is None:
+    point = ranks.on_main(lambda: _find_known(target, recipe["model"], protocol, kind))
+    if point is not None and point["kind"] == kind:
+        return point
+    if point is None:
         started = time.monotonic()
         folder, _ = draw_samples(target, device, indices, ranks, image_sampler=image_sampler)
         drawn = time.monotonic()
@@ -71,7 +71,7 @@ def evaluate_point(
         if clip_scorer is not None:
             metrics |= clip_scorer.compare(folder, indices, settings, ranks, captions)
         measured = time.monotonic()
-        known = {
+        point = {
             "target": target.run.name,
             "step": target.step,
             "images_seen": target.images_seen,
@@ -84,12 +84,12 @@ def evaluate_point(
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": {"samples": round(drawn - started, 1), "metrics": round(measured - drawn, 1)},
         }
-    point = known | {"kind": kind}
+    point = point | {"kind": kind}
     # Another process may have measured the same meanwhile: then its point stays.
     same = ("kind", "protocol", "model")
     there = points_file(target.run.path / POINTS)
     ranks.on_main(
-        lambda: there.append(point, unless=lambda known: all(known[key] == point[key] for key in same))
+        lambda: there.append(point, unless=lambda other: all(other[key] == point[key] for key in same))
     )
     if not settings.keep_images:
         surplus = [image_path(target.run.path / point["samples"], i) for i in indices[KEPT:]]
@@ -113,7 +113,7 @@ def evaluate_all(targets: Sequence[Target], device: torch.device, ranks: Ranks, 
     config = targets[0].config
     scorers, clip_scorer = load_scorers(config, device, ranks), load_clip_scorer(config, device)
     judges = [scorer for scorer in scorers if "accuracy" in METRICS[scorer.extractor.protocol]]
-    if ranks.main and judges and not _has_classes(image_settings(targets[0], device)):
+    if ranks.main and judges and not _has_classes(image_recipe(targets[0], device)):
         prompts = TextReader(config.data.text).prompts
         if all(judge.intended(prompts) is None for judge in judges):
             left_out = "the accuracy by class is left out"
@@ -148,10 +148,10 @@ def check_comparable(targets: Sequence[Target], device: torch.device, ranks: Ran
             f"eval.num_samples = {first.settings.num_samples} is too few for metrics on {ranks.world} process(es): choose "
             f"{fewest} or more"
         )
-    wanted = protocol_of(first, image_settings(first, device))
+    wanted = protocol_of(first, image_recipe(first, device))
     for other in others:
         config, data = other.config, first.config.data
-        found = protocol_of(other, image_settings(other, device))
+        found = protocol_of(other, image_recipe(other, device))
         if differing := [key for key in wanted if found[key] != wanted[key]]:
             raise UserError(
                 f"{other.run.path} and {first.run.path} cannot be compared: they differ in {', '.join(differing)}"

@@ -13,11 +13,11 @@ from common.stages import StageEntry
 from evaluation.image_files import clips_of, load_images, missing_images
 from evaluation.points import points_of
 from evaluation.sample import evenly_spread, labels_of
-from evaluation.targets import find_baseline, labels_for
+from evaluation.targets import find_baseline, run_labels
 from report.assemble import write_report
 from report.curves import draw_curves
 from report.material import (
-    MADE_BY,
+    RESULT_KINDS,
     Material,
     Pictures,
     RunFacts,
@@ -47,7 +47,7 @@ def make_report(
     note: str | None = None,
 ) -> Path:
     """Write the page about these runs, `note` at its top, and its figures to PAGE_figures/; returns its path."""
-    labelled = dict(zip(labels_for(runs), runs, strict=True))
+    labelled = dict(zip(run_labels(runs), runs, strict=True))
     facts = {label: facts_of(run) for label, run in labelled.items()}
     if not any(run.points or run.alignment for run in facts.values()):
         raise UserError(
@@ -57,7 +57,7 @@ def make_report(
     compared, protocol = find_baseline(labelled, baseline), shared_protocol(facts)
     curve, figures = None, []
     if protocol is not None:
-        curves = {label: points_under(run.points, protocol, MADE_BY) for label, run in facts.items()}
+        curves = {label: points_under(run.points, protocol, RESULT_KINDS) for label, run in facts.items()}
         base_models = [label for label, run in facts.items() if run.is_base]
         curve = draw_curves(folder, curves, compared, base_models)
         figures = [folder / name for name in ("curve.png", "curve_all.png")]
@@ -88,7 +88,7 @@ def facts_of(run: RunFolder) -> RunFacts:
 
 def shared_protocol(facts: Runs) -> Mapping | None:
     """The protocol of curves that most runs share; of equals the one with most points, then the one with most images."""
-    points = [point for run in facts.values() for point in run.points if point["kind"] in MADE_BY]
+    points = [point for run in facts.values() for point in run.points if point["kind"] in RESULT_KINDS]
 
     def rank(protocol: Mapping) -> tuple[int, int, int]:
         found = points_at(facts, protocol)

@@ -49,8 +49,8 @@ from training.run_folder import this_command
 MANIFEST = "manifest.json"
 
 
-def image_settings(target: Target, device: torch.device) -> dict:
-    """The settings that decide what image i is: every one that changes an image, and none that does not."""
+def image_recipe(target: Target, device: torch.device) -> dict:
+    """The recipe of image i: every setting that changes an image, and none that does not."""
     config, given = target.config, target.settings
     text = read_text_manifest(config.data.text)
     family = family_for(config)
@@ -95,18 +95,18 @@ def image_settings(target: Target, device: torch.device) -> dict:
         "text_sha256": text_digest(text),
         "prompts": text["details"].get("template"),  # None of captions
         "seed": given.seed,
-        "latent_shape": stored_latent_shape(config),
+        "latent_shape": trained_latent_shape(config),
     } | clip_settings(config)
 
 
-def protocol_of(target: Target, settings: dict) -> dict:
-    """The settings that two targets must share for their images to be compared: all but those of the model."""
-    return {name: value for name, value in settings.items() if name != "model"} | {"weights": target.asked}
+def protocol_of(target: Target, recipe: dict) -> dict:
+    """What of a recipe two targets must share for their images to be compared: all but the model."""
+    return {name: value for name, value in recipe.items() if name != "model"} | {"weights": target.asked}
 
 
-def sample_folder(target: Target, settings: dict) -> Path:
-    """The folder of the images of these settings: a readable name and the digest of all settings."""
-    s = settings
+def sample_folder(target: Target, recipe: dict) -> Path:
+    """The folder of the images of a recipe: a readable name and the digest of it all."""
+    s = recipe
     interval = s["guidance_interval"]
     only = "" if interval in (None, [0.0, 1.0]) else f"-{s['guidance_space']}{interval[0]:g},{interval[1]:g}"
     digest = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
@@ -114,16 +114,16 @@ def sample_folder(target: Target, settings: dict) -> Path:
     return target.run.path / "samples" / name
 
 
-def noun_of(settings: dict) -> str:
-    """What is drawn by these settings."""
-    return "clips" if "frames" in settings else "images"
+def noun_of(recipe: dict) -> str:
+    """What is drawn by this recipe."""
+    return "clips" if "frames" in recipe else "images"
 
 
-def labels_of(settings: dict, indices: Sequence[int]) -> list[int]:
+def labels_of(recipe: dict, indices: Sequence[int]) -> list[int]:
     """The class that each of these images shows."""
-    if settings["labels"] == "random":
-        return random_labels(indices, settings["classes"], settings["seed"])
-    return balanced_labels(indices, settings["classes"])
+    if recipe["labels"] == "random":
+        return random_labels(indices, recipe["classes"], recipe["seed"])
+    return balanced_labels(indices, recipe["classes"])
 
 
 def evenly_spread(count: int, few: int) -> list[int]:
@@ -140,35 +140,35 @@ def draw_samples(
     *,
     image_sampler: "ImageSampler | None" = None,
 ) -> tuple[Path, dict]:
-    """Draw those of the images `indices` that are missing; returns their folder and settings.
+    """Draw those of the images `indices` that are missing; returns their folder and their recipe.
 
     Of several processes each draws every n-th missing image. A training gives its `image_sampler`; without one, the target's
     weights are loaded if an image is missing.
     """
-    settings = image_settings(target, device)
-    folder = sample_folder(target, settings)
-    missing = ranks.on_main(lambda: find_missing(folder, settings, indices))
+    recipe = image_recipe(target, device)
+    folder = sample_folder(target, recipe)
+    missing = ranks.on_main(lambda: find_missing(folder, recipe, indices))
     if missing:
         if ranks.main:
-            print_cost(target, len(missing), noun_of(settings))
+            print_cost(target, len(missing), noun_of(recipe))
         image_sampler = ImageSampler.load(target, device) if image_sampler is None else image_sampler
-        ranks.on_main(lambda: claim_folder(folder, settings, image_sampler.made_with()))
-        own_indices, size = missing[ranks.rank :: ranks.world], settings["rows"]
+        ranks.on_main(lambda: claim_folder(folder, recipe, image_sampler.made_with()))
+        own_indices, size = missing[ranks.rank :: ranks.world], recipe["rows"]
         parts = [own_indices[start : start + size] for start in range(0, len(own_indices), size)]
         done = len(indices) - len(missing)
         with ImageWriter(folder) as writer:
             for part in watched(parts, ranks, f"sample {target.name}", len(indices), done):
-                seeds = [settings["seed"] + i for i in part]
-                writer.save(image_sampler.draw(labels_of(settings, part), seeds), part)
+                seeds = [recipe["seed"] + i for i in part]
+                writer.save(image_sampler.draw(labels_of(recipe, part), seeds), part)
         ranks.on_main(lambda: None)  # all have written theirs
-    if "frames" in settings:
-        ranks.on_main(lambda: write_films(folder, indices, settings["frames"], settings["fps"]))
-    return folder, settings
+    if "frames" in recipe:
+        ranks.on_main(lambda: write_films(folder, indices, recipe["frames"], recipe["fps"]))
+    return folder, recipe
 
 
-def find_missing(folder: Path, settings: dict, indices: Sequence[int]) -> list[int]:
+def find_missing(folder: Path, recipe: dict, indices: Sequence[int]) -> list[int]:
     """Those of `indices` that must be drawn: all where no manifest says by which weights the images of a folder were drawn."""
-    known = read_samples_manifest(folder, settings)
+    known = read_samples_manifest(folder, recipe)
     return missing_images(folder, indices) if known is not None else list(indices)
 
 
@@ -196,24 +196,24 @@ class SamplesManifest(JsonRecord):
     versions: dict[str, str]
 
 
-def claim_folder(folder: Path, settings: dict, made_with: dict) -> None:
-    """Write the manifest of a folder; raises `UserError` where its images were drawn by other settings or weights."""
-    if read_samples_manifest(folder, settings, made_with) is not None:
+def claim_folder(folder: Path, recipe: dict, made_with: dict) -> None:
+    """Write the manifest of a folder; raises `UserError` where its images were drawn by another recipe or weights."""
+    if read_samples_manifest(folder, recipe, made_with) is not None:
         return
     date = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {package: version(package) for package in ("torch", "diffusers", "peft")}
-    made = {"settings": settings, "made_with": made_with, "command": this_command()}
+    made = {"settings": recipe, "made_with": made_with, "command": this_command()}
     write_json(folder / MANIFEST, made | {"date": date, "versions": versions})
 
 
 def read_samples_manifest(
-    folder: Path, settings: dict, made_with: dict | None = None
+    folder: Path, recipe: dict, made_with: dict | None = None
 ) -> SamplesManifest | None:
-    """The manifest of a folder, or None; raises `UserError` where it is damaged, or where it has other settings or weights."""
+    """The manifest of a folder, or None; raises `UserError` where it is damaged, or where it has another recipe or weights."""
     if not os.path.lexists(folder / MANIFEST):
         return None
     known = read_record(folder / MANIFEST, SamplesManifest, f"move {folder} away, it is drawn again")
-    if known["settings"] != settings or made_with not in (None, known["made_with"]):
+    if known["settings"] != recipe or made_with not in (None, known["made_with"]):
         raise UserError(
             f"{folder} was drawn with other weights or settings than these (the base model's files have changed?): "
             "remove it, or put back what was there"
@@ -255,7 +255,7 @@ class ImageSampler:
         given = self.config.eval
         how = given.model_dump(include={"cfg", "eta", "guidance_low", "guidance_high", "guidance_space"})
         how |= {"steps": given.sampling_steps, "rows": forward_rows(self.device, given.batch_size)}
-        how |= {"shape": stored_latent_shape(self.config), "spacing": self.spacing}
+        how |= {"shape": trained_latent_shape(self.config), "spacing": self.spacing}
         prompts = convert(self.text.fields_of(labels), self.device, torch.float32)  # {field: (n, …)}
         with searched_convolutions():  # every forward has the same rows
             latents = sample_latents(self.model.predict, self.scheduler, prompts, self.null, seeds, **how)
@@ -269,7 +269,7 @@ class ImageSampler:
 
 def solver_of(config: Config, family: Backbone) -> tuple[object, dict]:
     """The scheduler by which a run's settings draw, and the further arguments of `set_steps`."""
-    shape, steps = stored_latent_shape(config), config.eval.sampling_steps
+    shape, steps = trained_latent_shape(config), config.eval.sampling_steps
     sampler = sampler_of(config.eval, family)
     scheduler = family.sampling_scheduler(output_of(config), sampler, steps, shape)
     return scheduler, family.spacing(shape, steps, sampler)
@@ -299,7 +299,7 @@ def clip_settings(config: Config) -> dict:
     return {key: view[key] for key in ("frames", "fps") if key in view}
 
 
-def stored_latent_shape(config: Config) -> list[int]:
+def trained_latent_shape(config: Config) -> list[int]:
     """`(C, h, w)` of the latents that a run was trained on, of clips `(C, f, h, w)`."""
     manifest = read_manifest(config.data.latents, "latents")
     return list(latent_shape(manifest["shape"], manifest["details"]))

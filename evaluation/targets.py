@@ -99,7 +99,7 @@ def find_targets(
     return found
 
 
-def labels_for(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str]:
+def run_labels(runs: Sequence[RunFolder], steps: Sequence[int] = ()) -> list[str]:
     """The name of each run in figures: its folder's name, or the last two names of its file path where one name is not enough.
 
     A run that is there twice has its step (of `steps`) behind its name. Raises `UserError` where names are still equal.

@@ -14,7 +14,7 @@ SAMPLER_NAMES = {
     "ddim": "DDIM", "ddpm": "DDPM", "dpm++": "DPM-Solver++", "euler": "Euler", "heun": "Heun", "unipc": "UniPC",
 }  # fmt: skip
 WEIGHT_WORDS = {"ema": "EMA", "raw": "raw"}
-MADE_BY = ("curve", "metrics")  # kinds of points that the results may come from
+RESULT_KINDS = ("curve", "metrics")  # kinds of points that the results may come from
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Material:
     note: str | None = None  # a paragraph for its top
 
 
-def points_at(runs: Runs, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, list[Mapping]]:
+def points_at(runs: Runs, protocol: Mapping, kinds: Sequence[str] = RESULT_KINDS) -> dict[str, list[Mapping]]:
     """The points of each run under a protocol, by step and only the last of each step; runs without any are left out."""
     found = {name: points_under(run.points, protocol, kinds) for name, run in runs.items()}
     return {name: points for name, points in found.items() if points}
 
 
-def last_points(runs: Runs, protocol: Mapping, kinds: Sequence[str] = MADE_BY) -> dict[str, Mapping]:
+def last_points(runs: Runs, protocol: Mapping, kinds: Sequence[str] = RESULT_KINDS) -> dict[str, Mapping]:
     """The point of each run's last step under a protocol; runs without any are left out."""
     return {name: points[-1] for name, points in points_at(runs, protocol, kinds).items()}
 

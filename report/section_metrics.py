@@ -3,7 +3,15 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from common.plain_text import code
-from report.material import MADE_BY, Material, Runs, fold_commands, last_points, protocol_words
+from report.material import (
+    RESULT_KINDS,
+    WEIGHT_WORDS,
+    Material,
+    Runs,
+    fold_commands,
+    last_points,
+    protocol_words,
+)
 from report.page import Block, Command, Figure, Paragraph, Table
 from report.plots import plot_sweep
 from report.records import arrow, format_value, headline, kind_of, protocols
@@ -88,9 +96,10 @@ def curve_section(material: Material) -> Iterator[Block]:
     curve, baseline = material.curve, material.baseline
     metric = curve["metric"]
     main, *others = material.curve_figures
+    weights = WEIGHT_WORDS[curve["protocol"]["weights"]]
     yield Figure(
         main,
-        f"{metric} (lower is better) of the moving average, against optimiser steps and against images seen; bars are "
+        f"{metric} (lower is better) of {weights} weights, against optimiser steps and against images seen; bars are "
         "± one bootstrap error. The same seeds and labels for every run and checkpoint, the protocol of the table above.",
     )
     for path in others:
@@ -131,8 +140,8 @@ def final_section(material: Material) -> Iterator[Block]:
 def other_section(material: Material) -> Iterator[Block]:
     """Tables of whatever else was measured."""
     shown = None if material.curve is None else material.curve["protocol"]
-    others = [protocol for protocol in _protocols_of(material.runs, MADE_BY) if protocol != shown]
-    yield from _tables(material.runs, others, MADE_BY)
+    others = [protocol for protocol in _protocols_of(material.runs, RESULT_KINDS) if protocol != shown]
+    yield from _tables(material.runs, others, RESULT_KINDS)
 
 
 def _tables(runs: Runs, found: Sequence[Mapping], kinds: Sequence[str]) -> Iterator[Block]:

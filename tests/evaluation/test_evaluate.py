@@ -527,7 +527,12 @@ class TestReport:
                 if point["kind"] != "sweep":
                     assert name in text
                     assert f"{found['value']:.4g}" in text
-        for phrase in ("DDIM 2 steps, unguided", "guidance 7.5 at noise levels 0 to 0.7 (snr)", "plain_base"):
+        for phrase in (
+            "of EMA weights, against",
+            "DDIM 2 steps, unguided",
+            "guidance 7.5 at noise levels 0 to 0.7 (snr)",
+            "plain_base",
+        ):
             assert phrase in text
         aligned = json.loads((measured / "urepa" / "eval" / "align.json").read_text())
         row = next(r for r in aligned["rows"] if (r["model"], r["tap"], r["timestep"]) == ("run", "mid", 100))
@@ -536,6 +541,11 @@ class TestReport:
         names = {path.stem for path in folder.glob("*.png")}
         assert {"curve", "curve_all", "samples", "sweep_fd", "align_runs", "loss_diff"} <= names
         assert names == {path.stem for path in folder.glob("*.json")}  # each beside its numbers
+
+    def test_the_curve_says_whose_weights_it_is_of(self, runs):
+        evaluate("metrics", runs / "urepa", "--raw")
+        evaluate("report", runs / "urepa", "-o", runs / "report.html")
+        assert "of raw weights, against" in (runs / "report.html").read_text()
 
     def test_a_page_can_be_made_of_what_there_is(self, runs):
         with pytest.raises(UserError, match="nothing was measured"):

@@ -17,7 +17,7 @@ import export
 import train
 from common.errors import UserError
 from configs.loading import load_config
-from evaluation.sample import image_settings
+from evaluation.sample import image_recipe
 from evaluation.targets import Target
 from miniature.families import CELLS
 from models.aligned import AlignedModel, family_lora
@@ -186,7 +186,7 @@ def start(flux_data, miniature, run, *more) -> RunFolder:
 
 
 def settings_of(run: RunFolder) -> dict:
-    return image_settings(Target(run, 2, "ema", run.config.eval), CPU)
+    return image_recipe(Target(run, 2, "ema", run.config.eval), CPU)
 
 
 def test_the_guidance_that_is_set_is_told_everywhere(flux_data, miniature, tmp_path, monkeypatch):
