@@ -13,7 +13,8 @@ from common.plain_text import printable
 
 # What torch, cuBLAS and cuDNN say, in lower case.
 LACK_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
-NO_SPACE = "no space left on device"  # also within what libraries raise that write files themselves
+# What the system says, also within what libraries raise that write files themselves; a quota or ulimit is a disk that is full.
+NO_SPACE = ("no space left on device", "disk quota exceeded", "file too large")
 LONGEST = 600  # characters of a line
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # a terminal that is lost sends SIGHUP
 
@@ -61,7 +62,8 @@ def complaint(error: BaseException) -> str:
     if is_lack_of_space(error):
         where = getattr(error, "filename", None)
         whose = f" of {where}" if where else ""
-        return one_line(f"the disk{whose} is full: free some, and the same command goes on")
+        what = next(words for words in NO_SPACE if words in str(error).lower())
+        return one_line(f"the disk{whose} is full ({what}): free some, and the same command goes on")
     if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) and error.filename:
         place = error.filename if error.filename2 is None else error.filename2
         return one_line(f"{place} is in the way ({error.strerror}): move it away")
@@ -76,7 +78,7 @@ def one_line(error: object) -> str:
 
 def is_lack_of_space(error: BaseException) -> bool:
     """Return whether an error says that a disk is full, whoever raised it."""
-    return NO_SPACE in str(error).lower()
+    return any(words in str(error).lower() for words in NO_SPACE)
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

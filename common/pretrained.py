@@ -32,6 +32,7 @@ FILES = (*PICKLES, ".safetensors")
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 HUB_SECONDS = 5  # within which a hub must answer the first question
 REASON = 200  # characters of a library's reason in an error line
+NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")  # of a layer, in the name of a weight
 SAVED = "give a whole folder that save_pretrained wrote"
 THREE = Field(min_length=3, max_length=3)
 T = TypeVar("T")
@@ -84,6 +85,11 @@ def load_pretrained(
             if report[key]:
                 first = f"{min(map(str, report[key])):.{REASON}}"
                 raise UserError(f"{what} {says} ({first}, …), which would be random: give a whole model")
+        own = {NUMBER.sub("#", key) for key in loaded.state_dict()}
+        if beyond := [key for key in report["unexpected_keys"] if NUMBER.sub("#", key) in own]:
+            raise UserError(
+                f"{what} has weights of more layers than its config says ({min(beyond):.{REASON}}, …): give a whole model"
+            )
         return loaded
 
     return _found(load, name, what, revision)

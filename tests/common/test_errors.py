@@ -42,6 +42,16 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(body, says):
     assert err.count("\n") == 1
 
 
+def test_a_library_that_may_not_write_so_much_is_a_full_disk(tmp_path):
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (99, 99))\n"
+    saving = f"save_file({{'x': torch.ones(99)}}, {str(tmp_path / 'x')!r})"
+    code, err = run(f"import torch; from safetensors.torch import save_file; {saving}", before=limit)
+    assert (code, err) == (
+        2,
+        "error: the disk is full (file too large): free some, and the same command goes on\n",
+    )
+
+
 def test_a_bug_keeps_its_traceback():
     code, err = run("raise RuntimeError('a shape')")
     assert code == 1

@@ -104,6 +104,7 @@ def rows():
         ("the VAE", f"{BASE}/vae/config.json", "scaling_factor", "x", LATENTS, "vae"),
         ("the VAE", f"{BASE}/vae/config.json", "scaling_factor", None, LATENTS, "vae"),
         ("the VAE", f"{BASE}/vae/config.json", "block_out_channels", 3, LATENTS, "vae"),
+        ("the text encoder", f"{BASE}/text_encoder/config.json", "num_hidden_layers", 1, TEXT, "more layers"),
         ("the text encoder", f"{BASE}/text_encoder/config.json", "hidden_size", 33, TEXT, "text_encoder"),
         ("the text encoder", f"{BASE}/text_encoder/config.json", "hidden_size", "x", TEXT, "text_encoder"),
         ("the text encoder", f"{BASE}/text_encoder/config.json", "model_type", "bert", TEXT, "text_encoder"),
