@@ -145,8 +145,8 @@ class _Values:
 
 def _scalar(name: str, node: yaml.ScalarNode) -> bool | int | float | str | None:
     text = node.value
-    if name == "str":
-        return check_writable(text)
+    if name == "str":  # in which JSON writes a character beyond 16 bits as two escapes
+        return check_writable(text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
     if len(text) > DIGITS:
         raise _NotRead(f"{text[:20]}… is too long a number", node)
     if not re.fullmatch(SCALARS[name][0], text):  # after a tag, such as !!int x
