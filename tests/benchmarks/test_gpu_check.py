@@ -25,16 +25,19 @@ def run(monkeypatch, folder, *arguments) -> int:
     return 0
 
 
+# What compiled networks compute, and what is compiled, is shown in test_compile.py too.
+COMPILING = (
+    gpu_proofs.losses_agree,
+    gpu_proofs.one_graph_is_compiled,
+    gpu_proofs.every_block_compiles_with_checkpointing,
+)
+
+
 @pytest.mark.parametrize(
     "proofs",
     [
-        # What compiled blocks compute, and that each is compiled, is shown in test_compile.py too.
         pytest.param(
-            [
-                proof
-                for proof in gpu_proofs.PROOFS
-                if proof not in (gpu_proofs.losses_agree, gpu_proofs.every_block_compiles_with_checkpointing)
-            ],
+            [proof for proof in gpu_proofs.PROOFS if proof not in COMPILING],
             id="most",
         ),
         pytest.param(gpu_proofs.PROOFS, id="all", marks=pytest.mark.thorough),

@@ -596,7 +596,7 @@ class TestReport:
 
     def test_two_protocols_are_never_mixed_in_a_table(self, measured):
         (measured / "baseline" / "eval" / "points.jsonl").unlink()
-        evaluate("curve", measured / "baseline", "--out", measured / "curve", "eval.sampling_steps=3")
+        evaluate("metrics", measured / "baseline", "eval.sampling_steps=3")
         evaluate("report", measured / "urepa", measured / "baseline", "-o", measured / "report.html")
         curve = json.loads((measured / "report_figures" / "curve.json").read_text())
         assert set(curve["series"]["classifier_fd20"]) == {"urepa"}

@@ -36,7 +36,7 @@ SIZES = {
     "auraflow": (6.8, 31.5), "lumina2": (2.6, 14.7), "wan": (1.42, 23.6), "ltxvideo": (1.9, 29.4),
     "sanavideo": (1.91, 22.9), "kandinsky5_video": (2.15, 34.6),
 }  # fmt: skip
-QUICK = ("sd15", "sana")
+QUICK = ("sd15",)
 
 
 @pytest.mark.parametrize(

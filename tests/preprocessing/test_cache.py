@@ -379,8 +379,15 @@ class TestErrors:
 class TestInterruption:
     """A fork server starts each process with the libraries imported, so that kills fall into the work and not before it."""
 
+    # The others show what these two do.
     @pytest.mark.parametrize(
-        "scenario", ["script 2", "script 3", "fused", "two processes", "decoding workers"]
+        "scenario",
+        [
+            *(pytest.param(name, marks=pytest.mark.thorough) for name in ("script 2", "script 3")),
+            "fused",
+            "two processes",
+            "decoding workers",
+        ],
     )
     def test_kills_at_random_moments_lose_nothing(self, miniature, undisturbed, tmp_path, scenario):
         server, chance, kills, rounds, alone = fork_server(), random.Random(scenario), 0, 0, []

@@ -17,7 +17,7 @@ BETWEEN_STEPS = [
 ]
 
 
-@pytest.mark.thorough  # `one_graph_is_compiled` of benchmarks/gpu_proofs.py shows the same, in test_gpu_check.py
+@pytest.mark.thorough  # test_alignment_that_comes_and_goes_compiles_twice_and_no_more is the quick form of it
 def test_a_training_with_warm_up_cutoff_previews_and_evaluations_has_one_graph(miniature, tmp_path):
     with traced_only():
         run = train(miniature, tmp_path / "run", "train.compile=default", *BETWEEN_STEPS)

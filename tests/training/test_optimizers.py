@@ -204,7 +204,7 @@ def test_the_state_of_another_optimiser_is_refused(monkeypatch):
         load_flat_state(other, others, *flat_state(optimizer, parameters))
 
 
-@pytest.mark.parametrize("name", ["momentum", "Adafactor"])
+@pytest.mark.parametrize("name", [pytest.param("momentum", marks=pytest.mark.thorough), "Adafactor"])
 def test_a_training_with_any_row_skips_a_nan_and_resumes_exactly(miniature, tmp_path, monkeypatch, name):
     """In the row of adamw, since configs know no other name."""
     monkeypatch.setitem(OPTIMIZERS, "adamw", ROWS[name])

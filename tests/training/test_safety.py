@@ -336,12 +336,12 @@ def test_weights_of_another_kind_or_from_nowhere_are_refused(miniature, unbroken
 
 def test_a_run_killed_at_random_moments_equals_the_undisturbed_one(miniature, tmp_path):
     """The long form is benchmarks/kills.py."""
-    knobs = ["train.steps=20", "train.checkpoint_every=5", "train.log_every=3"]
+    knobs = ["train.steps=15", "train.checkpoint_every=5", "train.log_every=3"]
     whole = train(miniature, tmp_path / "whole", *knobs)
     overrides = demo_overrides(miniature, tmp_path / "run", *knobs)
     argv = ["--config", str(CONFIG), *overrides]
     steps = list(kill_again_and_again(fork_server(), argv, tmp_path / "run", kills=2, seed=0))
     assert steps == sorted(steps)
     run = RunFolder(tmp_path / "run")
-    assert_same_run(run, whole, 20)
+    assert_same_run(run, whole, 15)
     assert not any(row["differing"] for row in differences(run, whole))

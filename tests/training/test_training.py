@@ -68,7 +68,7 @@ CUTOFF = [
 
 
 @pytest.mark.parametrize(
-    ("mode", "measured", "stops"), [("permanent", [1, 2], [2]), ("recoverable", [1, 2, 3, 5, 7], [1, 5])]
+    ("mode", "measured", "stops"), [("permanent", [1, 2], [2]), ("recoverable", [1, 2, 3, 5, 7], [5])]
 )
 def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
     miniature, tmp_path, monkeypatch, mode, measured, stops
