@@ -2,7 +2,7 @@
 
     text = TextReader("data/imagenet/text")
     text.prompts[1], text.null["prompt_embeds"]     # "a photo of a goldfish", (L, C)
-    text.fields_of([1, 0])["prompt_embeds"]              # (2, L, C), read from the shards
+    text.fields_of([1, 0])["prompt_embeds"]         # (2, L, C), read from the shards
     table = text.on(device, dtype)                  # the rows of all prompts, in memory
 
 Beside the shards, `prompts.json` lists the prompts by label: those of the classes in the order of the classes, captions in the

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from common.errors import UserError
 from common.files import expand_home
@@ -152,7 +151,7 @@ def _checked(data: dict[str, Any], given: set[str], where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        place = _key_of(error.errors()[0], levels=2)
+        place = _key_of(error.errors()[0]["loc"], levels=2)
         by_hand = place in given or any(key.startswith(f"{place}.") for key in given)
         raise UserError(f"{'' if by_hand else f'{where}: '}{_first_problem(error)}") from None
 
@@ -220,7 +219,7 @@ def _unknown_key(key: str) -> str:
 def _first_problem(error: ValidationError, prefix: str = "") -> str:
     """The first of pydantic's complaints, as one line that says what to do; `prefix` is the section that was checked."""
     problem = error.errors()[0]
-    place = _key_of(problem, levels=1 if prefix else 2)
+    place = _key_of(problem["loc"], levels=1 if prefix else 2)
     key = place and f"{prefix}{place}"
     if problem["type"] == "extra_forbidden":
         return _unknown_key(key)
@@ -237,6 +236,6 @@ def _first_problem(error: ValidationError, prefix: str = "") -> str:
     return f"{key} = {problem['input']!r:.80}: {message}" if of_one_key else message
 
 
-def _key_of(problem: ErrorDetails, levels: int) -> str:
-    """The dotted key of a complaint, without the kind that pydantic adds where a value may be of several."""
-    return ".".join([part for part in problem["loc"] if isinstance(part, str)][:levels])
+def _key_of(place: Sequence[str | int], levels: int) -> str:
+    """The dotted key of a complaint's place, without the kind that pydantic adds where a value may be of several."""
+    return ".".join([part for part in place if isinstance(part, str)][:levels])

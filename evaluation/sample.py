@@ -106,11 +106,14 @@ def protocol_of(target: Target, recipe: dict) -> dict:
 
 def sample_folder(target: Target, recipe: dict) -> Path:
     """The folder of the images of a recipe: a readable name and the digest of it all."""
-    s = recipe
-    interval = s["guidance_interval"]
-    only = "" if interval in (None, [0.0, 1.0]) else f"-{s['guidance_space']}{interval[0]:g},{interval[1]:g}"
-    digest = hashlib.sha256(json.dumps(s, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"step{target.step:07d}_{target.weights}_{s['sampler']}{s['steps']}_cfg{s['cfg']:g}{only}_{digest}"
+    interval = recipe["guidance_interval"]
+    only = (
+        ""
+        if interval in (None, [0.0, 1.0])
+        else f"-{recipe['guidance_space']}{interval[0]:g},{interval[1]:g}"
+    )
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"step{target.step:07d}_{target.weights}_{recipe['sampler']}{recipe['steps']}_cfg{recipe['cfg']:g}{only}_{digest}"
     return target.run.path / "samples" / name
 
 

@@ -68,7 +68,13 @@ CUTOFF = [
 
 
 @pytest.mark.parametrize(
-    ("mode", "measured", "stops"), [("permanent", [1, 2], [2]), ("recoverable", [1, 2, 3, 5, 7], [5])]
+    ("mode", "measured", "stops"),
+    [
+        ("permanent", [1, 2], [2]),
+        ("recoverable", [1, 2, 3, 5, 7], [5]),
+        pytest.param("permanent", [1, 2], [1], marks=pytest.mark.thorough),
+        pytest.param("recoverable", [1, 2, 3, 5, 7], [2], marks=pytest.mark.thorough),
+    ],
 )
 def test_a_similarity_cutoff_ends_the_alignment_and_survives_a_resume(
     miniature, tmp_path, monkeypatch, mode, measured, stops
@@ -252,7 +258,17 @@ def test_ema_is_the_moving_average_of_the_weights(miniature, tmp_path):
         torch.testing.assert_close(tensors(run, step, "ema.safetensors")[name], ema)
 
 
-@pytest.mark.parametrize(("mode", "cfg"), [("lora", 1.0), ("lora", 3.0), ("partial", 3.0), ("full", 3.0)])
+@pytest.mark.parametrize(
+    ("mode", "cfg"),
+    [
+        ("lora", 1.0),
+        ("lora", 3.0),
+        ("partial", 3.0),
+        ("full", 3.0),
+        pytest.param("partial", 1.0, marks=pytest.mark.thorough),
+        pytest.param("full", 1.0, marks=pytest.mark.thorough),
+    ],
+)
 def test_export_in_stock_pipeline_gives_our_own_image(miniature, tmp_path_factory, mode, cfg):
     folder = tmp_path_factory.getbasetemp() / f"export_{mode}"  # trained once for both values of cfg
     more = [f"model.train={mode}", "model.lora_rank=4", "model.lora_alpha=8", "optim.lr=0.02"]
